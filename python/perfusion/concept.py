@@ -1,0 +1,242 @@
+"""`Concept`: everything that one learned word is, and nothing else.
+
+Symbols: D text width, O = sum of d_l outputs of all cross-attention layers. With the encoding e of a token,
+
+    energy      i* . m                          m = C^-1 i*, at any scale
+    similarity  c(e) = (e . m) / (i* . m)       1 at e = i*
+    gate        g(e) = sigmoid((c(e) - bias) / temperature)
+    value       W_V (e - c i*) + g o*_V         per layer; keys likewise with o*_K = W_K s (the key lock)
+
+The scale of m cancels in c, and in the Gram solve over several concepts as well (the Gram matrix is then not symmetric).
+So a concept stores m with its largest entry scaled to 1 and needs no covariance at run time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perfusion.base import Base
+
+__all__ = ["Concept", "check_name"]
+
+TEXT_BYTES = 64  # of each free text field, as JSON text in UTF-8: bounds the file's header
+COVARIANCE_BYTES = 24
+RECIPE_BYTES = 248  # of the recipe, as a JSON string that holds JSON
+DEFAULT_BIAS = 0.70  # at inference; training uses 0.75 and 0.1
+DEFAULT_TEMPERATURE = 0.15
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+_DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Concept:
+    """One concept. Tensors are floating point, finite, detached, on one device; treat them as read-only.
+
+    name                 [a-z0-9][a-z0-9_-]{0,31}; prompts write it as <name>
+    superclass           what the concept is one of: "teddy"
+    base                 the base it was trained for; decides all shapes
+    value_outputs        [O] o*_V of all layers, concatenated in the order of `base.layers`
+    target               [D] i*, the encoding at the concept word
+    metric_target        [D] C^-1 i* up to scale; stored with largest absolute entry 1
+    superclass_encoding  [D] s, the mean encoding at the superclass word; the key lock is o*_K = W_K s
+    word_embeddings      one [width] per text encoder: the learned input embedding of the word
+    key_outputs          [O] o*_K, only when the keys were trained without the lock; otherwise None
+    bias, temperature    the gate's defaults at inference; free at run time
+    covariance           short fingerprint of C: concepts combine exactly only when it agrees; "" when unknown
+    recipe               how it was trained: a small flat dict of JSON values
+    created              UTC time, "2025-01-31T12:00:00Z"
+    license, author      free text
+
+    ValueError says which field broke which rule, and what came.
+    """
+
+    name: str
+    superclass: str
+    base: Base
+    value_outputs: Tensor
+    target: Tensor
+    metric_target: Tensor
+    superclass_encoding: Tensor
+    word_embeddings: tuple[Tensor, ...]
+    key_outputs: Tensor | None = None
+    bias: float = DEFAULT_BIAS
+    temperature: float = DEFAULT_TEMPERATURE
+    covariance: str = ""
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
+    created: str = dataclasses.field(default_factory=_now)
+    license: str = ""
+    author: str = ""
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        _check_text("superclass", self.superclass, TEXT_BYTES, required=True)
+        _check_text("covariance", self.covariance, COVARIANCE_BYTES)
+        _check_text("license", self.license, TEXT_BYTES)
+        _check_text("author", self.author, TEXT_BYTES)
+        _check_date(self.created)
+        _check_recipe(self.recipe)
+        self._set("recipe", dict(self.recipe))
+        _check_number("bias", self.bias, -2, 2)
+        _check_number("temperature", self.temperature, 1e-3, 10)
+        if not isinstance(self.base, Base):
+            raise ValueError(f"Concept: base must be a perfusion.base.Base, got {type(self.base).__name__}")
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        outputs, width = self.base.outputs, self.base.encoding_dim
+        self._set("value_outputs", _vector("value_outputs", self.value_outputs, outputs))
+        if self.key_outputs is not None:
+            self._set("key_outputs", _vector("key_outputs", self.key_outputs, outputs))
+        for field in ("target", "metric_target", "superclass_encoding"):
+            self._set(field, _vector(field, getattr(self, field), width))
+        if isinstance(self.word_embeddings, Tensor) or len(self.word_embeddings) != len(self.base.text_widths):
+            raise ValueError(f"Concept: word_embeddings must be a tuple of {len(self.base.text_widths)}, one per text encoder")
+        words = zip(self.word_embeddings, self.base.text_widths)
+        self._set("word_embeddings", tuple(_vector(f"word_embeddings[{i}]", w, size) for i, (w, size) in enumerate(words)))
+
+        largest = self.metric_target.abs().max()
+        if largest == 0:
+            raise ValueError("Concept: metric_target must not be all zero")
+        if largest != 1:  # idempotent, so that saving and loading changes no bit
+            self._set("metric_target", (self.metric_target.double() / largest.double()).to(self.metric_target.dtype))
+        if not self.energy > 0:
+            raise ValueError(
+                f"Concept: the energy target . metric_target must be positive, got {self.energy:.3g}. "
+                "C^-1 is positive definite, so the two vectors do not belong together."
+            )
+
+    def _set(self, field: str, value: Any) -> None:
+        object.__setattr__(self, field, value)
+
+    @property
+    def energy(self) -> float:
+        """i* . m, in the scale of the stored `metric_target`; positive."""
+        return torch.dot(self.target.double(), self.metric_target.double()).item()
+
+    def similarity(self, encodings: Tensor) -> Tensor:
+        """c(e) for encodings [..., D]: [...] in float32; 1 at the target itself."""
+        return (encodings.double() @ self.metric_target.double() / self.energy).float()
+
+    def gate(self, encodings: Tensor, bias: float | None = None, temperature: float | None = None) -> Tensor:
+        """g(e) for encodings [..., D]: [...] in float32, between 0 and 1; by default at the concept's own bias and temperature."""
+        bias = self.bias if bias is None else bias
+        return torch.sigmoid((self.similarity(encodings) - bias) / (self.temperature if temperature is None else temperature))
+
+    def value_output(self, layer: str) -> Tensor:
+        """o*_V of one layer [d_l], a view. KeyError on a layer that the base does not have."""
+        return self.value_outputs[self._slice(layer)]
+
+    def key_output(self, layer: str) -> Tensor | None:
+        """o*_K of one layer [d_l], a view; None with the key lock."""
+        where = self._slice(layer)
+        return None if self.key_outputs is None else self.key_outputs[where]
+
+    def _slice(self, layer: str) -> slice:
+        slices = self.base.slices
+        if layer not in slices:
+            raise KeyError(f"concept {self.name!r} has no layer {layer!r}; its layers are {', '.join(slices)}")
+        return slices[layer]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Concept:
+        """The same concept with its tensors on a device and in a floating point type."""
+        moved = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self._single_tensors().items()}
+        words = tuple(word.to(device=device, dtype=dtype) for word in self.word_embeddings)
+        return dataclasses.replace(self, **moved, word_embeddings=words)
+
+    def _single_tensors(self) -> dict[str, Tensor]:
+        fields = ("value_outputs", "target", "metric_target", "superclass_encoding", "key_outputs")
+        return {field: getattr(self, field) for field in fields if getattr(self, field) is not None}
+
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
+        """Writes the concept file; see `perfusion.concept_file.write`."""
+        from perfusion import concept_file
+
+        concept_file.write(self, path, dtype)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Concept:
+        """Reads a concept file; tensors come as float32 on the CPU. See `perfusion.concept_file.read`."""
+        from perfusion import concept_file
+
+        return concept_file.read(path)
+
+    def __repr__(self) -> str:
+        lock = "" if self.key_outputs is None else ", keys not locked"
+        return (
+            f"Concept({self.name!r}, superclass={self.superclass!r}, base={self.base.family}, layers={len(self.base.layers)}, "
+            f"outputs={self.base.outputs}, bias={self.bias:g}, temperature={self.temperature:g}{lock})"
+        )
+
+
+def check_name(name: Any) -> None:
+    """ValueError unless `name` can be a concept's name."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"Concept: name must be 1 to 32 characters of a-z, 0-9, '-' and '_', the first a letter or digit, got {name!r:.80}"
+        )
+
+
+def _json_bytes(value: Any) -> int:
+    return len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8"))
+
+
+def _check_text(field: str, value: Any, limit: int, *, required: bool = False) -> None:
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError(f"Concept: {field} must be printable text on one line, got {value!r:.80}")
+    if value != value.strip() or (required and not value):
+        raise ValueError(f"Concept: {field} must not be empty or begin or end with a space, got {value!r:.80}")
+    size = _json_bytes(value) - 2
+    if size > limit:
+        raise ValueError(f"Concept: {field} must be at most {limit} bytes as JSON text in UTF-8, got {size}: {value!r:.80}")
+
+
+def _check_date(value: Any) -> None:
+    try:
+        if not _DATE.fullmatch(value):
+            raise ValueError(value)
+        datetime.datetime.strptime(value, "%Y-%m-%dT%H:%M:%SZ")
+    except (TypeError, ValueError):
+        raise ValueError(f"Concept: created must be a UTC time like 2025-01-31T12:00:00Z, got {value!r:.80}") from None
+
+
+def _check_recipe(recipe: Any) -> None:
+    plain = (str, int, float, bool, type(None))
+    if not isinstance(recipe, dict) or not all(
+        isinstance(key, str) and (isinstance(value, plain) or (isinstance(value, list) and all(isinstance(v, plain) for v in value)))
+        for key, value in recipe.items()
+    ):
+        raise ValueError(f"Concept: recipe must map text to text, numbers, true, false, None or lists of them, got {recipe!r:.200}")
+    try:
+        size = _json_bytes(json.dumps(recipe, ensure_ascii=False, separators=(",", ":"), allow_nan=False)) - 2
+    except ValueError:  # also UnicodeEncodeError
+        raise ValueError(f"Concept: recipe must hold finite numbers and valid text, got {recipe!r:.200}") from None
+    if size > RECIPE_BYTES:
+        raise ValueError(f"Concept: recipe must be at most {RECIPE_BYTES} bytes as JSON text, got {size}. Leave out what is least needed.")
+
+
+def _check_number(field: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"Concept: {field} must be a number from {low:g} to {high:g}, got {value!r:.80}")
+
+
+def _vector(field: str, value: Any, size: int) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or tuple(value.shape) != (size,):
+        came = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"Concept: {field} must be a floating point tensor of shape ({size},), got {came}")
+    if not torch.isfinite(value).all():
+        raise ValueError(f"Concept: {field} must be finite, but it holds NaN or infinity")
+    return value.detach().contiguous()
