@@ -1,0 +1,39 @@
+"""Operators for key-locked rank-one editing of text-to-image models (Perfusion, arXiv 2305.01644).
+
+    concept_gates           gates and components of every token, once per prompt
+    edited_projection       edited keys or values of all layers at once
+    edited_attention        cross-attention, plain or with the edit applied on the way
+    fused_edited_attention  projection, edit and attention in one call
+    ConceptBank             the resident concepts that the operators index
+    validate_concepts       the checks on values that operators do not make on a device
+    metric                  C⁻¹: targets in the metric, conditioning, shrinkage
+
+Importing this package builds nothing, writes nothing and needs no GPU. `available_backends()` says
+which implementations this installation has, and why not the others.
+"""
+
+from . import backend, metric
+from .backend import BackendUnavailable, available_backends, use_backend
+from .concept_bank import ConceptBank
+from .concept_gates import concept_gates
+from .edited_attention import edited_attention
+from .edited_projection import edited_projection
+from .fused_edited_attention import fused_edited_attention
+from .validation import validate_concepts
+
+__all__ = [
+    "BackendUnavailable",
+    "ConceptBank",
+    "available_backends",
+    "concept_gates",
+    "edited_attention",
+    "edited_projection",
+    "fused_edited_attention",
+    "metric",
+    "use_backend",
+    "validate_concepts",
+]
+
+for _name in backend.ORDER[:-1]:
+    backend.load(_name)
+del _name

@@ -1,0 +1,76 @@
+"""Checks of what is known without looking at values: kinds, dtypes, devices, shapes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WIDE = (torch.float32, torch.float64)
+INDEX = (torch.int32,)
+
+
+def dtypes_beside(tensor: Tensor) -> tuple[torch.dtype, ...]:
+    """What an argument may be that the operator combines with `tensor`: the same, or anything autocast casts."""
+    return FLOATING if torch.is_autocast_enabled(tensor.device.type) else (tensor.dtype,)
+
+
+class Arguments:
+    """Checks one call's tensors in turn; shape letters keep the size of their first appearance.
+
+    The refusal names the operator, the argument, the rule and what came.
+    """
+
+    def __init__(self, operator: str):
+        self.operator = operator
+        self.sizes: dict[str, int] = {}
+        self.origins: dict[str, str] = {}
+        self.device: torch.device | None = None
+
+    def __call__(self, name: str, tensor: Tensor, letters: str, dtypes: Sequence[torch.dtype], why: str = "") -> None:
+        """`letters`: one per dimension, as in "B T D"; "H*d" is a product of letters seen before."""
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{self.operator}: {name} must be a torch.Tensor; got {type(tensor).__name__}")
+        if tensor.dtype not in dtypes:
+            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise TypeError(
+                f"{self.operator}: {name} must be {allowed}{why and f' ({why})'};"
+                f" got {str(tensor.dtype).removeprefix('torch.')}"
+            )
+        if self.device is None:
+            self.device = tensor.device
+        elif tensor.device != self.device:
+            raise ValueError(
+                f"{self.operator}: {name} must be on {self.device} as the arguments before it; got {tensor.device}"
+            )
+        self._bind(name, tensor, letters.split())
+
+    def _bind(self, name: str, tensor: Tensor, letters: list[str]) -> None:
+        fits = tensor.dim() == len(letters)
+        if fits:
+            for letter, size in zip(letters, tensor.shape):
+                if "*" not in letter and letter not in self.sizes:
+                    self.sizes[letter] = size
+                    self.origins[letter] = name
+                elif self._size(letter) != size:
+                    fits = False
+        if not fits:
+            raise ValueError(self._refusal(name, tensor, letters))
+
+    def _size(self, letter: str) -> int:
+        size = 1
+        for factor in letter.split("*"):
+            size = size * self.sizes[factor]
+        return size
+
+    def _refusal(self, name: str, tensor: Tensor, letters: list[str]) -> str:
+        known = dict.fromkeys(factor for letter in letters for factor in letter.split("*"))
+        sizes = ", ".join(
+            f"{letter} = {self.sizes[letter]} (from {self.origins[letter]})"
+            for letter in known
+            if self.origins.get(letter, name) != name
+        )
+        return (
+            f"{self.operator}: {name} must have shape [{', '.join(letters)}]{sizes and f' with {sizes}'};"
+            f" got {list(tensor.shape)}"
+        )

@@ -1,0 +1,144 @@
+"""Which implementation of an operator runs: the one place that decides.
+
+A backend is a subpackage of this package whose import calls `register` once per operator it has.
+Every call takes the first of `ORDER` that has the operator and does not refuse the arguments. A
+backend asked for by name (a call's `backend=`, `use_backend`, or the environment variable
+PERFUSION_BACKEND, in this order) is taken, or the call fails and says why.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch._ops import OpOverload
+
+from .registration import Operator, bind
+
+ORDER = ("cuda", "triton", "reference")
+
+_requested: str | None = os.environ.get("PERFUSION_BACKEND") or None
+_implementations: dict[str, dict[str, "_Implementation"]] = {}  # operator -> backend -> how to call it
+_absent: dict[str, str] = {}  # backend -> why it is not here
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and cannot run the call."""
+
+
+@dataclass(frozen=True)
+class _Implementation:
+    overload: OpOverload
+    refuses: Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One line of `available_backends()`; `reason` says why the backend is absent, or is empty."""
+
+    name: str
+    operators: tuple[str, ...]
+    reason: str
+
+    @property
+    def available(self) -> bool:
+        return bool(self.operators)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {', '.join(self.operators) if self.available else 'unavailable, ' + self.reason}"
+
+
+def _refuses_nothing(*arguments) -> None:
+    return None
+
+
+def register(
+    backend: str,
+    operator: Operator,
+    implementation: Callable | None,
+    *,
+    refuses: Callable[..., str | None] = _refuses_nothing,
+) -> None:
+    """Makes `implementation` the `backend`'s way to run `operator`.
+
+    implementation: a function of the schema's arguments, or None if a loaded C++ library registers the
+        kernel of `perfusion_kernels::<operator>.<backend>` itself.
+    refuses: given the schema's arguments, None, or the reason why they cannot run here. It may look at
+        shapes, dtypes and devices only: it runs under `torch.compile` too.
+    """
+    if backend not in ORDER:
+        raise ValueError(f"register: backend must be one of {', '.join(ORDER)}; got {backend!r}")
+    implementations = _implementations.setdefault(operator.name, {})
+    if backend in implementations:
+        raise ValueError(f"register: {operator.name} already has a {backend} implementation")
+    implementations[backend] = _Implementation(bind(operator, backend, implementation), refuses)
+
+
+def load(backend: str) -> None:
+    """Imports the backend's subpackage; if that is not possible, remembers why."""
+    module = f"{__package__}.{backend}"
+    if importlib.util.find_spec(module) is None:
+        _absent[backend] = "not part of this installation"
+        return
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, BackendUnavailable) as error:
+        _absent[backend] = f"{type(error).__name__}: {error}"
+
+
+def select(operator: str, arguments: Sequence, backend: str | None = None) -> OpOverload:
+    """The overload that runs this call."""
+    implementations = _implementations[operator]
+    requested = backend if backend is not None else _requested
+    if requested is not None and requested != "auto":
+        reason = _why_not(requested, implementations, arguments)
+        if reason is not None:
+            others = [name for name in ORDER if _why_not(name, implementations, arguments) is None]
+            raise BackendUnavailable(
+                f"{operator}: backend {requested!r} was asked for but cannot run this call: {reason}."
+                f" Can run it: {', '.join(others)}"
+            )
+        return implementations[requested].overload
+    for name in ORDER:
+        if _why_not(name, implementations, arguments) is None:
+            return implementations[name].overload
+    raise BackendUnavailable(f"{operator}: no backend can run this call")
+
+
+def _why_not(backend: str, implementations: dict[str, _Implementation], arguments: Sequence) -> str | None:
+    if backend not in ORDER:
+        return f"there is no such backend, only {', '.join(ORDER)}"
+    if backend not in implementations:
+        return _absent.get(backend, "it does not implement this operator")
+    return implementations[backend].refuses(*arguments)
+
+
+@contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Inside the `with`, calls that name no backend run on `backend`; "auto" or None: choose automatically.
+
+    Process-wide, as the flags of `torch.backends` are, and seen by compiled functions, which retrace.
+    An unknown name raises ValueError here; an absent backend raises BackendUnavailable at the call.
+    """
+    global _requested
+    if backend not in (None, "auto", *ORDER):
+        raise ValueError(f"use_backend: backend must be one of auto, {', '.join(ORDER)}; got {backend!r}")
+    before, _requested = _requested, backend
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def available_backends() -> tuple[BackendStatus, ...]:
+    """Every backend in the order of preference, with its operators, or the reason why it has none."""
+    return tuple(
+        BackendStatus(
+            name,
+            operators := tuple(operator for operator, have in _implementations.items() if name in have),
+            "" if operators else _absent.get(name, "it registers no operator"),
+        )
+        for name in ORDER
+    )

@@ -1,0 +1,115 @@
+"""`edited_attention`: cross-attention over a short context whose keys and values concepts may edit on the way."""
+
+from torch import Tensor
+
+from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside
+from .backend import register, select
+from .reference import edited_attention as reference
+from .registration import Operator
+from .validation import validate_edit, wanted
+
+
+def edited_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    gates: Tensor | None = None,
+    components: Tensor | None = None,
+    index: Tensor | None = None,
+    key_outputs: Tensor | None = None,
+    key_targets: Tensor | None = None,
+    value_outputs: Tensor | None = None,
+    value_targets: Tensor | None = None,
+    scale: float | None = None,
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(scale · q K̃ᵀ) Ṽ, with K̃ = K + Σ_j (g_j key_outputs_j - a_j key_targets_j), and Ṽ likewise.
+
+    Without the edit arguments it is plain attention. With `gates`, `components` and `index`, the pair
+    of key tables, the pair of value tables, or both must be given; the other side stays as it is. There
+    is no padding mask: the models concerned attend to all T positions.
+
+    Args:
+        query [B, N, H, d], key, value [B, T, H, d]: one dtype of float16, bfloat16, float32, float64; any
+            strides; T >= 1.
+        gates, components [B, T, J]: from `concept_gates`; float32 or float64; not read where index is -1.
+        index [B, J]: int32, the bank slots a row uses, -1 for none. Any J, 0 included.
+        key_outputs, key_targets, value_outputs, value_targets [S, H*d]: o* and W i* of this layer, columns in the
+            order of key.flatten(2); any of the four dtypes, all the same.
+        scale: None means d ** -0.5.
+        validate: whether to check values (index in range, gates and components finite), which waits for
+            the device. None: on ordinary host tensors outside torch.compile only.
+        backend: "cuda", "triton" or "reference"; None chooses.
+
+    Returns:
+        [B, N, H, d], contiguous, in the dtype of query; under autocast, in autocast's, to which query, key
+        and value are cast. Edit, softmax and sums in at least float32. A batch row without a concept is bit
+        for bit what the call without edit arguments gives. Differentiable in every tensor but index.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above. BackendUnavailable: see `use_backend`.
+
+    Source: arXiv 2305.01644, eq. 3 and 4, written as an update of rank 2J of K and V.
+    """
+    check = Arguments("edited_attention")
+    check("query", query, "B N H d", FLOATING)
+    check("key", key, "B T H d", dtypes_beside(query), "as query")
+    check("value", value, "B T H d", dtypes_beside(query), "as query")
+    if key.shape[1] == 0:
+        raise ValueError("edited_attention: key must have at least one position; got T = 0")
+    edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
+    edited = any(argument is not None for argument in edit)
+    if edited:
+        _check_edit(check, *edit)
+    arguments = (query, key, value, *edit, query.shape[-1] ** -0.5 if scale is None else float(scale))
+    if edited and wanted("edited_attention", validate, *arguments[:-1]):
+        slots = (value_outputs if key_outputs is None else key_outputs).shape[0]
+        validate_edit("edited_attention", index, slots, gates, components)
+    return select("edited_attention", arguments, backend)(*arguments)
+
+
+def _check_edit(
+    check, gates, components, index, key_outputs, key_targets, value_outputs, value_targets
+):
+    for name, argument in (("gates", gates), ("components", components), ("index", index)):
+        if argument is None:
+            raise ValueError(f"edited_attention: {name} must be given with the other edit arguments; got None")
+    pairs = {
+        ("key_outputs", "key_targets"): (key_outputs, key_targets),
+        ("value_outputs", "value_targets"): (value_outputs, value_targets),
+    }
+    if all(table is None for pair in pairs.values() for table in pair):
+        raise ValueError(
+            "edited_attention: gates need tables to act on; give key_outputs and key_targets,"
+            " value_outputs and value_targets, or all four"
+        )
+    check("gates", gates, "B T J", WIDE, "as concept_gates returns them")
+    check("components", components, "B T J", (gates.dtype,), "as gates")
+    check("index", index, "B J", INDEX)
+    dtypes, why = FLOATING, ""
+    for names, pair in pairs.items():
+        for name, other, table in zip(names, reversed(names), pair):
+            if table is not None:
+                check(name, table, "S H*d", dtypes, why)
+                dtypes, why = (table.dtype,), "as the tables before it"
+            elif any(table is not None for table in pair):
+                raise ValueError(f"edited_attention: {name} must be given with {other}; got None")
+
+
+def _fake(query, key, value, *edit_and_scale):
+    return query.new_empty(query.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, gradient):
+    return reference.edited_attention_backward(gradient, *ctx.saved_tensors, ctx.scale, ctx.needs_input_grad)
+
+
+OPERATOR = Operator("edited_attention", _fake, _setup_context, _backward, autocast=("query", "key", "value"))
+register("reference", OPERATOR, reference.edited_attention)

@@ -1,0 +1,101 @@
+"""softmax(q K̃ᵀ · scale) Ṽ in plain torch, K̃ and Ṽ being K and V or their edits."""
+
+import torch
+from torch import Tensor
+
+from .look_up import wide
+from .rank_one import rank_one_backward, rank_one_update
+
+
+def edited_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor | None,
+    components: Tensor | None,
+    index: Tensor | None,
+    key_outputs: Tensor | None,
+    key_targets: Tensor | None,
+    value_outputs: Tensor | None,
+    value_targets: Tensor | None,
+    scale: float,
+) -> Tensor:
+    key = _edited(key, gates, components, index, key_outputs, key_targets)
+    value = _edited(value, gates, components, index, value_outputs, value_targets)
+    weights, value = _weights(query, key, scale), value.to(wide(query, key, value))
+    return torch.einsum("bhnt,bthd->bnhd", weights.to(value.dtype), value).to(query.dtype).contiguous()
+
+
+def _edited(
+    base: Tensor,
+    gates: Tensor | None,
+    components: Tensor | None,
+    index: Tensor | None,
+    outputs: Tensor | None,
+    targets: Tensor | None,
+) -> Tensor:
+    """base[B, T, H, d] with the edit of its H*d columns, if there is one."""
+    if outputs is None:
+        return base
+    update = rank_one_update(base.flatten(2), gates, components, index, outputs, targets)
+    return update.unflatten(2, base.shape[2:])
+
+
+def _weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """softmax over all T positions [B, H, N, T], in at least float32."""
+    dtype = wide(query, key)
+    return torch.softmax(torch.einsum("bnhd,bthd->bhnt", query.to(dtype) * scale, key.to(dtype)), -1)
+
+
+def edited_attention_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor | None,
+    components: Tensor | None,
+    index: Tensor | None,
+    key_outputs: Tensor | None,
+    key_targets: Tensor | None,
+    value_outputs: Tensor | None,
+    value_targets: Tensor | None,
+    scale: float,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """One gradient per argument of `edited_attention`, None where there is none; the first three always."""
+    edited_key = _edited(key, gates, components, index, key_outputs, key_targets)
+    edited_value = _edited(value, gates, components, index, value_outputs, value_targets)
+    dtype = wide(query, edited_key, edited_value)
+    gradient, q, k, v = (x.to(dtype) for x in (gradient, query, edited_key, edited_value))
+    weights = _weights(q, k, scale)
+    by_weights = torch.einsum("bnhd,bthd->bhnt", gradient, v)
+    by_scores = weights * (by_weights - (weights * by_weights).sum(-1, keepdim=True)) * scale
+    by_query = torch.einsum("bhnt,bthd->bnhd", by_scores, k)
+    by_key = torch.einsum("bhnt,bnhd->bthd", by_scores, q)
+    by_value = torch.einsum("bhnt,bnhd->bthd", weights, gradient)
+
+    by_key_edit = by_value_edit = (None,) * 5
+    shared = needs[3:6]
+    if key_outputs is not None:
+        by_key_edit = rank_one_backward(
+            by_key.flatten(2), gates, components, index, key_outputs, key_targets, (*shared, *needs[6:8])
+        )
+    if value_outputs is not None:
+        by_value_edit = rank_one_backward(
+            by_value.flatten(2), gates, components, index, value_outputs, value_targets, (*shared, *needs[8:10])
+        )
+    return (
+        by_query.to(query.dtype),
+        by_key.to(key.dtype),
+        by_value.to(value.dtype),
+        _sum(by_key_edit[0], by_value_edit[0]),
+        _sum(by_key_edit[1], by_value_edit[1]),
+        None,
+        *by_key_edit[3:],
+        *by_value_edit[3:],
+        None,
+    )
+
+
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return x if y is None else y if x is None else x + y

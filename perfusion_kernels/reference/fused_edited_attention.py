@@ -1,0 +1,65 @@
+"""Attention to the edited projections of the encodings, in plain torch: two projections, then `edited_attention`."""
+
+from torch import Tensor
+from torch.nn import functional
+
+from .edited_attention import edited_attention, edited_attention_backward
+
+
+def fused_edited_attention(
+    query: Tensor,
+    encodings: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    gates: Tensor,
+    components: Tensor,
+    index: Tensor,
+    key_outputs: Tensor,
+    key_targets: Tensor,
+    value_outputs: Tensor,
+    value_targets: Tensor,
+    scale: float,
+) -> Tensor:
+    key, value = _project(query, encodings, key_weight, value_weight)
+    edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
+    return edited_attention(query, key, value, *edit, scale)
+
+
+def _project(query: Tensor, encodings: Tensor, key_weight: Tensor, value_weight: Tensor) -> tuple[Tensor, Tensor]:
+    heads = query.shape[2:]
+    key = functional.linear(encodings, key_weight).unflatten(-1, heads)
+    value = functional.linear(encodings, value_weight).unflatten(-1, heads)
+    return key, value
+
+
+def fused_edited_attention_backward(
+    gradient: Tensor,
+    query: Tensor,
+    encodings: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    gates: Tensor,
+    components: Tensor,
+    index: Tensor,
+    key_outputs: Tensor,
+    key_targets: Tensor,
+    value_outputs: Tensor,
+    value_targets: Tensor,
+    scale: float,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """One gradient per argument of `fused_edited_attention`, None where `needs` is False."""
+    key, value = _project(query, encodings, key_weight, value_weight)
+    edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
+    by_query, by_key, by_value, *by_edit = edited_attention_backward(
+        gradient, query, key, value, *edit, scale, (True, True, True, *needs[4:])
+    )
+    by_key, by_value = by_key.flatten(2), by_value.flatten(2)
+    tokens = encodings.flatten(0, 1)
+    return (
+        by_query,
+        by_key @ key_weight + by_value @ value_weight if needs[1] else None,
+        by_key.flatten(0, 1).mT @ tokens if needs[2] else None,
+        by_value.flatten(0, 1).mT @ tokens if needs[3] else None,
+        *by_edit,
+    )

@@ -1,0 +1,56 @@
+"""The edit itself, x + Σ_j (g_j o_j - a_j t_j), shared by the operators that make it."""
+
+import torch
+from torch import Tensor
+
+from .look_up import look_up, look_up_backward, wide
+
+
+def rank_one_update(
+    base: Tensor, gates: Tensor, components: Tensor, index: Tensor, outputs: Tensor, targets: Tensor
+) -> Tensor:
+    """base[B, T, O], edited in at least float32. Batch rows without a concept keep base's very bits."""
+    dtype = wide(base, gates, outputs)
+    coefficients = _coefficients(gates, components, index, dtype)
+    basis = torch.cat([look_up(outputs, index, dtype), look_up(targets, index, dtype)], 1)  # [B, 2J, O]
+    edited = torch.baddbmm(base.to(dtype), coefficients, basis)
+    return torch.where(_edited_rows(index), edited, base.to(dtype))
+
+
+def _coefficients(gates: Tensor, components: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """[g | -a] [B, T, 2J], zeros where absent."""
+    present = (index >= 0)[:, None]
+    return torch.cat(
+        [torch.where(present, gates.to(dtype), 0), torch.where(present, -components.to(dtype), 0)], -1
+    )
+
+
+def _edited_rows(index: Tensor) -> Tensor:
+    return (index >= 0).any(-1)[:, None, None]
+
+
+def rank_one_backward(
+    gradient: Tensor,
+    gates: Tensor,
+    components: Tensor,
+    index: Tensor,
+    outputs: Tensor,
+    targets: Tensor,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """One gradient per argument from gates on, None where `needs` is False. That of base is `gradient` itself."""
+    dtype = wide(gradient, gates, outputs)
+    gradient = torch.where(_edited_rows(index), gradient.to(dtype), 0)
+    present = (index >= 0)[:, None]
+    by_gates = by_components = by_outputs = by_targets = None
+    if needs[0]:
+        by_gates = (gradient @ look_up(outputs, index, dtype).mT).to(gates.dtype)
+    if needs[1]:
+        by_components = -(gradient @ look_up(targets, index, dtype).mT).to(components.dtype)
+    if needs[3]:
+        used = torch.where(present, gates.to(dtype), 0)
+        by_outputs = look_up_backward(used.mT @ gradient, outputs, index)
+    if needs[4]:
+        used = torch.where(present, components.to(dtype), 0)
+        by_targets = look_up_backward(-used.mT @ gradient, targets, index)
+    return by_gates, by_components, None, by_outputs, by_targets

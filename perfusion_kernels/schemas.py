@@ -1,0 +1,26 @@
+"""The schema of every operator, once.
+
+An operator is registered as one overload per backend, `perfusion_kernels::<operator>.<backend>`, and
+every overload has the schema written here. An optional tensor is an edit that is not asked for.
+"""
+
+SCHEMAS = {
+    "concept_gates": (
+        "(Tensor encodings, Tensor targets, Tensor metric_targets, Tensor index, Tensor bias,"
+        " Tensor temperature) -> (Tensor gates, Tensor components)"
+    ),
+    "edited_projection": (
+        "(Tensor encodings, Tensor weight, Tensor gates, Tensor components, Tensor index,"
+        " Tensor outputs, Tensor projected_targets) -> Tensor"
+    ),
+    "edited_attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor? gates, Tensor? components, Tensor? index,"
+        " Tensor? key_outputs, Tensor? key_targets, Tensor? value_outputs, Tensor? value_targets,"
+        " float scale) -> Tensor"
+    ),
+    "fused_edited_attention": (
+        "(Tensor query, Tensor encodings, Tensor key_weight, Tensor value_weight, Tensor gates,"
+        " Tensor components, Tensor index, Tensor key_outputs, Tensor key_targets,"
+        " Tensor value_outputs, Tensor value_targets, float scale) -> Tensor"
+    ),
+}

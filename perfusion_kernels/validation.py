@@ -1,0 +1,137 @@
+"""Checks that must look at values. They synchronise with the device, so no operator makes them.
+
+The public functions make them when `validate` is True, or None and every tensor is an ordinary one in
+host memory, outside `torch.compile`. On another device call `validate_concepts` once, where a wait is cheap.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+MAX_CONDITION = 1e3
+"""Largest accepted condition number of a row's Gram matrix (docs: kernels design, section 5)."""
+
+
+def wanted(operator: str, validate: bool | None, *tensors: Tensor | None) -> bool:
+    """Whether this call checks values."""
+    if validate is None:
+        return not torch.compiler.is_compiling() and all(_is_plain(tensor) for tensor in tensors if tensor is not None)
+    if validate and torch.compiler.is_compiling():
+        raise ValueError(
+            f"{operator}: validate=True looks at values, which torch.compile cannot; call validate_concepts before"
+        )
+    return validate
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, Parameter)
+        and tensor.device.type == "cpu"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def validate_concepts(
+    targets: Tensor,
+    metric_targets: Tensor,
+    index: Tensor,
+    *,
+    encodings: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: Tensor | None = None,
+    names: Sequence[str] | None = None,
+    max_condition: float = MAX_CONDITION,
+    operator: str = "validate_concepts",
+) -> None:
+    """Refuses values from which gates and components cannot be computed. Waits for the device.
+
+    targets, metric_targets [S, D], index [B, J], encodings [B, T, D], bias and temperature [B, J]: as for
+        `concept_gates`.
+    names: S names for the refusals; without them concepts are named by slot.
+    max_condition: largest accepted condition number of a row's Gram matrix.
+
+    Raises ValueError, naming `operator`, the argument, the rule and what came, when an index is out of
+    range; when a value that is used is not finite; when a temperature or the energy i*·C⁻¹i* of a
+    concept is not positive; when the concepts of one row are so nearly dependent that the components
+    would be noise (DESIGN.md, kernels).
+    """
+    validate_index(operator, index, targets.shape[0])
+    present = index >= 0
+    if encodings is not None:
+        _require_finite(operator, "encodings", encodings)
+    for name, values in (("bias", bias), ("temperature", temperature)):
+        if values is not None:
+            _require_finite(operator, name, values[present])
+    if temperature is not None and (wrong := present & (temperature <= 0)).any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{operator}: temperature must be positive; got {temperature[row, column].item():g} at row {row}, place {column}"
+        )
+
+    def name_of(slot: int) -> str:
+        return f"slot {slot}" if names is None else repr(names[slot])
+
+    slots = index[present].unique().tolist()
+    energies = (targets[slots].double() * metric_targets[slots].double()).sum(-1)
+    for argument, table in (("targets", targets), ("metric_targets", metric_targets)):
+        finite = table[slots].isfinite().all(-1).tolist()
+        for slot, good in zip(slots, finite):
+            if not good:
+                raise ValueError(f"{operator}: {argument} must be finite; got another value in {name_of(slot)}")
+    for slot, energy in zip(slots, energies.tolist()):
+        if not energy > 0:
+            raise ValueError(
+                f"{operator}: the energy targets · metric_targets must be positive; got {energy:g} in {name_of(slot)}"
+                " (an empty slot, or metric_targets that are not targets @ C⁻¹)"
+            )
+    for row, members in enumerate(index.tolist()):
+        members = [slot for slot in members if slot >= 0]
+        dependent = dependent_concepts(targets[members], metric_targets[members], max_condition)
+        if dependent:
+            raise ValueError(
+                f"{operator}: the concepts of one row must be independent; in row {row}"
+                f" {', '.join(name_of(members[i]) for i in dependent)} are copies of each other or nearly so"
+                f" (Gram condition above {max_condition:g})"
+            )
+
+
+def validate_edit(operator: str, index: Tensor, slots: int, gates: Tensor, components: Tensor) -> None:
+    """Refuses an index out of range, and gates or components that are used but not finite."""
+    validate_index(operator, index, slots)
+    present = index >= 0
+    for name, values in (("gates", gates), ("components", components)):
+        if not torch.where(present[:, None], values, 0).isfinite().all():
+            raise ValueError(f"{operator}: {name} must be finite where index names a concept")
+
+
+def validate_index(operator: str, index: Tensor, slots: int) -> None:
+    if index.numel() and not (-1 <= index.min() and index.max() < slots):
+        raise ValueError(
+            f"{operator}: index must lie in -1 … {slots - 1} (S = {slots});"
+            f" got values from {index.min().item()} to {index.max().item()}"
+        )
+
+
+def _require_finite(operator: str, name: str, tensor: Tensor) -> None:
+    if not tensor.isfinite().all():
+        raise ValueError(f"{operator}: {name} must be finite; got {int((~tensor.isfinite()).sum())} other values")
+
+
+def dependent_concepts(targets: Tensor, metric_targets: Tensor, max_condition: float = MAX_CONDITION) -> list[int]:
+    """Which rows of targets [J, D] make the Gram matrix of all nearly singular; none if it is not.
+
+    The Gram matrix is normalised, so that only angles in the metric C⁻¹ count, neither the lengths of
+    the targets nor any scale of the rows of metric_targets.
+    """
+    if targets.shape[0] < 2:
+        return []
+    ratios = metric_targets.double() @ targets.double().T
+    ratios = ratios / ratios.diagonal()[:, None]  # c_j(i*_k); its product with its transpose is cos²
+    cosines = ratios.sign() * (ratios * ratios.T).clamp(min=0).sqrt()
+    values, vectors = torch.linalg.eigh((cosines + cosines.T) / 2)
+    if values[0] * max_condition >= values[-1]:
+        return []
+    share = vectors[:, 0].abs()
+    return (share > 0.1 * share.max()).nonzero().flatten().tolist()

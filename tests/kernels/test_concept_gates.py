@@ -1,0 +1,107 @@
+"""`concept_gates`: its refusals, and what it does when nobody checked."""
+
+import re
+
+import pytest
+import torch
+
+from perfusion_kernels import concept_gates, validate_concepts
+
+from . import cases
+
+
+@pytest.fixture
+def arguments():
+    return cases.make(B=4, J=2, S=5).arguments("concept_gates")
+
+
+def refused(arguments, message, **changes):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        concept_gates(**{**arguments, **changes})
+
+
+def changed(tensor, where, value):
+    tensor = tensor.clone()
+    tensor[where] = value
+    return tensor
+
+
+def test_refusals_of_values(arguments):
+    used = arguments["index"][1].tolist()
+    refused(
+        arguments,
+        "concept_gates: temperature must be positive; got -0.1 at row 1, place 1",
+        temperature=changed(arguments["temperature"], (1, 1), -0.1),
+    )
+    refused(arguments, "concept_gates: bias must be finite", bias=changed(arguments["bias"], (1, 1), torch.inf))
+    refused(arguments, "concept_gates: encodings must be finite", encodings=changed(arguments["encodings"], 0, torch.nan))
+    for table in ("targets", "metric_targets"):
+        refused(
+            arguments,
+            f"concept_gates: {table} must be finite; got another value in slot {used[0]}",
+            **{table: changed(arguments[table], used[0], torch.nan)},
+        )
+    refused(
+        arguments,
+        f"concept_gates: the energy targets · metric_targets must be positive; got 0 in slot {used[0]}",
+        metric_targets=changed(arguments["metric_targets"], used[0], 0.0),
+    )
+
+
+def test_dependent_concepts_are_named(arguments):
+    message = "the concepts of one row must be independent; in row 1 slot 2, slot 2 are copies"
+    refused(arguments, message, index=changed(arguments["index"], 1, 2))
+    nearly = arguments["targets"].clone()
+    nearly[3] = nearly[2] * 1.0001
+    metric_targets = changed(arguments["metric_targets"], 3, arguments["metric_targets"][2])
+    with pytest.raises(ValueError, match="here: .*; in row 1 'cat', 'dog' are copies of each other"):
+        validate_concepts(
+            nearly, metric_targets, torch.tensor([[-1, 1], [2, 3]]), names=["", "bird", "cat", "dog", ""], operator="here"
+        )
+
+
+def test_a_bystander_is_not_named():
+    """Of three concepts two are nearly the same; the third is not their fault."""
+    case = cases.make(J=3, dtype=torch.float64)
+    targets, metric_targets = case.targets.clone(), case.metric_targets.clone()
+    targets[3], metric_targets[3] = targets[1] + 1e-4 * targets[2], metric_targets[1] + 1e-4 * metric_targets[2]
+    with pytest.raises(ValueError, match="slot 1, slot 3 are copies"):
+        validate_concepts(targets, metric_targets, torch.tensor([[1, 4, 3]]))
+
+
+def test_close_but_distinct_concepts_are_accepted():
+    """Cosine 0.99 in the metric is legitimate, and float32 still solves it to 1e-4."""
+    C = cases.covariance(48)
+    L = torch.linalg.cholesky(C)
+    x, y = torch.eye(48, dtype=torch.float64)[:2] @ L.T
+    A = torch.stack([x, 0.99 * x + (1 - 0.99**2) ** 0.5 * y])
+    M = torch.linalg.solve(C, A.T).T
+    e = torch.randn(1, 77, 48, dtype=torch.float64) @ L.T
+    rest = torch.tensor([[0, 1]], dtype=torch.int32), torch.full((1, 2), 0.6), torch.full((1, 2), 0.15)
+    exact = concept_gates(e, A, M, *rest)[1]
+    single = concept_gates(e.float(), A.float(), M.float(), *rest)[1]
+    assert (single - exact).abs().max() / exact.abs().max() < 1e-4
+
+
+def test_unused_places_are_not_checked(arguments):
+    """The case factory put NaN there: bias, temperature and slot 0."""
+    assert all(torch.isfinite(result).all() for result in concept_gates(**arguments, validate=True))
+
+
+def test_unchecked_nonsense_stays_in_its_row(arguments):
+    """Dependent concepts give values that are not finite, in the row that has them and nowhere else."""
+    expected = concept_gates(**arguments)
+    nonsense = {**arguments, "index": changed(arguments["index"], 1, 2)}
+    gates, components = concept_gates(**nonsense, validate=False)
+    assert not torch.isfinite(components[1]).all()
+    for row in (0, 2, 3):
+        torch.testing.assert_close(gates[row], expected[0][row], rtol=0, atol=0)
+        torch.testing.assert_close(components[row], expected[1][row], rtol=0, atol=0)
+
+
+def test_result_dtype():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert {x.dtype for x in concept_gates(**cases.make(dtype=dtype).arguments("concept_gates"))} == {torch.float32}
+    arguments = cases.make(dtype=torch.float16).arguments("concept_gates")
+    wide = {name: arguments[name].double() for name in ("targets", "metric_targets")}
+    assert {x.dtype for x in concept_gates(**{**arguments, **wide})} == {torch.float64}

@@ -1,0 +1,61 @@
+"""`edited_projection`: rows without a concept, and slots seen through the index."""
+
+import pytest
+import torch
+
+from perfusion_kernels import edited_projection
+
+from . import cases
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("J", (0, 1, 4))
+def test_rows_without_a_concept_are_the_linear_layer(dtype, J):
+    """Bit for bit, signs of zeros included, in a batch where other rows have concepts."""
+    arguments = cases.make(B=6, J=J, dtype=dtype).arguments("edited_projection")
+    arguments["weight"][0] = -0.0  # a column of the unedited result is -0.0 or 0.0
+    result = edited_projection(**arguments)
+    linear = torch.nn.functional.linear(arguments["encodings"], arguments["weight"])
+    none = (arguments["index"] < 0).all(-1)
+    assert none.any() and (J == 0 or not none.all())
+    assert torch.equal(bits(result[none]), bits(linear[none]))
+    assert not any(torch.equal(result[row], linear[row]) for row in range(6) if not none[row])
+
+
+def bits(tensor):
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def test_slots_may_be_anywhere_in_the_bank():
+    """Moving concepts to other slots and renaming them in the index changes nothing."""
+    arguments = cases.make(S=6).arguments("edited_projection")
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    place = torch.argsort(order)
+    moved = {
+        **arguments,
+        "index": torch.where(arguments["index"] < 0, -1, place[arguments["index"].clamp(min=0).long()]).int(),
+        "outputs": arguments["outputs"][order],
+        "projected_targets": arguments["projected_targets"][order],
+    }
+    assert torch.equal(edited_projection(**moved), edited_projection(**arguments))
+
+
+def test_gradient_of_a_shared_slot_is_the_sum_over_rows():
+    arguments = cases.make(B=4, J=1, dtype=torch.float64).arguments("edited_projection")
+    arguments["index"] = torch.tensor([[1], [1], [-1], [2]], dtype=torch.int32)
+    arguments["gates"] = torch.rand_like(arguments["gates"])
+    arguments["components"] = torch.rand_like(arguments["components"])
+    arguments["outputs"] = arguments["outputs"].requires_grad_()
+    edited_projection(**arguments).sum().backward()
+    gradient = arguments["outputs"].grad[:, 0]
+    sums = arguments["gates"][..., 0].sum(-1)
+    torch.testing.assert_close(gradient[:3], torch.stack([torch.zeros(()).double(), sums[0] + sums[1], sums[3]]))
+
+
+def test_values_that_are_not_finite_are_refused_where_used():
+    arguments = cases.make().arguments("edited_projection")  # NaN in unused places already
+    for name in ("gates", "components"):
+        wrong = arguments[name].clone()
+        wrong[1, 0, 0] = torch.inf
+        with pytest.raises(ValueError, match=f"edited_projection: {name} must be finite where index names a concept"):
+            edited_projection(**{**arguments, name: wrong})

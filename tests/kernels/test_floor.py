@@ -1,0 +1,330 @@
+"""What every operator must do on every backend that runs here."""
+
+import re
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import perfusion_kernels
+from perfusion_kernels.schemas import SCHEMAS
+
+from . import cases, plain
+from .tolerance import assert_no_worse
+
+OPERATORS = list(cases.PUBLIC)
+each_operator = pytest.mark.parametrize("operator", OPERATORS)
+each_run = pytest.mark.parametrize("backend, device", cases.runs())
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DIFFERENTIABLE = {
+    "concept_gates": ("encodings", "targets", "metric_targets", "bias", "temperature"),
+    "edited_projection": ("encodings", "weight", "gates", "components", "outputs", "projected_targets"),
+    "edited_attention": (
+        "query", "key", "value", "gates", "components", "key_outputs", "key_targets", "value_outputs", "value_targets"
+    ),
+    "fused_edited_attention": (
+        "query", "encodings", "key_weight", "value_weight", "gates", "components",
+        "key_outputs", "key_targets", "value_outputs", "value_targets",
+    ),
+}  # fmt: skip
+
+
+def as_tuple(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def call(operator, arguments, **options):
+    if "attention" in operator:
+        options["scale"] = 0.3
+    return as_tuple(cases.PUBLIC[operator](**arguments, **options))
+
+
+def written_plainly(operator, arguments):
+    return as_tuple(getattr(plain, operator)(*cases.positional(operator, arguments)))
+
+
+def compare_with_plain(operator, case, backend, dtype=None):
+    """The public function against the plain formula of the same dtype, both against float64."""
+    actual = call(operator, case.arguments(operator), backend=backend)
+    same = written_plainly(operator, case.arguments(operator))
+    exact = written_plainly(operator, case.double().arguments(operator))
+    for mine, naive, truth in zip(actual, same, exact):
+        if mine.numel():
+            assert_no_worse(mine, naive, truth, case.index, dtype=dtype)
+
+
+@each_operator
+@each_run
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_in_every_dtype(operator, backend, device, dtype):
+    compare_with_plain(operator, cases.make(J=3, dtype=dtype, device=device), backend)
+
+
+@each_operator
+@each_run
+@pytest.mark.parametrize("J", range(9))
+def test_any_number_of_concepts(operator, backend, device, J):
+    compare_with_plain(operator, cases.make(J=J, device=device, seed=J), backend)
+
+
+@each_operator
+@each_run
+@pytest.mark.parametrize("T", (1, 16, 77, 80, 154, 231))
+def test_context_lengths(operator, backend, device, T):
+    compare_with_plain(operator, cases.make(T=T, device=device, seed=T), backend)
+
+
+@each_operator
+@each_run
+@pytest.mark.parametrize(
+    "sizes", [dict(B=1, D=1, J=1, H=1, d=1, N=1), dict(B=5, D=33, J=3, H=5, d=7, N=1), dict(B=2, D=7, H=2, d=40, N=65)]
+)
+def test_odd_sizes(operator, backend, device, sizes):
+    compare_with_plain(operator, cases.make(T=5, device=device, **sizes), backend)
+
+
+@each_operator
+@each_run
+def test_empty_batch(operator, backend, device):
+    case = cases.make(device=device)
+    arguments = {
+        name: tensor[:0] if name in ("encodings", "index", "bias", "temperature", "gates", "components", "query", "key", "value") else tensor
+        for name, tensor in case.arguments(operator).items()
+    }
+    for result in call(operator, arguments, backend=backend):
+        assert result.shape[0] == 0
+
+
+@each_operator
+@each_run
+def test_views_of_poisoned_memory(operator, backend, device):
+    case = cases.make(device=device, views=True)
+    assert not case.query.is_contiguous() and torch.isnan(case.targets[0]).all()
+    arguments = case.arguments(operator)
+    dense = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in arguments.items()}
+    for view, copy in zip(call(operator, arguments, backend=backend), call(operator, dense, backend=backend)):
+        assert view.is_contiguous() and torch.isfinite(view).all()
+        torch.testing.assert_close(view, copy)
+
+
+@each_operator
+@each_run
+def test_inputs_are_left_alone(operator, backend, device):
+    arguments = cases.make(device=device).arguments(operator)
+    before = {name: tensor.clone() for name, tensor in arguments.items()}
+    call(operator, arguments, backend=backend)
+    for name, tensor in arguments.items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name
+
+
+def leaves(operator, case):
+    arguments = case.arguments(operator)
+    for name in DIFFERENTIABLE[operator]:
+        arguments[name] = arguments[name].detach().clone().requires_grad_()
+    return arguments
+
+
+@each_operator
+@each_run
+@pytest.mark.parametrize("J", (0, 1, 3))
+def test_gradients_in_float64(operator, backend, device, J):
+    case = cases.make(B=2 if J == 1 else 4, T=3, D=4, J=J, H=2, d=2, N=2, dtype=torch.float64, device=device)
+    arguments = leaves(operator, case)
+    names = [name for name in DIFFERENTIABLE[operator] if arguments[name].numel()]
+
+    def function(*tensors):
+        return call(operator, {**arguments, **dict(zip(names, tensors))}, backend=backend, validate=False)
+
+    assert torch.autograd.gradcheck(function, tuple(arguments[name] for name in names), fast_mode=J != 1)
+
+
+@each_operator
+@each_run
+def test_second_gradients_in_float64(operator, backend, device):
+    arguments = leaves(operator, cases.make(T=3, D=4, J=2, H=1, d=2, N=2, dtype=torch.float64, device=device))
+    names = DIFFERENTIABLE[operator]
+
+    def function(*tensors):
+        return call(operator, {**arguments, **dict(zip(names, tensors))}, backend=backend, validate=False)
+
+    assert torch.autograd.gradgradcheck(function, tuple(arguments[name] for name in names), fast_mode=True)
+
+
+@each_operator
+@each_run
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_gradients_have_their_argument_dtype_and_skip_what_is_not_asked(operator, backend, device, dtype):
+    arguments = leaves(operator, cases.make(dtype=dtype, device=device))
+    frozen = DIFFERENTIABLE[operator][-1]
+    arguments[frozen].requires_grad_(False)
+    sum(result.float().sum() for result in call(operator, arguments, backend=backend)).backward()
+    for name in DIFFERENTIABLE[operator]:
+        gradient = arguments[name].grad
+        if name == frozen:
+            assert gradient is None
+        else:
+            assert gradient.dtype == arguments[name].dtype and torch.isfinite(gradient).all(), name
+    for name in ("targets", "outputs", "value_outputs"):  # a slot that no row uses
+        if name in arguments and arguments[name].grad is not None:
+            assert not arguments[name].grad[0].any()
+
+
+@each_operator
+@each_run
+def test_opcheck(operator, backend, device):
+    arguments = cases.positional(operator, leaves(operator, cases.make(T=4, D=5, J=2, H=2, d=4, N=3, device=device)))
+    outcome = torch.library.opcheck(cases.overload_of(operator, backend), arguments)
+    assert set(outcome) == {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"}
+    assert set(outcome.values()) == {"SUCCESS"}
+
+
+@each_operator
+def test_looks_at_no_value(operator):
+    """On the meta device there is none: a formula that reads one, or allocates by one, fails."""
+    arguments = {name: tensor.to("meta") for name, tensor in cases.make().arguments(operator).items()}
+    module = getattr(__import__(f"perfusion_kernels.reference.{operator}", fromlist=[operator]), operator)
+    real = call(operator, cases.make().arguments(operator))
+    for meta, result in zip(as_tuple(module(*cases.positional(operator, arguments))), real):
+        assert (meta.shape, meta.dtype, meta.stride()) == (result.shape, result.dtype, result.stride())
+
+
+@each_operator
+@each_run
+def test_compiles_to_one_graph_and_stays_compiled(operator, backend, device):
+    """New values in every argument, index, bias and temperature included, retrace nothing."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend=counter, dynamic=False)
+    def compiled(arguments):
+        return call(operator, arguments)
+
+    with perfusion_kernels.use_backend(backend):
+        for seed in range(3):
+            case = cases.make(device=device, seed=seed)
+            index = case.index.roll(seed, 0)  # other rows without a concept, other slots
+            case = case.map(lambda name, x: index if name == "index" else x.nan_to_num(0.5) if x.is_floating_point() else x)
+            arguments = case.arguments(operator)
+            for mine, eager in zip(compiled(arguments), call(operator, arguments)):
+                torch.testing.assert_close(mine, eager)
+    assert counter.frame_count == 1 and counter.op_count >= 1
+
+
+@each_operator
+@each_run
+def test_compiles_with_gradients(operator, backend, device):
+    torch._dynamo.reset()
+    arguments, twin = (leaves(operator, cases.make(device=device)) for _ in range(2))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(arguments):
+        return call(operator, arguments, backend=backend)
+
+    for function, tensors in ((compiled, arguments), (lambda x: call(operator, x, backend=backend), twin)):
+        sum(result.square().sum() for result in function(tensors)).backward()
+    for name in DIFFERENTIABLE[operator]:
+        torch.testing.assert_close(arguments[name].grad, twin[name].grad)
+
+
+@each_run
+def test_compiles_with_inductor(backend, device):
+    torch._dynamo.reset()
+    case = cases.make(device=device)
+
+    @torch.compile(fullgraph=True)
+    def block(query, edit, arguments):
+        gates, components = perfusion_kernels.concept_gates(**arguments, backend=backend)
+        edit = {**edit, "gates": gates, "components": components}
+        return 2 * perfusion_kernels.fused_edited_attention(query.relu(), **edit, backend=backend)
+
+    edit = case.arguments("fused_edited_attention")
+    query = edit.pop("query")
+    expected = 2 * perfusion_kernels.fused_edited_attention(query.relu(), **edit, backend=backend)
+    torch.testing.assert_close(block(query, edit, case.arguments("concept_gates")), expected)
+
+
+@each_operator
+@each_run
+def test_autocast(operator, backend, device):
+    """Gates stay as they are without autocast; the others compute as if their inputs had its dtype."""
+    case = cases.make(device=device)
+    with torch.autocast(device, torch.bfloat16):
+        actual = call(operator, case.arguments(operator), backend=backend)
+    if operator == "concept_gates":
+        expected = call(operator, case.arguments(operator), backend=backend)
+    else:
+        cast = cases.overload_of(operator, backend)
+        names = ("encodings", "weight", "query", "key", "value", "key_weight", "value_weight")
+        halves = {
+            name: tensor.bfloat16() if name in names else tensor for name, tensor in case.arguments(operator).items()
+        }
+        expected = as_tuple(cast(*cases.positional(operator, halves)))
+    for mine, other in zip(actual, expected):
+        assert mine.dtype == other.dtype and torch.equal(mine, other)
+
+
+@each_operator
+@each_run
+def test_autocast_backward_and_compile(operator, backend, device):
+    torch._dynamo.reset()
+    arguments = leaves(operator, cases.make(device=device))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(arguments):
+        return call(operator, arguments, backend=backend)
+
+    with torch.autocast(device, torch.bfloat16):
+        results = call(operator, arguments, backend=backend)
+        for mine, other in zip(compiled(arguments), results):
+            torch.testing.assert_close(mine, other)
+        sum(result.float().sum() for result in results).backward()
+    for name in DIFFERENTIABLE[operator]:
+        assert arguments[name].grad.dtype == torch.float32, name
+
+
+@each_operator
+def test_vmap_is_refused_by_name(operator):
+    arguments = cases.make().arguments(operator)
+    first = next(iter(arguments))
+    with pytest.raises(NotImplementedError, match=f"{operator}: torch.vmap"):
+        torch.vmap(lambda x: call(operator, {**arguments, first: x}))(arguments[first][None])
+
+
+@each_operator
+@pytest.mark.parametrize("validate", (None, False))
+def test_shapes_are_always_checked(operator, validate):
+    """Every argument in turn gets one dimension too many, one column too many, a wrong dtype, a wrong kind."""
+    arguments = cases.make().arguments(operator)
+    for name, tensor in arguments.items():
+        for wrong, error in (
+            (tensor[None], ValueError),
+            (tensor.to(torch.int16), TypeError),
+            (tensor.to("meta"), ValueError),
+            ([1.0], TypeError),
+        ):
+            if name == next(iter(arguments)) and error is ValueError and wrong.is_meta:
+                continue  # the first argument sets the device
+            with pytest.raises(error, match=rf"^{operator}: {name} must .*; got "):
+                call(operator, {**arguments, name: wrong}, validate=validate)
+
+
+@each_operator
+def test_an_index_out_of_range_is_refused(operator):
+    arguments = cases.make(J=2, S=5).arguments(operator)
+    for value in (5, -2):
+        arguments["index"] = torch.full_like(arguments["index"], value)
+        with pytest.raises(ValueError, match=re.escape(f"{operator}: index must lie in -1 … 4 (S = 5); got values from {value}")):
+            call(operator, arguments)
+
+
+@each_operator
+def test_validate_true_cannot_be_compiled(operator):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda arguments: call(operator, arguments, validate=True), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="validate=True looks at values"):
+        compiled(cases.make().arguments(operator))
+
+
+def test_every_schema_has_a_public_function():
+    assert set(SCHEMAS) == set(OPERATORS) <= set(perfusion_kernels.__all__)
+    assert set(DIFFERENTIABLE) == set(OPERATORS)
