@@ -37,7 +37,15 @@ from perfusion.base import fingerprints_match, text_encoder_fingerprint, text_en
 from perfusion.captions import EVERYDAY_COUNT, everyday_captions, everyday_source, read_captions
 from perfusion_kernels.metric import MetricSolver, condition_number, shrink
 
-__all__ = ["MAX_CONDITION", "Covariance", "CovarianceError", "cache_folder", "compute_covariance", "get_covariance"]
+__all__ = [
+    "MAX_CONDITION",
+    "Covariance",
+    "CovarianceError",
+    "cache_folder",
+    "compute_covariance",
+    "get_covariance",
+    "real_encodings",
+]
 
 # Above this, rounding an encoding to half precision moves gates by more than a percent: docs/covariance.md, section 3.
 MAX_CONDITION = 1e6
@@ -187,23 +195,17 @@ def compute_covariance(
         raise ValueError(f"compute_covariance: batch_size must be at least 1, not {batch_size}")
     if not 1 < max_condition <= 1e12:
         raise ValueError(f"compute_covariance: max_condition must be above 1 and at most 1e12, not {max_condition:g}")
-    encoders, device = text_encoders(pipe), pipe._execution_device
+    encoders = [encoder for _, encoder in text_encoders(pipe)]
     digest, count, tokens, moment = hashlib.sha256(), 0, 0, None
     total = len(captions) if hasattr(captions, "__len__") else None
     bar = tqdm(total=total, unit="caption", desc="covariance", disable=not progress)
-    with bar, _eval_mode(encoder for _, encoder in encoders), _no_truncation_warnings(pipe):
+    with bar, _eval_mode(encoders):
         for batch in _batches(captions, batch_size):
             digest.update("".join(caption + "\n" for caption in batch).encode())
-            embeds = pipe.encode_prompt(
-                prompt=batch, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )[0]
-            real = _real_tokens([tokenizer for tokenizer, _ in encoders], batch)
-            if real.shape != embeds.shape[:2]:
-                raise CovarianceError(f"{type(pipe).__name__} made {list(embeds.shape)} of {list(real.shape)} tokens")
-            rows = embeds[real.to(embeds.device)]
-            rows = (rows.cpu() if rows.device.type == "mps" else rows).to(torch.float64)
+            rows = real_encodings(pipe, batch)
             if not rows.isfinite().all():
-                raise CovarianceError(f"the text encoder's output is not finite for one of {batch[:3]}… ({embeds.dtype})")
+                raise CovarianceError(f"the text encoder's output is not finite for one of {batch[:3]}… ({rows.dtype})")
+            rows = (rows.cpu() if rows.device.type == "mps" else rows).to(torch.float64)
             if moment is None:
                 moment = rows.new_zeros(rows.shape[1], rows.shape[1])
             moment.addmm_(rows.T, rows)
@@ -240,6 +242,18 @@ def _batches(captions: Iterable[str], size: int) -> Iterator[list[str]]:
     captions = iter(captions)
     while batch := list(itertools.islice(captions, size)):
         yield batch
+
+
+def real_encodings(pipe, captions: list[str]) -> Tensor:
+    """[tokens, D]: the encodings of all real tokens of one batch of captions, on the pipeline's device, in its precision."""
+    with _no_truncation_warnings(pipe):
+        embeds = pipe.encode_prompt(
+            prompt=captions, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )[0]
+    real = _real_tokens([tokenizer for tokenizer, _ in text_encoders(pipe)], captions)
+    if real.shape != embeds.shape[:2]:
+        raise CovarianceError(f"{type(pipe).__name__} made {list(embeds.shape)} of {list(real.shape)} tokens")
+    return embeds[real.to(embeds.device)]
 
 
 def _real_tokens(tokenizers: list, captions: list[str]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import warnings
 from pathlib import Path
@@ -387,3 +388,66 @@ def test_where_the_cache_is(monkeypatch):
     assert cache_folder() == Path("/caches/perfusion/covariance")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache/perfusion/covariance"
+
+
+# ---- the command --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Runs `perfusion covariance` on a tiny pipeline: (arguments) -> typer's result."""
+    import sys
+    import types
+
+    import typer
+    from typer.testing import CliRunner
+
+    from perfusion.cli.covariance import covariance
+
+    def load_pipeline(model, **_):
+        if model == "nowhere":
+            raise FileNotFoundError(f"no such model: {model}")
+        pipe = tiny_sd() if model == "young" else trained_sd()
+        if model == "headless":
+            pipe.text_encoder = None
+        return pipe
+
+    monkeypatch.setitem(sys.modules, "perfusion.models", types.SimpleNamespace(load_pipeline=load_pipeline))
+    app = typer.Typer()
+    app.command()(covariance)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_command(command, tmp_path):
+    result = command("--model", "trained", "--count", 200, "--output", tmp_path / "c.safetensors")
+    assert result.exit_code == 0, result.output
+    written = Covariance.load(tmp_path / "c.safetensors")
+    assert f"{written.fingerprint}, 16 x 16, of trained" in result.stdout and str(written.path) in result.stdout
+    assert "200 (" in result.stdout and "everyday-200-seed0" in result.stdout and "shrinkage    none" in result.stdout
+    command("--count", 200, "--output", tmp_path)
+    assert Covariance.load(tmp_path / "covariance.safetensors").fingerprint == written.fingerprint
+
+
+def test_command_json_and_shrinkage(command):
+    result = command("--model", "young", "--count", 200, "--json")
+    facts = json.loads(result.stdout)
+    assert 0 < facts["shrinkage"] < 1e-4 and facts["condition"] == pytest.approx(1e6, rel=1e-3)
+    assert Covariance.load(facts["file"]).fingerprint == facts["fingerprint"]
+    assert "warning: the covariance of everyday-200-seed0 has condition number" in result.stderr
+    facts = json.loads(command("--model", "young", "--count", 200, "--max-condition", 1e5, "--json").stdout)
+    assert facts["condition"] == pytest.approx(1e5, rel=1e-3) and facts["max_condition"] == 1e5
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["--model", "nowhere"], 2, "error: no such model: nowhere"),
+        (["--captions", "nowhere.txt"], 2, "error: read_captions: no such file: nowhere.txt"),
+        (["--max-condition", "0.5"], 2, "max_condition must be above 1"),
+        (["--count", "0"], 2, "--count"),
+        (["--model", "headless"], 3, "has no text encoder"),
+    ],
+)
+def test_command_refuses(command, arguments, code, message):
+    result = command(*arguments)
+    assert result.exit_code == code and message in result.stderr
