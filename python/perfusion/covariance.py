@@ -100,7 +100,7 @@ class Covariance:
 
         Raises ValueError for another width than D.
         """
-        return self._solver(targets).to(targets.device)
+        return self._solver(targets.cpu()).to(targets.device)
 
     def save(self, path: str | Path) -> Covariance:
         """Write one safetensors file, in full or not at all. Returns this covariance with `path` set."""
@@ -195,7 +195,10 @@ def compute_covariance(
         raise ValueError(f"compute_covariance: batch_size must be at least 1, not {batch_size}")
     if not 1 < max_condition <= 1e12:
         raise ValueError(f"compute_covariance: max_condition must be above 1 and at most 1e12, not {max_condition:g}")
+    if isinstance(captions, str):
+        raise ValueError("compute_covariance: captions must be several strings, not one; read_captions opens a file")
     encoders = [encoder for _, encoder in text_encoders(pipe)]
+    fingerprint = text_encoder_fingerprint(pipe)  # first of all: it refuses offloaded weights
     digest, count, tokens, moment = hashlib.sha256(), 0, 0, None
     total = len(captions) if hasattr(captions, "__len__") else None
     bar = tqdm(total=total, unit="caption", desc="covariance", disable=not progress)
@@ -222,7 +225,7 @@ def compute_covariance(
         captions=count,
         tokens=tokens,
         source=source or f"captions-{digest.hexdigest()[:16]}",
-        text_encoder=text_encoder_fingerprint(pipe),
+        text_encoder=fingerprint,
         condition_before=before,
         condition=condition_number(shrunk) if weight else before,
         shrinkage=weight,

@@ -147,6 +147,8 @@ def test_not_finite_encodings_are_refused(captions):
 def test_bad_arguments_are_refused(sd, captions):
     with pytest.raises(ValueError, match="no captions"):
         compute(sd, [])
+    with pytest.raises(ValueError, match="must be several strings, not one"):
+        compute(sd, "a cat")
     with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         compute(sd, captions, batch_size=0)
     with pytest.raises(ValueError, match="max_condition must be above 1 and at most 1e12, not 1e\\+13"):
