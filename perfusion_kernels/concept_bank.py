@@ -9,6 +9,17 @@ from torch import Tensor
 from .arguments import FLOATING, WIDE
 from .validation import MAX_CONDITION, dependent_concepts
 
+ROWS = {  # table: the argument of `add` that is one row of it
+    "targets": "target",
+    "metric_targets": "metric_target",
+    "superclasses": "superclass",
+    "value_outputs": "value_output",
+    "value_targets": "value_target",
+    "key_outputs": "key_output",
+    "key_targets": "key_target",
+}
+OPTIONAL = ("value_target", "key_target")
+
 
 class ConceptBank:
     """Up to `capacity` = S concepts in tables that are allocated once and written in place.
@@ -102,29 +113,31 @@ class ConceptBank:
         metric_target: Tensor,
         superclass: Tensor,
         value_output: Tensor,
-        value_target: Tensor,
+        value_target: Tensor | None = None,
         key_output: Tensor | None = None,
         key_target: Tensor | None = None,
     ) -> int:
         """Writes one concept into the lowest free slot and returns the slot.
 
-        Each tensor is one row of the table of that name, of any floating dtype and device; the key rows
-        are required exactly if the bank has key tables. Raises ValueError, and changes nothing, when the
-        bank is full, the name is taken, a width is wrong, a value is not finite in the table's dtype, or
-        the energy i*·C⁻¹i* is not positive.
+        Each tensor is one row of the table of that name, of any floating dtype and device; key rows belong
+        to a bank with key tables only. A caller that edits encodings, e - Aᵀa, and so never reads W i*, may
+        leave out value_target and key_target: their rows are then NaN, which shows if they are read after all.
+
+        Raises ValueError, and changes nothing, when the bank is full, the name is taken, a row is missing,
+        a width is wrong, a value is not finite in the table's dtype, or the energy i*·C⁻¹i* is not positive.
         """
         if not self._free:
-            raise ValueError(f"ConceptBank: all {self.capacity} slots are in use; remove a concept or make a larger bank")
+            raise ValueError(f"ConceptBank: all {self.capacity} slots are in use; remove one or make a larger bank")
         if name in self._slots:
-            raise ValueError(f"ConceptBank: the name {name!r} is taken by slot {self._slots[name]}; replace or remove it")
+            raise ValueError(f"ConceptBank: slot {self._slots[name]} has the name {name!r}; replace or remove it")
         rows = {
-            "targets": target,
-            "metric_targets": metric_target,
-            "superclasses": superclass,
-            "value_outputs": value_output,
-            "value_targets": value_target,
-            "key_outputs": key_output,
-            "key_targets": key_target,
+            "target": target,
+            "metric_target": metric_target,
+            "superclass": superclass,
+            "value_output": value_output,
+            "value_target": value_target,
+            "key_output": key_output,
+            "key_target": key_target,
         }
         slot = self._free[0]
         self._write(slot, "a new concept" if name is None else repr(name), rows)
@@ -148,33 +161,29 @@ class ConceptBank:
     ) -> None:
         """Overwrites rows of a concept in its slot; what is not given stays. Checks as `add` does.
 
-        target, metric_target, value_target and, with key tables, key_target all follow from one i*: give
-        all of them or none.
+        target and metric_target come together. value_target and key_target follow from target: if they are
+        not given with a new one, their rows become NaN, as in `add`.
         """
         slot = self.slot(concept)
-        derived = {"target": target, "metric_target": metric_target, "value_target": value_target}
-        if self.key_targets is not None:
-            derived["key_target"] = key_target
-        missing = [name for name, row in derived.items() if row is None]
-        if 0 < len(missing) < len(derived):
+        if (target is None) != (metric_target is None):
             raise ValueError(
-                f"ConceptBank: {', '.join(derived)} of {self.describe(slot)} follow from one target and must be"
-                f" replaced together; missing: {', '.join(missing)}"
+                f"ConceptBank: target and metric_target of {self.describe(slot)} must be replaced together"
             )
         rows = {
-            "targets": target,
-            "metric_targets": metric_target,
-            "superclasses": superclass,
-            "value_outputs": value_output,
-            "value_targets": value_target,
-            "key_outputs": key_output,
-            "key_targets": key_target,
+            "target": target,
+            "metric_target": metric_target,
+            "superclass": superclass,
+            "value_output": value_output,
+            "value_target": value_target,
+            "key_output": key_output,
+            "key_target": key_target,
         }
-        kept = {
-            name: table[slot] if rows[name] is None and table is not None else rows[name]
-            for name, table in self._tables().items()
-        }
-        self._write(slot, self.describe(slot), kept)
+        for name, table in self._tables().items():
+            if table is None or rows[ROWS[name]] is not None:
+                continue
+            unknown = ROWS[name] in OPTIONAL and (target is not None or table[slot].isnan().any())
+            rows[ROWS[name]] = None if unknown else table[slot]
+        self._write(slot, self.describe(slot), rows)
 
     def remove(self, concept: int | str) -> None:
         """Zeroes the concept's rows and frees its slot and name.
@@ -230,7 +239,7 @@ class ConceptBank:
     def _write(self, slot: int, concept: str, rows: dict[str, Tensor | None]) -> None:
         """Checks all rows, then writes them."""
         tables = self._tables()
-        new = {name: _row(concept, name, table, rows[name]) for name, table in tables.items()}
+        new = {name: _row(concept, ROWS[name], table, rows[ROWS[name]]) for name, table in tables.items()}
         energy = (new["targets"].double() @ new["metric_targets"].double()).item()
         if not energy > 0:
             raise ValueError(
@@ -246,18 +255,19 @@ class ConceptBank:
         self._independent = {members for members in self._independent if slot not in members}
 
     def _tables(self) -> dict[str, Tensor | None]:
-        names = ("targets", "metric_targets", "superclasses", "value_outputs", "value_targets", "key_outputs", "key_targets")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ROWS}
 
 
-def _row(concept: str, name: str, table: Tensor | None, row: Tensor | None) -> Tensor | None:
+def _row(concept: str, argument: str, table: Tensor | None, row: Tensor | None) -> Tensor | None:
     """The row as its table will hold it; refuses what does not fit."""
-    argument = name.removesuffix("s") if name != "superclasses" else "superclass"
-    if table is None or row is None:
-        if table is row:
-            return None
-        has, came = ("no key tables", "a tensor") if table is None else ("such a table", "None")
-        raise ValueError(f"ConceptBank: {argument} of {concept} does not fit a bank with {has}; got {came}")
+    if table is None:
+        if row is not None:
+            raise ValueError(f"ConceptBank: {argument} of {concept} must not be given: the bank has no key tables")
+        return None
+    if row is None and argument in OPTIONAL:
+        return table.new_full(table.shape[1:], float("nan"))
+    if row is None:
+        raise ValueError(f"ConceptBank: {argument} of {concept} must be given; got None")
     if row.shape != table.shape[1:]:
         raise ValueError(
             f"ConceptBank: {argument} of {concept} must have shape {list(table.shape[1:])}; got {list(row.shape)}"

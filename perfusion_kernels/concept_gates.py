@@ -51,7 +51,7 @@ def concept_gates(
     check = Arguments("concept_gates")
     check("encodings", encodings, "B T D", FLOATING)
     check("targets", targets, "S D", WIDE)
-    check("metric_targets", metric_targets, "S D", (targets.dtype,), "as targets; C⁻¹ in half precision is not usable")
+    check("metric_targets", metric_targets, "S D", (targets.dtype,), "as targets; half precision cannot hold C⁻¹")
     check("index", index, "B J", INDEX)
     check("bias", bias, "B J", WIDE)
     check("temperature", temperature, "B J", (bias.dtype,), "as bias")

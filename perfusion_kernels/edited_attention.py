@@ -70,9 +70,7 @@ def edited_attention(
     return select("edited_attention", arguments, backend)(*arguments)
 
 
-def _check_edit(
-    check, gates, components, index, key_outputs, key_targets, value_outputs, value_targets
-):
+def _check_edit(check, gates, components, index, key_outputs, key_targets, value_outputs, value_targets):
     for name, argument in (("gates", gates), ("components", components), ("index", index)):
         if argument is None:
             raise ValueError(f"edited_attention: {name} must be given with the other edit arguments; got None")

@@ -20,7 +20,7 @@ def metric_targets(targets: Tensor, covariance: Tensor) -> Tensor:
 class MetricSolver:
     """C⁻¹ as a function, for one covariance [D, D] and many targets: factors once.
 
-    Raises ValueError when the covariance is not finite, symmetric and positive definite to the precision of its dtype.
+    Raises ValueError when the covariance is not finite, symmetric and, to its dtype's precision, positive definite.
     """
 
     def __init__(self, covariance: Tensor):
@@ -31,7 +31,7 @@ class MetricSolver:
         if failed or not pivots.min() > floor:
             raise ValueError(
                 f"MetricSolver: covariance must be positive definite; this one is singular in {covariance.dtype}"
-                f" (at dimension {int(failed) if failed else int(pivots.argmin()) + 1} of {covariance.shape[0]}): too few"
+                f" (at dimension {int(failed) or int(pivots.argmin()) + 1} of {covariance.shape[0]}): too few"
                 " captions for its width. Count more, or shrink it: metric.shrink(covariance, max_condition)"
             )
 

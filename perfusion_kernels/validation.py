@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 MAX_CONDITION = 1e3
-"""Largest accepted condition number of a row's Gram matrix (docs: kernels design, section 5)."""
+"""Largest accepted condition number of a row's Gram matrix: components in float32 are then right to about 5e-5."""
 
 
 def wanted(operator: str, validate: bool | None, *tensors: Tensor | None) -> bool:
@@ -55,7 +55,7 @@ def validate_concepts(
     Raises ValueError, naming `operator`, the argument, the rule and what came, when an index is out of
     range; when a value that is used is not finite; when a temperature or the energy i*·C⁻¹i* of a
     concept is not positive; when the concepts of one row are so nearly dependent that the components
-    would be noise (DESIGN.md, kernels).
+    would be noise (DESIGN.md, "Independent concepts").
     """
     validate_index(operator, index, targets.shape[0])
     present = index >= 0
@@ -67,7 +67,8 @@ def validate_concepts(
     if temperature is not None and (wrong := present & (temperature <= 0)).any():
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"{operator}: temperature must be positive; got {temperature[row, column].item():g} at row {row}, place {column}"
+            f"{operator}: temperature must be positive;"
+            f" got {temperature[row, column].item():g} at row {row}, place {column}"
         )
 
     def name_of(slot: int) -> str:
@@ -107,7 +108,7 @@ def validate_edit(operator: str, index: Tensor, slots: int, gates: Tensor, compo
 
 
 def validate_index(operator: str, index: Tensor, slots: int) -> None:
-    if index.numel() and not (-1 <= index.min() and index.max() < slots):
+    if index.numel() and (index.min() < -1 or index.max() >= slots):
         raise ValueError(
             f"{operator}: index must lie in -1 … {slots - 1} (S = {slots});"
             f" got values from {index.min().item()} to {index.max().item()}"

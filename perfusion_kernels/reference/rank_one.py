@@ -14,19 +14,13 @@ def rank_one_update(
     coefficients = _coefficients(gates, components, index, dtype)
     basis = torch.cat([look_up(outputs, index, dtype), look_up(targets, index, dtype)], 1)  # [B, 2J, O]
     edited = torch.baddbmm(base.to(dtype), coefficients, basis)
-    return torch.where(_edited_rows(index), edited, base.to(dtype))
+    return torch.where((index >= 0).any(-1)[:, None, None], edited, base.to(dtype))
 
 
 def _coefficients(gates: Tensor, components: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """[g | -a] [B, T, 2J], zeros where absent."""
     present = (index >= 0)[:, None]
-    return torch.cat(
-        [torch.where(present, gates.to(dtype), 0), torch.where(present, -components.to(dtype), 0)], -1
-    )
-
-
-def _edited_rows(index: Tensor) -> Tensor:
-    return (index >= 0).any(-1)[:, None, None]
+    return torch.cat([torch.where(present, gates.to(dtype), 0), torch.where(present, -components.to(dtype), 0)], -1)
 
 
 def rank_one_backward(
@@ -40,7 +34,7 @@ def rank_one_backward(
 ) -> tuple[Tensor | None, ...]:
     """One gradient per argument from gates on, None where `needs` is False. That of base is `gradient` itself."""
     dtype = wide(gradient, gates, outputs)
-    gradient = torch.where(_edited_rows(index), gradient.to(dtype), 0)
+    gradient = gradient.to(dtype)
     present = (index >= 0)[:, None]
     by_gates = by_components = by_outputs = by_targets = None
     if needs[0]:

@@ -156,8 +156,9 @@ def make(
         "value_outputs": normal(S, O).to(dtype),
         "value_targets": (targets @ value_weight.T).to(dtype),
     }
-    for table in ("targets", "metric_targets", "superclasses", "key_outputs", "key_targets", "value_outputs", "value_targets"):
-        tensors[table][0] = float("nan")
+    for name, tensor in tensors.items():
+        if name.endswith(("targets", "outputs", "superclasses")):
+            tensor[0] = float("nan")
     for argument in ("bias", "temperature"):
         tensors[argument][index < 0] = float("nan")
     gates = concept_gates(

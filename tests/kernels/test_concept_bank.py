@@ -129,18 +129,21 @@ def test_add_refusals_change_nothing(bank):
         ({"target": torch.ones(D + 1)}, f"target of 'dog' must have shape [{D}]; got [{D + 1}]"),
         ({"value_output": torch.ones(1, O)}, f"value_output of 'dog' must have shape [{O}]; got [1, {O}]"),
         ({"superclass": torch.full((D,), torch.nan)}, "superclass of 'dog' must be finite in torch.float32"),
-        ({"metric_target": -good["metric_target"]}, "the energy target · metric_target of 'dog' must be positive; got -"),
+        (
+            {"metric_target": -good["metric_target"]},
+            "the energy target · metric_target of 'dog' must be positive; got -",
+        ),
         ({"metric_target": torch.zeros(D)}, "the energy target · metric_target of 'dog' must be positive; got 0"),
-        ({"key_output": None}, "key_output of 'dog' does not fit a bank with such a table; got None"),
+        ({"key_output": None}, "key_output of 'dog' must be given; got None"),
     ):
         with refuses(message):
             bank.add("dog", **{**good, **changes})
-    with refuses("the name 'cat' is taken by slot 0; replace or remove it"):
+    with refuses("slot 0 has the name 'cat'; replace or remove it"):
         bank.add("cat", **good)
     assert len(bank) == 1 and all(torch.equal(getattr(bank, name), table) for name, table in before.items())
     bank.add(**good)
     bank.add(**concept(2))
-    with refuses("all 3 slots are in use; remove a concept or make a larger bank"):
+    with refuses("all 3 slots are in use; remove one or make a larger bank"):
         bank.add("bird", **concept(3))
 
 
@@ -148,7 +151,7 @@ def test_rows_must_be_finite_in_the_bank_s_dtype():
     bank = ConceptBank(1, D, O, dtype=torch.float16)
     with refuses("value_output of 'cat' must be finite in torch.float16"):
         bank.add("cat", **{**concept(keys=False), "value_output": torch.full((O,), 7e4)})
-    with refuses("key_output of 'cat' does not fit a bank with no key tables; got a tensor"):
+    with refuses("key_output of 'cat' must not be given: the bank has no key tables"):
         bank.add("cat", **concept())
 
 
@@ -157,10 +160,25 @@ def test_replace_keeps_what_is_not_given(bank):
     output = torch.ones(O)
     bank.replace("cat", value_output=output)
     assert torch.equal(bank.value_outputs[0], output) and torch.equal(bank.targets[0], concept()["target"])
-    with refuses("target, metric_target, value_target, key_target of 'cat' follow from one target and must be"):
+    with refuses("target and metric_target of 'cat' must be replaced together"):
         bank.replace("cat", target=torch.ones(D))
     with refuses("no concept 'dog' here"):
         bank.replace("dog", value_output=output)
+
+
+def test_projected_targets_may_be_left_out_and_show_it(bank):
+    """Never stale, never zero: rows that nobody computed are NaN, with a new target too."""
+    complete = concept()
+    partial = {name: row for name, row in concept(1).items() if name not in ("value_target", "key_target")}
+    bank.add("cat", **complete)
+    bank.add("dog", **partial)
+    assert bank.value_targets[1].isnan().all() and bank.key_targets[1].isnan().all()
+    bank.replace("dog", value_output=torch.ones(O))
+    assert bank.value_targets[1].isnan().all()
+    bank.replace("cat", target=partial["target"], metric_target=partial["metric_target"])
+    assert bank.value_targets[0].isnan().all() and torch.equal(bank.value_outputs[0], complete["value_output"])
+    bank.replace("cat", value_target=complete["value_target"])
+    assert torch.equal(bank.value_targets[0], complete["value_target"])
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,9 @@ def test_refusals_of_values(arguments):
         temperature=changed(arguments["temperature"], (1, 1), -0.1),
     )
     refused(arguments, "concept_gates: bias must be finite", bias=changed(arguments["bias"], (1, 1), torch.inf))
-    refused(arguments, "concept_gates: encodings must be finite", encodings=changed(arguments["encodings"], 0, torch.nan))
+    refused(
+        arguments, "concept_gates: encodings must be finite", encodings=changed(arguments["encodings"], 0, torch.nan)
+    )
     for table in ("targets", "metric_targets"):
         refused(
             arguments,
@@ -56,7 +58,11 @@ def test_dependent_concepts_are_named(arguments):
     metric_targets = changed(arguments["metric_targets"], 3, arguments["metric_targets"][2])
     with pytest.raises(ValueError, match="here: .*; in row 1 'cat', 'dog' are copies of each other"):
         validate_concepts(
-            nearly, metric_targets, torch.tensor([[-1, 1], [2, 3]]), names=["", "bird", "cat", "dog", ""], operator="here"
+            nearly,
+            metric_targets,
+            torch.tensor([[-1, 1], [2, 3]]),
+            names=["", "bird", "cat", "dog", ""],
+            operator="here",
         )
 
 

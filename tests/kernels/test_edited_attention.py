@@ -43,7 +43,10 @@ def test_layouts_of_heads_do_not_matter():
     case = cases.make()
     tensors = case.query, case.key, case.value
     expected = edited_attention(*tensors)
-    for layout in (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: x.flatten(2).unflatten(2, x.shape[2:])):
+    for layout in (
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x.flatten(2).unflatten(2, x.shape[2:]),
+    ):
         result = edited_attention(*map(layout, tensors))
         assert result.is_contiguous()
         torch.testing.assert_close(result, expected)
@@ -98,7 +101,8 @@ def test_refusals_of_combinations():
             edited_attention(**{**arguments, **dict.fromkeys(missing)})
     with pytest.raises(ValueError, match=re.escape("key must have at least one position; got T = 0")):
         edited_attention(case.query, case.key[:, :0], case.value[:, :0])
-    with pytest.raises(ValueError, match=re.escape("key_outputs must have shape [S, H*d] with H = 3 (from query), d = 8 (from query); got [5, 23]")):
+    message = "key_outputs must have shape [S, H*d] with H = 3 (from query), d = 8 (from query); got [5, 23]"
+    with pytest.raises(ValueError, match=re.escape(message)):
         edited_attention(**{**arguments, "key_outputs": arguments["key_outputs"][:, 1:]})
     with pytest.raises(TypeError, match="value must be float32 .as query.; got float64"):
         edited_attention(case.query, case.key, case.value.double())

@@ -13,10 +13,12 @@ from . import cases
 def test_rows_without_a_concept_are_the_linear_layer(dtype, J):
     """Bit for bit, signs of zeros included, in a batch where other rows have concepts."""
     arguments = cases.make(B=6, J=J, dtype=dtype).arguments("edited_projection")
-    arguments["weight"][0] = -0.0  # a column of the unedited result is -0.0 or 0.0
+    arguments["weight"][0], arguments["encodings"][..., 0] = 0, 1e-4
+    arguments["weight"][0, 0] = -1e-4  # in float16 the product is -0.0, and -0.0 + 0.0 would be 0.0
     result = edited_projection(**arguments)
     linear = torch.nn.functional.linear(arguments["encodings"], arguments["weight"])
     none = (arguments["index"] < 0).all(-1)
+    assert dtype != torch.float16 or bits(linear[none]).min() == torch.iinfo(torch.int16).min
     assert none.any() and (J == 0 or not none.all())
     assert torch.equal(bits(result[none]), bits(linear[none]))
     assert not any(torch.equal(result[row], linear[row]) for row in range(6) if not none[row])
@@ -24,6 +26,19 @@ def test_rows_without_a_concept_are_the_linear_layer(dtype, J):
 
 def bits(tensor):
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_the_edit_is_added_before_rounding(dtype):
+    """The edited result is the linear layer's plus the exact edit, rounded once: large terms may cancel."""
+    arguments = cases.make(J=3, dtype=dtype).arguments("edited_projection")
+    arguments["gates"], arguments["components"] = 30 * arguments["gates"], 30 * arguments["components"]
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in arguments.items()}
+    linear = torch.nn.functional.linear(arguments["encodings"], arguments["weight"])
+    edit = edited_projection(**exact) - exact["encodings"] @ exact["weight"].T
+    once = linear.double() + edit
+    half_step = torch.finfo(dtype).eps / 2
+    assert (edited_projection(**arguments).double() - once).abs().le(1.01 * half_step * once.abs() + 1e-5).all()
 
 
 def test_slots_may_be_anywhere_in_the_bank():

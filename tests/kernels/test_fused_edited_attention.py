@@ -36,7 +36,10 @@ def test_rows_without_a_concept_are_the_unedited_layer():
 
 def test_refusals_of_shapes():
     arguments = cases.make().arguments("fused_edited_attention")
-    message = "value_weight must have shape [H*d, D] with H = 3 (from query), d = 8 (from query), D = 19 (from encodings); got [23, 19]"
+    message = (
+        "value_weight must have shape [H*d, D] with"
+        " H = 3 (from query), d = 8 (from query), D = 19 (from encodings); got [23, 19]"
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         fused_edited_attention(**{**arguments, "value_weight": arguments["value_weight"][1:]})
     with pytest.raises(ValueError, match="encodings must have at least one position; got T = 0"):

@@ -159,9 +159,7 @@ def test_the_key_lock_is_an_edit_of_the_encodings():
     gates, a = concept_gates(**arguments)
     A, s = (table[case.index.clamp(min=1).long()] for table in (case.targets, case.superclasses))
     locked = case.encodings - a @ A + gates @ s
-    keys = edited_projection(
-        case.encodings, case.key_weight, gates, a, case.index, case.key_outputs, case.key_targets
-    )
+    keys = edited_projection(case.encodings, case.key_weight, gates, a, case.index, case.key_outputs, case.key_targets)
     torch.testing.assert_close(keys, locked @ case.key_weight.T, rtol=0, atol=1e-11)
 
 

@@ -34,7 +34,10 @@ def test_float32_covariance_is_inverted_in_float64():
         (lambda C: C.half(), "half precision cannot hold C; got torch.float16"),
         (lambda C: C + torch.triu(C, 1), "covariance must be symmetric; its entries differ by"),
         (lambda C: C.index_fill(0, torch.tensor([1]), torch.nan), "covariance must be finite; got 8 other values"),
-        (lambda C: C - 0.01 * torch.eye(8), r"must be positive definite.*shrink it: metric.shrink\(covariance, max_condition\)"),
+        (
+            lambda C: C - 0.01 * torch.eye(8),
+            r"must be positive definite.*shrink it: metric.shrink\(covariance, max_condition\)",
+        ),
         (lambda C: torch.zeros(8, 8), "must be positive definite"),
         (lambda C: (C[:, :5] @ C[:5]).float(), "must be positive definite; this one is singular in torch.float32"),
     ],
@@ -85,5 +88,7 @@ def test_shrinkage_refusals():
     for limit in (1.0, float("nan"), 1e300):
         with pytest.raises(ValueError, match="shrink: max_condition must be above 1 and at most"):
             metric.shrink(C, limit)
-    with pytest.raises(ValueError, match="shrink: covariance must be a second moment, with no negative eigenvalue; got -"):
+    with pytest.raises(
+        ValueError, match="shrink: covariance must be a second moment, with no negative eigenvalue; got -"
+    ):
         metric.shrink(C - 0.5 * torch.eye(8), 100.0)

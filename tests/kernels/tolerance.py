@@ -2,9 +2,9 @@
 
 The plain formula is the one a reader would write, in the tested precision throughout; both are measured
 against float64. The bound holds for all elements and for each concept's rows alone: one number for
-everything can hide one wrong concept beside others of larger size. The multiple is 4, because the largest
-error of few elements is a matter of luck: over 200 cases the quotient had median 1 and maximum 4.5. In float64, where nothing is more exact,
-the bound is 1e-12 of the largest value.
+everything can hide one wrong concept beside others of larger size. The multiple is 4, because the
+largest error of few elements is a matter of luck: over 200 cases the quotient had median 1 and maximum
+4.5. In float64, where nothing is more exact, the bound is 1e-12 of the largest value.
 """
 
 from collections.abc import Iterator
