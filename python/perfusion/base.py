@@ -294,7 +294,7 @@ def _unsupported_model(pipe: Any) -> str | None:
         kind = type(_plain(pipe.transformer)).__name__
         return f"it has a {kind}, a transformer that mixes text and image states in joint attention (as SD3 and Flux do)."
     if not isinstance(unet, UNet2DConditionModel):
-        return "it has no UNet." if unet is None else f"its UNet is a {type(unet).__name__}."
+        return "it has no UNet." if unet is None else f"its UNet is of type {type(unet).__name__}."
     conditioning, projection = unet.config.addition_embed_type, unet.config.encoder_hid_dim_type
     if conditioning not in (None, "text_time"):
         return f"its UNet has addition_embed_type={conditioning!r} (as DeepFloyd IF and Kandinsky do)."

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
@@ -57,9 +58,9 @@ class Concept:
     key_outputs          [O] o*_K, only when the keys were trained without the lock; otherwise None
     bias, temperature    the gate's defaults at inference; free at run time
     covariance           short fingerprint of C: concepts combine exactly only when it agrees; "" when unknown
-    recipe               how it was trained: a small flat dict of JSON values
+    recipe               how it was trained: a small flat dict of JSON values, 248 bytes as JSON text
     created              UTC time, "2025-01-31T12:00:00Z"
-    license, author      free text
+    license, author      free text; these and the superclass are one printable line of at most 64 bytes in UTF-8
 
     ValueError says which field broke which rule, and what came.
     """
@@ -112,7 +113,7 @@ class Concept:
         if largest == 0:
             raise ValueError("Concept: metric_target must not be all zero")
         if largest != 1:  # idempotent, so that saving and loading changes no bit
-            self._set("metric_target", (self.metric_target.double() / largest.double()).to(self.metric_target.dtype))
+            self._set("metric_target", self.metric_target / largest)
         if not self.energy > 0:
             raise ValueError(
                 f"Concept: the energy target . metric_target must be positive, got {self.energy:.3g}. "
@@ -122,19 +123,20 @@ class Concept:
     def _set(self, field: str, value: Any) -> None:
         object.__setattr__(self, field, value)
 
-    @property
+    @functools.cached_property
     def energy(self) -> float:
         """i* . m, in the scale of the stored `metric_target`; positive."""
-        return torch.dot(self.target.double(), self.metric_target.double()).item()
+        return torch.dot(self.target.cpu().double(), self.metric_target.cpu().double()).item()
 
     def similarity(self, encodings: Tensor) -> Tensor:
         """c(e) for encodings [..., D]: [...] in float32; 1 at the target itself."""
-        return (encodings.double() @ self.metric_target.double() / self.energy).float()
+        return encodings.float() @ self.metric_target.float() / self.energy
 
     def gate(self, encodings: Tensor, bias: float | None = None, temperature: float | None = None) -> Tensor:
-        """g(e) for encodings [..., D]: [...] in float32, between 0 and 1; by default at the concept's own bias and temperature."""
+        """g(e) for encodings [..., D]: [...] in float32, between 0 and 1. By default at the concept's own bias and temperature."""
         bias = self.bias if bias is None else bias
-        return torch.sigmoid((self.similarity(encodings) - bias) / (self.temperature if temperature is None else temperature))
+        temperature = self.temperature if temperature is None else temperature
+        return torch.sigmoid((self.similarity(encodings) - bias) / temperature)
 
     def value_output(self, layer: str) -> Tensor:
         """o*_V of one layer [d_l], a view. KeyError on a layer that the base does not have."""
@@ -215,17 +217,16 @@ def _check_date(value: Any) -> None:
 
 def _check_recipe(recipe: Any) -> None:
     plain = (str, int, float, bool, type(None))
-    if not isinstance(recipe, dict) or not all(
-        isinstance(key, str) and (isinstance(value, plain) or (isinstance(value, list) and all(isinstance(v, plain) for v in value)))
-        for key, value in recipe.items()
-    ):
+    pairs = recipe.items() if isinstance(recipe, dict) else [(None, None)]
+    flat = all(isinstance(v, plain) for _, value in pairs for v in (value if isinstance(value, list) else [value]))
+    if not flat or not all(isinstance(key, str) for key, _ in pairs):
         raise ValueError(f"Concept: recipe must map text to text, numbers, true, false, None or lists of them, got {recipe!r:.200}")
     try:
         size = _json_bytes(json.dumps(recipe, ensure_ascii=False, separators=(",", ":"), allow_nan=False)) - 2
     except ValueError:  # also UnicodeEncodeError
         raise ValueError(f"Concept: recipe must hold finite numbers and valid text, got {recipe!r:.200}") from None
     if size > RECIPE_BYTES:
-        raise ValueError(f"Concept: recipe must be at most {RECIPE_BYTES} bytes as JSON text, got {size}. Leave out what is least needed.")
+        raise ValueError(f"Concept: recipe must be at most {RECIPE_BYTES} bytes as JSON text, got {size}. Leave something out.")
 
 
 def _check_number(field: str, value: Any, low: float, high: float) -> None:

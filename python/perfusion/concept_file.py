@@ -262,7 +262,7 @@ def read(path: str | os.PathLike[str]) -> Concept:
     """
     path = Path(path)
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ConceptFileError(f"{path}: a concept is a single file, and this is not a regular file. Give the .safetensors file.")
+        raise ConceptFileError(f"{path}: a concept is one file, and this is not a regular file. Give the .safetensors file.")
     with open(path, "rb") as file:
         data = file.read(MAX_FILE_BYTES + 1)
     return decode(data, source=str(path))
@@ -339,10 +339,7 @@ def _read_header(data: bytes) -> tuple[dict[str, Any], int]:
         text = data[8 : 8 + length].decode("utf-8")
     except UnicodeDecodeError:
         raise ConceptFileError(f"the header must be UTF-8 text, and it is not. {_DAMAGED}") from None
-    header = _json(text)
-    if not isinstance(header, dict):
-        raise ConceptFileError(f"the header must be a JSON object, got {_clip(header)}. {_DAMAGED}")
-    return header, 8 + length
+    return _json(text), 8 + length  # it begins with a brace, so it is an object
 
 
 def _kind(data: bytes) -> str:
@@ -390,7 +387,7 @@ def _read_metadata(metadata: Any) -> dict[str, str]:
             "Give a file written by `perfusion train` or `perfusion convert`."
         )
     if version != FORMAT:
-        raise ConceptFileError(f"its format version is {_clip(version)}, this Perfusion reads version {FORMAT}. Update Perfusion.")
+        raise ConceptFileError(f"its format version is {_clip(version)}, this Perfusion reads {FORMAT}. Update Perfusion.")
     needed = [f"perfusion.{key}" for key in REQUIRED] + [f"modelspec.{key}" for key in MODELSPEC]
     missing = [key for key in needed if key not in metadata]
     if missing:
@@ -436,7 +433,8 @@ def _word_names(base: Base) -> list[str]:
 
 def _shapes(base: Base, key_outputs: bool) -> dict[str, int]:
     """Which tensors a file for this base holds, and how long each is."""
-    sizes = {"value_outputs": base.outputs, **dict.fromkeys(("target", "metric_target", "superclass_encoding"), base.encoding_dim)}
+    sizes = {"value_outputs": base.outputs}
+    sizes |= dict.fromkeys(("target", "metric_target", "superclass_encoding"), base.encoding_dim)
     if key_outputs:
         sizes["key_outputs"] = base.outputs
     return {**sizes, **dict(zip(_word_names(base), base.text_widths))}
@@ -450,7 +448,8 @@ def _check_spans(header: Mapping[str, Any], sizes: Mapping[str, int], space: int
         raise ConceptFileError(f"the tensors must be {', '.join(sizes)}; {came}. {_DAMAGED}")
     spans = {}
     for name, entry in header.items():
-        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets")) if isinstance(entry, dict) else (None,) * 3
+        entry = entry if isinstance(entry, dict) else {}
+        dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ConceptFileError(f"{name} must be {', '.join(DTYPES)}, got {_clip(dtype)}. {_DAMAGED}")
         if not _integers(shape, 1) or shape[0] != sizes[name]:

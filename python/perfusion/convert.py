@@ -169,8 +169,9 @@ class _StandIn:
 
 def _has_stand_in(name: str) -> bool:
     """Classes that the ports' files name: the configuration object one of them keeps, and torch's ParameterDict."""
-    plain = ("typing.Any", "collections.defaultdict", "torch.nn.modules.container.ParameterDict")
-    return name in plain or name.startswith("omegaconf.") or name in {f"builtins.{t}" for t in ("list", "dict", "int", "float", "str", "bool")}
+    known = {"typing.Any", "collections.defaultdict", "torch.nn.modules.container.ParameterDict"}
+    known |= {f"builtins.{kind}" for kind in ("list", "dict", "int", "float", "str", "bool")}
+    return name in known or name.startswith("omegaconf.")
 
 
 def _load(path: Path) -> Any:
@@ -192,14 +193,16 @@ def _load(path: Path) -> Any:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         refused = sorted(name for name in names if not _has_stand_in(name))
         if refused:
-            raise ConversionError(f"{path} asks to load {ascii(refused[0])[1:-1]:.120}, which checkpoints of these ports do not hold. Refused.")
+            asked = ascii(refused[0])[1:-1][:120]
+            raise ConversionError(f"{path} asks to load {asked}, which checkpoints of these ports do not hold. Refused.")
         with torch.serialization.safe_globals([(_StandIn, name) for name in names]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about storage classes of older torch
             return torch.load(path, map_location="cpu", weights_only=True)
     except ConversionError:
         raise
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, KeyError, EOFError and others on bad files
-        raise ConversionError(f"{path} cannot be read safely by torch ({type(error).__name__}: {str(error).splitlines()[0]!a:.200}).") from None
+        said = ascii(str(error).partition("\n")[0])[:200]
+        raise ConversionError(f"{path} cannot be read safely by torch ({type(error).__name__}: {said}).") from None
 
 
 # Layouts
@@ -218,8 +221,8 @@ def _find(content: Any, pipe: Any, base: Base, index: int | None) -> _Found:
             return _find_state(state, pipe, base, index)
     keys = ", ".join(sorted(ascii(key) for key in content)[:8]) if isinstance(content, Mapping) else type(content).__name__
     raise ConversionError(
-        f"not a checkpoint of a known port; at its top it holds: {keys:.300}. Known are {LUCIDRAINS} (`save`, or a state dict) "
-        f"and {CHENDARYEN}."
+        f"not a checkpoint of a known port; at its top it holds: {keys:.300}. "
+        f"Known are {LUCIDRAINS} (`save`, or a state dict) and {CHENDARYEN}."
     )
 
 
@@ -232,7 +235,7 @@ def _find_chendaryen(content: Mapping[str, Any], pipe: Any, base: Base) -> _Foun
         raise ConversionError(f"the checkpoint must hold one placeholder word, it holds {len(words)}.")
     word = next(iter(words.values()))
     if isinstance(word, Tensor) and word.dim() == 2 and len(word) != 1:
-        raise ConversionError(f"the placeholder has {len(word)} embeddings (num_vectors_per_token); a concept is one word with one.")
+        raise ConversionError(f"the placeholder has {len(word)} embeddings (num_vectors_per_token); a concept has one.")
     positions = text_encoders(pipe)[0][0].model_max_length
     layers, paths = {}, _layer_paths(pipe)
     for projection in ("to_k", "to_v"):
@@ -265,8 +268,8 @@ def _find_package(content: Mapping[str, Any], pipe: Any, base: Base, index: int 
         raise ConversionError("key_value_params must be a list of pairs (i*, o*).")
     if len(pairs) != 2 * len(base.layers):
         raise ConversionError(
-            f"key_value_params has {len(pairs)} entries, and {base} needs {2 * len(base.layers)}: a key and a value output per layer. "
-            "Was every cross-attention layer wired, with both projections, and on this model?"
+            f"key_value_params has {len(pairs)} entries, and {base} needs {2 * len(base.layers)}: a key and a value output "
+            "per layer. Was every cross-attention layer wired, with both projections, and on this model?"
         )
     if content.get("embed_params") is None:
         raise ConversionError("embed_params is None: the word's embedding was not saved (no EmbeddingWrapper), and i* belongs to it.")
@@ -329,7 +332,8 @@ def _count(words: Any, index: int | None) -> int:
     if index is None and count != 1:
         raise ConversionError(f"the checkpoint holds {count} concepts. Choose one by index, 0 to {count - 1}.")
     if index is not None and not 0 <= index < count:
-        raise ConversionError(f"the checkpoint holds {count} concept{'s' * (count != 1)}, so index must be 0 to {count - 1}, got {index}.")
+        plural = "" if count == 1 else "s"
+        raise ConversionError(f"the checkpoint holds {count} concept{plural}, so index must be 0 to {count - 1}, got {index}.")
     return count
 
 
@@ -351,8 +355,9 @@ def _texts(value: Any) -> list[str]:
 
 def _tensor(value: Any, what: str, shape: tuple[int | None, ...]) -> Tensor:
     """The tensor as float64 on the CPU, after checking it, since a hostile one may claim any size."""
-    plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu" and value.is_floating_point()
-    fits = plain and value.dim() == len(shape) and all(want in (None, have) for want, have in zip(shape, value.shape))
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    fits = plain and value.is_floating_point() and value.dim() == len(shape)
+    fits = fits and all(want in (None, have) for want, have in zip(shape, value.shape))
     if not fits or value.numel() > MAX_BYTES // 8:
         came = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
@@ -421,26 +426,23 @@ def _by_layer(values: Mapping[str, Any], paths: Mapping[str, tuple[str, ...]], b
     return result
 
 
-def _execution_order(layer: str) -> int:
-    return ("down_blocks", "mid_block", "up_blocks").index(layer.split(".")[0]) if layer.split(".")[0] != layer else 0
-
-
 def _assign(outputs: list[Tensor], pipe: Any, base: Base) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Which output in a bare list belongs to which layer: (keys, values) by layer.
 
     Two orders are known: diffusers' module order, and the original code's, which has the middle block in the middle.
     Widths decide, then the key lock: only in the right order are the keys W_K s.
     """
+    places = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    run_order = sorted(base.layers, key=lambda layer: places.get(layer.split(".")[0], 0))
+    widths = [output.shape[1] for output in outputs]
     candidates = []
-    known = all(layer.split(".")[0] in ("down_blocks", "mid_block", "up_blocks") for layer in base.layers)
-    orders = [list(base.layers)] + ([sorted(base.layers, key=_execution_order)] if known else [])
-    for order in orders:
-        if [out.shape[1] for out in outputs] == [base.layers[layer] for layer in order for _ in "kv"] and order not in [c[0] for c in candidates]:
+    for order in dict.fromkeys((tuple(base.layers), tuple(run_order))):
+        if widths == [base.layers[layer] for layer in order for _ in ("key", "value")]:
             keys = dict(zip(order, outputs[0::2]))
             residual = _fit(_weights(pipe, "to_k"), torch.cat([keys[layer] for layer in base.layers], 1)[0])[1]
             candidates.append((order, residual))
     if not candidates:
-        raise ConversionError(f"the outputs' widths {[out.shape[1] for out in outputs[0::2]]} are not those of {base}. It was trained on another model.")
+        raise ConversionError(f"the outputs' widths {widths[0::2]} are not those of {base}. It was trained on another model.")
     order, residual = min(candidates, key=lambda candidate: candidate[1])
     if len(candidates) > 1 and residual > LOCKED:
         raise ConversionError("the order of the layers cannot be told: two orders fit the widths, and the keys are not locked.")
@@ -456,7 +458,7 @@ def _weights(pipe: Any, projection: str) -> list[Tensor]:
     linears = [getattr(layer, projection) for layer in cross_attention_layers(pipe.unet).values()]
     weights = [getattr(linear, "base_layer", linear).weight.detach() for linear in linears]
     if any(weight.is_meta for weight in weights):
-        raise ConversionError("the UNet's weights are offloaded and cannot be read. Convert before enable_sequential_cpu_offload().")
+        raise ConversionError("the UNet's weights are offloaded and cannot be read. Convert before offloading.")
     return weights
 
 
@@ -493,7 +495,7 @@ def _metric_target(found: _Found, covariance: Covariance | None, base: Base) -> 
     elif covariance is not None:
         metric, fingerprint = covariance.metric_targets(found.target).double(), covariance.fingerprint
     else:
-        raise ConversionError("the checkpoint holds no C^-1. Give the covariance of the text encoder, perfusion.covariance.get_covariance(pipe).")
+        raise ConversionError("the checkpoint holds no C^-1. Give the text encoder's covariance; `perfusion covariance` computes it.")
     if not torch.dot(found.target, metric) > 0:
         raise ConversionError("the energy i* . C^-1 i* is not positive: C^-1 is not the inverse of a covariance.")
     return metric, fingerprint
@@ -509,7 +511,7 @@ class _Reader:
     def token(self, word: str) -> int:
         ids = self.tokenizer(word, add_special_tokens=False).input_ids
         if len(ids) != 1:
-            raise ConversionError(f"{word!r} is {len(ids)} tokens for this text encoder; a superclass that is one token is needed.")
+            raise ConversionError(f"{word!r} is {len(ids)} tokens for this text encoder; give a superclass that is one.")
         return ids[0]
 
     @torch.no_grad()

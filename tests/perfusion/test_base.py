@@ -247,7 +247,7 @@ def test_joint_attention_transformers_are_refused_by_name():
 def test_pipelines_without_a_text_unet_are_refused(sd):
     with pytest.raises(UnsupportedPipeline, match="has no UNet"):
         check_supported(Holder(vae=sd.vae))
-    with pytest.raises(UnsupportedPipeline, match="its UNet is a AutoencoderKL"):
+    with pytest.raises(UnsupportedPipeline, match="its UNet is of type AutoencoderKL"):
         check_supported(Holder(unet=sd.vae))
 
 

@@ -89,7 +89,8 @@ FIELDS = ("name", "superclass", "base", "bias", "temperature", "covariance", "re
 
 def same(a, b):
     """Equal in every field and every bit."""
-    pairs = [(getattr(a, field), getattr(b, field)) for field in TENSORS] + list(zip(a.word_embeddings, b.word_embeddings))
+    pairs = [(getattr(a, field), getattr(b, field)) for field in TENSORS]
+    pairs += zip(a.word_embeddings, b.word_embeddings)
     tensors = all((x is None) == (y is None) and (x is None or torch.equal(x, y)) for x, y in pairs)
     return tensors and len(a.word_embeddings) == len(b.word_embeddings) and all(getattr(a, f) == getattr(b, f) for f in FIELDS)
 
@@ -125,7 +126,8 @@ def test_concept_moves_and_prints(small):
     assert {getattr(half, field).dtype for field in TENSORS} | {half.word_embeddings[0].dtype} == {torch.bfloat16}
     assert half.metric_target.abs().max() == 1 and half.name == concept.name and half.created == concept.created
     assert concept.to("cpu").target.dtype == torch.float32
-    assert repr(make(small)) == "Concept('my-teddy', superclass='teddy', base=custom, layers=4, outputs=40, bias=0.7, temperature=0.15)"
+    text = "Concept('my-teddy', superclass='teddy', base=custom, layers=4, outputs=40, bias=0.7, temperature=0.15)"
+    assert repr(make(small)) == text
     assert repr(concept).endswith("keys not locked)")
 
 
@@ -197,7 +199,8 @@ def test_a_base_must_be_a_base(small):
 
 
 def test_layer_names_are_stored_short_and_come_back(sd15, sdxl):
-    assert encode_layers(sd15.layers).startswith("d0.0.0=320 d0.1.0 d1.0.0=640 ") and encode_layers(sd15.layers).endswith(" m0.0=1280")
+    text = encode_layers(sd15.layers)
+    assert text.startswith("d0.0.0=320 d0.1.0 d1.0.0=640 ") and text.endswith(" m0.0=1280")
     for base in (sd15, sdxl):
         assert list(decode_layers(encode_layers(base.layers)).items()) == list(base.layers.items())
     assert (len(sd15.layers), sd15.outputs, len(sdxl.layers), sdxl.outputs) == (16, 12480, 70, 83200)
@@ -215,13 +218,18 @@ def test_other_layer_names_are_stored_in_full():
     assert list(decode_layers(text).items()) == list(layers.items())
 
 
-@pytest.mark.parametrize("name", ["d0.0.0", "m0.0", "a b", "a=1", "", "é", "down_blocks.00.attentions.0.transformer_blocks.0.attn2", "x" * 129])
+UNTIDY = "down_blocks.00.attentions.0.transformer_blocks.0.attn2"
+
+
+@pytest.mark.parametrize("name", ["d0.0.0", "m0.0", "a b", "a=1", "", "é", UNTIDY, "x" * 129])
 def test_layer_names_that_would_not_come_back_are_refused(name):
     with pytest.raises(ValueError, match="layer names must be dotted module names"):
         encode_layers({name: 4})
 
 
-@pytest.mark.parametrize("text", ["", "d0.0.0", "d0.0.0=0", "d0.0.0=08", "d0.0.0=4 d0.0.0", "d0.0.0=4  m0.0", "d٠.0.0=4", "m0.0=9999999"])
+@pytest.mark.parametrize(
+    "text", ["", "d0.0.0", "d0.0.0=0", "d0.0.0=08", "d0.0.0=4 d0.0.0", "d0.0.0=4  m0.0", "d٠.0.0=4", "m0.0=9999999"]
+)
 def test_layer_text_that_was_not_written_here_is_refused(text):
     with pytest.raises(ValueError):
         decode_layers(text)
@@ -263,7 +271,8 @@ def test_half_precision_round_trip_is_rounding(sd15, dtype, step):
         assert rounded.dtype == torch.float32
         assert ((exact - rounded).abs() <= step * exact.abs() + 2**-25).all(), field
     assert all(getattr(concept, f) == getattr(loaded, f) for f in FIELDS)
-    probes = concept.target * torch.linspace(-1, 1.5, 11)[:, None] + torch.randn(11, 768, generator=torch.Generator().manual_seed(3))
+    noise = torch.randn(11, 768, generator=torch.Generator().manual_seed(3))
+    probes = concept.target * torch.linspace(-1, 1.5, 11)[:, None] + noise
     torch.testing.assert_close(loaded.similarity(probes), concept.similarity(probes), atol=4 * step, rtol=0)
     assert same(decode(encode(loaded, dtype)), loaded)
 
@@ -278,14 +287,17 @@ def test_pipelines_of_every_kind_round_trip(tmp_path):
 def test_equal_concepts_give_equal_bytes_in_every_process(small):
     """Metadata order must not depend on a hash seed."""
     script = (
-        "import sys, torch; from perfusion.base import Base; from perfusion.concept import Concept; from perfusion.concept_file import encode;"
+        "import sys, torch; from perfusion.base import Base; from perfusion.concept import Concept;"
+        "from perfusion.concept_file import encode;"
         "b = Base('custom', 4, (4,), {'a.b': 4}, 'B' * 43 + '='); o = torch.ones(4);"
         "c = Concept(name='a', superclass='b', base=b, value_outputs=o, target=o, metric_target=o, superclass_encoding=o,"
         "word_embeddings=(o,), recipe={'steps': 4}, created='2025-01-01T00:00:00Z', author='x', license='y');"
         "sys.stdout.write(encode(c).hex())"
     )
     outputs = {
-        subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
         for seed in ("1", "2")
     }
     assert len(outputs) == 1
@@ -407,7 +419,7 @@ def test_signing_as_the_tests_do_it_is_valid(small):
         (build(b"{}" + b" " * 8), "metadata that maps text to text"),
         (build({"__metadata__": {"a": 1}}), "metadata that maps text to text"),
         (build({"__metadata__": {"ss_network_module": "lora"}}), "not a concept .no perfusion.format"),
-        (build({"__metadata__": {"perfusion.format": "2"}}), "format version is '2', this Perfusion reads version 1. Update"),
+        (build({"__metadata__": {"perfusion.format": "2"}}), "format version is '2', this Perfusion reads 1. Update"),
         (build({"__metadata__": {"perfusion.format": "1"}}), "metadata must have perfusion.name, and it is missing"),
         (bytes(5 * 2**20), "at most 4,194,304 bytes, this one is larger"),
         (b"PK\x03\x04" + bytes(5 * 2**20), "larger. It is a torch checkpoint"),
@@ -561,6 +573,17 @@ def test_unknown_metadata_of_other_programs_is_ignored(small):
     header, payload = parts(encode(concept, torch.float32))
     header["__metadata__"]["modelspec.hash_sha256"] = "0x00"
     assert same(decode(build(header, payload)), concept)
+
+
+def test_what_safetensors_itself_refuses_is_a_concept_file_error(small, monkeypatch):
+    data = encode(make(small))
+
+    def fail(_):
+        raise RuntimeError("no\x1b")
+
+    monkeypatch.setattr(safetensors.torch, "load", fail)
+    with pytest.raises(ConceptFileError, match=r"safetensors cannot read it: 'no.x1b'"):
+        decode(data)
 
 
 # Damage

@@ -1,5 +1,6 @@
 """perfusion.convert, on files built to the exact layouts of the two ports."""
 
+import collections
 import os
 import pickle
 import sys
@@ -114,7 +115,8 @@ class FakeConfig:
 
     def __init__(self):
         self.modules = {}
-        for module_name, class_name in (("listconfig", "ListConfig"), ("dictconfig", "DictConfig"), ("nodes", "AnyNode"), ("base", "ContainerMetadata")):
+        classes = {"listconfig": "ListConfig", "dictconfig": "DictConfig", "nodes": "AnyNode", "base": "ContainerMetadata"}
+        for module_name, class_name in classes.items():
             path = f"omegaconf.{module_name}"
             cls = type(class_name, (), {"__module__": path})
             self.modules.setdefault("omegaconf", types.ModuleType("omegaconf"))
@@ -128,6 +130,7 @@ class FakeConfig:
         config._metadata = self.ContainerMetadata()
         config._metadata.__dict__.update(element_type=object, object_type=list, key_type=int, optional=True)
         config._metadata.element_type = dict
+        config._metadata.resolver_cache = collections.defaultdict(dict)
         config._content = []
         for word in words:
             node = self.AnyNode()
@@ -202,11 +205,13 @@ def test_package_order_is_decided_by_the_lock_where_widths_agree(tmp_path):
 
 def test_unlocked_keys_are_kept(pipe, truth, tmp_path):
     content = package(truth)
-    for pair in content["key_value_params"][0::2]:
+    keys = content["key_value_params"][0::2]
+    for pair in keys:
         pair[1] = pair[1] + truth.draw(*pair[1].shape)
     concept, notes = convert(save(tmp_path, content), pipe, name="my-teddy", superclass="teddy")
-    torch.testing.assert_close(concept.key_outputs, torch.cat([pair[1][0] for pair in content["key_value_params"][0::2]]))
-    torch.testing.assert_close(concept.superclass_encoding, module._Reader(pipe).superclass_encoding("teddy", module.TEMPLATES).float())
+    torch.testing.assert_close(concept.key_outputs, torch.cat([output[0] for _, output in keys]))
+    s = module._Reader(pipe).superclass_encoding("teddy", module.TEMPLATES)
+    torch.testing.assert_close(concept.superclass_encoding, s.float())
     assert any("without the key lock" in note for note in notes)
     with pytest.raises(ConversionError, match="'armadillo' is 6 tokens"):
         convert(save(tmp_path, content), pipe, name="my-teddy", superclass="armadillo")
@@ -252,9 +257,9 @@ def test_state_dict_converts_exactly(pipe, truth, tmp_path, names, wrap):
 
 
 def test_state_dict_of_an_older_version_without_covariance(pipe, truth, tmp_path):
-    state = {key: value for key, value in state_dict(truth, prefix="", suffix="concept_output").items() if not key.endswith("C_inv")}
-    path = save(tmp_path, state)
-    with pytest.raises(ConversionError, match="holds no C.-1. Give the covariance"):
+    state = state_dict(truth, prefix="", suffix="concept_output")
+    path = save(tmp_path, {key: value for key, value in state.items() if not key.endswith("C_inv")})
+    with pytest.raises(ConversionError, match="holds no C.-1. Give the text encoder's covariance"):
         convert(path, pipe, name="my-teddy", superclass="teddy")
 
     class Given:
@@ -286,6 +291,8 @@ def test_one_output_per_position_becomes_the_gate_weighted_mean(pipe, truth, tmp
     torch.testing.assert_close(concept.value_outputs, expected, atol=1e-4, rtol=1e-3)
     assert concept.recipe == {"source": CHENDARYEN, "steps": 400}
     assert sum(note.startswith("Approximated: the port has one o* per token position") for note in notes) == 2
+    with pytest.raises(ConversionError, match="holds one concept, so index must be 0, got 1"):
+        convert(path, pipe, name="my-teddy", index=1)
 
 
 def test_equal_rows_lose_nothing(pipe, truth, tmp_path):
@@ -300,11 +307,12 @@ def test_equal_rows_lose_nothing(pipe, truth, tmp_path):
 
 def test_configuration_objects_in_the_file_are_read_and_never_built(pipe, truth, tmp_path, monkeypatch):
     """Real files keep the initial word inside configuration objects, and the whole configuration behind them."""
-    fake = FakeConfig()
+    fake, content = FakeConfig(), chendaryen(truth)
+    content["embedding"]["initializer_words"] = fake.words("teddy")
     with monkeypatch.context() as patch:
         for name, fake_module in fake.modules.items():
             patch.setitem(sys.modules, name, fake_module)
-        path = save(tmp_path, {**chendaryen(truth), "embedding": {**chendaryen(truth)["embedding"], "initializer_words": fake.words("teddy")}})
+        path = save(tmp_path, content)
     monkeypatch.setitem(sys.modules, "omegaconf", None)  # an import would fail
     before = set(torch.serialization.get_safe_globals())
     assert convert(path, pipe, name="my-teddy").concept.superclass == "teddy"
@@ -352,8 +360,8 @@ def test_packages_that_do_not_fit_are_refused(pipe, truth, tmp_path, edit, messa
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda c: c["target_output"].popitem(), "must be there once for each of 4 layers, but for mid_block.* it is there 0 times"),
-        (lambda c: c["target_output"].update({"input_blocks.9.1.transformer_blocks.0.attn2.to_k.target_output": torch.zeros(77, 8)}), "is there for 5 layers"),
+        (lambda c: c["target_output"].popitem(), "once for each of 4 layers, but for mid_block.* it is there 0 times"),
+        (lambda c: c["target_output"].update({"input_blocks.9.attn2.to_k.target_output": torch.zeros(77, 8)}), "is there for 5 layers"),
         (lambda c: c.update(target_output={k: v[:50] for k, v in c["target_output"].items()}), r"must be .* shape \(77, 8\) .*\(50, 8\)"),
         (lambda c: c.update(embedding=3), "embedding and target_output must be dictionaries"),
         (lambda c: c["embedding"].update(string_to_param={}), "must hold one placeholder word, it holds 0"),
@@ -361,7 +369,7 @@ def test_packages_that_do_not_fit_are_refused(pipe, truth, tmp_path, edit, messa
         (lambda c: c["embedding"].update(initializer_words=None), "does not say its superclass"),
         (lambda c: c.update(target_input=torch.ones(768)), r"target_input must be .*\(16\)"),
     ],
-)  # fmt: skip
+)
 def test_position_checkpoints_that_do_not_fit_are_refused(pipe, truth, tmp_path, edit, message):
     content = chendaryen(truth)
     edit(content)
@@ -457,4 +465,5 @@ def test_original_names_of_stable_diffusion():
     }.items():
         assert list(module._original_name(layer, 2)) == [original]
     assert list(module._original_name("encoder.cross", 2)) == []
+    assert list(module._original_name("other_block.attentions.0.attn2", 2)) == []
     assert list(module._original_name("down_blocks.0.attentions.0.transformer_blocks.0.attn2", [1, 2])) == []
