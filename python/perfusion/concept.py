@@ -218,13 +218,16 @@ def _check_date(value: Any) -> None:
 def _check_recipe(recipe: Any) -> None:
     plain = (str, int, float, bool, type(None))
     pairs = recipe.items() if isinstance(recipe, dict) else [(None, None)]
-    flat = all(isinstance(v, plain) for _, value in pairs for v in (value if isinstance(value, list) else [value]))
-    if not flat or not all(isinstance(key, str) for key, _ in pairs):
+    items = [item for _, value in pairs for item in (value if isinstance(value, list) else [value])]
+    keys = [key for key, _ in pairs]
+    if not all(isinstance(item, plain) for item in items) or not all(isinstance(key, str) for key in keys):
         raise ValueError(f"Concept: recipe must map text to text, numbers, true, false, None or lists of them, got {recipe!r:.200}")
+    if not all(item.isprintable() for item in (*keys, *items) if isinstance(item, str)):
+        raise ValueError(f"Concept: recipe must hold printable text on one line, got {recipe!r:.200}")
     try:
         size = _json_bytes(json.dumps(recipe, ensure_ascii=False, separators=(",", ":"), allow_nan=False)) - 2
-    except ValueError:  # also UnicodeEncodeError
-        raise ValueError(f"Concept: recipe must hold finite numbers and valid text, got {recipe!r:.200}") from None
+    except ValueError:
+        raise ValueError(f"Concept: recipe must hold finite numbers, got {recipe!r:.200}") from None
     if size > RECIPE_BYTES:
         raise ValueError(f"Concept: recipe must be at most {RECIPE_BYTES} bytes as JSON text, got {size}. Leave something out.")
 
