@@ -13,7 +13,6 @@ per encoding: a layer looks it up by the identity of the tensor object that it i
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +21,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import perfusion_kernels
-from perfusion.base import cross_attention_layers, layer_width
+from perfusion.base import UnsupportedPipeline, cross_attention_layers, layer_width
 
 __all__ = ["Edit", "Editor", "Tables", "make_edit"]
+
+# Processors that never call to_k and to_v, or that give the layer more than text
+REFUSED = {"Fused": "Call unet.unfuse_qkv_projections() first.", "IPAdapter": "Call pipe.unload_ip_adapter() first."}
 
 
 @dataclasses.dataclass
@@ -72,29 +74,38 @@ def make_edit(
     """Compute the edit of `rows` [r] of encodings [R, T, D], differentiable in the encodings and the tables' outputs.
 
     index [r, J] int32 names the concepts of each row, -1 for none; bias, temperature, strength [r, J] float32. Strength
-    scales the whole edit of a concept: 0 leaves the row as it is. key_rows: row -> [T, D], the encodings that give the
-    keys of rows under the global lock. Everything is computed in float32 and returned in the encodings' dtype.
+    scales the whole edit of a concept: 0 leaves the row as it is. key_rows: row -> [T, D] for some of `rows`, the
+    encodings that give all keys of a row under the global lock. Computed in at least float32, under autocast too; returned in the encodings' dtype.
     """
-    original = encodings[rows]
-    gates, components = perfusion_kernels.concept_gates(original, tables.targets, tables.metric_targets, index, bias, temperature)
+    dtype, wide = encodings.dtype, torch.promote_types(encodings.dtype, torch.float32)
     slots = index.clamp(min=0).long()
-    gates, components = gates * strength[:, None], components * strength[:, None]
-    value_rows = original.float() - torch.einsum("rtj,rjd->rtd", components, tables.targets[slots])
-    locked, key_updates = gates, None
-    if tables.unlocked is not None:
-        free = tables.unlocked[slots][:, None] & (index >= 0)[:, None]
-        locked = gates * ~free
-        key_updates = torch.einsum("rtj,rjo->rto", gates * free, tables.key_outputs[slots])
-    key_rows_local = value_rows + torch.einsum("rtj,rjd->rtd", locked, tables.superclasses[slots])
-    for place, row in enumerate(rows.tolist()) if key_rows else ():
-        if row in key_rows:
-            key_rows_local = key_rows_local.index_copy(0, torch.tensor([place], device=rows.device), key_rows[row][None].to(key_rows_local))
+    with torch.autocast(encodings.device.type, enabled=False):
+        original = encodings[rows]
+        gates, components = perfusion_kernels.concept_gates(original, tables.targets, tables.metric_targets, index, bias, temperature)
+        # both are 0 where index is -1
+        gates, components = (gates * strength[:, None]).to(wide), (components * strength[:, None]).to(wide)
+
+        def spread(coefficients: Tensor, table: Tensor) -> Tensor:
+            return torch.einsum("rtj,rjn->rtn", coefficients, table[slots].to(wide))
+
+        values = original.to(wide) - spread(components, tables.targets)
+        value_updates = spread(gates, tables.value_outputs).to(dtype)
+        locked, key_updates = gates, None
+        if tables.unlocked is not None:
+            unlocked = tables.unlocked[slots][:, None]
+            locked = gates.masked_fill(unlocked, 0)
+            key_updates = spread(gates.masked_fill(~unlocked, 0), tables.key_outputs).to(dtype)
+        keys = values + spread(locked, tables.superclasses)
+        if key_rows:
+            places = torch.tensor([rows.tolist().index(row) for row in key_rows], device=rows.device)
+            keys = keys.index_copy(0, places, torch.stack(list(key_rows.values())).to(keys))
+            key_updates = None if key_updates is None else key_updates.index_fill(0, places, 0)
     return Edit(
         rows,
-        encodings.index_copy(0, rows, key_rows_local.to(encodings.dtype)),
-        encodings.index_copy(0, rows, value_rows.to(encodings.dtype)),
-        torch.einsum("rtj,rjo->rto", gates, tables.value_outputs[slots]).to(encodings.dtype),
-        None if key_updates is None else key_updates.to(encodings.dtype),
+        encodings.index_copy(0, rows, keys.to(dtype)),
+        encodings.index_copy(0, rows, values.to(dtype)),
+        value_updates,
+        key_updates,
         gates,
     )
 
@@ -104,67 +115,110 @@ class Editor:
 
     def __init__(self, unet: torch.nn.Module, edit_of: Callable[[Tensor], Edit | None]):
         self.unet, self.edit_of = unet, edit_of
-        self._by_input: Any = WeakTensorKeyDictionary()  # the pipeline's tensor -> (version, Edit or None)
-        self._by_edited: Any = WeakTensorKeyDictionary()  # the exchanged input -> Edit
-        self._handles: list[Any] = []
+        self._layers = cross_attention_layers(unet)
+        self._projections: list[_Projection] = []
+        self._edits: Any = WeakTensorKeyDictionary()  # the pipeline's tensor -> (its stamp, Edit or None)
+        self._handle: Any = None
 
     def install(self) -> None:
         end = 0
-        for layer in cross_attention_layers(self.unet).values():
+        for layer in self._layers.values():
             columns = slice(end, end := end + layer_width(layer))
-            for kind in ("key", "value"):
-                linear = layer.to_k if kind == "key" else layer.to_v
-                linear = getattr(linear, "base_layer", linear)
-                self._handles.append(linear.register_forward_pre_hook(functools.partial(self._exchange, kind)))
-                self._handles.append(linear.register_forward_hook(functools.partial(self._update, kind, columns)))
-        self._handles.append(self.unet.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._projections += [_Projection(self, layer, kind, columns) for kind in ("key", "value")]
+        for projection in self._projections:
+            projection.follow()
+        self._handle = self.unet.register_forward_pre_hook(self._begin, with_kwargs=True)
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for projection in self._projections:
+            projection.remove()
+        self._projections.clear()
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
         self.forget()
 
     def forget(self) -> None:
         """Compute every edit anew: concepts or their settings have changed."""
-        self._by_input.clear()
-        self._by_edited.clear()
+        self._edits.clear()
 
-    def use(self, encodings: Tensor, edit: Edit) -> None:
-        """Say what a tensor needs instead of asking `edit_of`; training does."""
-        self._by_input[encodings] = (_version(encodings), edit)
-        self._by_edited[edit.key_encodings] = edit
-        self._by_edited[edit.value_encodings] = edit
+    def use(self, encodings: Tensor, edit: Edit | None) -> None:
+        """Say what a tensor object needs, as long as it lives and stays as it is, instead of asking `edit_of`; training does."""
+        self._edits[encodings] = (_stamp(encodings), edit)
 
-    def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        encodings = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-        # an inference tensor counts no versions, so a change in place would go unseen
-        if isinstance(encodings, Tensor) and encodings.is_inference() and encodings in self._by_input:
-            del self._by_input[encodings]
+    def find(self, encodings: Tensor) -> Edit | None:
+        """The edit of a tensor object: the one that is known, or what `edit_of` says, once."""
+        if self._handle is None:  # a compiled UNet may still call the hooks that it was compiled with
+            return None
+        known = self._edits.get(encodings)
+        if known is None:
+            self.use(encodings, edit := self.edit_of(encodings))
+            return edit
+        return known[1]
 
     @torch.compiler.disable
-    def _find(self, encodings: Tensor) -> Edit | None:
-        version, edit = self._by_input.get(encodings, (None, None))
-        if version is None or version != _version(encodings):
-            edit = self.edit_of(encodings)
-            self._by_input[encodings] = (_version(encodings), edit)
-            if edit is not None:
-                self.use(encodings, edit)
-        return edit
+    def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for projection in self._projections:
+            projection.follow()
+        encodings = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+        if not isinstance(encodings, Tensor):
+            return
+        known = self._edits.get(encodings)
+        if known is not None and not _unchanged(encodings, known[0]):
+            del self._edits[encodings]
+        if self.find(encodings) is not None:
+            self._check_processors()
 
-    def _exchange(self, kind: str, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        edit = self._find(args[0])
+    def _check_processors(self) -> None:
+        for name, layer in self._layers.items():
+            processor = type(layer.processor).__name__
+            for kind, advice in REFUSED.items():
+                if kind in processor:
+                    raise UnsupportedPipeline(f"concepts do not work with {processor}, which layer {name} was given after attach. {advice}")
+
+
+class _Projection:
+    """The hooks on one `to_k` or `to_v`: `columns` of the edit's updates are this layer's."""
+
+    def __init__(self, editor: Editor, layer: torch.nn.Module, kind: str, columns: slice):
+        self.editor, self.layer, self.kind, self.columns = editor, layer, kind, columns
+        self.module: torch.nn.Module | None = None
+        self.handles: list[Any] = []
+        self.edit: Edit | None = None
+
+    def follow(self) -> None:
+        """Hook the module that is the layer's projection now: LoRA puts one around it, and must read the edited input too."""
+        module = self.layer.to_k if self.kind == "key" else self.layer.to_v
+        if module is not self.module:
+            self.remove()
+            self.module = module
+            self.handles = [module.register_forward_pre_hook(self.exchange), module.register_forward_hook(self.update)]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.module, self.edit = None, None
+
+    @torch.compiler.disable
+    def exchange(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        self.edit = edit = self.editor.find(args[0])
         if edit is None:
             return None
-        return (edit.key_encodings if kind == "key" else edit.value_encodings, *args[1:])
+        return (edit.key_encodings if self.kind == "key" else edit.value_encodings, *args[1:])
 
-    def _update(self, kind: str, columns: slice, module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        edit = self._by_edited.get(args[0])
-        updates = None if edit is None else edit.key_updates if kind == "key" else edit.value_updates
+    @torch.compiler.disable
+    def update(self, module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        edit, self.edit = self.edit, None
+        updates = None if edit is None else edit.key_updates if self.kind == "key" else edit.value_updates
         if updates is None:
             return None
-        return output.index_add(0, edit.rows.to(output.device), updates[..., columns].to(output))
+        return output.index_add(0, edit.rows.to(output.device), updates[..., self.columns].to(output))
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _stamp(tensor: Tensor) -> int | Tensor:
+    """What a later change in place is noticed by: an inference tensor counts no versions, so a copy."""
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def _unchanged(tensor: Tensor, stamp: int | Tensor) -> bool:
+    return torch.equal(tensor, stamp) if isinstance(stamp, Tensor) else tensor._version == stamp

@@ -15,7 +15,8 @@ from perfusion.base import Base, UnsupportedPipeline, describe_base
 from perfusion.concept import Concept, check_name
 from perfusion.editor import Edit, Editor, Tables, make_edit
 from perfusion.prompts import check_settings
-from perfusion.text import TextHook, Word, single_token, text_encoders
+from perfusion.rows import RowEdit
+from perfusion.text import TextHook, added_tokens, single_token, text_encoders
 from perfusion_kernels import ConceptBank
 
 __all__ = ["Handle", "LoadedConcept", "attach", "detach"]
@@ -55,7 +56,9 @@ def attach(pipe: Any, *, capacity: int = 64) -> Handle:
 
     pipe: any pipeline around a `UNet2DConditionModel` of the Stable Diffusion 1.x, 2.x or XL family. capacity: how many
     concepts can be loaded at once. Prompts without concepts give bit-identical images. UnsupportedPipeline names what
-    cannot be edited; a second attach to the same pipeline is refused.
+    cannot be edited; RuntimeError refuses a second attach to the same pipeline. A failed attach changes nothing.
+
+    Pipelines that share a UNet (`from_pipe`) are attached one by one: each reads the concepts of its own handle.
     """
     if getattr(pipe, _MARK, None) is not None:
         raise RuntimeError("perfusion is already attached to this pipeline; use that handle, or perfusion.detach(pipe) first.")
@@ -73,19 +76,18 @@ def detach(pipe: Any) -> None:
 class Handle:
     """The concepts of one pipeline. A context manager: leaving it detaches.
 
-    pipe: the pipeline; base: its Base. Not safe for use from several threads, as pipelines are not.
+    pipe: the pipeline; base: its Base; enabled: see `disable`. Not safe for use from several threads, as pipelines are not.
     """
 
     def __init__(self, pipe: Any, capacity: int):
-        if hasattr(pipe.unet, "_orig_mod"):
-            raise UnsupportedPipeline("the UNet is already compiled, and hooks added after torch.compile do nothing: attach first, compile then.")
         self.base: Base = describe_base(pipe)
+        if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in pipe.unet.modules()):
+            raise UnsupportedPipeline("the UNet is already compiled, and hooks added after torch.compile do nothing: attach first, compile then.")
         self.pipe = pipe
         self._bank = ConceptBank(capacity, self.base.encoding_dim, self.base.outputs)
         self._loaded: dict[str, LoadedConcept] = {}
         self._text = TextHook(pipe, self._loaded)
         self._editor = Editor(pipe.unet, self._edit_of)
-        self.enabled = True
         self._text.install()
         self._editor.install()
         setattr(pipe, _MARK, self)
@@ -94,14 +96,16 @@ class Handle:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if getattr(self.pipe, _MARK, None) is self:
+        if self._attached:
             self.detach()
 
     def __repr__(self) -> str:
-        return f"<perfusion handle of {type(self.pipe).__name__}: {', '.join(map('<{}>'.format, self._loaded)) or 'no concepts'}>"
+        state = "" if self._attached else "detached "
+        return f"<{state}perfusion handle of {type(self.pipe).__name__}: {', '.join(map('<{}>'.format, self._loaded)) or 'no concepts'}>"
 
     def detach(self) -> None:
         """Remove every hook from the pipeline. The handle cannot be used again."""
+        self._require_attached()
         self._editor.remove()
         self._text.remove()
         delattr(self.pipe, _MARK)
@@ -110,8 +114,9 @@ class Handle:
         """Make a concept usable as `<name>`; returns the name, by default the concept's own.
 
         concept: a file or a Concept. ValueError when it was made for another base (both are named), when the name is
-        taken, when no place is free, or when the file cannot be trusted (ConceptFileError).
+        taken, when no place is free, or when the file cannot be trusted (ConceptFileError). A failed load changes nothing.
         """
+        self._require_attached()
         concept = concept if isinstance(concept, Concept) else Concept.load(concept)
         name = concept.name if name is None else name
         check_name(name)
@@ -120,15 +125,11 @@ class Handle:
             raise ValueError(f"concept {concept.name!r} cannot be used with this pipeline: {reason}")
         if name in self._loaded:
             raise ValueError(f"a concept <{name}> is loaded already; unload it, or load this one under another name=.")
+        if f"<{name}>" in {token.lower() for token in added_tokens(self.pipe)}:
+            raise ValueError(f"the tokenizer has a word <{name}> of its own (a textual inversion); load this concept under another name=.")
         for tokenizer, _ in text_encoders(self.pipe):
             single_token(tokenizer, concept.superclass)
-        others = {loaded.concept.covariance for loaded in self._loaded.values()} - {concept.covariance}
-        if others:
-            warnings.warn(
-                f"<{name}> was learned with another covariance than {', '.join(map('<{}>'.format, self._loaded))}: "
-                "in one prompt they combine only approximately.",
-                stacklevel=2,
-            )
+        self._warn_about_covariance(name, concept)
         self._bank.add(
             name,
             target=concept.target,
@@ -137,16 +138,15 @@ class Handle:
             value_output=concept.value_outputs,
         )
         self._loaded[name] = LoadedConcept(concept, 1.0, concept.bias, concept.temperature)
-        self._changed()
         return name
 
     def unload(self, name: str) -> None:
-        """Forget a concept and free its place."""
+        """Forget a concept and free its place. Encodings that were made with it are no longer edited."""
         self._require(name)
         self._bank.remove(name)
         self._text.forget(name)
         del self._loaded[name]
-        self._changed()
+        self._editor.forget()
 
     def set(
         self,
@@ -160,8 +160,10 @@ class Handle:
         """Change how a concept acts; what is not given stays. A prompt's own settings go before these.
 
         strength: 1 as learned, 0 the plain superclass, up to 4. bias: higher weakens the concept and follows the prompt
-        more, lower strengthens it. temperature: how sharply the gate opens. key_lock: "local" or "global"; this one and
-        strength act on prompts encoded from now on.
+        more, lower strengthens it. temperature: how sharply the gate opens. key_lock: "local" or "global"; a prompt in which
+        any concept has the global one takes all its keys so. Bias and temperature act at once, also on prompts that are
+        encoded already; strength and key_lock on prompts encoded from now on. ValueError, and no change, when a value is
+        out of range.
         """
         loaded = self._require(name)
         check_settings(f"<{name}>", strength=strength, bias=bias, temperature=temperature)
@@ -170,60 +172,90 @@ class Handle:
         for field, value in {"strength": strength, "bias": bias, "temperature": temperature, "key_lock": key_lock}.items():
             if value is not None:
                 setattr(loaded, field, value)
-        self._changed()
+        self._editor.forget()
 
     def concepts(self) -> dict[str, LoadedConcept]:
         """What is loaded, by name. A copy: change settings by `set`."""
         return {name: dataclasses.replace(loaded) for name, loaded in self._loaded.items()}
 
+    @property
+    def enabled(self) -> bool:
+        return self._text.enabled
+
     def disable(self) -> None:
-        """Leave every edit out until `enable`: `<name>` then reads as its superclass word with the learned embedding."""
-        self.enabled = False
-        self._changed()
+        """Let every `<name>` read as its plain superclass word, and edit nothing, until `enable`."""
+        self._enable(False)
 
     def enable(self) -> None:
-        self.enabled = True
-        self._changed()
+        """Undo `disable`."""
+        self._enable(True)
+
+    def _enable(self, enabled: bool) -> None:
+        self._require_attached()
+        self._text.enabled = enabled
+        self._editor.forget()
+
+    @property
+    def _attached(self) -> bool:
+        return getattr(self.pipe, _MARK, None) is self
+
+    def _require_attached(self) -> None:
+        if not self._attached:
+            raise RuntimeError("this handle is detached; perfusion.attach(pipe) gives a new one.")
 
     def _require(self, name: str) -> LoadedConcept:
+        self._require_attached()
         if name not in self._loaded:
             known = ", ".join(sorted(self._loaded)) or "none"
-            raise KeyError(f"no concept named {name!r} is loaded; loaded are: {known}")
+            raise ValueError(f"no concept named {name!r} is loaded; loaded are: {known}")
         return self._loaded[name]
 
-    def _changed(self) -> None:
-        self._editor.forget()
+    def _warn_about_covariance(self, name: str, concept: Concept) -> None:
+        others = [other for other, loaded in self._loaded.items() if "" != loaded.concept.covariance != concept.covariance != ""]
+        if others:
+            warnings.warn(
+                f"<{name}> was learned with another covariance than {', '.join(map('<{}>'.format, others))}: "
+                "in one prompt they combine only approximately.",
+                stacklevel=3,
+            )
 
     def _edit_of(self, encodings: Tensor) -> Edit | None:
         edits = self._text.rows_of(encodings) if self.enabled else {}
         if not edits:
             return None
-        device, mentions = encodings.device, [edit.mentions for edit in edits.values()]
-        index = self._bank.index([[mention.name for mention in row] for row in mentions]).to(device)
+        device, rows = encodings.device, [edit.mentions for edit in edits.values()]
+        self._bank.index([[mention.name for mention in row] for row in rows])  # refuses concepts that cannot share a prompt
+        names = list(dict.fromkeys(mention.name for row in rows for mention in row))
+        width = max(map(len, rows))
 
-        def column(field: str, empty: float) -> Tensor:
-            values = [[getattr(m, field) if getattr(m, field) is not None else getattr(self._loaded[m.name], field) for m in row] for row in mentions]
-            return torch.tensor([row + [empty] * (index.shape[1] - len(row)) for row in values], dtype=torch.float32, device=device)
+        def table(value_of: Any, empty: float, dtype: torch.dtype) -> Tensor:
+            values = [[value_of(mention) for mention in row] + [empty] * (width - len(row)) for row in rows]
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        def setting(field: str) -> Any:
+            return lambda mention: getattr(self._loaded[mention.name] if getattr(mention, field) is None else mention, field)
 
         return make_edit(
             encodings,
             torch.tensor(list(edits), device=device),
-            self._tables(device),
-            index,
-            column("bias", 0.0),
-            column("temperature", 1.0),
-            column("strength", 0.0),
-            {row: edit.key_encoding for row, edit in edits.items() if edit.key_encoding is not None},
+            self._tables(names, device),
+            table(lambda mention: names.index(mention.name), -1, torch.int32),
+            table(setting("bias"), 0.0, torch.float32),
+            table(setting("temperature"), 1.0, torch.float32),
+            table(setting("strength"), 0.0, torch.float32),
+            _key_rows(edits),
         )
 
-    def _tables(self, device: torch.device) -> Tables:
-        bank = self._bank
-        free = {bank.slot(name): loaded.concept for name, loaded in self._loaded.items() if loaded.concept.key_outputs is not None}
-        tables = Tables(*(table.to(device) for table in (bank.targets, bank.metric_targets, bank.superclasses, bank.value_outputs)))
-        if free:
-            tables.unlocked = torch.zeros(bank.capacity, dtype=torch.bool, device=device)
-            tables.key_outputs = torch.zeros_like(tables.value_outputs)
-            for slot, concept in free.items():
-                tables.unlocked[slot] = True
-                tables.key_outputs[slot] = concept.key_outputs.to(tables.key_outputs)
+    def _tables(self, names: list[str], device: torch.device) -> Tables:
+        """The tables of the named concepts alone: a bank may hold many that this prompt does not use."""
+        bank, slots = self._bank, [self._bank.slot(name) for name in names]
+        tables = Tables(*(table[slots].to(device) for table in (bank.targets, bank.metric_targets, bank.superclasses, bank.value_outputs)))
+        keys = [self._loaded[name].concept.key_outputs for name in names]
+        if any(key is not None for key in keys):
+            tables.unlocked = torch.tensor([key is not None for key in keys], device=device)
+            tables.key_outputs = torch.stack([output if key is None else key.to(output) for key, output in zip(keys, torch.zeros_like(tables.value_outputs))])
         return tables
+
+
+def _key_rows(edits: dict[int, RowEdit]) -> dict[int, Tensor]:
+    return {row: edit.key_encoding for row, edit in edits.items() if edit.key_encoding is not None}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import re
 from collections.abc import Collection, Mapping
 
-__all__ = ["Mention", "Prompt", "PromptError", "parse_prompt"]
+__all__ = ["Mention", "Prompt", "PromptError", "check_settings", "parse_prompt"]
+
+RANGES = {"strength": (0, 4), "bias": (-2, 2), "temperature": (1e-3, 10)}
 
 _TAG = re.compile(r"<(?:perfusion:)?([A-Za-z0-9][\w-]{0,31})(?::([^<>|]*))?(?:\|([^<>]*))?>")
-_SETTINGS = ("strength", "bias", "temperature")
 
 
 class PromptError(ValueError):
@@ -36,22 +38,29 @@ class Prompt:
 
 
 def parse_prompt(text: str, superclasses: Mapping[str, str], tokens: Collection[str] = ()) -> Prompt:
-    """Find the concepts in a prompt.
+    """Find the concepts in a prompt; their names may be written in capitals.
 
     superclasses: name -> superclass word of every concept that is loaded; tokens: words such as `<sks>` that the tokenizer
-    itself knows (textual inversion): they are left alone. PromptError names an unknown concept and lists the known ones.
+    itself knows (textual inversion): they are left alone, in whatever case. PromptError names an unknown concept and lists
+    the known ones, or says which setting breaks which rule.
     """
+    tokens = {token.lower() for token in tokens}
     plain, mentions, end = "", [], 0
     for tag in _TAG.finditer(text):
-        if tag.group(0) in tokens:
-            continue
         name = tag.group(1).lower()
+        if tag.group(0).lower() in tokens:
+            if name in superclasses:
+                raise PromptError(
+                    f"prompt {text!r}: {tag.group(0)} is both a loaded concept and a word of the tokenizer (a textual inversion). "
+                    f"Write <perfusion:{name}> for the concept, or load one of them under another name."
+                )
+            continue
         if name not in superclasses:
             known = ", ".join(f"<{each}>" for each in sorted(superclasses)) or "none"
             raise PromptError(f"prompt {text!r}: no concept {tag.group(0)} is loaded; loaded are: {known}. Load it with handle.load(path).")
         plain += text[end : tag.start()]
         # the superclass must be a word of its own, or the tokenizer would merge it with its neighbour
-        plain += " " if plain and plain[-1].isalnum() else ""
+        plain += " " if plain[-1:].isalnum() else ""
         mentions.append(Mention(name, plain, **_settings(tag, text)))
         plain += superclasses[name]
         end = tag.end()
@@ -60,23 +69,26 @@ def parse_prompt(text: str, superclasses: Mapping[str, str], tokens: Collection[
 
 
 def _settings(tag: re.Match[str], text: str) -> dict[str, float]:
-    pairs = [("strength", tag.group(2))] if tag.group(2) is not None else []
-    pairs += [tuple(map(str.strip, pair.partition("=")[::2])) for pair in (tag.group(3) or "").split(",") if pair.strip()]
+    where = f"prompt {text!r}: {tag.group(0)}"
+    pairs = [] if tag.group(2) is None else [("strength", tag.group(2))]
+    for pair in (tag.group(3) or "").split(","):
+        key, _, value = pair.partition("=")
+        pairs += [(key.strip(), value.strip())] if pair.strip() else []
     settings: dict[str, float] = {}
     for key, value in pairs:
-        if key not in _SETTINGS or key in settings:
-            raise PromptError(f"prompt {text!r}: {tag.group(0)} sets {key!r}; it may set each of {', '.join(_SETTINGS)} once.")
+        if key not in RANGES or key in settings:
+            raise PromptError(f"{where} sets {key!r}; it may set each of {', '.join(RANGES)} once.")
         try:
             settings[key] = float(value)
         except ValueError:
-            raise PromptError(f"prompt {text!r}: {tag.group(0)} sets {key} to {value!r}, which is not a number.") from None
-    check_settings(f"prompt {text!r}: {tag.group(0)}", **settings)
+            raise PromptError(f"{where} sets {key} to {value!r}, which is not a number.") from None
+    check_settings(where, **settings)
     return settings
 
 
 def check_settings(where: str, *, strength: float | None = None, bias: float | None = None, temperature: float | None = None) -> None:
-    """PromptError unless every given setting lies in its range: strength 0 to 4, bias -2 to 2, temperature 0.001 to 10."""
-    ranges = {"strength": (strength, 0, 4), "bias": (bias, -2, 2), "temperature": (temperature, 1e-3, 10)}
-    for key, (value, low, high) in ranges.items():
-        if value is not None and not low <= value <= high:
-            raise PromptError(f"{where}: {key} must lie between {low:g} and {high:g}, got {value!r}.")
+    """PromptError, beginning with `where`, unless every given setting is a number in its range (`RANGES`)."""
+    for key, value in {"strength": strength, "bias": bias, "temperature": temperature}.items():
+        low, high = RANGES[key]
+        if value is not None and not (isinstance(value, numbers.Real) and low <= value <= high):
+            raise PromptError(f"{where}: {key} must be a number between {low:g} and {high:g}, got {value!r}.")

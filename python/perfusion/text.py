@@ -1,29 +1,26 @@
 """The text side of the hook: `<name>` in prompts becomes the superclass word, with the concept's embedding in its place.
 
 The tokenizer's vocabulary is never touched: `encode_prompt` of one pipeline object is wrapped, the word's input embedding
-is substituted by position while the text encoder runs, and every encoding that holds a concept is remembered by its
-content, so that it is known again in whatever batch the pipeline puts it.
+is substituted by position while the text encoder runs, and every encoding that holds a concept is remembered, so that it
+is known again in whatever batch the pipeline puts it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perfusion.base import text_encoders
+from perfusion.base import UnsupportedPipeline, text_encoders
 from perfusion.prompts import Mention, Prompt, PromptError, parse_prompt
+from perfusion.rows import KnownRows, RowEdit
 
-__all__ = ["RowEdit", "TextHook", "Word"]
-
-REMEMBERED = 4096  # encodings; a digest each, not the encoding
+__all__ = ["RowEdit", "TextHook", "Word", "added_tokens", "single_token"]
 
 
 @dataclasses.dataclass
@@ -36,124 +33,176 @@ class Word:
     global_lock: bool = False
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class RowEdit:
-    """The concepts of one row of an encoding, and the row that gives the keys under the global lock [T, D], if any."""
+@dataclasses.dataclass
+class _Side:
+    """The prompt, or the negative prompt, of one call: its place in the result and the prompts that each encoder reads."""
 
-    mentions: tuple[Mention, ...]
-    key_encoding: Tensor | None = None
+    place: int
+    prompts: list[list[Prompt]]
+
+    def mentions(self, row: int, copies: int) -> tuple[Mention, ...]:
+        """The concepts of one row of the result. A concept acts once however often it is named."""
+        found: dict[str, Mention] = {}
+        for prompts in filter(None, self.prompts):
+            for mention in prompts[min(row // copies, len(prompts) - 1)].mentions:
+                first = found.setdefault(mention.name, mention)
+                if dataclasses.replace(first, prefix=mention.prefix) != mention:
+                    raise PromptError(f"<{mention.name}> is named twice in one prompt with different settings; give them once or alike.")
+        return tuple(found.values())
 
 
 @dataclasses.dataclass
 class _Expected:
-    """One call of a text encoder that `encode_prompt` is going to make."""
+    """One call of a text encoder that `encode_prompt` is going to make: ids [R, T], and (row, position, concept) in them."""
 
     ids: Tensor
     substitutions: list[tuple[int, int, Mention]]
 
 
-def digest(row: Tensor) -> bytes:
-    """The identity of one encoding [T, D] by content: an address or an object may be reused, its bytes may not."""
-    return hashlib.blake2b(row.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
-
-
 class TextHook:
     """Resolves concepts in the prompts of one pipeline, from `install` to `remove`.
 
-    words: name -> Word of every loaded concept, read at each call. `rows_of` gives the RowEdits of any batch of encodings.
+    words: name -> Word of every loaded concept, read at each call; gradients flow to its embeddings. While `enabled` is
+    False every `<name>` is its plain superclass word.
     """
 
     def __init__(self, pipe: Any, words: Mapping[str, Word]):
-        self.pipe, self.words = pipe, words
+        if not callable(getattr(pipe, "encode_prompt", None)):
+            raise UnsupportedPipeline(f"{type(pipe).__name__} is not supported: it has no encode_prompt, which reads the concepts in prompts.")
+        self.pipe, self.words, self.enabled = pipe, words, True
+        self._known = KnownRows()
         self._expected: list[list[_Expected]] = [[] for _ in text_encoders(pipe)]
-        self._known: OrderedDict[bytes, list[RowEdit]] = OrderedDict()
         self._handles: list[Any] = []
 
     def install(self) -> None:
         for number, (_, encoder) in enumerate(text_encoders(self.pipe)):
             embedding = getattr(encoder, "_orig_mod", encoder).get_input_embeddings()
             self._handles.append(embedding.register_forward_hook(functools.partial(self._substitute, number)))
-        self._original = self.pipe.encode_prompt
-        signature = inspect.signature(self._original)
+        self._own = self.pipe.__dict__.get("encode_prompt")  # normally None: the method is the class's
+        original = self.pipe.encode_prompt
+        signature = inspect.signature(original)
 
-        @functools.wraps(self._original)
+        @functools.wraps(original)
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            return self._encode(self._original, signature.bind(*args, **kwargs))
+            # somebody who wrapped this one may call it still after `remove`
+            return self._encode(original, signature.bind(*args, **kwargs)) if self._handles else original(*args, **kwargs)
 
-        self.pipe.encode_prompt = encode_prompt
+        self.pipe.encode_prompt = self._wrapper = encode_prompt
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.pipe.__dict__.pop("encode_prompt", None)
+        if self.pipe.__dict__.get("encode_prompt") is self._wrapper:
+            del self.pipe.encode_prompt
+            if self._own is not None:
+                self.pipe.encode_prompt = self._own
 
-    def parse(self, text: str) -> Prompt:
-        tokens = set().union(*(tokenizer.get_added_vocab() for tokenizer, _ in text_encoders(self.pipe)))
-        return parse_prompt(text, {name: word.superclass for name, word in self.words.items()}, tokens)
+    def parse(self, text: str, tokens: Collection[str] | None = None) -> Prompt:
+        """The prompt, every mention with its strength, without those of strength 0: they are the superclass word and no concept."""
+        tokens = added_tokens(self.pipe) if tokens is None else tokens
+        prompt = parse_prompt(text, {name: word.superclass for name, word in self.words.items()}, tokens)
+        mentions = [dataclasses.replace(mention, strength=self._strength(mention)) for mention in prompt.mentions]
+        return dataclasses.replace(prompt, mentions=tuple(mention for mention in mentions if mention.strength))
 
-    # encoding
+    def rows_of(self, encodings: Tensor) -> dict[int, RowEdit]:
+        """row -> RowEdit for the rows of encodings [R, T, D] that hold concepts; see `KnownRows.find`."""
+        return self._known.find(encodings)
+
+    def forget(self, name: str) -> None:
+        """Forget every encoding that holds the concept."""
+        self._known.forget(name)
+
+    def _strength(self, mention: Mention) -> float:
+        if not self.enabled:
+            return 0.0
+        return self.words[mention.name].strength if mention.strength is None else mention.strength
 
     def _encode(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        bound.apply_defaults()
         arguments = bound.arguments
+        for role in ("prompt_embeds", "negative_prompt_embeds"):
+            self._known.recall(arguments.get(role))
+
+        tokens = added_tokens(self.pipe)
         parsed: dict[str, list[Prompt]] = {}
         for role in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
             value = arguments.get(role)
-            if value is not None and len(value):
-                parsed[role] = [self.parse(text) for text in ([value] if isinstance(value, str) else value)]
-        if not any(prompt.mentions for prompts in parsed.values() for prompt in prompts):
-            return original(*bound.args, **bound.kwargs)
-        if arguments.get("clip_skip") is not None:
+            if not value:
+                continue
+            texts = [value] if isinstance(value, str) else list(value)
+            if not all(isinstance(text, str) for text in texts):
+                continue  # the pipeline's own refusal says it better
+            parsed[role] = [self.parse(text, tokens) for text in texts]
+            plain = [prompt.text for prompt in parsed[role]]
+            if plain != texts:
+                arguments[role] = plain[0] if isinstance(value, str) else plain
+        mentioned = any(prompt.mentions for prompts in parsed.values() for prompt in prompts)
+        if mentioned and arguments.get("clip_skip") is not None:
             raise PromptError("clip_skip does not work with concepts: they were learned on the text encoder's usual hidden layer.")
 
-        sides = [parsed.get("prompt") if arguments.get("prompt_embeds") is None else None]
-        sides += [parsed.get("negative_prompt") if arguments.get("negative_prompt_embeds") is None else None]
-        seconds = [parsed.get("prompt_2") or parsed.get("prompt"), parsed.get("negative_prompt_2") or parsed.get("negative_prompt")]
-        for number in range(len(self._expected)):
-            chosen = [second if number and side is not None else side for side, second in zip(sides, seconds)]
-            self._expected[number] = [self._expect(number, prompts) for prompts in chosen if prompts is not None]
-        for role, prompts in parsed.items():
-            texts = [prompt.text for prompt in prompts]
-            arguments[role] = texts[0] if isinstance(arguments[role], str) else texts
+        sides = self._sides(arguments, parsed)
+        result = self._run(original, bound, sides)
+        if mentioned or self._known:
+            self._remember(original, bound, result, sides)
+        return result
+
+    def _sides(self, arguments: Mapping[str, Any], parsed: Mapping[str, list[Prompt]]) -> list[_Side]:
+        """What is going to be encoded, in the order in which pipelines stack it: the negative prompt first."""
+        sides = []
+        for place, role in ((1, "negative_prompt"), (0, "prompt")):
+            skipped = place == 1 and not arguments.get("do_classifier_free_guidance", True)
+            if not skipped and arguments.get(f"{role}_embeds") is None:
+                first = parsed.get(role, [])
+                sides.append(_Side(place, [first, parsed.get(f"{role}_2", first)][: len(self._expected)]))
+        return sides
+
+    def _run(self, original: Callable[..., Any], bound: inspect.BoundArguments, sides: list[_Side]) -> Any:
+        # the encoders read the prompt first, then the negative prompt
+        ordered = sorted(sides, key=lambda side: side.place)
+        expected = [[self._expect(number, side.prompts[number]) for side in ordered if side.prompts[number]] for number in range(len(self._expected))]
         try:
+            self._expected = expected
             result = original(*bound.args, **bound.kwargs)
-            missed = [call for calls in self._expected for call in calls if call.substitutions]
+            missed = any(call.substitutions for calls in expected for call in calls)
         finally:
-            self._expected = [[] for _ in self._expected]
+            self._expected = [[] for _ in expected]
         if missed:
             raise PromptError(
                 f"{type(self.pipe).__name__}.encode_prompt did not send the prompt through the text encoder as it stands, so the "
-                "concepts in it were not put in place. Give plain prompts, or none with concepts."
+                "concepts in it could not be put in place. Was the text encoder compiled or exchanged before attach, or is the prompt rewritten?"
             )
-        self._remember(original, bound, result, sides, seconds)
         return result
 
     def _expect(self, number: int, prompts: list[Prompt]) -> _Expected:
-        tokenizer, encoder = text_encoders(self.pipe)[number]
-        convert = getattr(self.pipe, "maybe_convert_prompt", lambda text, _: text)
+        tokenizer, _ = text_encoders(self.pipe)[number]
         length = tokenizer.model_max_length
-        texts = [convert(prompt.text, tokenizer) for prompt in prompts]
-        ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+        def ids(text: str | list[str], **options: Any) -> Any:
+            convert = getattr(self.pipe, "maybe_convert_prompt", lambda text, _: text)  # textual inversions of several vectors
+            return tokenizer(convert(text, tokenizer), max_length=length, truncation=True, **options).input_ids
+
+        table = ids([prompt.text for prompt in prompts], padding="max_length", return_tensors="pt")
         substitutions = []
         for row, prompt in enumerate(prompts):
             for mention in prompt.mentions:
-                word = single_token(tokenizer, self.words[mention.name].superclass)
-                before = tokenizer(convert(mention.prefix, tokenizer), add_special_tokens=False).input_ids if mention.prefix.strip() else []
-                position = 1 + len(before)
+                position = 1 + (len(ids(mention.prefix, add_special_tokens=False)) if mention.prefix.strip() else 0)
                 if position >= length - 1:
                     raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> lies beyond the {length} tokens that the text encoder reads.")
-                if ids[row, position] != word:
+                if table[row, position] != single_token(tokenizer, self.words[mention.name].superclass):
                     raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> must stand as a word of its own.")
                 substitutions.append((row, position, mention))
-        return _Expected(ids, substitutions)
+        return _Expected(table, substitutions)
 
+    @torch.compiler.disable
     def _substitute(self, number: int, module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Forward hook of a token embedding: output [B, T, width]."""
+        """Forward hook of a token embedding: ids [R, T] -> output [R, T, width]."""
         waiting = self._expected[number]
         if not waiting:
             return None
         ids = args[0].detach().cpu()
-        call = next((call for call in waiting if call.ids.shape == ids.shape and torch.equal(call.ids, ids)), None)
+        # a single negative prompt is repeated for every row by some pipelines
+        call = next((call for call in waiting if call.ids.shape[1:] == ids.shape[1:] and len(call.ids) in (1, len(ids)) and (call.ids == ids).all()), None)
         if call is None:
             return None
         waiting.remove(call)
@@ -161,67 +210,34 @@ class TextHook:
             return None
         output = output.clone()
         for row, position, mention in call.substitutions:
-            word = self.words[mention.name]
-            strength = word.strength if mention.strength is None else mention.strength
-            embedding = word.embeddings[number].to(output)
+            rows = slice(None) if len(call.ids) == 1 else row
+            embedding = self.words[mention.name].embeddings[number].to(output)
             # strength 1 takes the concept's embedding itself, so that no rounding enters
-            output[row, position] = embedding if strength == 1 else torch.lerp(output[row, position], embedding, strength)
+            output[rows, position] = embedding if mention.strength == 1 else torch.lerp(output[rows, position], embedding, mention.strength)
         return output
 
-    # remembering
-
-    def _remember(self, original, bound: inspect.BoundArguments, result: Any, sides: list, seconds: list) -> None:
-        copies = bound.arguments.get("num_images_per_prompt", 1) or 1
+    def _remember(self, original: Callable[..., Any], bound: inspect.BoundArguments, result: Any, sides: list[_Side]) -> None:
+        copies = bound.arguments.get("num_images_per_prompt") or 1
+        sides = [side for side in sides if result[side.place] is not None]
+        mentions = {side.place: [side.mentions(row, copies) for row in range(len(result[side.place]))] for side in sides}
         plain = None
-        if any(self.words[m.name].global_lock for side in sides for prompt in side or () for m in prompt.mentions):
-            plain = original(*bound.args, **bound.kwargs)  # the superclass prompt itself: nothing is expected, nothing substituted
-        fresh: dict[bytes, list[RowEdit]] = {}
-        for which, (side, second) in enumerate(zip(sides, seconds)):
-            if side is None:
-                continue
-            for row, encoding in enumerate(result[which]):
-                prompts = {id(p): p for group in (side, second or side) for p in [group[min(row // copies, len(group) - 1)]]}
-                mentions = self._unique([mention for prompt in prompts.values() for mention in prompt.mentions])
-                if mentions:
-                    locked = plain is not None and any(self.words[mention.name].global_lock for mention in mentions)
-                    fresh.setdefault(digest(encoding), []).append(RowEdit(mentions, plain[which][row] if locked else None))
-        for key, edits in fresh.items():
-            self._known[key] = edits
-            self._known.move_to_end(key)
-        while len(self._known) > REMEMBERED:
-            self._known.popitem(last=False)
+        if any(self._locks(row) for rows in mentions.values() for row in rows):
+            with torch.no_grad():  # the superclass prompt itself: nothing is expected now, so nothing is substituted
+                plain = original(*bound.args, **bound.kwargs)
 
-    def _unique(self, mentions: list[Mention]) -> tuple[Mention, ...]:
-        """A concept acts once in a row however often it is named; strength 0 is the superclass word and no concept."""
-        found: dict[str, Mention] = {}
-        for mention in mentions:
-            first = found.setdefault(mention.name, mention)
-            if (first.strength, first.bias, first.temperature) != (mention.strength, mention.bias, mention.temperature):
-                raise PromptError(f"<{mention.name}> is named twice in one prompt with different settings; give them once or alike.")
-        strengths = {name: self.words[name].strength if m.strength is None else m.strength for name, m in found.items()}
-        return tuple(mention for name, mention in found.items() if strengths[name] != 0)
+        def edit(place: int, row: int) -> RowEdit | None:
+            here = mentions[place][row]
+            return RowEdit(here, plain[place][row].cpu() if self._locks(here) else None) if here else None
 
-    def rows_of(self, encodings: Tensor) -> dict[int, RowEdit]:
-        """row -> RowEdit for the rows of encodings [R, T, D] that hold concepts.
+        self._known.remember([(result[side.place], [edit(side.place, row) for row in range(len(result[side.place]))]) for side in sides])
 
-        Rows of equal content take their edits in the order in which the prompts were given: the rows of a batch keep it,
-        with or without guidance, and repeat it where a pipeline doubles its conditional rows.
-        """
-        if not self._known:
-            return {}
-        seen: dict[bytes, int] = {}
-        found = {}
-        for row, encoding in enumerate(encodings):
-            key = digest(encoding)
-            edits = self._known.get(key)
-            if edits is not None:
-                count = seen[key] = seen.get(key, -1) + 1
-                found[row] = edits[count % len(edits)]
-        return found
+    def _locks(self, mentions: tuple[Mention, ...]) -> bool:
+        return any(self.words[mention.name].global_lock for mention in mentions)
 
-    def forget(self, name: str) -> None:
-        """Forget every encoding that holds the concept."""
-        self._known = OrderedDict((k, v) for k, v in self._known.items() if all(m.name != name for edit in v for m in edit.mentions))
+
+def added_tokens(pipe: Any) -> set[str]:
+    """The words that the pipeline's tokenizers have beyond their training: special ones and textual inversions."""
+    return set().union(*(tokenizer.get_added_vocab() for tokenizer, _ in text_encoders(pipe)))
 
 
 def single_token(tokenizer: Any, word: str) -> int:

@@ -1,0 +1,167 @@
+"""What the tests of the hook share: concepts over a known covariance, the edit written out, and what attention really saw.
+
+    concept = make_concept(base, "teddy", seed=1)
+    with watch(pipe.unet) as forwards:
+        pipe("a <teddy>")
+    check_rows(pipe.unet, forwards[0], [[], [use(concept)]])      # guidance: [negative, positive]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from perfusion.base import Base, cross_attention_layers
+from perfusion.concept import Concept
+
+STEPS = 2
+
+
+def inverse_covariance(width: int) -> Tensor:
+    """One well conditioned C⁻¹ [width, width] in float64 for every concept of that width."""
+    root = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(99))
+    return torch.linalg.inv(root @ root.T / width + 0.3 * torch.eye(width, dtype=torch.float64))
+
+
+def make_concept(base: Base, name: str = "teddy", *, seed: int = 1, unlocked: bool = False, **fields) -> Concept:
+    """A random concept whose gate is neither open nor shut at most tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(size: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(size, generator=generator)
+
+    target = numbers(base.encoding_dim)
+    own = dict(
+        superclass=name,
+        base=base,
+        value_outputs=numbers(base.outputs, 0.5),
+        target=target,
+        metric_target=(inverse_covariance(base.encoding_dim) @ target.double()).float(),
+        superclass_encoding=numbers(base.encoding_dim),
+        word_embeddings=tuple(numbers(width, 0.1) for width in base.text_widths),
+        key_outputs=numbers(base.outputs, 0.5) if unlocked else None,
+        bias=0.3,
+        temperature=0.4,
+    )
+    return Concept(name=name, **{**own, **fields})
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A concept as one row uses it."""
+
+    concept: Concept
+    strength: float = 1.0
+    bias: float | None = None
+    temperature: float | None = None
+
+    def gate(self, similarity: Tensor) -> Tensor:
+        bias = self.concept.bias if self.bias is None else self.bias
+        temperature = self.concept.temperature if self.temperature is None else self.temperature
+        return torch.sigmoid((similarity - bias) / temperature)
+
+
+use = Use
+
+
+def written_out(e: Tensor, weight: Tensor, uses: Sequence[Use], outputs: Sequence[Tensor]) -> Tensor:
+    """h [T, d] of one row e [T, D] and one layer, in float64, straight from arXiv 2305.01644: eq. 3 for one concept, else eq. 4."""
+    e, weight, inverse = e.double(), weight.double(), inverse_covariance(e.shape[1])
+    targets = [each.concept.target.double() for each in uses]
+    similarities = [e @ inverse @ target / (target @ inverse @ target) for target in targets]
+    if len(uses) == 1:
+        (target,), (c,), (one,), (output,) = targets, similarities, uses, outputs
+        edited = (e - torch.outer(c, target)) @ weight.T + torch.outer(one.gate(c), output.double())
+        return (1 - one.strength) * (e @ weight.T) + one.strength * edited
+    stacked = torch.stack(targets)
+    components = torch.linalg.solve(stacked @ inverse @ stacked.T, stacked @ inverse @ e.T)  # [J, T]
+    h = e @ weight.T
+    for one, target, a, c, output in zip(uses, targets, components, similarities, outputs):
+        h = h + one.strength * (torch.outer(one.gate(c), output.double()) - torch.outer(a, weight @ target))
+    return h
+
+
+@dataclasses.dataclass
+class Forward:
+    """One call of the UNet: the encodings [R, T, D] that it was given, and layer -> keys, values [R, T, d] in attention."""
+
+    encodings: Tensor
+    keys: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def watch(unet: torch.nn.Module) -> Iterator[list[Forward]]:
+    """Record every forward of the UNet. Enter it after `attach`, so that it sees what the hooks made."""
+    forwards: list[Forward] = []
+
+    def begin(module, args, kwargs):
+        forwards.append(Forward(kwargs["encoder_hidden_states"].detach().clone()))
+
+    def record(kind, name):
+        return lambda module, args, output: getattr(forwards[-1], kind).__setitem__(name, output.detach().clone())
+
+    handles = [unet.register_forward_pre_hook(begin, with_kwargs=True)]
+    for name, layer in cross_attention_layers(unet).items():
+        handles.append(layer.to_k.register_forward_hook(record("keys", name)))
+        handles.append(layer.to_v.register_forward_hook(record("values", name)))
+    try:
+        yield forwards
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def weight_of(projection: torch.nn.Module) -> Tensor:
+    """The weight that a projection stands for, LoRA included."""
+    if not hasattr(projection, "base_layer"):
+        return projection.weight
+    weight = projection.base_layer.weight
+    return weight if projection.merged else weight + sum(projection.get_delta_weight(adapter) for adapter in projection.active_adapters)
+
+
+def check_rows(unet: torch.nn.Module, forward: Forward, rows: Sequence[Sequence[Use]], *, keys: Tensor | None = None, tolerance: float = 2e-5) -> None:
+    """Keys and values of every layer against the edit written out; a row without a concept must keep its very bits.
+
+    keys [R, T, D]: the encodings that give the keys instead (global lock).
+    """
+    assert len(forward.encodings) == len(rows)
+    for name, layer in cross_attention_layers(unet).items():
+        for kind, projection in (("keys", layer.to_k), ("values", layer.to_v)):
+            seen, weight = getattr(forward, kind)[name], weight_of(projection)
+            for row, uses in enumerate(rows):
+                if not uses:
+                    plain = linear(forward.encodings, weight)[row] if not hasattr(projection, "base_layer") else projection(forward.encodings)[row]
+                    assert torch.equal(seen[row], plain), f"{name}, {kind}, row {row}: no concept, yet other bits"
+                    continue
+                if kind == "keys" and keys is not None:
+                    expected = keys[row].double() @ weight.double().T
+                else:
+                    expected = written_out(forward.encodings[row], weight, uses, [_output(use.concept, name, kind, weight) for use in uses])
+                error = (seen[row].double() - expected).abs().max() / expected.abs().max()
+                assert error < tolerance, f"{name}, {kind}, row {row}: relative error {error:.1e}"
+
+
+def _output(concept: Concept, layer: str, kind: str, weight: Tensor) -> Tensor:
+    if kind == "values":
+        return concept.value_output(layer)
+    own = concept.key_output(layer)
+    return weight.double() @ concept.superclass_encoding.double() if own is None else own
+
+
+def draw(pipe, prompt=None, *, seed: int = 5, **options) -> Tensor:
+    """Latents of a short run, the same noise at every call."""
+    options = {"num_inference_steps": STEPS, "output_type": "latent", "generator": torch.Generator().manual_seed(seed), **options}
+    return pipe(prompt, **options).images
+
+
+def hooks_of(module: torch.nn.Module) -> dict[str, int]:
+    """How many hooks every submodule has, where it has any."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_backward_hooks")
+    counts = {name: sum(len(getattr(each, kind)) for kind in kinds) for name, each in module.named_modules()}
+    return {name: count for name, count in counts.items() if count}
