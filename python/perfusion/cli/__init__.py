@@ -1,0 +1,116 @@
+"""The command `perfusion`. A subcommand is the function of its own name in the module of its own name beside this file.
+
+Modules are imported when their command is called, and what they need when it runs: `perfusion --help` imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from inspect import getdoc  # the module's own name is a command's, here
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+__all__ = ["COMMANDS", "app", "main"]
+
+COMMANDS = {
+    "demo": "See it work: learn a concept from a few pictures and draw it, on any computer.",
+    "train": "Learn a concept from a few pictures.",
+    "generate": "Draw pictures of prompts that name concepts.",
+    "inspect": "Check a concept file and say what is in it.",
+    "convert": "Turn a checkpoint of another implementation into a concept file.",
+    "covariance": "Compute, find or copy the covariance of a model's text encoder.",
+    "doctor": "Say what this installation can do, and why not more.",
+}
+
+UNEXPECTED, BAD_INPUT, REFUSED, INTERRUPTED = 1, 2, 3, 130
+
+
+class Commands(TyperGroup):
+    """Commands that are imported when they are called, and errors in one line."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, _, rest = super().resolve_command(ctx, args)  # the entry that stands in for it in --help
+        return name, _command(name), rest
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        if ctx.params["debug"]:
+            return super().invoke(ctx)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if isinstance(error, (typer.Abort, BrokenPipeError)) or hasattr(error, "exit_code"):
+                raise  # Typer knows what to do
+            code, message = _explain(error)
+            print(f"error: {message}", file=sys.stderr)
+            raise typer.Exit(code) from None
+
+
+def _command(name: str) -> Any:
+    function = getattr(importlib.import_module(f"perfusion.cli.{name}"), name)
+    paragraphs = getdoc(function).split("\n\n")
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name, help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(function)
+    return typer.main.get_command(single)
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """Exit code and message of an error that came out of a command."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    from perfusion.base import UnsupportedPipeline
+    from perfusion.concept_file import ConceptFileError
+    from perfusion.covariance import CovarianceError
+    from perfusion_kernels import BackendUnavailable
+
+    if isinstance(error, (ConceptFileError, CovarianceError, UnsupportedPipeline)):
+        return REFUSED, text
+    if isinstance(error, (ValueError, OSError, BackendUnavailable)):
+        return BAD_INPUT, text
+    return UNEXPECTED, f"{type(error).__name__}: {text} (unexpected; `perfusion --debug ...` shows where)"
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from perfusion import __version__
+
+        print(f"perfusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def perfusion(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", envvar="PERFUSION_DEBUG", help="Show where an error came from.")] = False,
+) -> None:
+    """Teach a text-to-image model a new word from a few pictures, in a file of some 30 KB (Perfusion, arXiv 2305.01644).
+
+    Exit codes: 0 done, 1 something unexpected, 2 bad input, 3 a file or model that is refused, 130 interrupted.
+    """
+
+
+def _stand_in() -> None:
+    """Never called: `Commands.resolve_command` puts the real one in its place."""
+
+
+for _name, _line in COMMANDS.items():
+    app.command(_name, help=_line)(_stand_in)
+
+
+def main() -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # models load from disk, in a moment
+    app()

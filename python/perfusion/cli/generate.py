@@ -1,0 +1,211 @@
+"""`perfusion generate`: pictures of prompts that name concepts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from perfusion.cli.convert import Precision
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from perfusion.concept import Concept
+    from perfusion.handle import Handle
+
+PER_CONCEPT = "VALUE for every concept, or NAME=VALUE for one."
+
+
+def generate(
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help='What to draw: "a <teddy> on the beach".', show_default=False)
+    ],
+    concept: Annotated[
+        Optional[list[str]], typer.Option(metavar="FILE", help="A concept, or NAME=FILE to write it <NAME>. May be repeated.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="toybox, or a checkpoint in diffusers' folder format.")] = "toybox",
+    output: Annotated[Path, typer.Option(help="The picture; the contact sheet where there are several.")] = Path("perfusion.png"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds that count up.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="The first picture's seed. The same seed gives the same picture.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="How far to follow the prompt; 1 switches guidance off.")] = 6.0,
+    negative_prompt: Annotated[str, typer.Option(help="What not to draw.")] = "",
+    strength: Annotated[Optional[list[str]], typer.Option(metavar="VALUE", help=f"0 to 4, 1 as learned. {PER_CONCEPT}")] = None,
+    bias: Annotated[
+        Optional[list[str]], typer.Option(metavar="VALUE", help=f"Lower: more of the concept; higher: more of the prompt. {PER_CONCEPT}")
+    ] = None,
+    temperature: Annotated[
+        Optional[list[str]], typer.Option(metavar="VALUE", help=f"How sharply the concept is told from other words. {PER_CONCEPT}")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps; by default CUDA where there is one.")] = None,
+    dtype: Annotated[Optional[Precision], typer.Option(help="By default float32 on a CPU and float16 elsewhere.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Draw pictures of prompts that name concepts.
+
+    A prompt writes a concept as <name>, and may set it: <teddy:0.8> for strength 0.8, <teddy|bias=0.6,temperature=0.1>, or
+    as other tools write it, <perfusion:teddy:0.8>. What a prompt sets goes before --strength, --bias and --temperature.
+
+    With one prompt and --count 1, --output is the picture. With more it is a contact sheet, one row per prompt, and the
+    pictures stand beside it: out.png, out-1.png, out-2.png ... Each holds its prompt, seed and settings as PNG text. What
+    is there already is never replaced without --overwrite.
+    Exit codes: 0 done, 2 bad input, 3 a concept or model that is refused.
+    """
+    files = _files(output, len(prompts) * count, overwrite)
+    sources = [_source(text) for text in concept or ()]
+    given = {"strength": strength, "bias": bias, "temperature": temperature}
+    settings = [_setting(key, text) for key, texts in given.items() for text in texts or ()]
+
+    import torch
+
+    from perfusion.concept import Concept
+    from perfusion.contact_sheet import sheet
+    from perfusion.handle import attach
+    from perfusion.models import load_pipeline
+
+    concepts = [(name, path, Concept.load(path)) for name, path in sources]
+    _check_device(device)
+    pipe = load_pipeline(model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value))
+    with attach(pipe, capacity=max(1, len(concepts))) as handle:
+        used = _load(handle, concepts, settings)
+        _check_prompts(handle, [*prompts, negative_prompt])
+        facts = {
+            "model": Path(model).name,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
+            "concepts": used,
+        }
+        jobs = [(prompt, seed + number) for prompt in prompts for number in range(count)]
+        images = []
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for (prompt, number), file, image in zip(jobs, files, _draw(pipe, jobs, steps, guidance_scale, negative_prompt, batch_size)):
+            image.save(file, pnginfo=_metadata(prompt, number, facts))
+            images.append(image)
+    if len(files) > 1:
+        columns = count if len(prompts) > 1 else math.ceil(math.sqrt(count))
+        titles = [f"seed {number}" for _, number in jobs]
+        sheet(images, columns, titles=titles).save(output, pnginfo=_metadata("\n".join(prompts), seed, facts))
+
+    if json:
+        pictures = [{"file": str(file), "prompt": prompt, "seed": number} for (prompt, number), file in zip(jobs, files)]
+        print(dumps({**facts, "pictures": pictures, "sheet": str(output) if len(files) > 1 else None}, ensure_ascii=False))
+    elif len(files) > 1:
+        print(f"Wrote {output}, a contact sheet of {len(files)} pictures, and {files[0]} to {files[-1].name}.")
+    else:
+        print(f"Wrote {output}.")
+
+
+def _files(output: Path, pictures: int, overwrite: bool) -> list[Path]:
+    """Where each picture goes; nothing that is to be written may be there."""
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output must end in .png, got {output}")
+    digits = len(str(pictures))
+    files = [output] if pictures == 1 else [output.with_stem(f"{output.stem}-{n:0{digits}}") for n in range(1, pictures + 1)]
+    present = [str(file) for file in dict.fromkeys([output, *files]) if file.exists()]
+    if present and not overwrite:
+        more = f", and {len(present) - 1} more" if len(present) > 1 else ""
+        raise FileExistsError(f"{present[0]} is there already{more}. Choose another --output, or say --overwrite.")
+    return files
+
+
+def _source(text: str) -> tuple[str | None, Path]:
+    """FILE, or NAME=FILE; a file whose own name holds "=" is a FILE."""
+    name, equals, path = text.partition("=")
+    return (None, Path(text)) if not equals or Path(text).exists() else (name, Path(path))
+
+
+def _setting(key: str, text: str) -> tuple[str, str | None, float]:
+    """VALUE, or NAME=VALUE."""
+    name, equals, value = text.rpartition("=")
+    try:
+        return key, (name if equals else None), float(value)
+    except ValueError:
+        raise ValueError(f"--{key} must be a number or NAME=NUMBER, got {text!r}") from None
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def _load(
+    handle: Handle, concepts: list[tuple[str | None, Path, Concept]], settings: list[tuple[str, str | None, float]]
+) -> dict[str, Any]:
+    """Load and set the concepts; what was used, by name."""
+    files = {handle.load(concept, name): path.name for name, path, concept in concepts}
+    for key, name, value in settings:
+        chosen = list(files) if name is None else [name]
+        if not set(chosen) <= set(files) or not files:
+            raise ValueError(f"--{key}: there is no concept {name or 'to set'}; loaded are: {', '.join(files) or 'none'}")
+        for each in chosen:
+            handle.set(each, **{key: value})
+    return {
+        name: {
+            "file": files[name],
+            "superclass": loaded.superclass,
+            "strength": loaded.strength,
+            "bias": loaded.bias,
+            "temperature": loaded.temperature,
+        }
+        for name, loaded in handle.concepts().items()
+    }
+
+
+def _check_prompts(handle: Handle, prompts: Sequence[str]) -> None:
+    """Find a mistake in the last prompt before the first one is drawn."""
+    from perfusion.base import text_encoders
+    from perfusion.prompts import parse_prompt
+
+    superclasses = {name: loaded.superclass for name, loaded in handle.concepts().items()}
+    tokens = set().union(*(tokenizer.get_added_vocab() for tokenizer, _ in text_encoders(handle.pipe)))
+    for prompt in prompts:
+        parse_prompt(prompt, superclasses, tokens)
+
+
+def _draw(
+    pipe: Any, jobs: list[tuple[str, int]], steps: int, guidance_scale: float, negative_prompt: str, batch_size: int
+) -> Iterator[Image.Image]:
+    import torch
+    from tqdm import tqdm
+
+    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+    with tqdm(total=steps * len(batches), desc="generate", unit="step", disable=None) as bar:
+
+        def advance(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+            bar.update()
+            return tensors
+
+        for batch in batches:
+            yield from pipe(
+                [prompt for prompt, _ in batch],
+                negative_prompt=[negative_prompt] * len(batch),
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                # on the CPU, so that a seed means the same picture on every device
+                generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
+                callback_on_step_end=advance,
+            ).images
+
+
+def _metadata(prompt: str, seed: int, facts: dict[str, Any]) -> Any:
+    from PIL.PngImagePlugin import PngInfo
+
+    from perfusion import __version__
+
+    info = PngInfo()
+    for key, value in {"prompt": prompt, "seed": str(seed), "perfusion": dumps({"version": __version__, **facts})}.items():
+        info.add_text(key, value)
+    return info

@@ -1,0 +1,287 @@
+"""The command line as a user meets it: help, pictures, the doctor, exit codes, one line per error."""
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import perfusion
+from perfusion import cli, models
+from perfusion.cli import doctor
+from tests.stand_in import save_concept, save_model
+
+
+def run(*arguments, **environment):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env=environment, prog_name="perfusion")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, two concepts for it, and one for another model."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_model(folder / "model")
+    save_concept(folder / "my-teddy.safetensors", "teddy", seed=1)
+    save_concept(folder / "my-cup.safetensors", "cup", seed=2)
+    save_concept(folder / "foreign.safetensors", "teddy", width=24)
+    return folder
+
+
+@pytest.fixture
+def draw(folder, tmp_path):
+    """`perfusion generate` with the small model, two steps, and --output in a fresh folder."""
+
+    def draw(*arguments, output=tmp_path / "out.png", model=folder / "model"):
+        return run("generate", *arguments, "--model", model, "--output", output, "--steps", 2)
+
+    return draw
+
+
+# help
+
+
+def test_help_names_every_command():
+    result = run("--help")
+    assert result.exit_code == 0
+    for name in cli.COMMANDS:
+        assert re.search(rf"^\W*{name}\s", result.stdout, re.MULTILINE), name
+    assert run().stdout.strip() == result.stdout.strip()
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_every_command(name):
+    result = run(name, "--help")
+    assert result.exit_code == 0, result.output
+    assert f"perfusion {name} [OPTIONS]" in result.stdout and "--help" in result.stdout
+
+
+def test_help_is_light():
+    """It imports nothing heavy, so it comes at once."""
+    code = "import sys; from perfusion.cli import app; app(['--help'], standalone_mode=False); print(*sys.modules)"
+    environment = {"PYTHONPATH": ":".join(filter(None, sys.path))}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    loaded = set(ran.stdout.splitlines()[-1].split())
+    assert "perfusion.cli" in loaded and not {"torch", "numpy", "diffusers", "transformers", "PIL"} & loaded
+
+
+def test_version():
+    assert run("--version").stdout == f"perfusion {perfusion.__version__}\n"
+
+
+def test_unknown_command_is_a_usage_error():
+    result = run("generat")
+    assert result.exit_code == 2 and "Did you mean 'generate'?" in result.stderr
+
+
+# generate
+
+
+def test_generate_writes_one_picture_that_says_how_it_was_made(draw, folder, tmp_path):
+    result = draw("a <my-teddy> on the béach", "--concept", folder / "my-teddy.safetensors", "--seed", 7)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"Wrote {tmp_path / 'out.png'}.\n"
+    assert os.listdir(tmp_path) == ["out.png"]
+    text = Image.open(tmp_path / "out.png").text
+    assert (text["prompt"], text["seed"]) == ("a <my-teddy> on the béach", "7")
+    facts = json.loads(text["perfusion"])
+    assert facts == {
+        "version": perfusion.__version__,
+        "model": "model",
+        "steps": 2,
+        "guidance_scale": 6.0,
+        "negative_prompt": "",
+        "concepts": {
+            "my-teddy": {
+                "file": "my-teddy.safetensors", "superclass": "teddy", "strength": 1.0, "bias": 0.7, "temperature": 0.15,
+            }
+        },
+    }  # fmt: skip
+
+
+def test_generate_writes_a_sheet_and_numbered_pictures(draw, folder, tmp_path):
+    concepts = ("--concept", folder / "my-teddy.safetensors", "--concept", f"pot={folder / 'my-cup.safetensors'}")
+    prompts = ("a <my-teddy> in a <pot>", "a <pot:0.5>", "a <perfusion:my-teddy:0.5> in a <pot|bias=0.6>")
+    result = draw(*prompts, *concepts, "--count", 2, "--batch-size", 4, "--seed", 3, "--bias", 0.5, "--strength", "pot=0.9", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["sheet"] == str(tmp_path / "out.png")
+    assert [(each["prompt"], each["seed"]) for each in facts["pictures"]] == [(p, seed) for p in prompts for seed in (3, 4)]
+    assert [each["file"] for each in facts["pictures"]] == [str(tmp_path / f"out-{n}.png") for n in range(1, 7)]
+    assert [(c["bias"], c["strength"]) for c in facts["concepts"].values()] == [(0.5, 1.0), (0.5, 0.9)]
+    sheet = Image.open(tmp_path / "out.png")
+    assert sheet.height > 1.4 * sheet.width  # three rows, two columns
+    assert sheet.text["prompt"].splitlines() == list(prompts)
+    assert Image.open(tmp_path / "out-5.png").text["seed"] == "3"
+
+
+def test_generate_repeats_itself_and_heeds_the_settings(draw, folder, tmp_path):
+    def picture(*arguments, prompt="a <my-teddy>"):
+        result = draw(prompt, "--concept", folder / "my-teddy.safetensors", "--overwrite", *arguments)
+        assert result.exit_code == 0, result.output
+        return Image.open(tmp_path / "out.png").tobytes()
+
+    first = picture()
+    assert picture() == first
+    different = [
+        picture("--seed", 1),
+        picture("--strength", 0),
+        picture("--bias", "my-teddy=1.5"),
+        picture("--temperature", 1),
+        picture("--guidance-scale", 1),
+        picture("--negative-prompt", "night"),
+    ]
+    assert len({first, *different}) == 7
+    assert picture(prompt="a <my-teddy:0>") == different[1]
+
+
+def test_generate_never_replaces_a_picture_unasked(draw, folder, tmp_path):
+    (tmp_path / "out-2.png").write_bytes(b"mine")
+    refused = draw("a cup", "--count", 2)
+    assert refused.exit_code == 2 and "out-2.png is there already" in refused.stderr and "--overwrite" in refused.stderr
+    assert (tmp_path / "out-2.png").read_bytes() == b"mine" and os.listdir(tmp_path) == ["out-2.png"]
+    assert draw("a cup", "--count", 2, "--overwrite").exit_code == 0
+    assert len(os.listdir(tmp_path)) == 3
+
+
+def test_generate_makes_the_folder_and_needs_no_concept(draw, tmp_path):
+    assert draw("a cup", output=tmp_path / "new" / "a.png").exit_code == 0
+    assert (tmp_path / "new" / "a.png").exists()
+
+
+def test_generate_says_what_is_wrong(draw, folder, tmp_path):
+    teddy = ("--concept", folder / "my-teddy.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes((folder / "my-teddy.safetensors").read_bytes()[:-1])
+    for result, code, text in (
+        (draw("a cup", output=tmp_path / "a.jpg"), 2, "--output must end in .png"),
+        (draw("a <my-cup>", *teddy), 2, "no concept <my-cup> is loaded; loaded are: <my-teddy>"),
+        (draw("a cup", "--negative-prompt", "<x>"), 2, "loaded are: none"),
+        (draw("a cup", *teddy, "--bias", "high"), 2, "--bias must be a number or NAME=NUMBER, got 'high'"),
+        (draw("a cup", *teddy, "--bias", "cup=1"), 2, "--bias: there is no concept cup; loaded are: my-teddy"),
+        (draw("a cup", "--bias", "1"), 2, "--bias: there is no concept to set"),
+        (draw("a cup", *teddy, "--strength", "9"), 2, "strength must"),
+        (draw("a cup", *teddy, *teddy), 2, "is loaded already"),
+        (draw("a cup", "--concept", "none.safetensors"), 2, "none.safetensors: No such file"),
+        (draw("a cup", "--concept", tmp_path / "torn.safetensors"), 3, "cut short"),
+        (draw("a cup", "--concept", folder / "foreign.safetensors"), 2, "cannot be used with this pipeline"),
+        (draw("a cup", model=folder), 2, "has no model_index.json"),
+        (draw("a cup", "--device", "nonsense"), 2, "--device nonsense cannot be used"),
+    ):
+        assert result.exit_code == code, result.output
+        assert text in result.stderr.splitlines()[-1] and not result.stdout, result.output
+        assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert draw("a cup", "--count", 0).exit_code == 2
+    assert os.listdir(tmp_path) == ["torn.safetensors"]
+
+
+def test_generate_with_the_built_in_model(tmp_path):
+    result = run("generate", "a red teddy on the beach", "--output", tmp_path / "out.png", "--steps", 2, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "out.png").size == (64, 64)
+
+
+# errors
+
+
+def fail_with(error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(models, "load_pipeline", fail)
+
+
+def test_an_unexpected_error_is_one_line_and_debug_shows_it_all(draw, monkeypatch):
+    fail_with(TypeError("two\nlines"), monkeypatch)
+    result = draw("a cup")
+    assert result.exit_code == 1
+    assert result.stderr == "error: TypeError: two lines (unexpected; `perfusion --debug ...` shows where)\n"
+    assert isinstance(run("--debug", "generate", "a cup").exception, TypeError)
+    assert isinstance(run("generate", "a cup", PERFUSION_DEBUG="1").exception, TypeError)
+
+
+def test_an_error_of_the_file_system_names_the_file(draw, monkeypatch):
+    fail_with(PermissionError(13, "Permission denied", "/a/b"), monkeypatch)
+    result = draw("a cup")
+    assert (result.exit_code, result.stderr) == (2, "error: /a/b: Permission denied\n")
+
+
+def test_a_warning_is_one_line(draw, folder, monkeypatch):
+    load = models.load_pipeline
+
+    def warn(*arguments, **options):
+        import warnings
+
+        warnings.warn("mind the gap", stacklevel=2)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(models, "load_pipeline", warn)
+    result = draw("a cup")
+    assert result.exit_code == 0 and "warning: mind the gap\n" in result.stderr
+
+
+def test_ctrl_c_ends_in_one_line(draw, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load_pipeline", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    result = draw("a cup")
+    assert (result.exit_code, result.stderr, os.listdir(tmp_path)) == (130, "interrupted\n", [])
+
+
+# doctor
+
+
+@pytest.fixture
+def healthy(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "TOYBOX", folder / "model")
+    monkeypatch.setenv("PERFUSION_HOME", str(tmp_path))
+
+
+def test_doctor_finds_all_well(healthy, tmp_path):
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("\nAll is well.\n")
+    for line in (
+        rf"ok  software  perfusion +{re.escape(perfusion.__version__)}, ",
+        rf"ok  software  torch +{re.escape(torch.__version__)}",
+        r"ok  device    cpu +\d+ cores",
+        r"ok  backend   reference +concept_gates, ",
+        r"ok  operator  fused_edited_attention +reference on \w+: largest error \d",
+        r"ok  model     toybox +loads; ",
+        rf"ok  cache     covariance +{re.escape(str(tmp_path))}/covariance, 0 files",
+    ):
+        assert re.search(rf"^{line}", result.stdout, re.MULTILINE), line
+
+
+def test_doctor_tells_programs(healthy):
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["healthy"] and {finding["state"] for finding in report["findings"]} <= {"ok", "off"}
+    assert {"software", "compiler", "device", "backend", "operator", "model", "cache"} == {f["area"] for f in report["findings"]}
+
+
+def test_doctor_says_what_is_broken(healthy, monkeypatch, tmp_path):
+    import perfusion_kernels
+
+    exact = perfusion_kernels.concept_gates
+
+    @functools.wraps(exact)
+    def broken(*arguments, **options):
+        return tuple(each * float("nan") for each in exact(*arguments, **options))
+
+    monkeypatch.setattr(perfusion_kernels, "concept_gates", broken)
+    monkeypatch.setattr(models, "TOYBOX", tmp_path / "none")
+    monkeypatch.setattr(doctor, "REQUIRED", (*doctor.REQUIRED, "no-such-package"))
+    monkeypatch.setattr(doctor, "OLDEST_TORCH", (99, 0))
+    result = run("doctor")
+    assert result.exit_code == 1
+    bad = [line.split()[2] for line in result.stdout.splitlines() if line.startswith("bad ")]
+    assert bad[:3] == ["torch", "no-such-package", "concept_gates"] and bad[-1] == "toybox"
+    assert f"{len(bad)} of these must be repaired." in result.stdout
+
+
+def test_the_built_in_model_is_well(monkeypatch):
+    findings = list(doctor._toybox())
+    assert [finding.state for finding in findings] == ["ok"], findings
