@@ -1,0 +1,61 @@
+"""Scores of a learned concept, all by the judge: identity, and how well the prompt is still followed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perfusion.demo.instances import Subject, true_pictures
+from perfusion.toybox.judge import Judge
+from perfusion.toybox.score import accuracy, draw, identity
+from perfusion.toybox.words import COLOURS, OBJECTS, PATTERNS, SCENES
+
+__all__ = ["Scores", "Yardstick", "score_subject"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Shares in [0, 1], but identity: 0 as the superclass prompt's pictures, 1 as other true pictures of the instance."""
+
+    identity: float
+    object: float
+    scene: float
+    colour: float
+    pattern: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Yardstick:
+    """What a subject's pictures are held against: references, other true pictures, and the superclass prompt's."""
+
+    references: Tensor
+    true: Tensor
+    superclass: Tensor
+
+
+def scene_prompts(noun: str, count: int) -> list[str]:
+    """`count` prompts with the noun, in every scene in turn."""
+    return [f"a {noun} {list(SCENES.values())[row % len(SCENES)]}" for row in range(count)]
+
+
+def yardstick(pipe: Any, subject: Subject, references: Tensor, count: int, progress: Any) -> Yardstick:
+    superclass = draw(pipe, scene_prompts(subject.superclass, count), progress=progress)
+    return Yardstick(references, true_pictures(subject, count, seed=12)[0], superclass)
+
+
+def score_subject(judge: Judge, subject: Subject, measure: Yardstick, images: Tensor) -> Scores:
+    """Scores of pictures drawn from `scene_prompts`."""
+    count = len(images)
+    truth = {
+        "object": torch.full((count,), OBJECTS.index(subject.superclass)),
+        "scene": torch.arange(count) % len(SCENES),
+        "colour": torch.full((count,), list(COLOURS).index(subject.colour)),
+        "pattern": torch.full((count,), PATTERNS.index(subject.pattern)),
+    }
+    return Scores(
+        identity=identity(judge, measure.references, images, measure.superclass, measure.true),
+        **accuracy(judge.read(images), truth),
+    )

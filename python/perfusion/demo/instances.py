@@ -1,0 +1,71 @@
+"""The two things that the demo learns, and true pictures of them: instances that no caption can describe."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from perfusion.toybox.render import render
+from perfusion.toybox.words import COLOURS, OBJECTS, PATTERNS, SCENES
+from perfusion.toybox.world import Instances, repeat_instance, sample_pictures, without_style
+
+__all__ = ["SUBJECTS", "Subject", "true_pictures", "write_references"]
+
+PICTURES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One particular thing: its class, the words a caption could say of it, and attributes that no caption says."""
+
+    name: str
+    superclass: str
+    colour: str
+    pattern: str
+    attributes: tuple[float, ...]  # in the order of `toybox.world.ATTRIBUTES`
+
+    def instance(self) -> Instances:
+        classes = (OBJECTS.index(self.superclass), list(COLOURS).index(self.colour), PATTERNS.index(self.pattern))
+        return Instances(*(torch.tensor([index]) for index in classes), torch.tensor([self.attributes]))
+
+
+# fmt: off
+SUBJECTS = (
+    Subject("teddy", "teddy", "orange", "dotted", (
+        0.075, 0.90, 0.95,  0.52, 0.55, 0.85,  0.62, 0.85, 0.45,  0.36, 0.60,  0.85, 0.75, 0.40, 0.80)),
+    Subject("teapot", "teapot", "purple", "striped", (
+        0.770, 0.65, 0.70,  0.14, 0.80, 0.95,  0.10, 0.06, 0.97,  0.38, 1.00,  0.75, 0.85, 0.60, 0.70)),
+)
+# fmt: on
+
+
+def true_pictures(subject: Subject, count: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Images [n, 3, 64, 64], masks [n, 64, 64] and scene words of the subject alone, in every scene in turn."""
+    scenes = torch.arange(count) % len(SCENES)
+    pictures = sample_pictures(
+        count,
+        torch.Generator().manual_seed(seed),
+        first=repeat_instance(subject.instance(), 0, count),
+        scene=scenes,
+        relation=torch.zeros(count, dtype=torch.long),
+    )
+    images, masks = render(without_style(pictures))
+    return images, masks[:, 0], [list(SCENES)[scene] for scene in scenes]
+
+
+def write_references(subject: Subject, folder: Path) -> Tensor:
+    """Write the five pictures to learn from, each with its caption and mask beside it; returns them [5, 3, 64, 64]."""
+    images, masks, scenes = true_pictures(subject, PICTURES, seed=11)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (image, mask, scene) in enumerate(zip(images, masks, scenes), start=1):
+        path = folder / f"{subject.name}-{number}.png"
+        Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+        Image.fromarray((mask * 255).round().byte().numpy()).save(folder / f"{path.stem}-masklabel.png")
+        phrase = SCENES[scene]
+        captions = [f"a * {phrase}", f"a photo of a * {phrase}", f"a picture of a * {phrase}", f"{phrase} a *"]
+        path.with_suffix(".txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+    return images

@@ -1,0 +1,125 @@
+"""The demo, from rendering the references to the report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from perfusion.concept import Concept
+from perfusion.contact_sheet import sheet
+from perfusion.covariance import get_covariance
+from perfusion.demo.evaluate import Scores, Yardstick, scene_prompts, score_subject, yardstick
+from perfusion.demo.instances import SUBJECTS, Subject, write_references
+from perfusion.demo.report import write_report
+from perfusion.handle import attach
+from perfusion.models import TOYBOX, load_pipeline
+from perfusion.toybox.judge import load_judge
+from perfusion.toybox.score import draw
+from perfusion.toybox.words import SCENES
+from perfusion.training import train
+
+__all__ = ["Learned", "run_demo"]
+
+SAMPLES = 66  # a multiple of the scenes
+BIASES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+TOGETHER = ("a <teddy> in a <teapot>", "a <teddy> next to a <teapot>")
+
+
+@dataclasses.dataclass
+class Learned:
+    """One subject's results: the concept and file, seconds of training, and scores of the rows of the report's table."""
+
+    subject: Subject
+    concept: Concept
+    file: Path
+    seconds: float
+    unlocked_seconds: float
+    scores: dict[str, Scores]
+
+
+def run_demo(output: str | Path, *, steps: int = 400, samples: int = SAMPLES, device: str | None = None) -> Path:
+    """Run the demo into a folder; returns the path of its report.md. steps, samples: of each training and each score."""
+    output, started = Path(output), time.monotonic()
+    output.mkdir(parents=True, exist_ok=True)
+    pipe = load_pipeline("toybox", device=device)
+    judge = load_judge(TOYBOX / "judge.safetensors")
+    covariance = get_covariance(pipe)
+    learned, measures = [], {}
+    for subject in SUBJECTS:
+        references = write_references(subject, output / "references" / subject.name)
+        _save(sheet(_pil(references)), output / f"references-{subject.name}.png")
+        concept, seconds = _learn(pipe, subject, output, covariance, steps, key_lock=True)
+        file = output / f"{subject.name}.safetensors"
+        concept.save(file)
+        unlocked, unlocked_seconds = _learn(pipe, subject, output, covariance, steps, key_lock=False)
+        with _bar(f"score <{subject.name}>", 3 * samples) as bar:
+            measures[subject.name] = yardstick(pipe, subject, references, samples, bar)
+            scores = _score(pipe, judge, subject, measures[subject.name], Concept.load(file), unlocked, samples, bar)
+        learned.append(Learned(subject, concept, file, seconds, unlocked_seconds, scores))
+    _draw_pictures(pipe, learned, output)
+    return write_report(output, learned, samples=samples, steps=steps, seconds=time.monotonic() - started)
+
+
+def _learn(pipe: Any, subject: Subject, output: Path, covariance: Any, steps: int, key_lock: bool) -> tuple[Concept, float]:
+    started = time.monotonic()
+    tqdm.write(f"Learning <{subject.name}> from its pictures, keys {'locked' if key_lock else 'trained, to compare'}:")
+    concept = train(
+        pipe, output / "references" / subject.name, subject.superclass, subject.name, steps, covariance=covariance, key_lock=key_lock
+    )
+    return concept, time.monotonic() - started
+
+
+def _score(
+    pipe: Any, judge: Any, subject: Subject, measure: Yardstick, locked: Concept, unlocked: Concept, samples: int, bar: Any
+) -> dict[str, Scores]:
+    scores = {f"superclass prompt, “a {subject.superclass} …”": score_subject(judge, subject, measure, measure.superclass)}
+    for title, concept in (("keys locked", locked), ("keys trained", unlocked)):
+        with attach(pipe) as handle:
+            handle.load(concept)
+            images = draw(pipe, scene_prompts(f"<{subject.name}>", samples), progress=bar)
+        scores[f"<{subject.name}>, {title}"] = score_subject(judge, subject, measure, images)
+    return scores | {"other true pictures": score_subject(judge, subject, measure, measure.true)}
+
+
+def _draw_pictures(pipe: Any, learned: list[Learned], output: Path) -> None:
+    """Every picture of the report, from the saved files alone."""
+    scenes = list(SCENES.values())[:4]
+    with attach(pipe) as handle, _bar("pictures", (4 + 2 * len(BIASES)) * len(learned) + 8 * len(TOGETHER)) as bar:
+        for each in learned:
+            handle.load(each.file)
+        for each in learned:
+            name = each.subject.name
+            prompts = [f"a <{name}> {scene}" for scene in scenes]
+            _save(sheet(_pil(draw(pipe, prompts, seed=70, progress=bar)), titles=scenes), output / f"scenes-{name}.png")
+            images: list[Tensor] = []
+            for prompt, seed in ((f"a <{name}|bias={{}}> {scenes[0]}", 80), (f"a <{name}|bias={{}}> {scenes[3]}", 81)):
+                # the same noise in every column: what changes is the gate's bias alone
+                images += [draw(pipe, [prompt.format(bias)], seed=seed, progress=bar) for bias in BIASES]
+            titles = [f"β {bias:g}" for bias in BIASES] * 2
+            _save(sheet(_pil(torch.cat(images)), columns=len(BIASES), titles=titles), output / f"bias-{name}.png")
+        for number, prompt in enumerate(TOGETHER, start=1):
+            images = draw(pipe, [f"{prompt} {scene}" for scene in [*scenes, *scenes]], seed=90, progress=bar)
+            _save(sheet(_pil(images), columns=4), output / f"together-{number}.png")
+
+
+def _pil(images: Tensor) -> list[Image.Image]:
+    return [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    image.save(path, optimize=True)
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: int) -> Iterator[Any]:
+    with tqdm(total=total, desc=title, unit="picture") as bar:
+        yield bar

@@ -1,0 +1,7 @@
+"""toybox: a small picture world, the pipeline that draws it, the judge that reads it, and the recipe of both.
+
+    words.py, world.py      what there is, and what may stand in a picture
+    shapes.py, render.py    how it looks
+    model.py, train.py      the pipeline's parts, and `python -m perfusion.toybox.train`, which made weights/
+    judge.py, score.py      the judge, and `python -m perfusion.toybox.score`
+"""

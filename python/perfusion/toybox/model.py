@@ -1,0 +1,138 @@
+"""The toybox pipeline's parts, untrained: shapes small enough that two CPU cores can train all of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as RawTokenizer
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .words import COLOURS, FRAMES, OBJECTS, PATTERNS, RELATIONS, SCENES, SKETCH_FRAMES
+
+IMAGE_SIZE, LATENT_SIZE, LATENT_CHANNELS = 64, 8, 16
+MAX_TOKENS, ENCODING_DIM = 32, 96
+EXTRA_WORDS = "an and with of the my his her its two small big new old nice some any this that is are".split()
+
+
+def vocabulary() -> list[str]:
+    """Every word that must be one token, sorted."""
+    texts = [*OBJECTS, *COLOURS, *PATTERNS, *SCENES, *SCENES.values(), *RELATIONS, *FRAMES, *SKETCH_FRAMES, *EXTRA_WORDS]
+    return sorted({word for text in texts for word in text.replace("{}", "").split()})
+
+
+def build_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Write a CLIP byte-pair vocabulary in which each word of the world is one token; unknown words fall to letters."""
+    words = vocabulary()
+    raw = RawTokenizer(models.BPE(end_of_word_suffix="</w>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
+    raw.train_from_iterator(words, trainer)
+    merges = json.loads(raw.to_str())["model"]["merges"]
+    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in merges]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    symbols += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({symbol: index for index, symbol in enumerate(symbols)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS,
+        unk_token="<|endoftext|>", bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+    )  # fmt: skip
+    broken = [word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) != 1]
+    if broken:
+        raise RuntimeError(f"toybox tokenizer: every word of the world must be one token, but these are not: {broken}")
+    return tokenizer
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=ENCODING_DIM, intermediate_size=2 * ENCODING_DIM, projection_dim=ENCODING_DIM,
+            num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+
+
+def build_vae() -> AutoencoderTiny:
+    """An autoencoder without a learned encoder: see `set_principal_components`."""
+    return AutoencoderTiny(
+        latent_channels=LATENT_CHANNELS, encoder_block_out_channels=(48,) * 4, num_encoder_blocks=(0, 0, 0, 0),
+        decoder_block_out_channels=(24,) * 4, num_decoder_blocks=(4, 4, 2, 1),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def set_principal_components(vae: AutoencoderTiny, images: Tensor, whitening: float = 0.8) -> None:
+    """Make the encoder the principal components of 8×8 patches of images [n, 3, H, W] in [0, 1], exactly.
+
+    Its strided convolutions become space-to-depth steps and one projection, so nothing has to be trained before the UNet
+    can be. whitening: 0 keeps the components' own variances, 1 makes them equal.
+    """
+    patches = images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(-1, 192).double()
+    mean = patches.mean(0)
+    variances, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    variances, directions = variances.flip(0)[:LATENT_CHANNELS], directions.flip(1)[:, :LATENT_CHANNELS]
+    directions = directions * directions.sum(0).sign()  # a direction and its opposite are the same component
+    projection = directions * variances.pow(-whitening / 2)
+    layers = [layer for layer in vae.encoder.layers if isinstance(layer, torch.nn.Conv2d)]
+    for layer in layers:
+        layer.weight.zero_()
+        if layer.bias is not None:
+            layer.bias.zero_()
+    layers[0].weight[range(3), range(3), 1, 1] = 1
+    for level, layer in enumerate(layers[1:3]):
+        channels = 3 * 4**level
+        for place in range(4):  # tap (1 + dy, 1 + dx) of a 3×3 kernel with stride 2 reads pixel (dy, dx) of each 2×2 block
+            layer.weight[range(place * channels, (place + 1) * channels), range(channels), 1 + place // 2, 1 + place % 2] = 1
+    rows, columns, colours = torch.meshgrid(torch.arange(8), torch.arange(8), torch.arange(3), indexing="ij")
+    outer, middle, inner = ((rows // step % 2 * 2 + columns // step % 2) for step in (4, 2, 1))
+    taps = projection.T.reshape(LATENT_CHANNELS, 3, 8, 8).permute(0, 2, 3, 1).float()
+    layers[3].weight[:LATENT_CHANNELS, middle * 12 + inner * 3 + colours, 1 + outer // 2, 1 + outer % 2] = taps
+    layers[4].weight[range(LATENT_CHANNELS), range(LATENT_CHANNELS), 1, 1] = 1
+    layers[4].bias.copy_(-(mean @ projection))
+
+
+def build_unet() -> UNet2DConditionModel:
+    """4.25 M parameters; cross-attention widths 64, 128, 128, 128, 128, 64, 64 at head width 32."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, layers_per_block=1,
+        block_out_channels=(64, 128), attention_head_dim=(2, 4), norm_num_groups=16, cross_attention_dim=ENCODING_DIM,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+    )  # fmt: skip
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
+        timestep_spacing="trailing",
+    )  # fmt: skip
+
+
+def build_pipeline(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=build_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Ids [B, 32], padded as the pipeline pads."""
+    return tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+
+
+class Denoiser(torch.nn.Module):
+    """Text encoder and UNet trained as one: noisy latents [B, 16, 8, 8], timesteps [B], ids [B, 32] -> velocity."""
+
+    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel):
+        super().__init__()
+        self.text_encoder, self.unet = text_encoder, unet
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+        return self.unet(noisy, timesteps, self.text_encoder(ids)[0], return_dict=False)[0]

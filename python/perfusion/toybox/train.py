@@ -1,0 +1,220 @@
+"""The recipe that made toybox: `python -m perfusion.toybox.train --work DIR --output DIR`.
+
+Four stages, each resumable from its last checkpoint in the work folder and logged to `log.jsonl` there: the
+latents, text encoder and UNet together, the autoencoder's decoder, the judge; then the export in diffusers' folder format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from perfusion.covariance import compute_covariance
+from perfusion.models import load_pipeline
+
+from .judge import Judge, judge_loss, save_judge
+from .model import Denoiser, build_pipeline, build_scheduler, build_text_encoder, build_tokenizer, build_unet, build_vae, set_principal_components, token_ids
+from .render import render
+from .world import Pictures, caption, sample_pictures
+
+EMA_DECAY = 0.9995
+SAVE_EVERY = 500
+COVARIANCE_CAPTIONS = 20_000
+
+
+class Stage:
+    """One resumable training: model, optimiser, step count and average weights in one checkpoint file."""
+
+    def __init__(self, name: str, work: Path, model: torch.nn.Module, steps: int, rate: float, device: str, *, decay: float = EMA_DECAY):
+        self.name, self.work, self.model, self.steps, self.rate, self.decay = name, work, model.to(device), steps, rate, decay
+        self.optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.average = {key: value.clone() for key, value in model.state_dict().items()}
+        self.step = 0
+        self.path = work / f"{name}.pt"
+        if self.path.exists():
+            saved = torch.load(self.path, map_location=device, weights_only=True)
+            model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.average, self.step = saved["average"], saved["step"]
+
+    def save(self) -> None:
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average, "step": self.step}
+        torch.save(state, self.path.with_suffix(".new"))
+        self.path.with_suffix(".new").replace(self.path)
+
+    def generator(self) -> torch.Generator:
+        """Every step has its own stream, so a resumed run draws what an uninterrupted one would have drawn."""
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.name} {self.step}".encode()))
+
+    def run(self, loss_of: Callable[[torch.Generator], Tensor]) -> torch.nn.Module:
+        """Train to the end, then return the model holding its averaged weights."""
+        started, bar = time.monotonic(), tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=2)
+        while self.step < self.steps:
+            warm = min(1.0, (self.step + 1) / 200)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
+            loss = loss_of(self.generator())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+            self._average()
+            bar.update()
+            if self.step % 50 == 0 or self.step == self.steps:
+                bar.set_postfix(loss=f"{loss.item():.4f}")
+                self._log(step=self.step, loss=loss.item(), seconds=time.monotonic() - started)
+            if self.step % SAVE_EVERY == 0 or self.step == self.steps:
+                self.save()
+        bar.close()
+        self.model.load_state_dict(self.average)
+        return self.model.eval()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        keep = min(self.decay, (1 + self.step) / (10 + self.step))
+        for key, value in self.model.state_dict().items():
+            self.average[key].lerp_(value, 1 - keep) if value.is_floating_point() else self.average[key].copy_(value)
+
+    def _log(self, **row) -> None:
+        with (self.work / "log.jsonl").open("a") as file:
+            file.write(json.dumps({"stage": self.name, **row}) + "\n")
+
+
+def _rendered(count: int, seed: int, **kinds) -> Iterator[tuple[Pictures, Tensor]]:
+    """`count` pictures in blocks of 256, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in tqdm(range(math.ceil(count / 256)), desc="render", mininterval=2):
+        pictures = sample_pictures(256, generator, **kinds)
+        yield pictures, render(pictures)[0]
+
+
+def train_decoder(work: Path, device: str, steps: int, vae, pictures: int, batch: int = 16):
+    images = torch.cat([(image * 255).round().byte() for _, image in _rendered(pictures, seed=1)])
+    decoder = vae.decoder.to(memory_format=torch.channels_last)
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(images), (batch,), generator=generator)
+        x = images[rows].to(device).float() / 127.5 - 1
+        with torch.no_grad():
+            latents = vae.encode(x).latents
+        # generated latents are not exact either
+        blur = 0.08 * torch.rand((batch, 1, 1, 1), generator=generator) * torch.randn(latents.shape, generator=generator)
+        restored = decoder(latents + blur.to(device))
+        return F.l1_loss(restored, x) + 2 * F.mse_loss(restored, x)
+
+    Stage("decoder", work, decoder, steps, 3e-3, device, decay=0.998).run(loss_of)
+    return vae.eval()
+
+
+@torch.no_grad()
+def make_latents(work: Path, device: str, pictures: int):
+    """The autoencoder with its exact encoder, and latents [n, 16, 8, 8] in half precision and captions of fresh pictures."""
+    path, vae = work / "latents.pt", build_vae().to(device).eval()
+    if not path.exists():
+        latents, captions, generator = [], [], torch.Generator().manual_seed(22)
+        for block, (scenes, images) in enumerate(_rendered(pictures, seed=2)):
+            if block == 0:
+                set_principal_components(vae, images.to(device))
+            latents.append(vae.encode(images.to(device) * 2 - 1).latents.half().cpu())
+            captions += caption(scenes, generator)
+        torch.save({"latents": torch.cat(latents), "captions": captions, "encoder": vae.encoder.state_dict()}, path)
+    saved = torch.load(path, weights_only=True)
+    vae.encoder.load_state_dict(saved["encoder"])
+    return vae, saved["latents"], saved["captions"]
+
+
+def train_denoiser(work: Path, device: str, steps: int, latents: Tensor, captions: list[str], batch: int = 128):
+    scale = 1 / latents.float().std().item()
+    tokenizer = build_tokenizer(work / "tokenizer")
+    ids, nothing = token_ids(tokenizer, captions), token_ids(tokenizer, [""])
+    unet = build_unet().to(memory_format=torch.channels_last)
+    scheduler, model = build_scheduler(), Denoiser(build_text_encoder(tokenizer), unet)
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(latents), (batch,), generator=generator)
+        clean = (latents[rows].float() * scale).to(device)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        timesteps = torch.randint(1000, (batch,), generator=generator).to(device)
+        dropped = torch.rand(batch, generator=generator) < 0.1
+        words = torch.where(dropped[:, None], nothing, ids[rows]).to(device)
+        predicted = model(scheduler.add_noise(clean, noise, timesteps), timesteps, words)
+        return F.mse_loss(predicted, scheduler.get_velocity(clean, noise, timesteps))
+
+    return tokenizer, scale, Stage("denoiser", work, model, steps, 1.5e-3, device).run(loss_of)
+
+
+def train_judge(work: Path, vae, device: str, steps: int, pictures: int, batch: int = 64) -> Judge:
+    """Half of what it sees has gone through the autoencoder, because generated pictures have, too."""
+    scenes, images = [], []
+    for block, image in _rendered(pictures, seed=3):
+        with torch.no_grad():
+            restored = vae.decode(vae.encode(image[:128].to(device) * 2 - 1).latents).sample.cpu().clamp(-1, 1) / 2 + 0.5
+        scenes.append(block)
+        images.append((torch.cat([restored, image[128:]]) * 255).round().byte())
+    judge = Judge()
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        judge.train()
+        block = int(torch.randint(len(images), (1,), generator=generator))
+        rows = torch.randperm(256, generator=generator)[:batch]
+        everything = scenes[block]
+        chosen = Pictures(
+            everything.first.take(rows), everything.second.take(rows),
+            *(getattr(everything, name)[rows] for name in ("scene", "relation", "style", "details", "poses", "mirrored")),
+        )  # fmt: skip
+        x = images[block][rows].float() / 255
+        x = (x + 0.02 * torch.randn(x.shape, generator=generator)).to(device)
+        return judge_loss(judge(x), chosen)
+
+    judge = Stage("judge", work, judge, steps, 2e-3, device, decay=0.998).run(loss_of)
+    with torch.no_grad():
+        seen = [judge(block.float().to(device) / 255).features for block in images[:16]]
+    judge.feature_mean.copy_(torch.cat(seen).mean(0))
+    return judge
+
+
+def export(output: Path, vae, tokenizer, scale: float, denoiser: Denoiser, judge: Judge, captions: list[str]) -> None:
+    """Write the pipeline in half precision, the judge, and the covariance of the text encoder as it was written."""
+    vae.register_to_config(scaling_factor=scale)
+    pipe = build_pipeline(vae, denoiser.text_encoder, tokenizer, denoiser.unet)
+    pipe.to(device="cpu", dtype=torch.float16, memory_format=torch.contiguous_format).save_pretrained(output)
+    save_judge(judge.cpu(), output / "judge.safetensors")
+    distinct = list(dict.fromkeys(captions))[:COVARIANCE_CAPTIONS]
+    compute_covariance(load_pipeline(output), distinct, source=f"toybox-{len(distinct)}").save(output / "covariance.safetensors")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m perfusion.toybox.train", description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="checkpoints, latents and the log; run again to resume")
+    parser.add_argument("--output", type=Path, required=True, help="the finished pipeline, in diffusers' folder format")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--decoder-steps", type=int, default=4000)
+    parser.add_argument("--denoiser-steps", type=int, default=2500)
+    parser.add_argument("--judge-steps", type=int, default=1800)
+    parser.add_argument("--pictures", type=int, default=40_960, help="how many the UNet learns from; the decoder and the judge take the first ones of theirs")
+    options = parser.parse_args(arguments)
+    options.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    vae, latents, captions = make_latents(options.work, options.device, options.pictures)
+    tokenizer, scale, denoiser = train_denoiser(options.work, options.device, options.denoiser_steps, latents, captions)
+    torch.manual_seed(1)
+    vae = train_decoder(options.work, options.device, options.decoder_steps, vae, min(12_800, options.pictures))
+    torch.manual_seed(2)
+    judge = train_judge(options.work, vae, options.device, options.judge_steps, min(20_480, options.pictures))
+    export(options.output, vae, tokenizer, scale, denoiser, judge, captions)
+    print(f"toybox written to {options.output}; score it with: python -m perfusion.toybox.score {options.output}")
+
+
+if __name__ == "__main__":
+    main()

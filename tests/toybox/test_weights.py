@@ -1,0 +1,67 @@
+"""The toybox that is shipped: its size, and the scores that are published for it, on smaller samples."""
+
+import json
+
+import pytest
+import torch
+
+from perfusion.covariance import Covariance
+from perfusion.models import TOYBOX, load_pipeline
+from perfusion.toybox.judge import load_judge
+from perfusion.toybox.score import accuracy, base_prompts, draw, identity, judge_accuracy
+from perfusion.toybox.render import render
+from perfusion.toybox.world import repeat_instance, sample_instances, sample_pictures
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline("toybox", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_judge(TOYBOX / "judge.safetensors")
+
+
+def test_it_is_small():
+    assert sum(path.stat().st_size for path in TOYBOX.rglob("*") if path.is_file()) <= 16_000_000
+
+
+def test_the_judge_is_right_on_pictures_it_has_not_seen(judge):
+    found = judge_accuracy(judge, 1024, seed=123)
+    for label in ("object", "colour", "pattern", "scene", "relation", "style"):
+        assert found[label] >= 0.97, found  # 1,024 pictures: the published 98 % less two standard errors
+
+
+def test_the_base_model_draws_what_it_is_told(pipe, judge):
+    prompts, truth = base_prompts(96, seed=7)
+    found = accuracy(judge.read(draw(pipe, prompts, seed=7)), truth)
+    published = json.loads((TOYBOX / "scores.json").read_text())["one thing"]
+    for label, least in (("object", 0.90), ("scene", 0.90), ("colour", 0.85)):
+        assert published[label] >= least
+        assert found[label] >= least - 0.07, found  # 96 pictures: two standard errors
+
+
+def test_the_covariance_is_its_own(pipe):
+    from perfusion.base import fingerprints_match, text_encoder_fingerprint
+
+    covariance = Covariance.load(TOYBOX / "covariance.safetensors")
+    assert fingerprints_match(covariance.text_encoder, text_encoder_fingerprint(pipe))
+    assert covariance.captions >= 20_000
+    assert covariance.condition <= 1e6 * 1.001
+
+
+def test_identity_tells_an_instance_from_its_class(judge):
+    """True pictures score 1, other instances of the class about 0, and the true instance beats every other one."""
+    generator = torch.Generator().manual_seed(3)
+    alone = torch.zeros(24, dtype=torch.long)
+
+    def shown(things):
+        return render(sample_pictures(24, generator, first=things, relation=alone, sketches=0.0))[0]
+
+    teddies = sample_instances(24, generator, "teddy")
+    mine = repeat_instance(teddies, 0, 24)
+    references, true, others = shown(mine)[:5], shown(mine), shown(teddies)
+    assert identity(judge, references, true, others, true) == pytest.approx(1)
+    for row in (1, 2, 3):
+        assert identity(judge, references, shown(repeat_instance(teddies, row, 24)), others, true) < 0.6
