@@ -101,11 +101,12 @@ def draw_boat(x: Tensor, y: Tensor, p: Tensor, opened: Tensor) -> Iterator[Part]
     sail, depth, mast, flag = _spread(p)
     sail, depth, mast, flag = 0.70 + 0.35 * sail, 0.36 + 0.18 * depth, -0.20 + 0.25 * mast, 0.12 + 0.16 * flag
     top = 0.30 - sail
-    yield box(x, y, mast, 0.5 * (top - 0.22 + 0.4), 0.045, 0.5 * (0.62 - top)), "dark"
-    yield trapezoid(x, y, mast + 0.04 + flag * 0.5, top - 0.20, top - 0.02, flag * 0.5, flag * 0.5), "main"
+    absent = opened.view(-1, 1, 1) * 9.0  # somebody stands in the boat: the mast is down
+    yield box(x, y, mast, 0.5 * (top - 0.22 + 0.4), 0.045, 0.5 * (0.62 - top)) + absent, "dark"
+    yield trapezoid(x, y, mast + 0.04 + flag * 0.5, top - 0.20, top - 0.02, flag * 0.5, flag * 0.5) + absent, "main"
     right = torch.maximum(trapezoid(x, y, mast + 0.06, top, 0.32, torch.zeros_like(mast), 0.62 + 0 * mast), mast + 0.05 - x)
     left = torch.maximum(trapezoid(x, y, mast - 0.06, top + 0.22, 0.32, torch.zeros_like(mast), 0.46 + 0 * mast), x - mast + 0.05)
-    yield union(right, left), "second"
+    yield union(right, left) + absent, "second"
     yield trapezoid(x, y, 0, 0.38, 0.38 + depth, 0.92 + 0 * depth, 0.52 + 0 * depth), "main"
     yield box(x, y, 0, 0.40, 0.94, 0.06), "light"
 
@@ -163,3 +164,11 @@ DRAW: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Iterator[Part]]] = {
     "teddy": draw_teddy, "teapot": draw_teapot, "mug": draw_mug, "boat": draw_boat,
     "car": draw_car, "fish": draw_fish, "house": draw_house, "robot": draw_robot,
 }  # fmt: skip
+
+
+def rim(word: str, p: Tensor) -> Tensor:
+    """How high [B] a container of proportions p [B, 4] hides what stands in it: y of its rim in local coordinates."""
+    rims = {
+        "teapot": -0.18 - 0.14 * p[:, 2], "mug": -0.36 - 0.22 * p[:, 0], "boat": torch.full_like(p[:, 0], 0.36), "car": 0.04 - 0.11 * p[:, 2],
+    }  # fmt: skip
+    return rims[word]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .shapes import rim
 from .words import COLOURS, CONTAINERS, FRAMES, HUE_SPREAD, OBJECTS, PATTERNS, RELATIONS, SCENES, SKETCH_FRAMES
 
 ATTRIBUTES = (
@@ -98,8 +99,8 @@ def sample_instances(count: int, generator: torch.Generator, object_class: str |
     return Instances(classes, colour, pattern, attributes)
 
 
-def sample_poses(relation: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Place the things by their relation: poses [B, 2, 4] and mirrored [B, 2]."""
+def sample_poses(relation: Tensor, second: Instances, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Place the things by their relation: poses [B, 2, 4] and mirrored [B, 2]. What stands in a container is hidden below its rim."""
     count = len(relation)
 
     def around(x: float, y: float, size: float, dx: float, dy: float, spread: float, turn: float) -> Tensor:
@@ -107,8 +108,12 @@ def sample_poses(relation: Tensor, generator: torch.Generator) -> tuple[Tensor, 
         return torch.stack([_uniform(count, middle - by, middle + by, generator) for middle, by in columns], dim=1)
 
     alone = torch.stack([around(0, 0.16, 0.60, 0.22, 0.10, 0.10, 0.16), around(0, 0.16, 0.6, 0, 0, 0, 0)], dim=1)
-    inside = torch.stack([around(0, -0.20, 0.42, 0.05, 0.03, 0.03, 0.10), around(0, 0.38, 0.56, 0.12, 0.05, 0.04, 0.03)], dim=1)
+    inside = torch.stack([around(0, 0, 0.42, 0.05, 0.02, 0.03, 0.10), around(0, 0.38, 0.56, 0.12, 0.05, 0.04, 0.03)], dim=1)
     inside[:, 0, 0] += inside[:, 1, 0]
+    rims = torch.zeros(count)
+    for word in CONTAINERS:
+        rims = torch.where(second.object_class == OBJECTS.index(word), rim(word, second.attributes[:, 11:15]), rims)
+    inside[:, 0, 1] += inside[:, 1, 1] + inside[:, 1, 2] * rims - inside[:, 0, 2] * 0.25
     on_top = torch.stack([around(0, 0, 0.37, 0.06, 0.01, 0.03, 0.06), around(0, 0.50, 0.46, 0.16, 0.04, 0.03, 0.03)], dim=1)
     on_top[:, 0, 0] += on_top[:, 1, 0]
     on_top[:, 0, 1] += on_top[:, 1, 1] - on_top[:, 1, 2] * 0.62 - on_top[:, 0, 2] * 0.92
@@ -144,7 +149,7 @@ def sample_pictures(
     relation = drawn_relation if relation is None else relation
     holds = torch.isin(second.object_class, torch.tensor([OBJECTS.index(word) for word in CONTAINERS]))
     relation = torch.where((relation == 1) & ~holds, 3, relation)
-    poses, mirrored = sample_poses(relation, generator)
+    poses, mirrored = sample_poses(relation, second, generator)
     return Pictures(first, second, drawn_scene if scene is None else scene, relation, style, details, poses, mirrored)
 
 
