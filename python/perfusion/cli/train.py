@@ -1,0 +1,110 @@
+"""`perfusion train`: learn a concept from a folder of pictures."""
+
+from __future__ import annotations
+
+from json import dumps
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from perfusion.cli.convert import Precision
+
+
+def train(
+    images: Annotated[Path, typer.Argument(help="Folder with 4 to 7 pictures of the thing.", show_default=False)],
+    superclass: Annotated[Optional[str], typer.Option("--superclass", "--initializer-token", help="One word for what it is: teddy.")] = None,
+    name: Annotated[Optional[str], typer.Option("--name", "--modifier-token", help="What prompts will write as <name>.")] = None,
+    output: Annotated[Optional[Path], typer.Option(help="Folder to write; by default concepts/NAME.")] = None,
+    model: Annotated[str, typer.Option(help="toybox, or a checkpoint in diffusers' folder format.")] = "toybox",
+    config: Annotated[Optional[Path], typer.Option(help="YAML file with any of these settings; options go before it.")] = None,
+    steps: Annotated[Optional[int], typer.Option(help="Optimiser steps. [default: 400]", show_default=False)] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Pictures a step. [default: 16]", show_default=False)] = None,
+    learning_rate: Annotated[Optional[float], typer.Option(help="Of the value outputs. [default: 0.03]", show_default=False)] = None,
+    word_learning_rate: Annotated[Optional[float], typer.Option(help="Of the word. [default: 0.006]", show_default=False)] = None,
+    bias: Annotated[Optional[float], typer.Option(help="The gate's while training. [default: 0.75]", show_default=False)] = None,
+    temperature: Annotated[Optional[float], typer.Option(help="Likewise. [default: 0.1]", show_default=False)] = None,
+    flip: Annotated[Optional[float], typer.Option(help="Share mirrored; 0 for writing. [default: 0.5]", show_default=False)] = None,
+    key_lock: Annotated[Optional[bool], typer.Option("--key-lock/--no-key-lock", help="Lock the keys to the superclass. [default: on]", show_default=False)] = None,
+    resolution: Annotated[Optional[int], typer.Option(help="Side of the training square. [default: the model's]", show_default=False)] = None,
+    instance_prompt: Annotated[
+        Optional[list[str]], typer.Option(help='Caption for pictures without a .txt: "a photo of a {}". May be repeated.', show_default=False)
+    ] = None,
+    clipseg: Annotated[Optional[Path], typer.Option(help="Folder with CLIPSeg weights, to find the thing in pictures without a mask.")] = None,
+    covariance: Annotated[Optional[Path], typer.Option(help="A file by `perfusion covariance`; by default found or computed.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Fixes everything that is random. [default: 0]", show_default=False)] = None,
+    validation_prompt: Annotated[Optional[list[str]], typer.Option(help='Drawn as it learns: "a {} on the beach". May be repeated.', show_default=False)] = None,
+    validation_every: Annotated[Optional[int], typer.Option(help="Steps between them; 0 never. [default: 100]", show_default=False)] = None,
+    checkpoint_every: Annotated[Optional[int], typer.Option("--checkpoint-every", "--checkpointing-steps", help="Steps between checkpoints; 0 never. [default: 100]", show_default=False)] = None,
+    checkpoint_limit: Annotated[Optional[int], typer.Option("--checkpoint-limit", "--checkpoints-total-limit", help="How many to keep. [default: 2]", show_default=False)] = None,
+    resume: Annotated[Optional[str], typer.Option("--resume", "--resume-from-checkpoint", help="latest, or a checkpoint file.")] = None,
+    gradient_checkpointing: Annotated[Optional[bool], typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time. [default: off]", show_default=False)] = None,
+    tensorboard: Annotated[Optional[bool], typer.Option("--tensorboard/--no-tensorboard", help="Curves beside log.jsonl. [default: on]", show_default=False)] = None,
+    license: Annotated[Optional[str], typer.Option(help="Written into the file.")] = None,
+    author: Annotated[Optional[str], typer.Option(help="Written into the file.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps; by default CUDA where there is one.")] = None,
+    dtype: Annotated[Optional[Precision], typer.Option(help="Of the frozen model. By default float32 on a CPU, bfloat16 elsewhere.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Learn a concept from a few pictures: a word, and what its values are in every cross-attention layer.
+
+    IMAGES is a folder. Beside NAME.png there may be NAME.txt, captions that write the concept as <name>, * or {}, and
+    NAME-masklabel.png or NAME.mask.png, white where the thing is. Captions that say where the thing stands, and masks, keep
+    the background out of the concept: they make it better.
+
+    The output folder gets NAME.safetensors (some 30 KB for Stable Diffusion 1.x), README.md with a gallery, config.yaml,
+    log.jsonl, curves for TensorBoard, validation pictures and checkpoints. Ctrl-C keeps a checkpoint; --resume latest goes
+    on from it, and ends as if it had never stopped.
+    Exit codes: 0 done, 2 bad input, 3 a model that is refused, 130 interrupted.
+    """
+    given = {key: value for key, value in locals().items() if value is not None}
+    for key in ("images", "output", "model", "config", "clipseg", "covariance", "resume", "device", "dtype", "json"):
+        given.pop(key, None)
+    for option, setting in {"instance_prompt": "instance_prompts", "validation_prompt": "validation_prompts"}.items():
+        if option in given:
+            given[setting] = tuple(given.pop(option))
+    settings = {**_from_file(config), **given}
+    missing = [f"--{key}" for key in ("superclass", "name") if key not in settings]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} must be given: what the thing is, and what prompts will call it.")
+
+    import torch
+
+    from perfusion.covariance import Covariance
+    from perfusion.models import load_pipeline
+    from perfusion.training import train as learn
+
+    if dtype is None and (device or "").partition(":")[0] not in ("cpu", "") or dtype is None and device is None and torch.cuda.is_available():
+        dtype = Precision.bfloat16  # the gradient of a float16 model overflows easily
+    pipe = load_pipeline(model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value))
+    folder = output or Path("concepts") / str(settings["name"])
+    concept = learn(
+        pipe, images, output=folder, clipseg=clipseg, resume=resume, progress=not json,
+        covariance=None if covariance is None else Covariance.load(covariance), **settings,
+    )  # fmt: skip
+    path = folder / f"{concept.name}.safetensors"
+    if json:
+        print(dumps({"file": str(path), "bytes": path.stat().st_size, "name": concept.name, "superclass": concept.superclass, "recipe": concept.recipe}))
+    else:
+        print(f"Wrote {path} ({path.stat().st_size:,} bytes) and, beside it, README.md, gallery.png, config.yaml and log.jsonl.")
+        print(f'Try: perfusion generate "a photo of a <{concept.name}>" --concept {path} --model {model}')
+
+
+def _from_file(path: Path | None) -> dict[str, Any]:
+    """Settings from a YAML file, such as the config.yaml that a training wrote."""
+    if path is None:
+        return {}
+    import dataclasses
+
+    import yaml
+
+    from perfusion.training import TrainingConfig
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not a YAML file: {error}") from error
+    known = {field.name for field in dataclasses.fields(TrainingConfig)}
+    if not isinstance(found, dict) or (unknown := set(found) - known - {"images", "base"}):
+        raise ValueError(f"--config {path}: must map settings to values; unknown: {', '.join(sorted(unknown)) if isinstance(found, dict) else found!r}. Known: {', '.join(sorted(known))}.")
+    return {key: value for key, value in found.items() if key in known}
