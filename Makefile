@@ -1,0 +1,57 @@
+# Two commands from a fresh checkout: `make demo` and `make test`. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+PIP_ARGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+say = @printf '\n==> %s\n'
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint clean
+
+help: ## this list
+	@echo 'make COMMAND [ARGS="..."]'
+	@sed -n 's/^\([a-z]*\):[^#]*## /  \1\t/p' Makefile | expand -t 10
+	@echo 'Variables:'
+	@echo '  PYTHON=$(PYTHON)  3.10 or newer; $(VENV) is made with it'
+	@echo '  JOBS=$(JOBS)          tests at a time, about 1 GB of memory each'
+	@echo '  PIP_ARGS=...    for pip. Without an NVIDIA GPU, the CPU build of PyTorch saves gigabytes:'
+	@echo '                  PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"'
+
+demo: $(VENV)/.installed-train ## learn two concepts from a few pictures and draw them, in minutes, on any computer
+	$(say) 'perfusion demo $(ARGS)'
+	@$(BIN)/perfusion demo $(ARGS)
+
+test: $(VENV)/.installed-test ## run every test, with coverage
+	$(say) 'Running the tests, $(JOBS) at a time'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report term --cov-report html:build/coverage \
+		--junitxml build/tests.xml $(ARGS)
+	$(say) 'Wrote build/tests.xml and build/coverage/index.html'
+
+lint: $(VENV)/.installed-dev ## look for mistakes that need no run
+	$(say) 'ruff check'
+	@$(BIN)/ruff check .
+
+clean: ## remove the virtual environment and everything built; concepts and pictures stay
+	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per set of extras: what is installed already is not installed again.
+$(VENV)/.installed-%: pyproject.toml constraints.txt setup.py | $(BIN)/python
+	$(say) 'Installing perfusion-kernels[$*] into $(VENV)'
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS) --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) > /dev/null || { \
+		echo 'error: there is no $(PYTHON). On Debian or Ubuntu: sudo apt install python3 python3-venv' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "error: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version). Another one: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+		echo 'error: $(PYTHON) cannot make virtual environments. On Debian or Ubuntu: sudo apt install python3-venv' >&2; exit 1; }
+	$(say) 'Creating $(VENV)'
+	@$(PYTHON) -m venv $(VENV)
