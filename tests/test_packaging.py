@@ -1,0 +1,102 @@
+"""What a wheel would hold and say, read by setuptools itself from pyproject.toml; nothing is built."""
+
+import re
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+
+import perfusion
+from perfusion import cli
+from perfusion.cli import doctor
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def distribution():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        distribution = setuptools.Distribution({"script_name": "setup.py"})
+        distribution.parse_config_files()
+        yield distribution
+
+
+@pytest.fixture(scope="module")
+def files(distribution):
+    """Every file of the wheel, as source paths from the root."""
+    build = distribution.get_command_obj("build_py")
+    build.ensure_finalized()
+    sources = [Path(source) for _, _, source in build.find_all_modules()]
+    sources += [Path(folder, name) for _, folder, _, names in build.data_files for name in names]
+    return {str(source.relative_to(ROOT) if source.is_absolute() else source) for source in sources}
+
+
+def tree(folder, pattern="*.py"):
+    return {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(pattern) if path.is_file()}
+
+
+def test_both_packages_go_in_with_every_module_and_nothing_else_does(files):
+    assert {file for file in files if file.endswith(".py")} == tree("perfusion_kernels") | tree("python/perfusion")
+
+
+def test_data_goes_in(files):
+    data = tree("python/perfusion/templates", "*") | tree("python/perfusion/toybox/weights", "*")
+    assert {file for file in files if not file.endswith(".py")} == data
+
+
+def test_the_built_in_model_is_there_and_small(files):
+    weights = [file for file in files if file.startswith("python/perfusion/toybox/weights/")]
+    assert "python/perfusion/toybox/weights/model_index.json" in weights
+    assert sum((ROOT / file).stat().st_size for file in weights) <= 16 * 2**20
+
+
+def test_one_version(distribution):
+    assert distribution.get_version() == perfusion.__version__
+    assert re.search(rf"^## {re.escape(perfusion.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+def test_the_command_is_the_one_that_is_tested(distribution):
+    command = distribution.entry_points["console_scripts"]
+    assert command == ["perfusion = perfusion.cli:main"]
+    assert EntryPoint("perfusion", "perfusion.cli:main", "console_scripts").load() is cli.main
+
+
+def test_metadata(distribution):
+    metadata = distribution.metadata
+    assert (metadata.get_name(), metadata.license_expression) == ("perfusion-kernels", "Apache-2.0")
+    assert str(distribution.python_requires) == ">=3.10"
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def test_requirements_have_lower_bounds_and_the_doctor_knows_them(distribution):
+    required = [Requirement(line) for line in distribution.install_requires]
+    assert {requirement.name for requirement in required} == set(doctor.REQUIRED)
+    extras = [Requirement(line) for lines in distribution.extras_require.values() for line in lines]
+    for requirement in (*required, *extras):
+        assert requirement.name == "perfusion-kernels" or str(requirement.specifier).startswith(">="), requirement
+
+
+def test_constraints_pin_what_is_required_and_fit(distribution):
+    """Every direct requirement is pinned, for each supported Python, to a version that its lower bound allows."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = [Requirement(line) for line in lines]
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins)
+    wanted = [*distribution.install_requires, *(line for name in ("train", "test", "dev") for line in distribution.extras_require[name])]
+    for requirement in map(Requirement, wanted):
+        for python in ("3.10", "3.11", "3.13"):
+            found = [p for p in pins if p.name == requirement.name and (p.marker is None or p.marker.evaluate({"python_version": python}))]
+            if requirement.name != "perfusion-kernels":
+                assert len(found) == 1 and requirement.specifier.contains(str(found[0].specifier)[2:]), (requirement, python)
+
+
+def test_public_names():
+    for name in perfusion.__all__:
+        value = getattr(perfusion, name)
+        assert isinstance(value, str) or value.__doc__, name
+    assert set(perfusion.__all__) <= set(dir(perfusion))
+    assert callable(perfusion.train), "the function, not a module of that name"
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'; it has Concept, "):
+        perfusion.nonsense
