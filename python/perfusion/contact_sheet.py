@@ -21,7 +21,12 @@ def image(pixels: Tensor) -> Image.Image:
 def sheet(
     images: Sequence[Image.Image], columns: int | None = None, *, titles: Sequence[str] | None = None, side: int = 128, gap: int = 4
 ) -> Image.Image:
-    """All images on one white sheet, small ones enlarged so that each is at least `side` wide, with titles beneath."""
+    """All images on one white sheet in the size of the first, enlarged to at least `side` pixels' width, with titles beneath.
+
+    columns: by default one row of up to 8. titles: one for each image, "" for none. ValueError for another number of titles.
+    """
+    if titles is not None and len(titles) != len(images):
+        raise ValueError(f"sheet: {len(images)} images need as many titles, got {len(titles)}")
     columns = columns or min(len(images), 8) or 1
     factor = max(1, math.ceil(side / images[0].width)) if images else 1
     width, height = (images[0].width * factor, images[0].height * factor) if images else (side, side)

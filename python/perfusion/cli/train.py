@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from perfusion.cli.convert import Precision
+from perfusion.cli.generate import _check_device
+
+MISSING = {"--superclass": "what the thing is", "--name": "what prompts will call it"}
 
 
 def train(
@@ -60,13 +63,16 @@ def train(
     given = {key: value for key, value in locals().items() if value is not None}
     for key in ("images", "output", "model", "config", "clipseg", "covariance", "resume", "device", "dtype", "json"):
         given.pop(key, None)
-    for option, setting in {"instance_prompt": "instance_prompts", "validation_prompt": "validation_prompts"}.items():
-        if option in given:
-            given[setting] = tuple(given.pop(option))
-    settings = {**_from_file(config), **given}
+    for option in ("instance_prompt", "validation_prompt"):
+        if prompts := given.pop(option, None):
+            given[f"{option}s"] = tuple(prompts)
+
+    from perfusion.training.config import read_settings
+
+    settings = {**({} if config is None else read_settings(config)), **given}
     missing = [f"--{key}" for key in ("superclass", "name") if key not in settings]
     if missing:
-        raise ValueError(f"{' and '.join(missing)} must be given: what the thing is, and what prompts will call it.")
+        raise ValueError(f"{' and '.join(missing)} must be given: {', and '.join(MISSING[option] for option in missing)}.")
 
     import torch
 
@@ -74,7 +80,9 @@ def train(
     from perfusion.models import load_pipeline
     from perfusion.training import train as learn
 
-    if dtype is None and (device or "").partition(":")[0] not in ("cpu", "") or dtype is None and device is None and torch.cuda.is_available():
+    _check_device(device)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None and device != "cpu":
         dtype = Precision.bfloat16  # the gradient of a float16 model overflows easily
     pipe = load_pipeline(model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value))
     folder = output or Path("concepts") / str(settings["name"])
@@ -88,23 +96,3 @@ def train(
     else:
         print(f"Wrote {path} ({path.stat().st_size:,} bytes) and, beside it, README.md, gallery.png, config.yaml and log.jsonl.")
         print(f'Try: perfusion generate "a photo of a <{concept.name}>" --concept {path} --model {model}')
-
-
-def _from_file(path: Path | None) -> dict[str, Any]:
-    """Settings from a YAML file, such as the config.yaml that a training wrote."""
-    if path is None:
-        return {}
-    import dataclasses
-
-    import yaml
-
-    from perfusion.training import TrainingConfig
-
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: not a YAML file: {error}") from error
-    known = {field.name for field in dataclasses.fields(TrainingConfig)}
-    if not isinstance(found, dict) or (unknown := set(found) - known - {"images", "base"}):
-        raise ValueError(f"--config {path}: must map settings to values; unknown: {', '.join(sorted(unknown)) if isinstance(found, dict) else found!r}. Known: {', '.join(sorted(known))}.")
-    return {key: value for key, value in found.items() if key in known}

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from perfusion import contact_sheet
 from perfusion.concept import Concept
 from perfusion.training.config import TrainingConfig
 from perfusion.training.data import Picture
+from perfusion.training.files import whole
 
 __all__ = ["write_card"]
 
 
-def write_card(folder: Path, concept: Concept, config: TrainingConfig, pictures: list[Picture], gallery: list[Any], seconds: float) -> Path:
-    """Write README.md, gallery.png (sampled) and references.png (learned from) into the folder."""
-    contact_sheet.sheet(gallery).save(folder / "gallery.png")
-    contact_sheet.sheet([contact_sheet.image(picture.pixels) for picture in pictures]).save(folder / "references.png")
-    path = folder / f"{concept.name}.safetensors"
-    text = Environment(loader=PackageLoader("perfusion"), trim_blocks=True, lstrip_blocks=True).get_template("card.md").render(
-        concept=concept, config=config, pictures=pictures, seconds=seconds, size=path.stat().st_size, file=path.name
+def write_card(folder: Path, concept: Concept, config: TrainingConfig, pictures: Sequence[Picture], gallery: Sequence[Any]) -> Path:
+    """Write README.md, gallery.png (sampled) and references.png (learned from) beside the concept's file; returns the README's path."""
+    references = [contact_sheet.image(picture.pixels) for picture in pictures]
+    for name, images in (("gallery.png", gallery), ("references.png", references)):
+        with whole(folder / name) as draft:
+            contact_sheet.sheet(images).save(draft)
+    file = folder / f"{concept.name}.safetensors"
+    environment = Environment(loader=PackageLoader("perfusion"), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("<", "&lt;")
+    text = environment.get_template("card.md").render(
+        concept=concept, config=config, pictures=pictures, size=file.stat().st_size, file=file.name
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    with whole(folder / "README.md") as draft:
+        draft.write_text(text, encoding="utf-8")
     return folder / "README.md"

@@ -1,32 +1,56 @@
-"""Training checkpoints: safetensors, written atomically, the oldest ones removed."""
+"""Training checkpoints: safetensors with a digest, written whole, the oldest ones removed."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import os
+import re
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perfusion.training.config import TrainingConfig
+from perfusion.training.files import whole
 
-__all__ = ["latest", "load", "save"]
+__all__ = ["Checkpoint", "latest", "load", "save"]
 
 _FORMAT = "perfusion-training-1"
+_NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
-def save(folder: Path, config: TrainingConfig, step: int, tensors: dict[str, Tensor]) -> Path:
-    """Write `folder/step-000123.safetensors` and keep only the last `checkpoint_limit` of them."""
+@dataclasses.dataclass
+class Checkpoint:
+    """`tensors` after `step` steps, and `facts`: every setting and input that decided them, as JSON values."""
+
+    path: Path
+    step: int
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def check(self, facts: dict[str, Any]) -> None:
+        """ValueError, naming the differences, unless a run of these facts would have come to this checkpoint."""
+        now = _plain(facts)
+        differences = [
+            f"{key} {self.facts.get(key)!r} -> {now.get(key)!r}" for key in {**now, **self.facts} if self.facts.get(key) != now.get(key)
+        ]
+        if differences:
+            raise ValueError(
+                f"checkpoint {str(self.path)!r} was made with other settings ({'; '.join(differences)}): "
+                "an exact continuation needs the same ones. Give them, or start anew in another folder."
+            )
+
+
+def save(folder: Path, step: int, facts: dict[str, Any], tensors: dict[str, Tensor], limit: int) -> Path:
+    """Write `folder/step-000123.safetensors` and keep only the last `limit` of them. facts: see `Checkpoint`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:06d}.safetensors"
-    metadata = {"format": _FORMAT, "step": str(step), "config": json.dumps(dataclasses.asdict(config))}
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata)
-    temporary.replace(path)
-    for old in _all(folder)[: -config.checkpoint_limit]:
+    metadata = {"format": _FORMAT, "step": str(step), "facts": json.dumps(_plain(facts)), "digest": _digest(tensors)}
+    with whole(path) as draft:
+        save_file(tensors, draft, metadata)
+    for old in _all(folder)[:-limit]:
         old.unlink()
     return path
 
@@ -36,23 +60,38 @@ def latest(folder: Path) -> Path | None:
     return next(reversed(_all(folder)), None)
 
 
-def load(path: Path, config: TrainingConfig) -> tuple[int, dict[str, Tensor]]:
-    """Step and tensors of a checkpoint. ValueError when it is damaged or belongs to other settings, naming which."""
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint. ValueError when it is damaged, or something else; FileNotFoundError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
     try:
         with safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
+        raise ValueError(f"checkpoint {str(path)!r} is damaged: {error}") from error
     if metadata.get("format") != _FORMAT:
-        raise ValueError(f"checkpoint {str(path)!r} is not a training checkpoint of this program.")
-    differences = TrainingConfig(**json.loads(metadata["config"])).differences(config)
-    if differences:
-        raise ValueError(
-            f"checkpoint {str(path)!r} was made with other settings ({'; '.join(differences)}): "
-            "an exact continuation needs the same ones. Give them, or start anew in another folder."
-        )
-    return int(metadata["step"]), tensors
+        raise ValueError(f"{str(path)!r} is not a training checkpoint of this program.")
+    try:
+        step, facts = int(metadata["step"]), dict(json.loads(metadata["facts"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint {str(path)!r} is damaged: {error!r}") from error
+    if metadata.get("digest") != _digest(tensors):
+        raise ValueError(f"checkpoint {str(path)!r} is damaged: its tensors are not the ones that were saved.")
+    return Checkpoint(path, step, facts, tensors)
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.safetensors"))
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+
+
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file: tuples are lists there."""
+    return json.loads(json.dumps(facts))
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)} ".encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()

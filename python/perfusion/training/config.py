@@ -1,4 +1,4 @@
-"""`TrainingConfig`: every setting of a training, its default, and the file that keeps it."""
+"""`TrainingConfig`: every setting of a training, its default, its rule, and the file that keeps it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
-__all__ = ["TrainingConfig"]
+from perfusion.training.files import whole
+
+__all__ = ["TrainingConfig", "read_settings"]
 
 TEMPLATES = (
     "a {}",
@@ -20,13 +22,18 @@ TEMPLATES = (
     "a photo of one {}",
     "a photo of a nice {}",
 )
-# what may differ between a run and its continuation: where it writes, how often, and how far it goes on
-_FREE = ("validation_every", "validation_prompts", "checkpoint_every", "checkpoint_limit", "tensorboard")
+# what a run and its continuation need not share: how far it goes, what it reports, and what only the finished file says
+_FREE = {
+    "steps", "validation_every", "validation_prompts", "checkpoint_every", "checkpoint_limit", "tensorboard",
+    "inference_bias", "inference_temperature", "license", "author",
+}  # fmt: skip
+_KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "int | None": (int, type(None)), "tuple[str, ...]": tuple}
+_NOTES = {"images", "base"}  # what `save` writes beside the settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a concept is learned. ValueError names the setting, its rule and what came.
+    """How a concept is learned (arXiv 2305.01644). ValueError names the setting, its rule and what came.
 
     superclass: one word for what the thing is, one token of the tokenizer. name: what prompts will write as <name>.
     steps, batch_size: optimiser steps and pictures per step. learning_rate: of the value outputs o*_V.
@@ -36,7 +43,7 @@ class TrainingConfig:
     weaker prompt; there to compare). resolution: side of the training square in pixels; None is the model's own.
     instance_prompts: captions for pictures without a .txt file beside them, "{}" standing for the concept.
     seed: fixes everything. gradient_checkpointing: less memory, more time. validation_every, checkpoint_every: steps
-    between grids and checkpoints, 0 for none. checkpoint_limit: how many checkpoints to keep.
+    between grids and checkpoints, 0 for none. checkpoint_limit: how many checkpoints to keep. tensorboard: write curves.
     """
 
     superclass: str
@@ -67,30 +74,62 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for field in ("instance_prompts", "validation_prompts"):
             value = getattr(self, field)
-            object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+            object.__setattr__(self, field, tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value)
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            right = isinstance(value, _KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
+            self._check(field.name, right, f"be of type {kind}")
+        for field in ("instance_prompts", "validation_prompts"):
+            self._check(field, len(getattr(self, field)) > 0, "not be empty")
             for prompt in getattr(self, field):
-                self._check(field, prompt.count("{}") == 1, 'hold "{}" once, for the concept', prompt)
-        for field in ("steps", "batch_size"):
+                self._check(field, isinstance(prompt, str) and prompt.count("{}") == 1, 'hold "{}" once, for the concept', prompt)
+        for field in ("steps", "batch_size", "checkpoint_limit"):
             self._check(field, getattr(self, field) >= 1, "be at least 1")
         for field in ("validation_every", "checkpoint_every"):
             self._check(field, getattr(self, field) >= 0, "be 0 (never) or a number of steps")
-        self._check("checkpoint_limit", self.checkpoint_limit >= 1, "be at least 1")
-        for field in ("learning_rate", "word_learning_rate", "temperature", "inference_temperature"):
-            self._check(field, getattr(self, field) > 0, "be positive")
+        for field in ("learning_rate", "word_learning_rate"):
+            self._check(field, 0 < getattr(self, field) < float("inf"), "be positive")
+        for field in ("bias", "inference_bias"):
+            self._check(field, -2 <= getattr(self, field) <= 2, "lie between -2 and 2")
+        for field in ("temperature", "inference_temperature"):
+            self._check(field, 1e-3 <= getattr(self, field) <= 10, "lie between 0.001 and 10")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "lie in [0, 1)")
         self._check("flip", 0 <= self.flip <= 1, "be a probability")
         self._check("resolution", self.resolution is None or self.resolution >= 8, "be at least 8 pixels")
+        self._check("seed", 0 <= self.seed < 2**63, "be a number of at most 63 bits, not negative")
 
     def _check(self, field: str, right: bool, rule: str, came: Any = None) -> None:
         if not right:
             raise ValueError(f"training: {field} must {rule}, got {getattr(self, field) if came is None else came!r}")
 
-    def differences(self, other: TrainingConfig) -> list[str]:
-        """The settings that would make a continuation another training, as "steps 300 -> 400"."""
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        return [f"{key} {mine[key]} -> {theirs[key]}" for key in mine if key not in _FREE and mine[key] != theirs[key]]
+    def lasting(self) -> dict[str, Any]:
+        """The settings that a run and its exact continuation share."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in _FREE}
 
-    def save(self, path: Path, **more: Any) -> None:
-        """Write the resolved settings as YAML, `more` beside them."""
+    def save(self, path: Path, *, images: list[str], base: str) -> None:
+        """Write the settings as YAML, in full or not at all; for the reader, the pictures and the base model beside them."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
-        path.write_text(yaml.safe_dump(plain | more, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        text = yaml.safe_dump({**plain, "images": images, "base": base}, sort_keys=False, allow_unicode=True)
+        with whole(path) as draft:
+            draft.write_text(text, encoding="utf-8")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Settings from a YAML file, such as the config.yaml that a training wrote. ValueError for anything else, OSError for no file."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a YAML file: {error}") from error
+    fields = {field.name: field for field in dataclasses.fields(TrainingConfig)}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must map settings to values, such as 'steps: 400'; it holds {found!r:.80}")
+    if unknown := {str(key) for key in found} - fields.keys() - _NOTES:
+        raise ValueError(f"{path} sets {', '.join(sorted(unknown))}; known settings are {', '.join(fields)}")
+    settings = {key: value for key, value in found.items() if key in fields}
+    for key, value in settings.items():
+        if fields[key].type == "float" and isinstance(value, str):  # YAML reads 3e-2 as text
+            try:
+                settings[key] = float(value)
+            except ValueError:
+                pass  # TrainingConfig says what is wrong with it
+    return settings

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -14,9 +18,10 @@ from torch import Tensor
 from perfusion.masks import ClipSeg, flatten, is_sidecar, latent_mask, load_mask
 from perfusion.training.config import TrainingConfig
 
-__all__ = ["Latents", "Picture", "encode_pictures", "read_pictures"]
+__all__ = ["Latents", "Picture", "digest", "encode_pictures", "read_pictures"]
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+FEW = 4  # from fewer pictures the background and the pose are learned as well
 
 
 @dataclasses.dataclass
@@ -43,9 +48,10 @@ def read_pictures(
 ) -> list[Picture]:
     """Read pictures from a folder, or from a list of paths and PIL images.
 
-    A file NAME.txt beside NAME.png holds its captions, one a line; masks as in `perfusion.masks.load_mask`. The shorter
-    side is scaled to `resolution` and the middle square kept. ValueError for no pictures, an unreadable one, a caption
-    without the concept in it, or masks on some pictures only.
+    A file NAME.txt beside NAME.png holds its captions, one a line; masks as in `perfusion.masks.load_mask`, lying on the
+    picture as it is seen, turned as its orientation tag says. The shorter side is scaled to `resolution` and the middle
+    square kept. ValueError for no pictures, an unreadable one, a caption without the concept in it, a mask that the middle
+    square misses, or masks on some pictures only; a warning for fewer than 4.
     """
     if isinstance(images, (str, Path)):
         folder = Path(images)
@@ -54,9 +60,15 @@ def read_pictures(
         images = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS and not is_sidecar(path)]
         if not images:
             raise ValueError(f"images: no pictures in {str(folder)!r}; looked for {', '.join(ENDINGS)}.")
-    pictures = [_read(number, image, config, resolution, clipseg) for number, image in enumerate(images)]
+    pictures = [_read(number, image, config, resolution, clipseg) for number, image in enumerate(images, start=1)]
     if not pictures:
         raise ValueError("images: the list is empty; a concept takes about 4 to 7 pictures.")
+    if len(pictures) < FEW:
+        warnings.warn(
+            f"{len(pictures)} picture{'s are' if len(pictures) > 1 else ' is'} few: a concept takes about 4 to 7, in several places and "
+            "from several sides. Otherwise what surrounds the thing becomes part of it; masks and captions help.",
+            stacklevel=3,
+        )
     bare = [picture.path for picture in pictures if picture.mask is None]
     if bare and len(bare) < len(pictures):
         raise ValueError(f"images: some pictures have a mask and some have none ({', '.join(bare)}); give all of them one, or none.")
@@ -64,69 +76,85 @@ def read_pictures(
 
 
 def _read(number: int, image: Any, config: TrainingConfig, resolution: int, clipseg: Any) -> Picture:
-    path = Path(f"image {number}") if isinstance(image, Image.Image) else Path(image)
+    given = isinstance(image, Image.Image)
+    path = Path(f"image {number}" if given else image)
     try:
-        opened = image if isinstance(image, Image.Image) else Image.open(path)
-        opened.load()
-    except OSError as error:
+        with contextlib.nullcontext(image) if given else Image.open(path) as opened:
+            upright = ImageOps.exif_transpose(opened)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
         raise ValueError(f"images: {str(path)!r} cannot be read as a picture: {error}") from error
-    mask = load_mask(path, opened, clipseg=clipseg, superclass=config.superclass)
-    grey = None if mask is None else ImageOps.exif_transpose(_like(Image.fromarray(mask.numpy(), mode="F"), opened))
-    pixels = _tensor(_square(flatten(ImageOps.exif_transpose(opened)), resolution)) / 127.5 - 1
-    mask = None if grey is None else _tensor(_square(grey, resolution))[0].clamp(0, 1)
-    return Picture(str(path), pixels, mask, _captions(path, config))
+    mask = load_mask(path, upright, clipseg=clipseg, superclass=config.superclass)
+    pixels = torch.from_numpy(numpy.array(_square(flatten(_eight_bits(upright)), resolution), dtype=numpy.float32)) / 127.5 - 1
+    if mask is not None:
+        mask = torch.from_numpy(numpy.array(_square(Image.fromarray(mask.numpy()), resolution))).clamp(0, 1)
+        if not mask.any():
+            raise ValueError(f"images: the mask of {str(path)!r} is black in the middle square, which training sees; crop the picture.")
+    return Picture(str(path), pixels.permute(2, 0, 1).contiguous(), mask, _captions(path, config))
 
 
-def _like(mask: Image.Image, picture: Image.Image) -> Image.Image:
-    """A mask lies on the picture as stored: give it the same orientation tag."""
-    mask.getexif().update(picture.getexif())
-    return mask
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey pictures of 16 bits, which Pillow would clip to white."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((numpy.asarray(image).clip(0, 65535) / 257).round().astype(numpy.uint8))
 
 
 def _square(image: Image.Image, resolution: int) -> Image.Image:
-    return ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC if image.mode != "F" else Image.Resampling.BILINEAR)
-
-
-def _tensor(image: Image.Image) -> Tensor:
-    import numpy
-
-    array = torch.from_numpy(numpy.array(image, dtype=numpy.float32))
-    return array.permute(2, 0, 1) if array.dim() == 3 else array[None]
+    # a mask is bilinear: bicubic would leave [0, 1]
+    return ImageOps.fit(image, (resolution, resolution), Image.Resampling.BILINEAR if image.mode == "F" else Image.Resampling.BICUBIC)
 
 
 def _captions(path: Path, config: TrainingConfig) -> tuple[str, ...]:
     sidecar = path.with_suffix(".txt")
     if not sidecar.is_file():
         return config.instance_prompts
-    lines = [line.strip() for line in sidecar.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in sidecar.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"images: {str(sidecar)!r} is not text in UTF-8: {error}") from error
     captions = tuple(line.replace(f"<{config.name}>", "{}").replace("*", "{}") for line in lines)
     for caption, line in zip(captions, lines):
         if caption.count("{}") != 1:
-            raise ValueError(f'images: {str(sidecar)!r} must name the concept once in each line, as <{config.name}>, * or {{}}; came {line!r}.')
+            raise ValueError(
+                f"images: {str(sidecar)!r} must name the concept once in each line, as <{config.name}>, * or {{}}; came {line!r}."
+            )
     if not captions:
         raise ValueError(f"images: {str(sidecar)!r} is empty; write a caption into it or remove it.")
     return captions
 
 
+def digest(pictures: Sequence[Picture]) -> str:
+    """16 hex digits of all that a training sees of its pictures."""
+    total = hashlib.sha256()
+    for picture in pictures:
+        total.update(picture.pixels.numpy().tobytes())
+        total.update(b"" if picture.mask is None else picture.mask.numpy().tobytes())
+        total.update("\n".join(picture.captions).encode())
+    return total.hexdigest()[:16]
+
+
 @torch.no_grad()
-def encode_pictures(pipe: Any, pictures: list[Picture]) -> Latents:
+def encode_pictures(pipe: Any, pictures: Sequence[Picture]) -> Latents:
     """Latents of all pictures and their mirror images, scaled as the UNet expects them, in float32 on the pipeline's device.
 
-    What is drawn anew at each step, the posterior's noise, is not in the cache: mean and deviation are.
+    What is drawn anew at each step, the posterior's noise, is not in the cache: mean and deviation are. A VAE that
+    overflows in half precision (SDXL's) runs in float32 and gets its precision back.
     """
     vae, device = pipe.vae, pipe._execution_device
-    dtype = torch.float32 if getattr(vae.config, "force_upcast", False) else vae.dtype
-    before, vae = vae.dtype, vae.to(dtype)
+    before = vae.dtype
+    dtype = torch.float32 if getattr(vae.config, "force_upcast", False) else before
     means, deviations = [], []
-    for picture in pictures:
-        pair = torch.stack([picture.pixels, picture.pixels.flip(-1)]).to(device, dtype)
-        encoded = vae.encode(pair)
-        if hasattr(encoded, "latent_dist"):
-            means.append(encoded.latent_dist.mean.float())
-            deviations.append(encoded.latent_dist.std.float())
-        else:  # autoencoders that are not variational (AutoencoderTiny)
-            means.append(encoded.latents.float())
-    vae.to(before)
+    try:
+        _cast(vae, dtype)
+        for picture in pictures:
+            encoded = vae.encode(torch.stack([picture.pixels, picture.pixels.flip(-1)]).to(device, dtype))
+            if hasattr(encoded, "latent_dist"):
+                means.append(encoded.latent_dist.mean.float())
+                deviations.append(encoded.latent_dist.std.float())
+            else:  # autoencoders that are not variational (AutoencoderTiny)
+                means.append(encoded.latents.float())
+    finally:
+        _cast(vae, before)
     scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
     mean = (torch.stack(means) - shift) * scale
     mask = None
@@ -134,3 +162,8 @@ def encode_pictures(pipe: Any, pictures: list[Picture]) -> Latents:
         both = torch.stack([torch.stack([picture.mask, picture.mask.flip(-1)]) for picture in pictures])
         mask = latent_mask(both.to(device), tuple(mean.shape[-2:]))
     return Latents(mean, torch.stack(deviations) * scale if deviations else None, mask)
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    if model.dtype != dtype:  # diffusers warns about casts, needless ones too
+        model.to(dtype)

@@ -4,39 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
-import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from perfusion.training.config import TrainingConfig
+from perfusion.training.files import whole
 from perfusion.training.session import Measures
 
 __all__ = ["TrainingLog"]
 
 
 class TrainingLog:
-    """`log.jsonl` and `tensorboard/` in a folder. A continued run cuts the lines that it is about to write again."""
+    """`log.jsonl` and `tensorboard/` in a folder. A continued run cuts the lines after `start`, which it writes again."""
 
-    def __init__(self, folder: Path, config: TrainingConfig, start: int):
-        self.config, self.path = config, folder / "log.jsonl"
-        kept = self.path.read_text().splitlines() if start and self.path.is_file() else []
-        kept = [line for line in kept if json.loads(line)["step"] <= start]
-        self.path.write_text("".join(line + "\n" for line in kept))
-        self._file = self.path.open("a")
+    def __init__(self, folder: Path, config: TrainingConfig, start: int, device: torch.device):
+        self.config, self.device = config, device
+        path = folder / "log.jsonl"
+        with whole(path) as draft:
+            draft.write_text("".join(_lines_until(path, start)), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
         self._board = _board(folder / "tensorboard", start) if config.tensorboard else None
-        self._last = time.monotonic()
 
-    def write(self, step: int, measures: Measures) -> None:
-        now = time.monotonic()
+    def write(self, step: int, measures: Measures, seconds: float) -> None:
         row: dict[str, Any] = {"step": step, **dataclasses.asdict(measures)}
         row |= {"learning_rate": self.config.learning_rate, "word_learning_rate": self.config.word_learning_rate}
-        row |= {"images_per_second": self.config.batch_size / max(now - self._last, 1e-9), "memory_mb": _memory_mb()}
-        self._last = now
+        row |= {"images_per_second": self.config.batch_size / max(seconds, 1e-9), "memory_mb": _memory_mb(self.device)}
         self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._file.flush()  # a run that is killed keeps its lines
         for key, value in row.items() if self._board else ():
             if key != "step":
                 self._board.add_scalar(key, value, step)
@@ -53,15 +50,35 @@ class TrainingLog:
             self._board.close()
 
 
+def _lines_until(path: Path, start: int) -> list[str]:
+    """The lines of steps 1 to `start`; a killed run may have left half a line at the end."""
+    kept: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else ():
+        try:
+            inside = json.loads(line)["step"] <= start
+        except ValueError:
+            break
+        if inside:
+            kept.append(line)
+    return kept
+
+
 def _board(folder: Path, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # an optional extra; log.jsonl holds the same figures
+    except ImportError:
+        warnings.warn("tensorboard is not installed: the curves are in log.jsonl only.", stacklevel=2)
         return None
     return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
 
-def _memory_mb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _memory_mb(device: torch.device) -> float:
+    """The most memory that was in use so far: on the GPU, or of this process; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -6,21 +6,24 @@ draws what the uninterrupted run would have drawn.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import zlib
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
-from perfusion.base import Base, cross_attention_layers, text_encoders
+from perfusion.base import Base, UnsupportedPipeline, cross_attention_layers, text_encoders
 from perfusion.concept import Concept
 from perfusion.covariance import Covariance
 from perfusion.editor import Edit, Editor, Tables, make_edit
 from perfusion.masks import masked_loss
 from perfusion.text import TextHook, Word, single_token
 from perfusion.training.config import TrainingConfig
-from perfusion.training.data import Latents, Picture
+from perfusion.training.data import Picture, digest, encode_pictures
 
 __all__ = ["Measures", "TrainingSession"]
 
@@ -39,16 +42,18 @@ class Measures:
 
 
 class TrainingSession:
-    """Hooks on a pipeline whose `<name>` is being learned, from `begin` to `end`.
+    """A context in which a pipeline's `<name>` is learned; leaving it gives the pipeline back as it was, whatever happened.
 
     value_outputs, key_outputs [O] float32 (keys: None under the lock) and `words`, one [width] float32 per text encoder, are
     what is trained; `target` [D] is i*, the running mean of the word's encoding; `superclass_encoding` [D] is s.
     """
 
-    def __init__(self, pipe: Any, base: Base, config: TrainingConfig, covariance: Covariance, pictures: list[Picture], latents: Latents):
-        self.pipe, self.base, self.config, self.covariance, self.latents = pipe, base, config, covariance, latents
-        self.device = pipe._execution_device
-        self.captions = [[caption.format(f"<{config.name}>") for caption in picture.captions] for picture in pictures]
+    def __init__(self, pipe: Any, base: Base, config: TrainingConfig, covariance: Covariance, pictures: list[Picture]):
+        self.pipe, self.base, self.config, self.covariance, self.pictures = pipe, base, config, covariance, pictures
+        self.device = torch.device(pipe._execution_device)
+        self.noise_scheduler = _noise_scheduler(pipe)
+        self.latents = encode_pictures(pipe, pictures)
+        self.captions = [[_named(caption, config.name) for caption in picture.captions] for picture in pictures]
         self.step = 0
         ids = [single_token(tokenizer, config.superclass) for tokenizer, _ in text_encoders(pipe)]
         embeddings = [encoder.get_input_embeddings().weight[i] for (_, encoder), i in zip(text_encoders(pipe), ids)]
@@ -56,51 +61,66 @@ class TrainingSession:
         self._text = TextHook(pipe, {config.name: Word(config.superclass, self.words)})
         self._editor = Editor(pipe.unet, self._sampling_edit)
 
-    def begin(self) -> None:
-        """Freeze the pipeline, install the hooks, and start every learned vector at its superclass."""
-        self._frozen = [module for module in (self.pipe.unet, self.pipe.vae, *(e for _, e in text_encoders(self.pipe))) if module is not None]
-        self._before = [(p, p.requires_grad) for module in self._frozen for p in module.parameters()]
-        self._modes = [(module, module.training) for module in self._frozen]
-        for module in self._frozen:
-            module.requires_grad_(False).eval()
-        if self.config.gradient_checkpointing:
-            self.pipe.unet.enable_gradient_checkpointing()
-            self.pipe.unet.train()  # diffusers checkpoints only what trains; these models have no dropout
-        self._text.install()
-        self._editor.install()
-        with torch.no_grad():
-            rows = [caption for captions in self.captions for caption in captions]
-            encodings, _ = self._encode(sorted(set(rows)))
-            positions = self._positions(sorted(set(rows)))
-            s = encodings[torch.arange(len(encodings)), positions].float().mean(0)
-            layers = cross_attention_layers(self.pipe.unet).values()
-            probe = s.to(encodings.dtype)[None, None]
-            start = {kind: torch.cat([getattr(layer, kind)(probe).flatten().float() for layer in layers]) for kind in ("to_k", "to_v")}
-        self.superclass_encoding, self.target = s, s.clone()
-        self.value_outputs = torch.nn.Parameter(start["to_v"])
-        self.key_outputs = None if self.config.key_lock else torch.nn.Parameter(start["to_k"])
-        outputs = [tensor for tensor in (self.value_outputs, self.key_outputs) if tensor is not None]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": outputs, "lr": self.config.learning_rate}, {"params": self.words, "lr": self.config.word_learning_rate}],
-            weight_decay=0.0,
-        )
+    def __enter__(self) -> TrainingSession:
+        with contextlib.ExitStack() as undo:
+            self._freeze(undo)
+            undo.callback(self._text.remove)
+            self._text.install()
+            self._start()
+            undo.callback(self._editor.remove)
+            self._editor.install()
+            self._undo = undo.pop_all()
+        return self
 
-    def end(self) -> None:
-        """Take the hooks off and give the pipeline back as it was."""
-        self._editor.remove()
-        self._text.remove()
-        if self.config.gradient_checkpointing:
-            self.pipe.unet.disable_gradient_checkpointing()
-        for parameter, required in self._before:
-            parameter.requires_grad_(required)
-        for module, training in self._modes:
-            module.train(training)
+    def __exit__(self, *exception: Any) -> None:
+        self._undo.close()
+
+    def _freeze(self, undo: contextlib.ExitStack) -> None:
+        unet = self.pipe.unet
+        models = [unet, self.pipe.vae, *(encoder for _, encoder in text_encoders(self.pipe))]
+        required = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+        modes = [(module, module.training) for model in models for module in model.modules()]
+
+        def restore() -> None:
+            for parameter, value in required:
+                parameter.requires_grad_(value)
+            for module, value in modes:
+                module.training = value
+
+        undo.callback(restore)
+        for model in models:
+            model.requires_grad_(False).eval()
+        if self.config.gradient_checkpointing and not unet.is_gradient_checkpointing:
+            undo.callback(unet.disable_gradient_checkpointing)
+            unet.enable_gradient_checkpointing()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Every learned vector begins at its superclass; layers are called, not read, so LoRA and offloading stay in charge."""
+        captions = sorted({caption for captions in self.captions for caption in captions})
+        self._places = dict(zip(captions, self._find_places(captions)))
+        encodings, _ = self._encode(captions)
+        s = encodings[torch.arange(len(captions)), self._places_of(captions)].to(torch.float32).mean(0)
+        self.superclass_encoding, self.target = s, s.clone()
+
+        def outputs(kind: str) -> torch.nn.Parameter:
+            layers = cross_attention_layers(self.pipe.unet).values()
+            return torch.nn.Parameter(torch.cat([getattr(layer, kind)(s.to(encodings)[None, None]).flatten().float() for layer in layers]))
+
+        self.value_outputs = outputs("to_v")
+        self.key_outputs = None if self.config.key_lock else outputs("to_k")
+        trained = [tensor for tensor in (self.value_outputs, self.key_outputs) if tensor is not None]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": trained, "lr": self.config.learning_rate}, {"params": self.words, "lr": self.config.word_learning_rate}],
+            weight_decay=0.0,  # 0.01 would shrink o*_V by a tenth in a run
+        )
 
     # one step
 
+    @torch.enable_grad()
     def train_step(self) -> Measures:
-        """One optimiser step over `batch_size` draws of picture, mirror, caption, noise and timestep."""
-        batch = self.config.batch_size
+        """One optimiser step over `batch_size` draws of picture, mirror image, caption, noise and timestep."""
+        batch, scheduler = self.config.batch_size, self.noise_scheduler
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed} {self.step}".encode()))
         pictures = torch.randint(len(self.captions), (batch,), generator=generator)
         mirrored = (torch.rand(batch, generator=generator) < self.config.flip).long()
@@ -109,54 +129,53 @@ class TrainingSession:
         latents = self.latents.mean[pictures, mirrored]
         if self.latents.std is not None:
             latents = latents + self.latents.std[pictures, mirrored] * torch.randn(latents.shape, generator=generator).to(latents)
-        noise = torch.randn(latents.shape, generator=generator).to(self.device)
-        timesteps = torch.randint(self.pipe.scheduler.config.num_train_timesteps, (batch,), generator=generator).to(self.device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator).to(self.device)
         mask = None if self.latents.mask is None else self.latents.mask[pictures, mirrored]
 
         distinct = sorted(set(captions))  # each caption is encoded once, however often it was drawn
         rows = torch.tensor([distinct.index(caption) for caption in captions], device=self.device)
-        encodings, extra = self._encode(distinct)
-        positions = self._positions(distinct)
-        self._move_target(encodings[torch.arange(len(distinct)), positions].detach().float()[rows].mean(0))
-        encodings = encodings[rows]
+        encodings, conditions = self._encode(distinct)
+        encodings, places = encodings[rows], self._places_of(captions)
+        self._move_target(encodings[torch.arange(batch), places])
         edit = self._edit(encodings, torch.arange(batch, device=self.device), self.config.bias, self.config.temperature)
         self._editor.forget()
         self._editor.use(encodings, edit)
 
-        noisy = self.pipe.scheduler.add_noise(latents, noise, timesteps)
-        conditions = {name: value[rows] for name, value in extra.items()}
-        prediction = self.pipe.unet(
-            noisy.to(encodings.dtype), timesteps, encodings, added_cond_kwargs=conditions or None, return_dict=False
-        )[0]
-        loss = masked_loss(prediction.float(), self._goal(latents, noise, timesteps), mask).mean()
+        noisy = scheduler.add_noise(latents, noise, timesteps).to(encodings.dtype)
+        conditions = {name: value[rows] for name, value in conditions.items()}
+        prediction = self.pipe.unet(noisy, timesteps, encodings, added_cond_kwargs=conditions or None, return_dict=False)[0]
+        loss = masked_loss(prediction, self._goal(latents, noise, timesteps), mask).mean()
         norm = self._optimise(loss, encodings.dtype)
         self.step += 1
-        return self._measure(loss, norm, edit, positions[rows])
+        return self._measure(loss, norm, edit, places)
 
     def _encode(self, captions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Encodings [n, T, D] of captions, and SDXL's pooled text and sizes."""
+        """Encodings [n, T, D] of captions, and what SDXL's UNet reads beside them: pooled text and sizes."""
         result = self.pipe.encode_prompt(prompt=captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-        if len(text_encoders(self.pipe)) == 1:
+        if self.pipe.unet.config.addition_embed_type != "text_time":
             return result[0], {}
         side = self.latents.mean.shape[-1] * self.pipe.vae_scale_factor
         sizes = torch.tensor([side, side, 0, 0, side, side], dtype=result[0].dtype, device=self.device)
         return result[0], {"text_embeds": result[2], "time_ids": sizes.expand(len(captions), -1)}
 
-    def _positions(self, captions: list[str]) -> Tensor:
-        """Where each caption names the concept [n]."""
+    def _find_places(self, captions: list[str]) -> list[int]:
         tokenizer = text_encoders(self.pipe)[0][0]
         prefixes = [self._text.parse(caption).mentions[0].prefix for caption in captions]
-        lengths = [len(tokenizer(prefix, add_special_tokens=False).input_ids) if prefix.strip() else 0 for prefix in prefixes]
-        return torch.tensor(lengths, device=self.device) + 1
+        return [1 + (len(tokenizer(prefix, add_special_tokens=False).input_ids) if prefix.strip() else 0) for prefix in prefixes]
 
-    def _move_target(self, encoding: Tensor) -> None:
-        # once per optimiser step, outside the layers: inside, checkpointing and accumulation would move it more often
-        self.target = torch.lerp(encoding, self.target, self.config.ema_decay)
+    def _places_of(self, captions: list[str]) -> Tensor:
+        """Which token of each caption is the concept's word [n]."""
+        return torch.tensor([self._places[caption] for caption in captions], device=self.device)
+
+    def _move_target(self, encodings: Tensor) -> None:
+        # once per optimiser step, outside the layers: gradient checkpointing runs those twice
+        self.target = torch.lerp(encodings.detach().float().mean(0), self.target, self.config.ema_decay)
 
     def _edit(self, encodings: Tensor, rows: Tensor, bias: float, temperature: float) -> Edit:
         tables = Tables(
             self.target[None],
-            self.covariance.metric_targets(self.target[None].cpu()).to(self.target),
+            self.covariance.metric_targets(self.target[None]),
             self.superclass_encoding[None],
             self.value_outputs[None],
             None if self.key_outputs is None else self.key_outputs[None],
@@ -167,88 +186,142 @@ class TrainingSession:
         return make_edit(encodings, rows, tables, index, whole * bias, whole * temperature, whole)
 
     def _goal(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        kind = self.pipe.scheduler.config.prediction_type
+        """What the model predicts."""
+        kind = self.noise_scheduler.config.prediction_type
         if kind == "v_prediction":
-            return self.pipe.scheduler.get_velocity(latents, noise, timesteps)
+            return self.noise_scheduler.get_velocity(latents, noise, timesteps)
         return {"epsilon": noise, "sample": latents}[kind]
 
     def _optimise(self, loss: Tensor, dtype: torch.dtype) -> float:
         scale = HALF_SCALE if dtype == torch.float16 else 1.0
+        trained = list(self._trained().values())
         self.optimizer.zero_grad()
         (loss * scale).backward()
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for parameter in trained:
             parameter.grad.div_(scale)
-        norm = torch.linalg.vector_norm(torch.stack([parameter.grad.norm() for parameter in trained])).item()
-        if not torch.isfinite(loss) or norm != norm or norm == float("inf"):
-            raise FloatingPointError(
-                f"training: the loss or its gradient is not finite at step {self.step} (loss {loss.item():g}, gradient {norm:g}). "
+        norm = torch.linalg.vector_norm(torch.stack([parameter.grad.norm() for parameter in trained]))
+        if not torch.isfinite(norm + loss.detach()):
+            raise ValueError(
+                f"training: the loss or its gradient is not finite at step {self.step + 1} (loss {loss.item():g}, gradient {norm:g}). "
                 "Use float32 or bfloat16 instead of float16, or a smaller learning rate."
             )
         self.optimizer.step()
-        return norm
+        return norm.item()
 
     @torch.no_grad()
-    def _measure(self, loss: Tensor, norm: float, edit: Edit, positions: Tensor) -> Measures:
+    def _measure(self, loss: Tensor, norm: float, edit: Edit, places: Tensor) -> Measures:
         gates = edit.gates[..., 0]
-        on = torch.zeros_like(gates, dtype=torch.bool).scatter_(1, positions[:, None], True)
+        on = torch.zeros_like(gates, dtype=torch.bool).scatter_(1, places[:, None], True)
         cosine = torch.cosine_similarity(self.target, self.superclass_encoding, dim=0)
         return Measures(loss.item(), norm, gates[on].mean().item(), gates[~on].mean().item(), cosine.item())
 
     # what it makes
 
     def _sampling_edit(self, encodings: Tensor) -> Edit | None:
-        """While pictures are sampled for validation, the pipeline asks this for prompts that name the concept."""
+        """The edit of encodings that the pipeline made while pictures are sampled."""
         rows = self._text.rows_of(encodings)
         if not rows:
             return None
         return self._edit(encodings, torch.tensor(list(rows), device=self.device), self.config.inference_bias, self.config.inference_temperature)
 
-    def sample(self, prompts: list[str], steps: int, seed: int) -> list[Any]:
-        """PIL images of prompts with "{}" in them, by the pipeline as a user would call it, the same seed each time."""
+    @torch.no_grad()
+    def sample(self, prompts: list[str], steps: int) -> list[Any]:
+        """PIL images of prompts with "{}" in them, drawn by the pipeline as its user would, one by one, the same seeds each time."""
         self._editor.forget()
-        generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
-        texts = [prompt.format(f"<{self.config.name}>") for prompt in prompts]
-        return self.pipe(texts, num_inference_steps=steps, generator=generators).images
+        scheduler = self.pipe.scheduler
+        self.pipe.scheduler = type(scheduler).from_config(scheduler.config)  # its own one would remember the last run
+        try:
+            return [
+                self.pipe(
+                    _named(prompt, self.config.name),
+                    num_inference_steps=steps,
+                    generator=torch.Generator().manual_seed(self.config.seed + number),
+                ).images[0]
+                for number, prompt in enumerate(prompts)
+            ]
+        finally:
+            self.pipe.scheduler = scheduler
 
-    def concept(self, recipe: dict[str, Any]) -> Concept:
+    def concept(self) -> Concept:
         """The concept as it is now."""
         config = self.config
         return Concept(
             name=config.name,
             superclass=config.superclass,
             base=self.base,
-            value_outputs=self.value_outputs.detach().cpu(),
-            target=self.target.cpu(),
-            metric_target=self.covariance.metric_targets(self.target[None].cpu())[0].float(),
-            superclass_encoding=self.superclass_encoding.cpu(),
-            word_embeddings=tuple(word.detach().cpu() for word in self.words),
-            key_outputs=None if self.key_outputs is None else self.key_outputs.detach().cpu(),
+            value_outputs=_copy(self.value_outputs),
+            target=_copy(self.target),
+            metric_target=self.covariance.metric_targets(_copy(self.target)),
+            superclass_encoding=_copy(self.superclass_encoding),
+            word_embeddings=tuple(_copy(word) for word in self.words),
+            key_outputs=None if self.key_outputs is None else _copy(self.key_outputs),
             bias=config.inference_bias,
             temperature=config.inference_temperature,
             covariance=self.covariance.fingerprint,
-            recipe=recipe,
+            recipe=self._recipe(),
             license=config.license,
             author=config.author,
         )
 
-    def state(self) -> dict[str, Tensor]:
-        """All that the next step depends on, as named tensors."""
-        tensors = {"target": self.target, "superclass_encoding": self.superclass_encoding}
-        for number, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
-            tensors[f"parameter.{number}"] = parameter.detach()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{number}.{key}"] = value
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    def _recipe(self) -> dict[str, Any]:
+        """What is worth knowing of a training in the few bytes that a concept file has for it."""
+        config, short = self.config, lambda number: float(f"{number:.4g}")
+        return {
+            "steps": config.steps, "batch": config.batch_size, "lr": short(config.learning_rate), "word_lr": short(config.word_learning_rate),
+            "bias": short(config.bias), "temperature": short(config.temperature), "pictures": len(self.pictures),
+            "resolution": self.pictures[0].pixels.shape[-1], "seed": config.seed,
+        }  # fmt: skip
 
-    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Continue from what `state` gave at a step."""
+    # going on later
+
+    def facts(self) -> dict[str, Any]:
+        """Every setting and input that a run and its exact continuation share, as JSON values."""
+        model = hashlib.sha256(f"{self.base} {self.base.text_encoder} {self.pipe.unet.dtype}".encode()).hexdigest()[:16]
+        inputs = {"model": model, "covariance": self.covariance.fingerprint, "pictures": digest(self.pictures)}
+        return {**self.config.lasting(), **inputs}
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of all that the next step depends on, as named tensors on the CPU."""
+        tensors = {"target": self.target, "superclass_encoding": self.superclass_encoding, **self._trained()}
+        for name, parameter in self._trained().items():
+            tensors |= {f"adam.{key}.{name}": value for key, value in self.optimizer.state.get(parameter, {}).items()}
+        return {name: _copy(tensor).contiguous() for name, tensor in tensors.items()}
+
+    def restore(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Continue from what `state` gave after `step` steps. ValueError, and no change, when it is of another model."""
+        expected = {"target": self.target, "superclass_encoding": self.superclass_encoding, **self._trained()}
+        for name, tensor in expected.items():
+            if name not in tensors or tensors[name].shape != tensor.shape:
+                raise ValueError(f"the checkpoint does not fit this training: {name} must be of shape {list(tensor.shape)}.")
         self.step = step
-        self.target = tensors["target"].to(self.device)
-        self.superclass_encoding = tensors["superclass_encoding"].to(self.device)
-        for number, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
-            parameter.data.copy_(tensors[f"parameter.{number}"])
-            prefix = f"optimizer.{number}."
-            kept = {name[len(prefix) :]: value.clone() for name, value in tensors.items() if name.startswith(prefix)}
+        self.target, self.superclass_encoding = (tensors[name].to(self.device) for name in ("target", "superclass_encoding"))
+        for name, parameter in self._trained().items():
+            parameter.data.copy_(tensors[name])
+            moments = {key.split(".")[1]: value for key, value in tensors.items() if key.startswith("adam.") and key.split(".", 2)[2] == name}
             # AdamW counts its steps on the CPU
-            self.optimizer.state[parameter] = {k: v if k == "step" else v.to(self.device) for k, v in kept.items()}
+            self.optimizer.state[parameter] = {key: value.clone() if key == "step" else value.to(self.device, copy=True) for key, value in moments.items()}
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        keys = {} if self.key_outputs is None else {"key_outputs": self.key_outputs}
+        return {"value_outputs": self.value_outputs, **keys, **{f"word.{number}": word for number, word in enumerate(self.words)}}
+
+
+def _named(caption: str, name: str) -> str:
+    return caption.replace("{}", f"<{name}>")
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _noise_scheduler(pipe: Any) -> DDPMScheduler:
+    """The noise that the model was trained with. The pipeline's own scheduler may count it otherwise, as Euler's sigmas do."""
+    config = pipe.scheduler.config
+    kind = config.get("prediction_type", "epsilon")
+    if "beta_schedule" not in config or kind not in ("epsilon", "v_prediction", "sample"):
+        name, why = type(pipe.scheduler).__name__, "it has no beta_schedule" if "beta_schedule" not in config else f"prediction_type={kind!r}"
+        raise UnsupportedPipeline(
+            f"training does not know the noise of {name} ({why}). Supported are schedulers with a beta_schedule and "
+            "prediction_type epsilon, v_prediction or sample."
+        )
+    return DDPMScheduler.from_config(config)

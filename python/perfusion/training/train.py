@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +14,16 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from perfusion import contact_sheet
-from perfusion.base import describe_base, text_encoders
+from perfusion.base import Base, UnsupportedPipeline, describe_base, text_encoders
 from perfusion.concept import Concept, check_name
 from perfusion.covariance import Covariance, get_covariance
-from perfusion.text import single_token
+from perfusion.text import added_tokens, single_token
 from perfusion.training import checkpoints
 from perfusion.training.card import write_card
+from perfusion.training.checkpoints import Checkpoint
 from perfusion.training.config import TrainingConfig
-from perfusion.training.data import encode_pictures, read_pictures
+from perfusion.training.data import read_pictures
+from perfusion.training.files import whole
 from perfusion.training.log import TrainingLog
 from perfusion.training.session import TrainingSession
 
@@ -44,107 +49,144 @@ def train(
 ) -> Concept:
     """Learn a concept from a few pictures (arXiv 2305.01644): value outputs and a word embedding, keys locked.
 
-    pipe: a pipeline that `attach` accepts, not attached. images: a folder, or a list of paths or PIL images, 4 to 7 of them;
-    captions and masks beside them are used (`perfusion.training.data.read_pictures`). superclass: the one word for what the
-    thing is. name: what prompts write as <name>. settings: any field of `TrainingConfig`.
+    pipe: a text-to-image pipeline that `attach` accepts, not attached. images: a folder, or a list of paths or PIL images,
+    4 to 7 of them; captions and masks beside them are used (`perfusion.training.data.read_pictures`). superclass: the one
+    word for what the thing is. name: what prompts write as <name>. settings: any field of `TrainingConfig`.
     covariance: by default `get_covariance(pipe)`. clipseg: a folder with CLIPSeg weights, for masks. output: a folder for the
     concept (NAME.safetensors), configuration, log, checkpoints, validation grids and model card; None writes nothing.
     resume: a checkpoint, or "latest" for the newest in `output`: the continued run equals the uninterrupted one bit for bit
-    on a CPU.
+    on a CPU. A finished run goes on when it is given more steps; nothing else replaces what an output folder holds.
 
     Ctrl-C writes a checkpoint before it ends the run. Raises ValueError for settings, pictures or words that cannot work
     (it says what to do), and `UnsupportedPipeline`. The pipeline is given back as it was in every case.
     """
     config = TrainingConfig(superclass=superclass, name=name, steps=steps, batch_size=batch_size, **settings)
     check_name(config.name)
-    if "encode_prompt" in vars(pipe):  # by `attach`: training has hooks of its own
-        raise ValueError("train: this pipeline is attached; call perfusion.detach(pipe) first.")
-    base = describe_base(pipe)
-    for tokenizer, _ in text_encoders(pipe):
-        single_token(tokenizer, config.superclass)
-        if f"<{config.name}>" in tokenizer.get_added_vocab():
-            raise ValueError(f"name {config.name!r} collides: this tokenizer has a token <{config.name}> of its own. Choose another name.")
+    base = _check_pipeline(pipe, config)
     folder = None if output is None else Path(output)
-    checkpoint = _checkpoint(resume, folder)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None and (folder / f"{config.name}.safetensors").exists():
-            raise ValueError(f"{str(folder / config.name)}.safetensors exists. Give another output folder, or move the file away.")
-    resolution = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    pictures = read_pictures(images, config, resolution, clipseg)
-    covariance = covariance or get_covariance(pipe, progress=progress)
-    session = TrainingSession(pipe, base, config, covariance, pictures, encode_pictures(pipe, pictures))
-    try:
-        session.begin()
+    checkpoint = _beginning(folder, images, resume, config)
+    pictures = read_pictures(images, config, _resolution(pipe, config), clipseg)
+    with TrainingSession(pipe, base, config, covariance or get_covariance(pipe, progress=progress), pictures) as session:
         if checkpoint is not None:
-            step, tensors = checkpoints.load(checkpoint, config)
-            session.restore(tensors, step)
-        seconds = _run(session, folder, progress)
-        concept = session.concept(_recipe(config, len(pictures), resolution))
-        if folder is not None:
-            concept.save(folder / f"{config.name}.safetensors")
-            config.save(folder / "config.yaml", images=[picture.path for picture in pictures], base=str(base))
-            write_card(folder, concept, config, pictures, session.sample(_gallery(config), VALIDATION_STEPS, config.seed), seconds)
-    finally:
-        session.end()
+            checkpoint.check(session.facts())
+            session.restore(checkpoint.step, checkpoint.tensors)
+        session.concept()  # a licence that is too long, say, is refused now and not after the last step
+        if folder is None:
+            _learn(session, None, progress)
+            return session.concept()
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save(folder / "config.yaml", images=[picture.path for picture in pictures], base=str(base))
+        gallery = _learn(session, folder, progress)
+        concept = session.concept()
+        concept.save(_file(folder, config))
+        write_card(folder, concept, config, pictures, gallery)
     return concept
 
 
-def _run(session: TrainingSession, folder: Path | None, progress: bool) -> float:
-    """All remaining steps; returns the seconds they took."""
-    config, started = session.config, time.monotonic()
-    log = None if folder is None else TrainingLog(folder, config, session.step)
-    bar = tqdm(total=config.steps, initial=session.step, desc=f"<{config.name}>", unit="step", disable=not progress)
-    try:
-        while session.step < config.steps:
-            measures = session.train_step()
-            bar.set_postfix(
-                loss=f"{measures.loss:.3f}", rates=f"{config.learning_rate:g}/{config.word_learning_rate:g}",
-                gate=f"{measures.gate_on_word:.2f}/{measures.gate_off_word:.2f}", refresh=False,
-            )  # fmt: skip
-            bar.update()
-            if log is None:
-                continue
-            log.write(session.step, measures)
-            if config.validation_every and session.step % config.validation_every == 0:
-                grid = contact_sheet.sheet(session.sample(list(config.validation_prompts), VALIDATION_STEPS, config.seed))
-                (folder / "validation").mkdir(exist_ok=True)
-                grid.save(folder / "validation" / f"step-{session.step:06d}.png")
-                log.image(session.step, grid)
-            if config.checkpoint_every and session.step % config.checkpoint_every == 0:
-                checkpoints.save(folder / "checkpoints", config, session.step, session.state())
-    except KeyboardInterrupt:
-        if folder is not None:
-            path = checkpoints.save(folder / "checkpoints", config, session.step, session.state())
-            bar.write(f"Stopped at step {session.step}; {path} keeps it. Continue with resume=\"latest\" (--resume latest).")
-        raise
-    finally:
-        bar.close()
-        if log is not None:
-            log.close()
-    return time.monotonic() - started
+def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
+    """The pipeline's Base, when this name can be learned on it."""
+    if getattr(pipe, "_perfusion_handle", None) is not None:
+        raise ValueError("train: this pipeline is attached, and training has hooks of its own; call perfusion.detach(pipe) first.")
+    base = describe_base(pipe)
+    if "image" in inspect.signature(type(pipe).__call__).parameters:
+        raise UnsupportedPipeline(
+            f"{type(pipe).__name__} starts from an image; concepts are learned on a text-to-image pipeline, and work in both. "
+            "Make one of the same parts with AutoPipelineForText2Image.from_pipe(pipe)."
+        )
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in pipe.unet.modules()):
+        raise UnsupportedPipeline("the UNet is already compiled, and hooks added after torch.compile do nothing: train first, compile then.")
+    if getattr(pipe, "_all_hooks", None):
+        raise UnsupportedPipeline("the pipeline offloads its models, which gradients do not survive; call pipe.remove_all_hooks() first.")
+    for tokenizer, _ in text_encoders(pipe):
+        single_token(tokenizer, config.superclass)
+    if f"<{config.name}>" in {token.lower() for token in added_tokens(pipe)}:
+        raise ValueError(f"name {config.name!r} collides: the tokenizer has a word <{config.name}> of its own (a textual inversion). Choose another name.")
+    return base
 
 
-def _checkpoint(resume: str | Path | None, folder: Path | None) -> Path | None:
+def _beginning(folder: Path | None, images: Any, resume: str | Path | None, config: TrainingConfig) -> Checkpoint | None:
+    """The checkpoint to continue from, or None for a new run. ValueError when that would replace what another run made."""
+    if folder is not None and isinstance(images, (str, Path)) and folder.resolve() == Path(images).resolve():
+        raise ValueError(f"output: {str(folder)!r} is the folder of the training pictures; give another one.")
+    file = None if folder is None else _file(folder, config)
+    finished = file is not None and file.exists()
     if resume is None:
+        if finished:
+            raise ValueError(f"{str(file)!r} exists. Give another output folder, or move the file away.")
+        if folder is not None and (last := checkpoints.latest(folder / "checkpoints")):
+            raise ValueError(f'{str(last)!r} is of a run that was not finished: continue it with resume="latest" (--resume latest), or give another output folder.')
         return None
-    if str(resume) != "latest":
-        return Path(resume)
-    if folder is None:
-        raise ValueError('resume="latest" needs an output folder to look in.')
-    found = checkpoints.latest(folder / "checkpoints")
-    if found is None:
-        raise ValueError(f"there is no checkpoint to continue from in {str(folder / 'checkpoints')!r}.")
-    return found
+    if str(resume) == "latest":
+        if folder is None:
+            raise ValueError('resume="latest" needs an output folder to look in.')
+        path = checkpoints.latest(folder / "checkpoints")
+        if path is None:
+            done = f", and {str(file)!r} is finished" if finished else ""
+            raise ValueError(f"there is no checkpoint to continue from in {str(folder / 'checkpoints')!r}{done}.")
+    else:
+        path = Path(resume)
+    checkpoint = checkpoints.load(path)
+    if checkpoint.step > config.steps:
+        raise ValueError(f"checkpoint {str(path)!r} is of step {checkpoint.step}, beyond the {config.steps} steps of this training.")
+    elsewhere = folder is not None and path.resolve().parent != (folder / "checkpoints").resolve()
+    if elsewhere and (finished or checkpoints.latest(folder / "checkpoints")):
+        raise ValueError(f"{str(folder)!r} holds another run than checkpoint {str(path)!r}. Give another output folder.")
+    if finished and checkpoint.step == config.steps:
+        raise ValueError(f"nothing is left to do: {str(file)!r} has had all {config.steps} steps. Give more steps to go on from there.")
+    return checkpoint
 
 
-def _gallery(config: TrainingConfig) -> list[str]:
-    return [prompt for prompt in config.validation_prompts for _ in range(2)]
+def _resolution(pipe: Any, config: TrainingConfig) -> int:
+    size = pipe.unet.config.sample_size
+    resolution = config.resolution or (size if isinstance(size, int) else max(size)) * pipe.vae_scale_factor
+    if resolution % pipe.vae_scale_factor:
+        raise ValueError(f"training: resolution must be a multiple of {pipe.vae_scale_factor}, the side of one latent, got {resolution}")
+    return resolution
 
 
-def _recipe(config: TrainingConfig, pictures: int, resolution: int) -> dict[str, Any]:
-    """What is worth knowing of a training in the few bytes that a concept file has for it."""
-    return {
-        "steps": config.steps, "batch": config.batch_size, "lr": config.learning_rate, "word_lr": config.word_learning_rate,
-        "bias": config.bias, "temperature": config.temperature, "pictures": pictures, "resolution": resolution, "seed": config.seed,
-    }  # fmt: skip
+def _file(folder: Path, config: TrainingConfig) -> Path:
+    return folder / f"{config.name}.safetensors"
+
+
+def _learn(session: TrainingSession, folder: Path | None, progress: bool) -> list[Any]:
+    """All remaining steps, with what they write into the folder; returns the gallery, drawn at the end, where there is a folder."""
+    config, facts = session.config, session.facts()
+    done = session.step, session.state()  # the last step that is whole: an interrupt may come in the midst of one
+
+    def keep(step: int, state: dict[str, Any]) -> Path:
+        return checkpoints.save(folder / "checkpoints", step, facts, state, config.checkpoint_limit)
+
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=config.steps, initial=session.step, desc=f"<{config.name}>", unit="step", disable=not progress))
+        log = None if folder is None else stack.enter_context(contextlib.closing(TrainingLog(folder, config, session.step, session.device)))
+        try:
+            while session.step < config.steps:
+                started = time.monotonic()
+                measures = session.train_step()
+                bar.set_postfix(
+                    loss=f"{measures.loss:.3f}", rates=f"{config.learning_rate:g}/{config.word_learning_rate:g}",
+                    gate=f"{measures.gate_on_word:.2f}/{measures.gate_off_word:.2f}", refresh=False,
+                )  # fmt: skip
+                bar.update()
+                if folder is None:
+                    continue
+                log.write(session.step, measures, time.monotonic() - started)
+                if config.validation_every and session.step % config.validation_every == 0:
+                    log.image(session.step, _validate(session, folder / "validation" / f"step-{session.step:06d}.png"))
+                done = session.step, session.state()
+                if config.checkpoint_every and (session.step % config.checkpoint_every == 0 or session.step == config.steps):
+                    keep(*done)
+            return [] if folder is None else session.sample([prompt for prompt in config.validation_prompts for _ in range(2)], VALIDATION_STEPS)
+        except KeyboardInterrupt:
+            if folder is not None:
+                path = keep(*done)
+                bar.write(f"Stopped at step {done[0]}; {path} keeps it. Continue with --resume latest.", file=sys.stderr)
+            raise
+
+
+def _validate(session: TrainingSession, path: Path) -> Any:
+    grid = contact_sheet.sheet(session.sample(list(session.config.validation_prompts), VALIDATION_STEPS))
+    path.parent.mkdir(exist_ok=True)
+    with whole(path) as draft:
+        grid.save(draft)
+    return grid
