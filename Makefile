@@ -19,8 +19,8 @@ help: ## this list
 	@echo 'Variables:'
 	@echo '  PYTHON=$(PYTHON)  3.10 or newer; $(VENV) is made with it'
 	@echo '  JOBS=$(JOBS)          tests at a time, about 1 GB of memory each'
-	@echo '  PIP_ARGS=...    for pip. Without an NVIDIA GPU, the CPU build of PyTorch saves gigabytes:'
-	@echo '                  PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"'
+	@echo '  PIP_ARGS=...    for pip. Without an NVIDIA GPU, --extra-index-url with the address of the CPU'
+	@echo '                  builds of PyTorch (pytorch.org, "Get started") saves gigabytes'
 
 demo: $(VENV)/.installed-train ## learn two concepts from a few pictures and draw them, in minutes, on any computer
 	$(say) 'perfusion demo $(ARGS)'
