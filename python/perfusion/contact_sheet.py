@@ -36,7 +36,9 @@ def sheet(
     page = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + strip + gap) + gap), "white")
     for number, picture in enumerate(images):
         x, y = gap + number % columns * (width + gap), gap + number // columns * (height + strip + gap)
-        page.paste(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS if factor == 1 else Image.Resampling.NEAREST), (x, y))
+        page.paste(
+            picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS if factor == 1 else Image.Resampling.NEAREST), (x, y)
+        )
         if titles and titles[number]:
             ImageDraw.Draw(page).text((x + width / 2, y + height + strip / 2), titles[number], "black", font, anchor="mm")
     return page

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -16,7 +16,9 @@ MISSING = {"--superclass": "what the thing is", "--name": "what prompts will cal
 
 def train(
     images: Annotated[Path, typer.Argument(help="Folder with 4 to 7 pictures of the thing.", show_default=False)],
-    superclass: Annotated[Optional[str], typer.Option("--superclass", "--initializer-token", help="One word for what it is: teddy.")] = None,
+    superclass: Annotated[
+        Optional[str], typer.Option("--superclass", "--initializer-token", help="One word for what it is: teddy.")
+    ] = None,
     name: Annotated[Optional[str], typer.Option("--name", "--modifier-token", help="What prompts will write as <name>.")] = None,
     output: Annotated[Optional[Path], typer.Option(help="Folder to write; by default concepts/NAME.")] = None,
     model: Annotated[str, typer.Option(help="toybox, or a checkpoint in diffusers' folder format.")] = "toybox",
@@ -28,25 +30,51 @@ def train(
     bias: Annotated[Optional[float], typer.Option(help="The gate's while training. [default: 0.75]", show_default=False)] = None,
     temperature: Annotated[Optional[float], typer.Option(help="Likewise. [default: 0.1]", show_default=False)] = None,
     flip: Annotated[Optional[float], typer.Option(help="Share mirrored; 0 for writing. [default: 0.5]", show_default=False)] = None,
-    key_lock: Annotated[Optional[bool], typer.Option("--key-lock/--no-key-lock", help="Lock the keys to the superclass. [default: on]", show_default=False)] = None,
-    resolution: Annotated[Optional[int], typer.Option(help="Side of the training square. [default: the model's]", show_default=False)] = None,
-    instance_prompt: Annotated[
-        Optional[list[str]], typer.Option(help='Caption for pictures without a .txt: "a photo of a {}". May be repeated.', show_default=False)
+    key_lock: Annotated[
+        Optional[bool], typer.Option("--key-lock/--no-key-lock", help="Lock the keys to the superclass. [default: on]", show_default=False)
     ] = None,
-    clipseg: Annotated[Optional[Path], typer.Option(help="Folder with CLIPSeg weights, to find the thing in pictures without a mask.")] = None,
+    resolution: Annotated[
+        Optional[int], typer.Option(help="Side of the training square. [default: the model's]", show_default=False)
+    ] = None,
+    instance_prompt: Annotated[
+        Optional[list[str]],
+        typer.Option(help='Caption for pictures without a .txt: "a photo of a {}". May be repeated.', show_default=False),
+    ] = None,
+    clipseg: Annotated[
+        Optional[Path], typer.Option(help="Folder with CLIPSeg weights, to find the thing in pictures without a mask.")
+    ] = None,
     covariance: Annotated[Optional[Path], typer.Option(help="A file by `perfusion covariance`; by default found or computed.")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Fixes everything that is random. [default: 0]", show_default=False)] = None,
-    validation_prompt: Annotated[Optional[list[str]], typer.Option(help='Drawn as it learns: "a {} on the beach". May be repeated.', show_default=False)] = None,
+    validation_prompt: Annotated[
+        Optional[list[str]], typer.Option(help='Drawn as it learns: "a {} on the beach". May be repeated.', show_default=False)
+    ] = None,
     validation_every: Annotated[Optional[int], typer.Option(help="Steps between them; 0 never. [default: 100]", show_default=False)] = None,
-    checkpoint_every: Annotated[Optional[int], typer.Option("--checkpoint-every", "--checkpointing-steps", help="Steps between checkpoints; 0 never. [default: 100]", show_default=False)] = None,
-    checkpoint_limit: Annotated[Optional[int], typer.Option("--checkpoint-limit", "--checkpoints-total-limit", help="How many to keep. [default: 2]", show_default=False)] = None,
+    checkpoint_every: Annotated[
+        Optional[int],
+        typer.Option(
+            "--checkpoint-every", "--checkpointing-steps", help="Steps between checkpoints; 0 never. [default: 100]", show_default=False
+        ),
+    ] = None,
+    checkpoint_limit: Annotated[
+        Optional[int],
+        typer.Option("--checkpoint-limit", "--checkpoints-total-limit", help="How many to keep. [default: 2]", show_default=False),
+    ] = None,
     resume: Annotated[Optional[str], typer.Option("--resume", "--resume-from-checkpoint", help="latest, or a checkpoint file.")] = None,
-    gradient_checkpointing: Annotated[Optional[bool], typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time. [default: off]", show_default=False)] = None,
-    tensorboard: Annotated[Optional[bool], typer.Option("--tensorboard/--no-tensorboard", help="Curves beside log.jsonl. [default: on]", show_default=False)] = None,
+    gradient_checkpointing: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time. [default: off]", show_default=False
+        ),
+    ] = None,
+    tensorboard: Annotated[
+        Optional[bool], typer.Option("--tensorboard/--no-tensorboard", help="Curves beside log.jsonl. [default: on]", show_default=False)
+    ] = None,
     license: Annotated[Optional[str], typer.Option(help="Written into the file.")] = None,
     author: Annotated[Optional[str], typer.Option(help="Written into the file.")] = None,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps; by default CUDA where there is one.")] = None,
-    dtype: Annotated[Optional[Precision], typer.Option(help="Of the frozen model. By default float32 on a CPU, bfloat16 elsewhere.")] = None,
+    dtype: Annotated[
+        Optional[Precision], typer.Option(help="Of the frozen model. By default float32 on a CPU, bfloat16 elsewhere.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Learn a concept from a few pictures: a word, and what its values are in every cross-attention layer.
@@ -67,9 +95,7 @@ def train(
         if prompts := given.pop(option, None):
             given[f"{option}s"] = tuple(prompts)
 
-    from perfusion.training.config import read_settings
-
-    settings = {**({} if config is None else read_settings(config)), **given}
+    settings = {**_read(config), **given}
     missing = [f"--{key}" for key in ("superclass", "name") if key not in settings]
     if missing:
         raise ValueError(f"{' and '.join(missing)} must be given: {', and '.join(MISSING[option] for option in missing)}.")
@@ -78,8 +104,10 @@ def train(
 
     from perfusion.covariance import Covariance
     from perfusion.models import load_pipeline
+    from perfusion.training import TrainingConfig
     from perfusion.training import train as learn
 
+    TrainingConfig(**settings)  # refuses what cannot be before a model is loaded
     _check_device(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None and device != "cpu":
@@ -92,7 +120,25 @@ def train(
     )  # fmt: skip
     path = folder / f"{concept.name}.safetensors"
     if json:
-        print(dumps({"file": str(path), "bytes": path.stat().st_size, "name": concept.name, "superclass": concept.superclass, "recipe": concept.recipe}))
+        print(
+            dumps(
+                {
+                    "file": str(path),
+                    "bytes": path.stat().st_size,
+                    "name": concept.name,
+                    "superclass": concept.superclass,
+                    "recipe": concept.recipe,
+                }
+            )
+        )
     else:
         print(f"Wrote {path} ({path.stat().st_size:,} bytes) and, beside it, README.md, gallery.png, config.yaml and log.jsonl.")
         print(f'Try: perfusion generate "a photo of a <{concept.name}>" --concept {path} --model {model}')
+
+
+def _read(config: Path | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    from perfusion.training.config import read_settings
+
+    return read_settings(config)

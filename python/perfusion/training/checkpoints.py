@@ -81,7 +81,9 @@ def load(path: Path) -> Checkpoint:
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+    return sorted(
+        (path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=lambda path: int(_NAME.fullmatch(path.name)[1])
+    )
 
 
 def _plain(facts: dict[str, Any]) -> dict[str, Any]:

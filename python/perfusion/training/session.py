@@ -100,7 +100,7 @@ class TrainingSession:
         captions = sorted({caption for captions in self.captions for caption in captions})
         self._places = dict(zip(captions, self._find_places(captions)))
         encodings, _ = self._encode(captions)
-        s = encodings[torch.arange(len(captions)), self._places_of(captions)].to(torch.float32).mean(0)
+        s = _pick(encodings, self._places_of(captions)).float().mean(0)
         self.superclass_encoding, self.target = s, s.clone()
 
         def outputs(kind: str) -> torch.nn.Parameter:
@@ -137,7 +137,7 @@ class TrainingSession:
         rows = torch.tensor([distinct.index(caption) for caption in captions], device=self.device)
         encodings, conditions = self._encode(distinct)
         encodings, places = encodings[rows], self._places_of(captions)
-        self._move_target(encodings[torch.arange(batch), places])
+        self._move_target(_pick(encodings, places))
         edit = self._edit(encodings, torch.arange(batch, device=self.device), self.config.bias, self.config.temperature)
         self._editor.forget()
         self._editor.use(encodings, edit)
@@ -222,7 +222,9 @@ class TrainingSession:
         rows = self._text.rows_of(encodings)
         if not rows:
             return None
-        return self._edit(encodings, torch.tensor(list(rows), device=self.device), self.config.inference_bias, self.config.inference_temperature)
+        return self._edit(
+            encodings, torch.tensor(list(rows), device=self.device), self.config.inference_bias, self.config.inference_temperature
+        )
 
     @torch.no_grad()
     def sample(self, prompts: list[str], steps: int) -> list[Any]:
@@ -267,10 +269,16 @@ class TrainingSession:
         """What is worth knowing of a training in the few bytes that a concept file has for it."""
         config, short = self.config, lambda number: float(f"{number:.4g}")
         return {
-            "steps": config.steps, "batch": config.batch_size, "lr": short(config.learning_rate), "word_lr": short(config.word_learning_rate),
-            "bias": short(config.bias), "temperature": short(config.temperature), "pictures": len(self.pictures),
-            "resolution": self.pictures[0].pixels.shape[-1], "seed": config.seed,
-        }  # fmt: skip
+            "steps": config.steps,
+            "batch": config.batch_size,
+            "lr": short(config.learning_rate),
+            "word_lr": short(config.word_learning_rate),
+            "bias": short(config.bias),
+            "temperature": short(config.temperature),
+            "pictures": len(self.pictures),
+            "resolution": self.pictures[0].pixels.shape[-1],
+            "seed": config.seed,
+        }
 
     # going on later
 
@@ -297,9 +305,13 @@ class TrainingSession:
         self.target, self.superclass_encoding = (tensors[name].to(self.device) for name in ("target", "superclass_encoding"))
         for name, parameter in self._trained().items():
             parameter.data.copy_(tensors[name])
-            moments = {key.split(".")[1]: value for key, value in tensors.items() if key.startswith("adam.") and key.split(".", 2)[2] == name}
+            moments = {
+                key.split(".")[1]: value for key, value in tensors.items() if key.startswith("adam.") and key.split(".", 2)[2] == name
+            }
             # AdamW counts its steps on the CPU
-            self.optimizer.state[parameter] = {key: value.clone() if key == "step" else value.to(self.device, copy=True) for key, value in moments.items()}
+            self.optimizer.state[parameter] = {
+                key: value.clone() if key == "step" else value.to(self.device, copy=True) for key, value in moments.items()
+            }
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         keys = {} if self.key_outputs is None else {"key_outputs": self.key_outputs}
@@ -308,6 +320,11 @@ class TrainingSession:
 
 def _named(caption: str, name: str) -> str:
     return caption.replace("{}", f"<{name}>")
+
+
+def _pick(encodings: Tensor, places: Tensor) -> Tensor:
+    """One token [n, D] of each row of encodings [n, T, D]."""
+    return encodings[torch.arange(len(places), device=places.device), places]
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -319,7 +336,10 @@ def _noise_scheduler(pipe: Any) -> DDPMScheduler:
     config = pipe.scheduler.config
     kind = config.get("prediction_type", "epsilon")
     if "beta_schedule" not in config or kind not in ("epsilon", "v_prediction", "sample"):
-        name, why = type(pipe.scheduler).__name__, "it has no beta_schedule" if "beta_schedule" not in config else f"prediction_type={kind!r}"
+        name, why = (
+            type(pipe.scheduler).__name__,
+            "it has no beta_schedule" if "beta_schedule" not in config else f"prediction_type={kind!r}",
+        )
         raise UnsupportedPipeline(
             f"training does not know the noise of {name} ({why}). Supported are schedulers with a beta_schedule and "
             "prediction_type epsilon, v_prediction or sample."

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from perfusion import contact_sheet
-from perfusion.base import Base, UnsupportedPipeline, describe_base, text_encoders
+from perfusion.base import Base, UnsupportedPipeline, describe_base, fingerprints_match, text_encoders
 from perfusion.concept import Concept, check_name
 from perfusion.covariance import Covariance, get_covariance
 from perfusion.text import added_tokens, single_token
@@ -66,7 +66,12 @@ def train(
     folder = None if output is None else Path(output)
     checkpoint = _beginning(folder, images, resume, config)
     pictures = read_pictures(images, config, _resolution(pipe, config), clipseg)
-    with TrainingSession(pipe, base, config, covariance or get_covariance(pipe, progress=progress), pictures) as session:
+    covariance = covariance or get_covariance(pipe, progress=progress)
+    if not fingerprints_match(covariance.text_encoder, base.text_encoder):
+        raise ValueError(
+            "covariance: it is of another text encoder than this pipeline's. Leave it out, or compute one with `perfusion covariance`."
+        )
+    with TrainingSession(pipe, base, config, covariance, pictures) as session:
         if checkpoint is not None:
             checkpoint.check(session.facts())
             session.restore(checkpoint.step, checkpoint.tensors)
@@ -94,13 +99,18 @@ def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
             "Make one of the same parts with AutoPipelineForText2Image.from_pipe(pipe)."
         )
     if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in pipe.unet.modules()):
-        raise UnsupportedPipeline("the UNet is already compiled, and hooks added after torch.compile do nothing: train first, compile then.")
+        raise UnsupportedPipeline(
+            "the UNet is already compiled, and hooks added after torch.compile do nothing: train first, compile then."
+        )
     if getattr(pipe, "_all_hooks", None):
         raise UnsupportedPipeline("the pipeline offloads its models, which gradients do not survive; call pipe.remove_all_hooks() first.")
     for tokenizer, _ in text_encoders(pipe):
         single_token(tokenizer, config.superclass)
     if f"<{config.name}>" in {token.lower() for token in added_tokens(pipe)}:
-        raise ValueError(f"name {config.name!r} collides: the tokenizer has a word <{config.name}> of its own (a textual inversion). Choose another name.")
+        raise ValueError(
+            f"name {config.name!r} collides: the tokenizer has a word <{config.name}> of its own (a textual inversion). "
+            "Choose another name."
+        )
     return base
 
 
@@ -114,7 +124,10 @@ def _beginning(folder: Path | None, images: Any, resume: str | Path | None, conf
         if finished:
             raise ValueError(f"{str(file)!r} exists. Give another output folder, or move the file away.")
         if folder is not None and (last := checkpoints.latest(folder / "checkpoints")):
-            raise ValueError(f'{str(last)!r} is of a run that was not finished: continue it with resume="latest" (--resume latest), or give another output folder.')
+            raise ValueError(
+                f'{str(last)!r} is of a run that was not finished: continue it with resume="latest" (--resume latest), '
+                "or give another output folder."
+            )
         return None
     if str(resume) == "latest":
         if folder is None:
@@ -157,7 +170,9 @@ def _learn(session: TrainingSession, folder: Path | None, progress: bool) -> lis
         return checkpoints.save(folder / "checkpoints", step, facts, state, config.checkpoint_limit)
 
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=config.steps, initial=session.step, desc=f"<{config.name}>", unit="step", disable=not progress))
+        bar = stack.enter_context(
+            tqdm(total=config.steps, initial=session.step, desc=f"<{config.name}>", unit="step", disable=not progress)
+        )
         log = None if folder is None else stack.enter_context(contextlib.closing(TrainingLog(folder, config, session.step, session.device)))
         try:
             while session.step < config.steps:
@@ -176,7 +191,11 @@ def _learn(session: TrainingSession, folder: Path | None, progress: bool) -> lis
                 done = session.step, session.state()
                 if config.checkpoint_every and (session.step % config.checkpoint_every == 0 or session.step == config.steps):
                     keep(*done)
-            return [] if folder is None else session.sample([prompt for prompt in config.validation_prompts for _ in range(2)], VALIDATION_STEPS)
+            return (
+                []
+                if folder is None
+                else session.sample([prompt for prompt in config.validation_prompts for _ in range(2)], VALIDATION_STEPS)
+            )
         except KeyboardInterrupt:
             if folder is not None:
                 path = keep(*done)

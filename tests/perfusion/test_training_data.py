@@ -1,0 +1,228 @@
+"""perfusion.training.data: every kind of picture, its captions and mask, and the latents."""
+
+import warnings
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from perfusion.training.data import digest, encode_pictures, read_pictures
+from tests.perfusion.learning import settings, write_pictures
+from tests.perfusion.tiny import tiny_sd, tiny_sdxl
+
+SIDE = 16
+CONFIG = settings(instance_prompts="a {}")
+pytestmark = pytest.mark.filterwarnings("ignore:.*few. a concept takes")
+
+
+def gradient(size=(SIDE, SIDE)):
+    """Red grows to the right, green downwards."""
+    x, y = numpy.meshgrid(numpy.linspace(0, 255, size[0]), numpy.linspace(0, 255, size[1]))
+    return Image.fromarray(numpy.stack([x, y, x * 0 + 60], -1).round().astype(numpy.uint8))
+
+
+def read(images, config=CONFIG, **options):
+    return read_pictures(images, config, SIDE, **options)
+
+
+def corners(pixels):
+    """Rounded tops: [red left, red right, green top, green bottom] of a gradient, 0 to 1."""
+    return [round(float(value) / 2 + 0.5, 1) for value in (pixels[0, 8, 0], pixels[0, 8, -1], pixels[1, 0, 8], pixels[1, -1, 8])]
+
+
+# Pixels
+
+
+@pytest.mark.parametrize(
+    ("mode", "ending"),
+    [("RGB", "png"), ("RGB", "jpg"), ("RGB", "webp"), ("CMYK", "jpg"), ("RGBA", "png"), ("P", "png"), ("RGB", "bmp"), ("CMYK", "tif")],
+)
+def test_colour_in_every_mode(tmp_path, mode, ending):
+    gradient().convert(mode).save(tmp_path / f"a.{ending}", **({"quality": 100, "subsampling": 0} if ending == "jpg" else {}))
+    (picture,) = read(tmp_path)
+    assert picture.pixels.shape == (3, SIDE, SIDE) and picture.pixels.dtype == torch.float32 and picture.mask is None
+    assert -1 <= picture.pixels.min() and picture.pixels.max() <= 1
+    expected = read([gradient()])[0].pixels
+    assert (picture.pixels - expected).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "I;16"])
+def test_grey_in_every_mode(tmp_path, mode):
+    if mode == "I;16":
+        image = Image.fromarray((numpy.asarray(gradient().getchannel("R")).astype(numpy.uint16)) * 257)
+    else:
+        image = gradient().getchannel("R").convert(mode)
+    image.save(tmp_path / "a.png")
+    pixels = read(tmp_path)[0].pixels
+    assert torch.equal(pixels[0], pixels[1]) and torch.equal(pixels[0], pixels[2])
+    assert pixels[0, :, :4].mean() < -0.5 and pixels[0, :, -4:].mean() > 0.5
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (7, 9)])
+def test_the_middle_square_is_kept_and_not_squeezed(size):
+    pixels = read([gradient(size)])[0].pixels
+    long = max(size) / min(size)
+    margin = (1 - 1 / long) / 2
+    wide = size[0] > size[1]
+    left, right, top, bottom = corners(pixels)
+    across, along = ((top, bottom), (left, right)) if wide else ((left, right), (top, bottom))
+    assert across == pytest.approx((0, 1), abs=0.1) and along == pytest.approx((margin, 1 - margin), abs=0.11)
+
+
+def test_a_picture_is_seen_as_its_orientation_tag_says_and_so_is_its_mask(tmp_path):
+    image = gradient((40, 20))
+    tag = Image.Exif()
+    tag[0x0112] = 6  # stored lying on its side: turn it by a quarter, clockwise
+    image.save(tmp_path / "turned.jpg", exif=tag, quality=100, subsampling=0)
+    upright = image.transpose(Image.Transpose.ROTATE_270)
+    assert upright.size == (20, 40)
+    half = Image.new("L", upright.size)
+    half.paste(255, (0, 0, 10, 40))
+    half.save(tmp_path / "turned-masklabel.png")
+    (picture,) = read(tmp_path)
+    assert (picture.pixels - read([upright])[0].pixels).abs().max() < 0.1
+    assert picture.mask[:, :7].min() == 1 and picture.mask[:, 9:].max() == 0
+
+
+def test_transparent_parts_are_white_and_are_the_mask(tmp_path):
+    image = gradient((20, 24)).convert("RGBA")
+    image.putalpha(Image.new("L", (20, 24), 0))
+    image.paste(gradient((10, 24)).convert("RGBA"), (0, 0))
+    image.save(tmp_path / "cut.png")
+    (picture,) = read(tmp_path)
+    assert picture.pixels[:, :, -6:].min() > 0.98 and picture.mask[:, :6].min() > 0.98 and picture.mask[:, -6:].max() < 0.02
+
+
+# Lists, folders, errors
+
+
+def test_paths_and_pictures_may_be_mixed_and_folders_are_read_in_order(tmp_path):
+    folder = write_pictures(tmp_path / "in", 4, mask=True)
+    (folder / "notes.md").write_text("not a picture")
+    (folder / "sub").mkdir()
+    pictures = read(folder)
+    assert [picture.path for picture in pictures] == [str(folder / f"{number}.png") for number in range(4)]
+    assert [picture.path for picture in read([gradient(), gradient()])] == ["image 1", "image 2"]
+    assert digest(pictures) == digest(read(str(folder))) != digest(pictures[:3])
+
+
+def test_few_pictures_are_warned_about(tmp_path):
+    with pytest.warns(UserWarning, match="1 picture is few: a concept takes about 4 to 7"):
+        read([gradient()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read([gradient()] * 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "nowhere", "is not a folder; give a folder of pictures, or a list of paths"),
+        (lambda folder: folder, "no pictures in .*; looked for .png"),
+        (lambda folder: [], "the list is empty; a concept takes about 4 to 7 pictures"),
+        (lambda folder: [folder / "nowhere.png"], "nowhere.png' cannot be read as a picture"),
+        (lambda folder: [folder], "cannot be read as a picture"),
+    ],
+)
+def test_no_pictures(tmp_path, make, message):
+    with pytest.raises(ValueError, match=f"images: .*{message}"):
+        read(make(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda whole: b"not a picture", lambda whole: whole[: len(whole) // 2], lambda whole: whole.replace(b"IDAT", b"IDOT")]
+)
+def test_a_damaged_picture_is_named(tmp_path, damage):
+    gradient((64, 64)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(damage((tmp_path / "good.png").read_bytes()))
+    with pytest.raises(ValueError, match="bad.png' cannot be read as a picture"):
+        read(tmp_path)
+
+
+# Captions
+
+
+def test_captions_beside_the_picture(tmp_path):
+    folder = write_pictures(tmp_path / "in", 2)
+    (folder / "0.txt").write_text("\ufeffa <mine> on the beach\n\n a * in the snow \na {} in {braces}\n", encoding="utf-8")
+    one, other = read(folder)
+    assert one.captions == ("a {} on the beach", "a {} in the snow", "a {} in {braces}") and other.captions == ("a {}",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"a teddy", r"0.txt' must name the concept once in each line, as <mine>, \* or \{\}; came 'a teddy'"),
+        (b"a <mine> and a <mine>", "once in each line"),
+        (b" \n", "is empty; write a caption into it or remove it"),
+        (b"\xff\xfe\x00", "is not text in UTF-8"),
+    ],
+)
+def test_captions_that_do_not_work(tmp_path, text, message):
+    folder = write_pictures(tmp_path / "in", 1)
+    (folder / "0.txt").write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        read(folder)
+
+
+# Masks
+
+
+def test_masks_on_some_pictures_only(tmp_path):
+    folder = write_pictures(tmp_path / "in", 3, mask=True)
+    (folder / "1-masklabel.png").unlink()
+    with pytest.raises(ValueError, match=r"some have none \(.*1.png\); give all of them one, or none"):
+        read(folder)
+
+
+def test_a_mask_outside_the_middle_square(tmp_path):
+    gradient((64, 16)).save(tmp_path / "0.png")
+    mask = Image.new("L", (64, 16))
+    mask.paste(255, (0, 0, 8, 16))
+    mask.save(tmp_path / "0.mask.png")
+    with pytest.raises(ValueError, match="the mask of .*0.png' is black in the middle square"):
+        read(tmp_path)
+
+
+# Latents
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+@torch.no_grad()
+def test_latents_are_the_posterior_of_picture_and_mirror_image(tmp_path, make):
+    pipe, pictures = make(), read(write_pictures(tmp_path / "in", 2, mask=True))
+    latents = encode_pictures(pipe, pictures)
+    assert latents.mean.shape == latents.std.shape == (2, 2, 4, 8, 8) and latents.mask.shape == (2, 2, 8, 8)
+    for number, picture in enumerate(pictures):
+        for mirrored, pixels in enumerate([picture.pixels, picture.pixels.flip(-1)]):
+            posterior = pipe.vae.encode(pixels[None]).latent_dist
+            torch.testing.assert_close(latents.mean[number, mirrored], posterior.mean[0] * pipe.vae.config.scaling_factor)
+            torch.testing.assert_close(latents.std[number, mirrored], posterior.std[0] * pipe.vae.config.scaling_factor)
+        torch.testing.assert_close(latents.mask[number, 0], latents.mask[number, 1].flip(-1))
+    assert torch.equal(latents.mask.amax((-2, -1)), torch.ones(2, 2))
+
+
+def test_a_vae_that_overflows_runs_in_float32_and_gets_its_precision_back(monkeypatch):
+    pipe, seen = tiny_sdxl(dtype=torch.float16), []
+    encode = type(pipe.vae).encode
+    monkeypatch.setattr(
+        type(pipe.vae), "encode", lambda self, x, **options: seen.append((x.dtype, self.dtype)) or encode(self, x, **options)
+    )
+    latents = encode_pictures(pipe, read([gradient()]))
+    assert seen == [(torch.float32, torch.float32)] and pipe.vae.dtype == torch.float16 and latents.mean.dtype == torch.float32
+    monkeypatch.setattr(type(pipe.vae), "encode", lambda self, x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode_pictures(pipe, read([gradient()]))
+    assert pipe.vae.dtype == torch.float16
+
+
+def test_an_autoencoder_without_a_posterior(monkeypatch):
+    from diffusers import AutoencoderTiny
+
+    pipe = tiny_sd()
+    pipe.vae = AutoencoderTiny(
+        encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
+    )
+    latents = encode_pictures(pipe, read([gradient()]))
+    assert latents.std is None and latents.mean.shape == (1, 2, 4, 8, 8)

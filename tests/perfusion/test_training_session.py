@@ -1,0 +1,299 @@
+"""perfusion.training.session: the start, one step against eq. 3 of arXiv 2305.01644 written out, and the known mistakes."""
+
+import contextlib
+import zlib
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from torch.nn.functional import linear
+
+from perfusion.base import UnsupportedPipeline, cross_attention_layers, describe_base
+from perfusion.training.data import read_pictures
+from perfusion.training.session import TrainingSession
+from tests.perfusion.learning import assert_unchanged, covariance_of, settings, snapshot, write_pictures
+from tests.perfusion.tiny import tiny_sd, tiny_sdxl
+
+PLAIN = ("a teddy", "a photo of a teddy")
+CAPTIONS = ("a {}", "a photo of a {}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("session") / "pictures", mask=True)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_sd()
+
+
+def session_on(pipe, folder, **changes):
+    config = settings(instance_prompts=CAPTIONS, **changes)
+    return TrainingSession(pipe, describe_base(pipe), config, covariance_of(pipe), read_pictures(folder, config, 16))
+
+
+def place_of(pipe, captions):
+    tokenizer = pipe.tokenizer
+    ids = tokenizer(list(captions), padding="max_length", return_tensors="pt").input_ids
+    return (ids == tokenizer("teddy", add_special_tokens=False).input_ids[0]).int().argmax(1), ids
+
+
+# The start
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+@torch.no_grad()
+def test_everything_starts_at_the_superclass(make, folder):
+    pipe = make()
+    place, ids = place_of(pipe, PLAIN)
+    # the pipeline's own hidden layer (SDXL: the last but one), and no padding mask
+    expected = pipe.encode_prompt(list(PLAIN), device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    with session_on(pipe, folder, key_lock=False) as session:
+        encodings, _ = session._encode(["a <mine>", "a photo of a <mine>"])
+        assert torch.equal(encodings, expected[0])
+        s = expected[0][torch.arange(2), place].mean(0)
+        assert torch.equal(session.superclass_encoding, s) and torch.equal(session.target, s)
+        layers = cross_attention_layers(pipe.unet).values()
+        torch.testing.assert_close(session.value_outputs.data, torch.cat([layer.to_v.weight @ s for layer in layers]))
+        torch.testing.assert_close(session.key_outputs.data, torch.cat([layer.to_k.weight @ s for layer in layers]))
+        encoders = [pipe.text_encoder, getattr(pipe, "text_encoder_2", None)][: len(session.words)]
+        for word, encoder in zip(session.words, encoders):
+            assert torch.equal(word, encoder.get_input_embeddings().weight[ids[0, place[0]]])
+
+
+def test_what_is_trained_is_one_vector_per_layer_and_the_word(pipe, folder):
+    with session_on(pipe, folder) as session:
+        values, words = session.optimizer.param_groups
+        assert [parameter is session.value_outputs for parameter in values["params"]] == [True]
+        assert [id(parameter) for parameter in words["params"]] == [id(word) for word in session.words]
+        # one o* per layer, not one per token; no keys
+        assert sum(p.numel() for group in (values, words) for p in group["params"]) == session.base.outputs + session.base.encoding_dim
+        assert session.key_outputs is None and not session.superclass_encoding.requires_grad
+
+
+# One step
+
+
+def equation_3(pipe, captions, value_outputs, key_outputs, word, target, s, covariance, config, drawn, mask):
+    """Loss of one step in float64, from hooks that write eq. 3 down and no code of the product; the moved target; the keys."""
+    inverse = torch.linalg.inv(covariance.matrix)
+    place, ids = place_of(pipe, captions)
+    every = torch.arange(len(captions))
+
+    def substitute(module, args, output):
+        output = output.clone()
+        output[every, place] = word
+        return output
+
+    keys, ends = [], 0
+    with contextlib.ExitStack() as stack:
+        stack.callback(pipe.text_encoder.get_input_embeddings().register_forward_hook(substitute).remove)
+        e = pipe.text_encoder(ids)[0]
+        target = config.ema_decay * target + (1 - config.ema_decay) * e[every, place].detach().mean(0)
+        c = e @ inverse @ target / (target @ inverse @ target)
+        g = torch.sigmoid((c - config.bias) / config.temperature)
+        for layer in cross_attention_layers(pipe.unet).values():
+            columns = slice(ends, ends := ends + layer.to_v.out_features)
+
+            def edit(module, args, output, o, seen=None):
+                h = linear(args[0] - c[..., None] * target, module.weight) + g[..., None] * o
+                return h if seen is None else seen.append(h.detach()) or h
+
+            k = layer.to_k.weight @ s if key_outputs is None else key_outputs[columns]
+            stack.callback(layer.to_k.register_forward_hook(lambda m, a, o, k=k: edit(m, a, o, k, keys)).remove)
+            stack.callback(layer.to_v.register_forward_hook(lambda m, a, o, v=value_outputs[columns]: edit(m, a, o, v)).remove)
+        latents, noise, timesteps = drawn
+        alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)[timesteps][
+            :, None, None, None
+        ]
+        noisy = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
+        prediction = pipe.unet(noisy, timesteps, e).sample
+        goal = noise if pipe.scheduler.config.prediction_type == "epsilon" else alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
+        error = (prediction - goal) ** 2
+        losses = [(m * each).sum() / (4 * m.sum()) for m, each in zip(mask, error)]
+    return torch.stack(losses).mean(), target, keys
+
+
+@pytest.mark.parametrize(("prediction_type", "key_lock"), [("epsilon", True), ("v_prediction", True), ("epsilon", False)])
+def test_gradients_are_those_of_equation_3(folder, monkeypatch, prediction_type, key_lock):
+    pipe = tiny_sd(dtype=torch.float64, prediction_type=prediction_type)
+    drawn, captions, conditions, keys = [], [], [], []
+    with session_on(pipe, folder, key_lock=key_lock) as session:
+        session.train_step()  # nothing is at its start any more
+        trained, target = [p.detach().double() for p in session._trained().values()], session.target.double()
+        add_noise, places_of = session.noise_scheduler.add_noise, session._places_of
+        monkeypatch.setattr(session.noise_scheduler, "add_noise", lambda *args: drawn.append(args) or add_noise(*args))
+        monkeypatch.setattr(session, "_places_of", lambda texts: captions.append(texts) or places_of(texts))
+        pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: conditions.append(kwargs), with_kwargs=True)
+        for layer in cross_attention_layers(pipe.unet).values():
+            layer.to_k.register_forward_hook(lambda module, args, output: keys.append(output.detach()))
+        measures = session.train_step()
+        gradients = [p.grad.double() for p in session._trained().values()]
+    assert conditions == [{"added_cond_kwargs": None, "return_dict": False}]  # no mask on the text
+
+    ((latents, noise, timesteps),) = drawn
+    pictures, mirrored = drawn_at(step=1)
+    mean, deviation = session.latents.mean[pictures, mirrored], session.latents.std[pictures, mirrored]
+    assert ((latents - mean).abs() < 6 * deviation).all()
+    leaves = [leaf.requires_grad_() for leaf in trained]
+    values, own_keys, word = leaves if not key_lock else (leaves[0], None, leaves[1])
+    loss, target, expected_keys = equation_3(
+        pipe, [caption.replace("<mine>", "teddy") for caption in captions[0]], values, own_keys, word, target,
+        session.superclass_encoding.double(), session.covariance, session.config, (latents.double(), noise.double(), timesteps),
+        session.latents.mask[pictures, mirrored].double(),
+    )  # fmt: skip
+    loss.backward()
+    assert measures.loss == pytest.approx(loss.item(), rel=1e-6)
+    torch.testing.assert_close(session.target.double(), target, rtol=1e-6, atol=1e-7)
+    for seen, expected in zip(keys[: len(expected_keys)], expected_keys, strict=True):
+        torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-6)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        assert leaf.grad.norm() > 0
+        assert (leaf.grad - gradient).norm() < 2e-5 * leaf.grad.norm()
+
+
+def drawn_at(step, batch=3, count=4, flip=0.5):
+    """Which pictures a step of seed 0 takes, and which of them mirrored."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"0 {step}".encode()))
+    return torch.randint(count, (batch,), generator=generator), (torch.rand(batch, generator=generator) < flip).long()
+
+
+def test_locked_keys_do_not_depend_on_the_trained_outputs(pipe, folder):
+    with session_on(pipe, folder) as session:
+        encodings, _ = session._encode(["a <mine>"])
+        one = session._edit(encodings, torch.arange(1), 0.75, 0.1)
+        assert one.key_updates is None
+        (gradient,) = torch.autograd.grad(one.key_encodings.sum(), session.value_outputs, retain_graph=True, allow_unused=True)
+        assert gradient is None
+        (gradient,) = torch.autograd.grad(one.value_updates.sum(), session.value_outputs)
+        assert gradient.abs().min() > 0
+        session.value_outputs.data.add_(1)
+        assert torch.equal(session._edit(encodings, torch.arange(1), 0.75, 0.1).key_encodings, one.key_encodings)
+
+
+def test_two_rates_and_no_decay(pipe, folder):
+    """The first step of Adam moves every number by its group's rate: a scaled gradient would not, and decay would show."""
+    with session_on(pipe, folder) as session:
+        before = {name: p.detach().clone() for name, p in session._trained().items()}
+        session.train_step()
+        for name, parameter in session._trained().items():
+            rate = 0.03 if name == "value_outputs" else 0.006
+            gradient = parameter.grad
+            expected = before[name] - rate * gradient / (gradient.abs() + 1e-8)
+            torch.testing.assert_close(parameter.data, expected, rtol=0, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_no_bit_and_moves_the_target_once(folder):
+    ends = []
+    for checkpointing in (False, True):
+        pipe = tiny_sd()
+        with session_on(pipe, folder, gradient_checkpointing=checkpointing) as session:
+            assert pipe.unet.is_gradient_checkpointing == checkpointing
+            calls, move = [], session._move_target
+            session._move_target = lambda encodings: calls.append(1) or move(encodings)
+            measures = [session.train_step() for _ in range(3)]
+            assert len(calls) == 3
+            ends.append((measures, session.state()))
+        assert not pipe.unet.is_gradient_checkpointing
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(tensor, ends[1][1][name]) for name, tensor in ends[0][1].items())
+
+
+def test_the_loss_falls(pipe, folder):
+    with session_on(pipe, folder) as session:
+
+        def losses():
+            start, kept = session.step, session.state()
+            session.step = 0
+            values = [session.train_step().loss for _ in range(4)]
+            session.restore(start, kept)
+            return sum(values)
+
+        before = losses()
+        for _ in range(30):
+            session.train_step()
+        assert losses() < before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_trains_in_float32_with_an_exact_metric(folder, dtype):
+    pipe = tiny_sd(dtype=dtype)
+    with session_on(pipe, folder) as session, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for _ in range(2):
+            measures = session.train_step()
+        assert measures.gradient_norm > 0 and 0 < measures.gate_off_word < measures.gate_on_word < 1
+        assert all(tensor.dtype == torch.float32 for tensor in session.state().values())
+        concept = session.concept()
+    exact = torch.linalg.solve(session.covariance.matrix, session.target.double())
+    torch.testing.assert_close(concept.metric_target.double(), exact / exact.abs().max(), rtol=1e-6, atol=1e-7)
+
+
+def test_training_uses_the_noise_of_the_model_not_of_the_sampler(folder):
+    """Euler adds sigmas times noise to latents of another scale, and PNDM knows no velocity."""
+    ends = []
+    for scheduler in (DDPMScheduler, PNDMScheduler, EulerDiscreteScheduler):
+        pipe = tiny_sd(prediction_type="v_prediction")
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        with session_on(pipe, folder) as session:
+            ends.append(session.train_step())
+    assert ends[0] == ends[1] == ends[2]
+
+
+def test_noise_that_is_not_known_is_refused(folder):
+    pipe = tiny_sd()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(UnsupportedPipeline, match="FlowMatchEulerDiscreteScheduler.*beta_schedule"):
+        session_on(pipe, folder)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_before_it_enters_the_vectors(pipe, folder):
+    with session_on(pipe, folder) as session:
+        session.latents.mean.fill_(float("nan"))
+        before = session.value_outputs.detach().clone()
+        with pytest.raises(ValueError, match="not finite at step 1"):
+            session.train_step()
+        assert torch.equal(session.value_outputs, before)
+
+
+# Leaving it
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_the_pipeline_is_given_back(folder, error):
+    pipe = tiny_sd()
+    pipe("a teddy", num_inference_steps=1, output_type="latent")  # transformers sets hooks of its own at the first call
+    pipe.unet.requires_grad_(True).train()
+    pipe.unet.mid_block.eval()  # modes may differ inside a model
+    before = snapshot(pipe)
+    with contextlib.suppress(error or ()):
+        with session_on(pipe, folder, gradient_checkpointing=True) as session:
+            session.train_step()
+            session.sample(["a {}"], 1)
+            if error:
+                raise error
+    assert_unchanged(pipe, before)
+
+
+def test_a_start_that_fails_leaves_nothing_behind(folder):
+    pipe = tiny_sd()
+    pipe("a teddy", num_inference_steps=1, output_type="latent")
+    before = snapshot(pipe)
+    config = settings(instance_prompts="a {} and an <other>")
+    with pytest.raises(ValueError, match="<other>"):
+        with TrainingSession(pipe, describe_base(pipe), config, covariance_of(pipe), read_pictures(folder, config, 16)):
+            pass
+    assert_unchanged(pipe, before)
+
+
+def test_state_is_a_copy_and_fits_its_own_shape_only(pipe, folder):
+    with session_on(pipe, folder) as session:
+        session.train_step()
+        kept = session.state()
+        again = {name: tensor.clone() for name, tensor in kept.items()}
+        one = session.train_step()
+        assert all(torch.equal(kept[name], again[name]) for name in kept)
+        session.restore(1, kept)
+        assert session.train_step() == one
+        with pytest.raises(ValueError, match=r"value_outputs must be of shape \[40\]"):
+            session.restore(1, {**kept, "value_outputs": torch.zeros(3)})
