@@ -41,18 +41,10 @@ def folder(tmp_path_factory):
 def learn(folder, monkeypatch):
     monkeypatch.setattr(train_module, "VALIDATION_STEPS", 1)
 
-    def learn(*arguments, images=folder / "pictures"):
-        arguments = (
-            "train",
-            images,
-            *arguments,
-            "--model",
-            folder / "model",
-            "--covariance",
-            folder / "covariance.safetensors",
-            "--device",
-            "cpu",
-        )
+    usual = ("--model", folder / "model", "--covariance", folder / "covariance.safetensors", "--device", "cpu")
+
+    def learn(*arguments):  # of an option given twice, the last one counts
+        arguments = ("train", folder / "pictures", *usual, *arguments)
         return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], prog_name="perfusion")
 
     return learn
