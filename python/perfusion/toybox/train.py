@@ -109,7 +109,7 @@ def train_decoder(work: Path, device: str, steps: int, vae, pictures: int, batch
         with torch.no_grad():
             latents = vae.encode(x).latents
         # generated latents are not exact either
-        blur = 0.08 * torch.rand((batch, 1, 1, 1), generator=generator) * torch.randn(latents.shape, generator=generator)
+        blur = 0.2 * torch.rand((batch, 1, 1, 1), generator=generator) * torch.randn(latents.shape, generator=generator)
         restored = decoder(latents + blur.to(device))
         return F.l1_loss(restored, x) + 2 * F.mse_loss(restored, x)
 
@@ -136,6 +136,9 @@ def make_latents(work: Path, device: str, pictures: int):
 
 def train_denoiser(work: Path, device: str, steps: int, latents: Tensor, captions: list[str], batch: int = 128):
     scale = 1 / latents.float().std().item()
+    # a component counts by its size in the picture: coarse structure first (whitening left std ~ variance^0.1 of it)
+    weights = latents.float().std((0, 2, 3)).to(device) ** 4
+    weights = (weights / weights.mean()).view(-1, 1, 1)
     tokenizer = build_tokenizer(work / "tokenizer")
     ids, nothing = token_ids(tokenizer, captions), token_ids(tokenizer, [""])
     unet = build_unet().to(memory_format=torch.channels_last)
@@ -149,7 +152,7 @@ def train_denoiser(work: Path, device: str, steps: int, latents: Tensor, caption
         dropped = torch.rand(batch, generator=generator) < 0.1
         words = torch.where(dropped[:, None], nothing, ids[rows]).to(device)
         predicted = model(scheduler.add_noise(clean, noise, timesteps), timesteps, words)
-        return F.mse_loss(predicted, scheduler.get_velocity(clean, noise, timesteps))
+        return (weights * (predicted - scheduler.get_velocity(clean, noise, timesteps)) ** 2).mean()
 
     return tokenizer, scale, Stage("denoiser", work, model, steps, 1.5e-3, device).run(loss_of)
 
@@ -199,9 +202,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="checkpoints, latents and the log; run again to resume")
     parser.add_argument("--output", type=Path, required=True, help="the finished pipeline, in diffusers' folder format")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--decoder-steps", type=int, default=4000)
+    parser.add_argument("--decoder-steps", type=int, default=2500)
     parser.add_argument("--denoiser-steps", type=int, default=2500)
-    parser.add_argument("--judge-steps", type=int, default=1800)
+    parser.add_argument("--judge-steps", type=int, default=1300)
     parser.add_argument("--pictures", type=int, default=40_960, help="how many the UNet learns from; the decoder and the judge take the first ones of theirs")
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -211,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(1)
     vae = train_decoder(options.work, options.device, options.decoder_steps, vae, min(12_800, options.pictures))
     torch.manual_seed(2)
-    judge = train_judge(options.work, vae, options.device, options.judge_steps, min(20_480, options.pictures))
+    judge = train_judge(options.work, vae, options.device, options.judge_steps, min(16_384, options.pictures))
     export(options.output, vae, tokenizer, scale, denoiser, judge, captions)
     print(f"toybox written to {options.output}; score it with: python -m perfusion.toybox.score {options.output}")
 
