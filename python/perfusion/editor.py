@@ -110,6 +110,15 @@ def make_edit(
     )
 
 
+@dataclasses.dataclass(eq=False)
+class _Part:
+    """What one projection needs of an Edit: its input [R, T, D], and what to add to rows [r] of its output [r, T, d], if anything."""
+
+    encodings: Tensor
+    rows: Tensor
+    updates: Tensor | None
+
+
 class Editor:
     """Hooks on one UNet, from `install` to `remove`. `edit_of(encodings)` says what an unseen tensor needs, or None."""
 
@@ -118,7 +127,7 @@ class Editor:
         self._layers = cross_attention_layers(unet)
         self._projections: list[_Projection] = []
         self._edits: Any = WeakTensorKeyDictionary()  # the pipeline's tensor -> (its stamp, Edit or None)
-        self._handle: Any = None
+        self._handles: list[Any] = []
 
     def install(self) -> None:
         end = 0
@@ -127,15 +136,12 @@ class Editor:
             self._projections += [_Projection(self, layer, kind, columns) for kind in ("key", "value")]
         for projection in self._projections:
             projection.follow()
-        self._handle = self.unet.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._handles = [self.unet.register_forward_pre_hook(self._begin, with_kwargs=True), self.unet.register_forward_hook(self._end)]
 
     def remove(self) -> None:
-        for projection in self._projections:
-            projection.remove()
-        self._projections.clear()
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = None
+        for each in (*self._projections, *self._handles):
+            each.remove()
+        self._projections, self._handles = [], []
         self.forget()
 
     def forget(self) -> None:
@@ -148,8 +154,6 @@ class Editor:
 
     def find(self, encodings: Tensor) -> Edit | None:
         """The edit of a tensor object: the one that is known, or what `edit_of` says, once."""
-        if self._handle is None:  # a compiled UNet may still call the hooks that it was compiled with
-            return None
         known = self._edits.get(encodings)
         if known is None:
             self.use(encodings, edit := self.edit_of(encodings))
@@ -158,16 +162,23 @@ class Editor:
 
     @torch.compiler.disable
     def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        encodings = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+        edit = None
+        if isinstance(encodings, Tensor):
+            known = self._edits.get(encodings)
+            if known is not None and not _unchanged(encodings, known[0]):
+                del self._edits[encodings]
+            edit = self.find(encodings)
+        if edit is not None:
+            self._check_processors()
         for projection in self._projections:
             projection.follow()
-        encodings = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-        if not isinstance(encodings, Tensor):
-            return
-        known = self._edits.get(encodings)
-        if known is not None and not _unchanged(encodings, known[0]):
-            del self._edits[encodings]
-        if self.find(encodings) is not None:
-            self._check_processors()
+            projection.now = projection.part_of(edit)
+
+    @torch.compiler.disable
+    def _end(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for projection in self._projections:
+            projection.now = None
 
     def _check_processors(self) -> None:
         for name, layer in self._layers.items():
@@ -184,7 +195,8 @@ class _Projection:
         self.editor, self.layer, self.kind, self.columns = editor, layer, kind, columns
         self.module: torch.nn.Module | None = None
         self.handles: list[Any] = []
-        self.edit: Edit | None = None
+        self.now: _Part | None = None  # of the UNet's forward that is running
+        self.pending: _Part | None = None  # between the two hooks
 
     def follow(self) -> None:
         """Hook the module that is the layer's projection now: LoRA puts one around it, and must read the edited input too."""
@@ -197,22 +209,32 @@ class _Projection:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.module, self.edit = None, None
+        # code that was compiled with the hooks still runs them
+        self.handles, self.module, self.now, self.pending = [], None, None, None
 
-    @torch.compiler.disable
-    def exchange(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        self.edit = edit = self.editor.find(args[0])
+    def part_of(self, edit: Edit | None) -> _Part | None:
         if edit is None:
             return None
-        return (edit.key_encodings if self.kind == "key" else edit.value_encodings, *args[1:])
+        key = self.kind == "key"
+        updates = edit.key_updates if key else edit.value_updates
+        return _Part(edit.key_encodings if key else edit.value_encodings, edit.rows, None if updates is None else updates[..., self.columns])
 
     @torch.compiler.disable
+    def look_up(self, encodings: Tensor) -> _Part | None:
+        return self.part_of(self.editor.find(encodings)) if self.handles else None
+
+    def exchange(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        # Looking up by identity breaks a compiled graph. With gradients there is no other way: a checkpointed layer runs
+        # again after its forward has ended.
+        compiled = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        self.pending = part = self.now if compiled else self.look_up(args[0])
+        return None if part is None else (part.encodings, *args[1:])
+
     def update(self, module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        edit, self.edit = self.edit, None
-        updates = None if edit is None else edit.key_updates if self.kind == "key" else edit.value_updates
-        if updates is None:
+        part, self.pending = self.pending, None
+        if part is None or part.updates is None:
             return None
-        return output.index_add(0, edit.rows.to(output.device), updates[..., self.columns].to(output))
+        return output.index_add(0, part.rows.to(output.device), part.updates.to(output))
 
 
 def _stamp(tensor: Tensor) -> int | Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,7 @@ from torch import Tensor
 from perfusion.base import Base, UnsupportedPipeline, describe_base
 from perfusion.concept import Concept, check_name
 from perfusion.editor import Edit, Editor, Tables, make_edit
-from perfusion.prompts import check_settings
-from perfusion.rows import RowEdit
+from perfusion.prompts import Mention, check_settings
 from perfusion.text import TextHook, added_tokens, single_token, text_encoders
 from perfusion_kernels import ConceptBank
 
@@ -228,11 +227,11 @@ class Handle:
         names = list(dict.fromkeys(mention.name for row in rows for mention in row))
         width = max(map(len, rows))
 
-        def table(value_of: Any, empty: float, dtype: torch.dtype) -> Tensor:
+        def table(value_of: Callable[[Mention], float], empty: float, dtype: torch.dtype = torch.float32) -> Tensor:
             values = [[value_of(mention) for mention in row] + [empty] * (width - len(row)) for row in rows]
             return torch.tensor(values, dtype=dtype, device=device)
 
-        def setting(field: str) -> Any:
+        def setting(field: str) -> Callable[[Mention], float]:
             return lambda mention: getattr(self._loaded[mention.name] if getattr(mention, field) is None else mention, field)
 
         return make_edit(
@@ -240,10 +239,10 @@ class Handle:
             torch.tensor(list(edits), device=device),
             self._tables(names, device),
             table(lambda mention: names.index(mention.name), -1, torch.int32),
-            table(setting("bias"), 0.0, torch.float32),
-            table(setting("temperature"), 1.0, torch.float32),
-            table(setting("strength"), 0.0, torch.float32),
-            _key_rows(edits),
+            table(setting("bias"), 0.0),
+            table(setting("temperature"), 1.0),
+            table(setting("strength"), 0.0),
+            {row: edit.key_encoding for row, edit in edits.items() if edit.key_encoding is not None},
         )
 
     def _tables(self, names: list[str], device: torch.device) -> Tables:
@@ -253,9 +252,6 @@ class Handle:
         keys = [self._loaded[name].concept.key_outputs for name in names]
         if any(key is not None for key in keys):
             tables.unlocked = torch.tensor([key is not None for key in keys], device=device)
-            tables.key_outputs = torch.stack([output if key is None else key.to(output) for key, output in zip(keys, torch.zeros_like(tables.value_outputs))])
+            tables.key_outputs = torch.stack([none if key is None else key.to(none) for key, none in zip(keys, torch.zeros_like(tables.value_outputs))])
         return tables
 
-
-def _key_rows(edits: dict[int, RowEdit]) -> dict[int, Tensor]:
-    return {row: edit.key_encoding for row, edit in edits.items() if edit.key_encoding is not None}

@@ -45,13 +45,13 @@ class KnownRows:
         """Learn the rows of encodings [R, T, D], each with its RowEdit or None.
 
         parts: in the order in which the pipeline will stack them. A row is known again after a cast to float32, float16
-        or bfloat16 as well. Content that now comes without any concept is forgotten.
+        or bfloat16 and back as well. Content that now comes without any concept is forgotten.
         """
         fresh: dict[bytes, list[RowEdit | None]] = {}
         for encodings, edits in parts:
             for row, edit in zip(encodings.detach().cpu(), edits, strict=True):
-                for dtype in {row.dtype, *CASTS}:
-                    fresh.setdefault(_digest(row.to(dtype)), []).append(edit)
+                for key in {_digest(row.to(dtype)) for dtype in CASTS}:
+                    fresh.setdefault(key, []).append(edit)
         for encodings, _ in parts:
             self._sources[encodings] = fresh
         self._learn(fresh)
@@ -97,5 +97,5 @@ class KnownRows:
 
 
 def _digest(row: Tensor) -> bytes:
-    """The identity of one encoding [T, D] on the CPU: its type and its bytes."""
-    return hashlib.blake2b(row.flatten().view(torch.uint8).numpy(), digest_size=16, person=str(row.dtype).encode()[-16:]).digest()
+    """The identity of one encoding [T, D] on the CPU: its numbers, in whatever type they come."""
+    return hashlib.blake2b(row.float().flatten().view(torch.uint8).numpy(), digest_size=16).digest()

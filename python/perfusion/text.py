@@ -142,13 +142,13 @@ class TextHook:
             raise PromptError("clip_skip does not work with concepts: they were learned on the text encoder's usual hidden layer.")
 
         sides = self._sides(arguments, parsed)
-        result = self._run(original, bound, sides)
+        result = self._run(original, bound, sides) if mentioned else original(*bound.args, **bound.kwargs)
         if mentioned or self._known:
             self._remember(original, bound, result, sides)
         return result
 
     def _sides(self, arguments: Mapping[str, Any], parsed: Mapping[str, list[Prompt]]) -> list[_Side]:
-        """What is going to be encoded, in the order in which pipelines stack it: the negative prompt first."""
+        """What is going to be encoded, in the order in which pipelines stack the rows: the negative prompt first."""
         sides = []
         for place, role in ((1, "negative_prompt"), (0, "prompt")):
             skipped = place == 1 and not arguments.get("do_classifier_free_guidance", True)

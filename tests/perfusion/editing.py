@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -99,22 +99,28 @@ class Forward:
 def watch(unet: torch.nn.Module) -> Iterator[list[Forward]]:
     """Record every forward of the UNet. Enter it after `attach`, so that it sees what the hooks made."""
     forwards: list[Forward] = []
-
-    def begin(module, args, kwargs):
-        forwards.append(Forward(kwargs["encoder_hidden_states"].detach().clone()))
+    handles = []
 
     def record(kind, name):
         return lambda module, args, output: getattr(forwards[-1], kind).__setitem__(name, output.detach().clone())
 
-    handles = [unet.register_forward_pre_hook(begin, with_kwargs=True)]
-    for name, layer in cross_attention_layers(unet).items():
-        handles.append(layer.to_k.register_forward_hook(record("keys", name)))
-        handles.append(layer.to_v.register_forward_hook(record("values", name)))
+    def begin(module, args, kwargs):
+        forwards.append(Forward(kwargs["encoder_hidden_states"].detach().clone()))
+        end()  # the editor may have moved its hooks: stay behind them
+        for name, layer in cross_attention_layers(unet).items():
+            handles.append(layer.to_k.register_forward_hook(record("keys", name)))
+            handles.append(layer.to_v.register_forward_hook(record("values", name)))
+
+    def end():
+        while handles:
+            handles.pop().remove()
+
+    beginning = unet.register_forward_pre_hook(begin, with_kwargs=True)
     try:
         yield forwards
     finally:
-        for handle in handles:
-            handle.remove()
+        beginning.remove()
+        end()
 
 
 def weight_of(projection: torch.nn.Module) -> Tensor:
@@ -125,11 +131,19 @@ def weight_of(projection: torch.nn.Module) -> Tensor:
     return weight if projection.merged else weight + sum(projection.get_delta_weight(adapter) for adapter in projection.active_adapters)
 
 
-def check_rows(unet: torch.nn.Module, forward: Forward, rows: Sequence[Sequence[Use]], *, keys: Tensor | None = None, tolerance: float = 2e-5) -> None:
+def check_rows(
+    unet: torch.nn.Module,
+    forward: Forward,
+    rows: Sequence[Sequence[Use]],
+    *,
+    keys: Mapping[int, Tensor] | None = None,
+    tolerance: float = 2e-5,
+) -> None:
     """Keys and values of every layer against the edit written out; a row without a concept must keep its very bits.
 
-    keys [R, T, D]: the encodings that give the keys instead (global lock).
+    keys: row -> [T, D], the encoding that gives the row's keys instead (global lock).
     """
+    keys = keys or {}
     assert len(forward.encodings) == len(rows)
     for name, layer in cross_attention_layers(unet).items():
         for kind, projection in (("keys", layer.to_k), ("values", layer.to_v)):
@@ -139,7 +153,7 @@ def check_rows(unet: torch.nn.Module, forward: Forward, rows: Sequence[Sequence[
                     plain = linear(forward.encodings, weight)[row] if not hasattr(projection, "base_layer") else projection(forward.encodings)[row]
                     assert torch.equal(seen[row], plain), f"{name}, {kind}, row {row}: no concept, yet other bits"
                     continue
-                if kind == "keys" and keys is not None:
+                if kind == "keys" and row in keys:
                     expected = keys[row].double() @ weight.double().T
                 else:
                     expected = written_out(forward.encodings[row], weight, uses, [_output(use.concept, name, kind, weight) for use in uses])

@@ -145,17 +145,11 @@ def test_the_token_at_the_target_gets_the_outputs_alone(uses):
 def test_the_global_lock_takes_all_keys_from_another_encoding(unet, install, uses):
     """Also those of concepts with keys of their own; rows under the local lock keep theirs."""
     rows, others = [[], [uses[0]], [uses[2], uses[0]], [uses[2]]], encodings_of(4, seed=7)
-    install(unet, lambda encodings: edit_for(encodings, rows, {1: others[1], 2: others[2]}))
+    keys = {2: others[2], 1: others[1]}
+    install(unet, lambda encodings: edit_for(encodings, rows, keys))
     with watch(unet) as forwards, torch.no_grad():
         run(unet, encodings_of(4))
-    seen = forwards[0]
-    check_rows(unet, _part(seen, slice(0, 3)), rows[:3], keys=others[:3])
-    check_rows(unet, _part(seen, slice(3, 4)), rows[3:])
-
-
-def _part(forward, rows):
-    cut = {kind: {name: tensor[rows] for name, tensor in getattr(forward, kind).items()} for kind in ("keys", "values")}
-    return type(forward)(forward.encodings[rows], **cut)
+    check_rows(unet, forwards[0], rows, keys=keys)
 
 
 def test_half_precision_and_autocast_compute_the_edit_in_float32(uses):
@@ -346,11 +340,18 @@ def test_remove_takes_every_hook_away(unet, uses):
         expected = run(unet, encodings)
         editor = Editor(unet, counting([[uses[0]]]))
         editor.install()
-        assert len(hooks_of(unet)) == 9  # to_k and to_v of four layers, and the UNet
+        assert len(hooks_of(unet)) == 9  # modules: to_k and to_v of four layers, and the UNet
         assert not torch.equal(run(unet, encodings), expected)
         editor.remove()
         assert not hooks_of(unet) and torch.equal(run(unet, encodings), expected)
         editor.remove()
+
+
+def test_a_forward_keeps_nothing_for_compiled_code(unet, install, uses):
+    editor = install(unet, counting([[uses[0]]]))
+    with torch.no_grad():
+        run(unet, encodings_of(1))
+    assert all(projection.now is None and projection.pending is None for projection in editor._projections)
 
 
 @pytest.mark.parametrize("processor", ["FusedAttnProcessor2_0", "IPAdapterAttnProcessor2_0"])

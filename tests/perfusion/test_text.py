@@ -206,6 +206,14 @@ def test_prompts_that_cannot_be_encoded(sd, hooked, prompt, message):
     assert same(encode(sd, "a teddy"), plain)
 
 
+def test_a_call_that_fails_halfway_leaves_nothing_to_be_put_in_place(sd, hooked):
+    hooked(sd, thing=cat(sd))
+    plain = encode(sd, "a teddy")
+    with pytest.raises(TypeError, match="same type"):  # after the prompt is encoded, before the negative one
+        encode(sd, ["a dog"], guidance=True, negative_prompt="a <thing>")
+    assert same(encode(sd, "a teddy"), plain)
+
+
 def test_clip_skip_is_refused_with_concepts_only(pipes, hooked):
     pipe = pipes["sdxl"]  # diffusers' SD pipeline and transformers 5 do not agree about clip_skip
     hooked(pipe, thing=cat(pipe))
@@ -302,7 +310,7 @@ def test_rows_are_known_by_content_in_any_batch_and_after_casts(dtype):
     batch = torch.cat([row(9, dtype), row(3, dtype), row(2, dtype), row(1, dtype), row(3, dtype)])
     assert known.find(batch) == {1: second, 3: first, 4: second}
     for cast in (torch.float32, torch.float16, torch.bfloat16):
-        assert known.find(batch.to(cast)) == {1: second, 3: first, 4: second}
+        assert known.find(batch.to(cast)) == known.find(batch.to(cast).to(dtype)) == {1: second, 3: first, 4: second}
     assert known.find(batch.mT.contiguous().mT) == {1: second, 3: first, 4: second}
     assert known.find(torch.cat([row(8), row(9)])) == {}
 
