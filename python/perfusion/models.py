@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,15 @@ def load_pipeline(model: str | Path = "toybox", *, device: str | None = None, dt
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
     diffusers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # remarks on the folder's configuration that nobody here can act on
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, safety_checker=None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # `dtype` is `torch_dtype` in the oldest diffusers that is supported
+            pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, safety_checker=None)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {str(model)!r} could not be loaded: {error}") from error
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

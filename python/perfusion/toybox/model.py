@@ -111,7 +111,7 @@ def build_unet() -> UNet2DConditionModel:
 def build_scheduler() -> DDIMScheduler:
     return DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
-        timestep_spacing="trailing",
+        timestep_spacing="trailing", steps_offset=1,  # diffusers asks for 1; trailing steps do not use it
     )  # fmt: skip
 
 

@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--decoder-steps", type=int, default=2500)
     parser.add_argument("--denoiser-steps", type=int, default=2500)
-    parser.add_argument("--judge-steps", type=int, default=1300)
+    parser.add_argument("--judge-steps", type=int, default=3500)
     parser.add_argument("--pictures", type=int, default=40_960, help="how many the UNet learns from; the decoder and the judge take the first ones of theirs")
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
