@@ -75,13 +75,15 @@ def make_edit(
 
     index [r, J] int32 names the concepts of each row, -1 for none; bias, temperature, strength [r, J] float32. Strength
     scales the whole edit of a concept: 0 leaves the row as it is. key_rows: row -> [T, D] for some of `rows`, the
-    encodings that give all keys of a row under the global lock. Computed in at least float32, under autocast too; returned in the encodings' dtype.
+    encodings that give all keys of a row under the global lock. Computed in at least float32, under autocast too, and
+    returned in the encodings' dtype. The concepts of a row must be independent; `ConceptBank.index` refuses others.
     """
     dtype, wide = encodings.dtype, torch.promote_types(encodings.dtype, torch.float32)
     slots = index.clamp(min=0).long()
     with torch.autocast(encodings.device.type, enabled=False):
         original = encodings[rows]
-        gates, components = perfusion_kernels.concept_gates(original, tables.targets, tables.metric_targets, index, bias, temperature)
+        metric = (tables.targets, tables.metric_targets)
+        gates, components = perfusion_kernels.concept_gates(original, *metric, index, bias, temperature)
         # both are 0 where index is -1
         gates, components = (gates * strength[:, None]).to(wide), (components * strength[:, None]).to(wide)
 
@@ -217,7 +219,8 @@ class _Projection:
             return None
         key = self.kind == "key"
         updates = edit.key_updates if key else edit.value_updates
-        return _Part(edit.key_encodings if key else edit.value_encodings, edit.rows, None if updates is None else updates[..., self.columns])
+        updates = None if updates is None else updates[..., self.columns]
+        return _Part(edit.key_encodings if key else edit.value_encodings, edit.rows, updates)
 
     @torch.compiler.disable
     def look_up(self, encodings: Tensor) -> _Part | None:

@@ -81,7 +81,7 @@ class Handle:
     def __init__(self, pipe: Any, capacity: int):
         self.base: Base = describe_base(pipe)
         if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in pipe.unet.modules()):
-            raise UnsupportedPipeline("the UNet is already compiled, and hooks added after torch.compile do nothing: attach first, compile then.")
+            raise UnsupportedPipeline("the UNet is compiled already, and would not see the hooks: attach first, compile then.")
         self.pipe = pipe
         self._bank = ConceptBank(capacity, self.base.encoding_dim, self.base.outputs)
         self._loaded: dict[str, LoadedConcept] = {}
@@ -252,6 +252,9 @@ class Handle:
         keys = [self._loaded[name].concept.key_outputs for name in names]
         if any(key is not None for key in keys):
             tables.unlocked = torch.tensor([key is not None for key in keys], device=device)
-            tables.key_outputs = torch.stack([none if key is None else key.to(none) for key, none in zip(keys, torch.zeros_like(tables.value_outputs))])
+            tables.key_outputs = torch.zeros_like(tables.value_outputs)
+            for row, key in zip(tables.key_outputs, keys):
+                if key is not None:
+                    row.copy_(key)
         return tables
 

@@ -84,7 +84,8 @@ class KnownRows:
     def forget(self, name: str) -> None:
         """Forget every row that holds the concept."""
         for known in (self._edits, *self._sources.values()):
-            for key in [key for key, edits in known.items() if any(mention.name == name for edit in edits if edit for mention in edit.mentions)]:
+            held = {key: {mention.name for edit in filter(None, edits) for mention in edit.mentions} for key, edits in known.items()}
+            for key in [key for key, names in held.items() if name in names]:
                 del known[key]
 
     def _learn(self, fresh: dict[bytes, list[RowEdit | None]]) -> None:

@@ -58,17 +58,22 @@ class _Expected:
     ids: Tensor
     substitutions: list[tuple[int, int, Mention]]
 
+    def reads(self, ids: Tensor) -> bool:
+        """Whether it is the call with these ids. Some pipelines repeat a single negative prompt for every row."""
+        return len(self.ids) in (1, len(ids)) and torch.equal(self.ids.expand(len(ids), -1), ids)
+
 
 class TextHook:
     """Resolves concepts in the prompts of one pipeline, from `install` to `remove`.
 
-    words: name -> Word of every loaded concept, read at each call; gradients flow to its embeddings. While `enabled` is
-    False every `<name>` is its plain superclass word.
+    words: name -> Word of every loaded concept, read at each call. While `enabled` is False every `<name>` is its plain
+    superclass word. Gradients flow to the embeddings; an encoding made with gradients to a word is not remembered, as its
+    maker says what it needs (`Editor.use`).
     """
 
     def __init__(self, pipe: Any, words: Mapping[str, Word]):
         if not callable(getattr(pipe, "encode_prompt", None)):
-            raise UnsupportedPipeline(f"{type(pipe).__name__} is not supported: it has no encode_prompt, which reads the concepts in prompts.")
+            raise UnsupportedPipeline(f"{type(pipe).__name__} is not supported: it has no encode_prompt, where concepts are read.")
         self.pipe, self.words, self.enabled = pipe, words, True
         self._known = KnownRows()
         self._expected: list[list[_Expected]] = [[] for _ in text_encoders(pipe)]
@@ -143,9 +148,12 @@ class TextHook:
 
         sides = self._sides(arguments, parsed)
         result = self._run(original, bound, sides) if mentioned else original(*bound.args, **bound.kwargs)
-        if mentioned or self._known:
+        if (mentioned or self._known) and not self._trained():
             self._remember(original, bound, result, sides)
         return result
+
+    def _trained(self) -> bool:
+        return torch.is_grad_enabled() and any(embedding.requires_grad for word in self.words.values() for embedding in word.embeddings)
 
     def _sides(self, arguments: Mapping[str, Any], parsed: Mapping[str, list[Prompt]]) -> list[_Side]:
         """What is going to be encoded, in the order in which pipelines stack the rows: the negative prompt first."""
@@ -160,7 +168,8 @@ class TextHook:
     def _run(self, original: Callable[..., Any], bound: inspect.BoundArguments, sides: list[_Side]) -> Any:
         # the encoders read the prompt first, then the negative prompt
         ordered = sorted(sides, key=lambda side: side.place)
-        expected = [[self._expect(number, side.prompts[number]) for side in ordered if side.prompts[number]] for number in range(len(self._expected))]
+        read = [[side.prompts[number] for side in ordered if side.prompts[number]] for number in range(len(self._expected))]
+        expected = [[self._expect(number, prompts) for prompts in calls] for number, calls in enumerate(read)]
         try:
             self._expected = expected
             result = original(*bound.args, **bound.kwargs)
@@ -170,7 +179,7 @@ class TextHook:
         if missed:
             raise PromptError(
                 f"{type(self.pipe).__name__}.encode_prompt did not send the prompt through the text encoder as it stands, so the "
-                "concepts in it could not be put in place. Was the text encoder compiled or exchanged before attach, or is the prompt rewritten?"
+                "concepts in it could not be put in place. Was the text encoder compiled before attach, or exchanged after it?"
             )
         return result
 
@@ -188,7 +197,7 @@ class TextHook:
             for mention in prompt.mentions:
                 position = 1 + (len(ids(mention.prefix, add_special_tokens=False)) if mention.prefix.strip() else 0)
                 if position >= length - 1:
-                    raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> lies beyond the {length} tokens that the text encoder reads.")
+                    raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> lies beyond the {length} tokens that the encoder reads.")
                 if table[row, position] != single_token(tokenizer, self.words[mention.name].superclass):
                     raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> must stand as a word of its own.")
                 substitutions.append((row, position, mention))
@@ -201,8 +210,7 @@ class TextHook:
         if not waiting:
             return None
         ids = args[0].detach().cpu()
-        # a single negative prompt is repeated for every row by some pipelines
-        call = next((call for call in waiting if call.ids.shape[1:] == ids.shape[1:] and len(call.ids) in (1, len(ids)) and (call.ids == ids).all()), None)
+        call = next((call for call in waiting if call.reads(ids)), None)
         if call is None:
             return None
         waiting.remove(call)

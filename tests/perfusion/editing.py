@@ -150,8 +150,8 @@ def check_rows(
             seen, weight = getattr(forward, kind)[name], weight_of(projection)
             for row, uses in enumerate(rows):
                 if not uses:
-                    plain = linear(forward.encodings, weight)[row] if not hasattr(projection, "base_layer") else projection(forward.encodings)[row]
-                    assert torch.equal(seen[row], plain), f"{name}, {kind}, row {row}: no concept, yet other bits"
+                    plain = projection(forward.encodings) if hasattr(projection, "base_layer") else linear(forward.encodings, weight)
+                    assert torch.equal(seen[row], plain[row]), f"{name}, {kind}, row {row}: no concept, yet other bits"
                     continue
                 if kind == "keys" and row in keys:
                     expected = keys[row].double() @ weight.double().T

@@ -62,12 +62,14 @@ def edit_for(encodings, rows, key_rows=None):
     width = max(len(rows[row]) for row in edited)
 
     def table(value, empty, dtype=torch.float32):
-        return torch.tensor([[value(one) for one in rows[row]] + [empty] * (width - len(rows[row])) for row in edited], dtype=dtype)
+        values = [[value(one) for one in rows[row]] + [empty] * (width - len(rows[row])) for row in edited]
+        return torch.tensor(values, dtype=dtype)
 
+    fields = ("target", "metric_target", "superclass_encoding", "value_outputs")
     keys = [concept.key_outputs for concept in concepts]
     unlocked = any(key is not None for key in keys)
     tables = Tables(
-        *(torch.stack([getattr(c, field) for c in concepts]) for field in ("target", "metric_target", "superclass_encoding", "value_outputs")),
+        *(torch.stack([getattr(concept, field) for concept in concepts]) for field in fields),
         torch.stack([torch.zeros(concepts[0].base.outputs) if key is None else key for key in keys]) if unlocked else None,
         torch.tensor([key is not None for key in keys]) if unlocked else None,
     )
@@ -182,7 +184,8 @@ def test_a_unet_under_autocast(unet, install, uses):
 
 def training_edit(encodings, concept, outputs, key_outputs):
     one = torch.tensor([[0]], dtype=torch.int32)
-    tables = Tables(concept.target[None], concept.metric_target[None], concept.superclass_encoding[None], outputs[None], key_outputs[None], torch.tensor([True]))
+    metric, unlocked = (concept.target[None], concept.metric_target[None]), torch.tensor([True])
+    tables = Tables(*metric, concept.superclass_encoding[None], outputs[None], key_outputs[None], unlocked)
     return make_edit(encodings, torch.tensor([1]), tables, one, torch.tensor([[0.3]]), torch.tensor([[0.4]]), torch.ones(1, 1))
 
 
@@ -217,7 +220,8 @@ def test_gradients_are_those_of_finite_differences(unet, install, uses):
         return run(unet, moved).square().mean()
 
     generator = torch.Generator().manual_seed(3)
-    shifts = [torch.randn(t.shape, dtype=torch.float64, generator=generator) for t in (encodings, concept.value_outputs, concept.key_outputs)]
+    shapes = [tensor.shape for tensor in (encodings, concept.value_outputs, concept.key_outputs)]
+    shifts = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
     for place, shift in enumerate(shifts):
         step = torch.zeros((), dtype=torch.float64, requires_grad=True)
         arguments = [step * shift if place == other else torch.zeros(()) for other in range(3)]
@@ -352,6 +356,16 @@ def test_a_forward_keeps_nothing_for_compiled_code(unet, install, uses):
     with torch.no_grad():
         run(unet, encodings_of(1))
     assert all(projection.now is None and projection.pending is None for projection in editor._projections)
+
+
+def test_hooks_that_compiled_code_still_calls_after_remove_do_nothing(unet, uses):
+    editor, encodings = Editor(unet, counting([[uses[0]]])), encodings_of(1)
+    editor.install()
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    (before,), (after,) = layer.to_v._forward_pre_hooks.values(), layer.to_v._forward_hooks.values()
+    assert before(layer.to_v, (encodings,)) is not None and after(layer.to_v, (encodings,), torch.zeros(1, 77, 16)) is not None
+    editor.remove()
+    assert before(layer.to_v, (encodings,)) is None and after(layer.to_v, (encodings,), torch.zeros(1, 77, 16)) is None
 
 
 @pytest.mark.parametrize("processor", ["FusedAttnProcessor2_0", "IPAdapterAttnProcessor2_0"])

@@ -81,6 +81,8 @@ def seen(pipe, prompt=None, **options):
 
 PICTURES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 MASKS = (torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(1)) > 0.5).float()
+FROM_PICTURES = dict(image=PICTURES, strength=1.0)
+INTO_PICTURES = dict(image=PICTURES, mask_image=MASKS, strength=1.0, height=16, width=16)
 
 
 def guided(t):
@@ -107,16 +109,16 @@ CASES = {
     "text to image": ("sd", lambda pipe: pipe, {}, guided),
     "no guidance": ("sd", lambda pipe: pipe, dict(guidance_scale=1.0), unguided),
     "negative prompts": ("sd", lambda pipe: pipe, dict(negative_prompt=["bad", "dark"]), guided),
-    "image to image": ("sd", StableDiffusionImg2ImgPipeline.from_pipe, dict(image=PICTURES, strength=1.0), guided),
-    "inpaint": ("sd", StableDiffusionInpaintPipeline.from_pipe, dict(image=PICTURES, mask_image=MASKS, strength=1.0, height=16, width=16), guided),
+    "image to image": ("sd", StableDiffusionImg2ImgPipeline.from_pipe, FROM_PICTURES, guided),
+    "inpaint": ("sd", StableDiffusionInpaintPipeline.from_pipe, INTO_PICTURES, guided),
     "controlnet": ("sd", control_net, dict(image=PICTURES), guided),
     "lcm": ("sd", lambda pipe: lcm(pipe), dict(guidance_scale=1.0), unguided),
     "pag": ("sd", lambda pipe: StableDiffusionPAGPipeline.from_pipe(pipe, pag_applied_layers=["mid"]), {}, perturbed),
     "xl": ("sdxl", lambda pipe: pipe, {}, guided),
     "xl no guidance": ("sdxl", lambda pipe: pipe, dict(guidance_scale=1.0), unguided),
-    "xl image to image": ("sdxl", StableDiffusionXLImg2ImgPipeline.from_pipe, dict(image=PICTURES, strength=1.0), guided),
-    "xl inpaint": ("sdxl", StableDiffusionXLInpaintPipeline.from_pipe, dict(image=PICTURES, mask_image=MASKS, strength=1.0, height=16, width=16), guided),
-}  # fmt: skip
+    "xl image to image": ("sdxl", StableDiffusionXLImg2ImgPipeline.from_pipe, FROM_PICTURES, guided),
+    "xl inpaint": ("sdxl", StableDiffusionXLInpaintPipeline.from_pipe, INTO_PICTURES, guided),
+}
 
 
 def lcm(pipe):
@@ -286,7 +288,8 @@ def test_prompts_that_diffusers_does_not_take(sd, attached, prompt):
 
 
 def test_refusals_come_before_the_first_step(sd, attached):
-    for prompt, message in (("a <bear>", "no concept <bear> is loaded; loaded are: <teddy>"), ("a " * 80 + "<teddy>", "beyond the 77 tokens")):
+    refused = {"a <bear>": "no concept <bear> is loaded; loaded are: <teddy>", "a " * 80 + "<teddy>": "beyond the 77 tokens"}
+    for prompt, message in refused.items():
         with watch(sd.unet) as forwards, pytest.raises(PromptError, match=message):
             draw(sd, prompt)
         assert not forwards
@@ -370,7 +373,7 @@ def test_fused_projections_are_refused_by_name(fresh, teddy):
     plain = draw(fresh, PLAIN)
     fresh.unet.fuse_qkv_projections()
     torch.testing.assert_close(draw(fresh, PLAIN), plain, atol=1e-4, rtol=1e-3)  # without concepts it goes on as before
-    with pytest.raises(UnsupportedPipeline, match=r"concepts do not work with FusedAttnProcessor2_0, which layer .*Call unet.unfuse_qkv_projections\(\) first"):
+    with pytest.raises(UnsupportedPipeline, match=r"do not work with FusedAttnProcessor2_0, .*Call unet.unfuse_qkv_projections\(\) first"):
         draw(fresh, PROMPTS)
     fresh.unet.unfuse_qkv_projections()
     check_rows(fresh.unet, seen(fresh, PROMPTS)[1][0], guided([use(teddy)]))
@@ -394,7 +397,7 @@ def test_an_ip_adapter_that_comes_later_is_refused_by_name(fresh, teddy):
     fresh.unet._load_ip_adapter_weights([ip_adapter(fresh)])
     picture = dict(ip_adapter_image_embeds=[torch.randn(2, 1, 12)])
     draw(fresh, "a cat", **picture)
-    with pytest.raises(UnsupportedPipeline, match=r"concepts do not work with IPAdapterAttnProcessor2_0.*Call pipe.unload_ip_adapter\(\) first"):
+    with pytest.raises(UnsupportedPipeline, match=r"do not work with IPAdapterAttnProcessor2_0, .*Call pipe.unload_ip_adapter\(\) first"):
         draw(fresh, "a <teddy>", **picture)
     fresh.unload_ip_adapter()
     assert torch.equal(draw(fresh, PROMPTS), expected)

@@ -175,6 +175,13 @@ def test_gradients_flow_to_the_embeddings(pipe, hooked):
     assert not got[1].requires_grad
 
 
+def test_encodings_of_a_word_in_training_are_remembered_without_gradients_only(sd, hooked):
+    hook = hooked(sd, thing=Word("teddy", [embeddings_of(sd, "cat")[0].clone().requires_grad_()]))
+    assert not hook.rows_of(encode(sd, "a <thing>")[0])
+    with torch.no_grad():
+        assert names(hook.rows_of(encode(sd, "a <thing>")[0])) == {0: ["thing"]}
+
+
 def test_a_textual_inversion_is_left_alone(hooked):
     pipe = tiny_sd(seed=3)
     pipe.tokenizer.add_tokens(["<sks>", "<sks>_1"])  # one of two vectors
