@@ -51,7 +51,7 @@ class _Side:
         return tuple(found.values())
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Expected:
     """One call of a text encoder that `encode_prompt` is going to make: ids [R, T], and (row, position, concept) in them."""
 
@@ -78,12 +78,13 @@ class TextHook:
         self._known = KnownRows()
         self._expected: list[list[_Expected]] = [[] for _ in text_encoders(pipe)]
         self._handles: list[Any] = []
+        self._own = self._wrapper = None  # encode_prompt as the pipeline object had it, normally not at all, and as it has it now
 
     def install(self) -> None:
         for number, (_, encoder) in enumerate(text_encoders(self.pipe)):
             embedding = getattr(encoder, "_orig_mod", encoder).get_input_embeddings()
             self._handles.append(embedding.register_forward_hook(functools.partial(self._substitute, number)))
-        self._own = self.pipe.__dict__.get("encode_prompt")  # normally None: the method is the class's
+        self._own = self.pipe.__dict__.get("encode_prompt")
         original = self.pipe.encode_prompt
         signature = inspect.signature(original)
 
@@ -98,7 +99,7 @@ class TextHook:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self.pipe.__dict__.get("encode_prompt") is self._wrapper:
+        if self._wrapper is not None and self.pipe.__dict__.get("encode_prompt") is self._wrapper:
             del self.pipe.encode_prompt
             if self._own is not None:
                 self.pipe.encode_prompt = self._own
@@ -129,12 +130,10 @@ class TextHook:
         for role in ("prompt_embeds", "negative_prompt_embeds"):
             self._known.recall(arguments.get(role))
 
-        tokens = added_tokens(self.pipe)
+        given = {role: value for role in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2") if (value := arguments.get(role))}
+        tokens = added_tokens(self.pipe) if given else ()  # with embeddings alone there need be no text encoder any more
         parsed: dict[str, list[Prompt]] = {}
-        for role in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
-            value = arguments.get(role)
-            if not value:
-                continue
+        for role, value in given.items():
             texts = [value] if isinstance(value, str) else list(value)
             if not all(isinstance(text, str) for text in texts):
                 continue  # the pipeline's own refusal says it better
@@ -166,7 +165,7 @@ class TextHook:
         return sides
 
     def _run(self, original: Callable[..., Any], bound: inspect.BoundArguments, sides: list[_Side]) -> Any:
-        # the encoders read the prompt first, then the negative prompt
+        # pipelines encode the prompt first; calls that read the same text in another order could not be told apart
         ordered = sorted(sides, key=lambda side: side.place)
         read = [[side.prompts[number] for side in ordered if side.prompts[number]] for number in range(len(self._expected))]
         expected = [[self._expect(number, prompts) for prompts in calls] for number, calls in enumerate(read)]

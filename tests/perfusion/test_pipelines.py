@@ -208,6 +208,14 @@ def test_prompt_embeds_given_directly(attached, sd, teddy, cast):
     check_rows(sd.unet, seen(sd, prompt_embeds=positive[[1, 0, 0]], guidance_scale=1.0)[1][0], [[], [use(teddy)], [use(teddy)]])
 
 
+def test_the_text_encoder_may_go_once_prompts_are_encoded(fresh):
+    fresh.unet.set_default_attn_processor()
+    expected = draw(fresh, PROMPTS)
+    positive, negative = fresh.encode_prompt(PROMPTS, "cpu", 1, True)
+    fresh.text_encoder = fresh.tokenizer = None
+    assert torch.equal(draw(fresh, prompt_embeds=positive, negative_prompt_embeds=negative), expected)
+
+
 def test_prompt_embeds_of_xl_given_directly(sdxl):
     teddy = make_concept(describe_base(sdxl), "teddy")
     with attach(sdxl) as handle:

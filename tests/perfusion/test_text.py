@@ -129,6 +129,20 @@ def test_a_negative_prompt_without_guidance_is_not_read(pipe, hooked):
     assert same(encode(pipe, "a <thing>", negative_prompt="a <thing>"), encode(pipe, "a cat"))
 
 
+def test_a_pipeline_may_encode_the_negative_prompt_first(hooked):
+    pipe = tiny_sd(seed=3)
+
+    def encode_prompt(prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt, own=type(pipe).encode_prompt):
+        negative = own(pipe, negative_prompt, device, num_images_per_prompt, False)[0]
+        return own(pipe, prompt, device, num_images_per_prompt, False)[0], negative
+
+    pipe.encode_prompt = encode_prompt
+    expected = encode(pipe, "a cat", guidance=True, negative_prompt="a bad cat")
+    hook = hooked(pipe, thing=cat(pipe))
+    got = encode(pipe, "a <thing>", guidance=True, negative_prompt="a bad <thing>")
+    assert same(got, expected) and list(hook.rows_of(torch.cat(got))) == [0, 1]
+
+
 def test_one_negative_prompt_for_a_batch(pipes, hooked):
     pipe = pipes["sdxl"]
     hook = hooked(pipe, thing=cat(pipe))
@@ -270,6 +284,11 @@ def test_remove_leaves_no_trace(pipe):
     hook.remove()
     assert "encode_prompt" not in vars(pipe) and pipe.encode_prompt == method
     assert [hooks_of(encoder) for _, encoder in pairs(pipe)] == hooks
+
+
+def test_remove_without_install(pipe):
+    TextHook(pipe, {}).remove()
+    assert "encode_prompt" not in vars(pipe)
 
 
 def test_remove_gives_back_a_method_that_the_pipeline_had_of_its_own():
