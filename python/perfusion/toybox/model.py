@@ -31,7 +31,8 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     raw = RawTokenizer(models.BPE(end_of_word_suffix="</w>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    raw.train_from_iterator(words, trainer)
+    # no two words equally often: the trainer breaks ties at random, and ids must not change when a training is resumed
+    raw.train_from_iterator((word for count, word in enumerate(words, start=1) for _ in range(count**2)), trainer)
     merges = json.loads(raw.to_str())["model"]["merges"]
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in merges]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

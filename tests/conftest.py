@@ -1,0 +1,15 @@
+"""What every test may rely on."""
+
+import os
+import signal
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure() -> None:
+    # a shell's background job starts with SIGINT ignored, and Python then leaves Ctrl-C ignored, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # programs that tests start find the packages where the tests find them
+    paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
