@@ -1,7 +1,7 @@
 """Which implementation of an operator runs: the one place that decides.
 
 A backend is a subpackage of this package whose import calls `register` once per operator it has.
-Every call takes the first of `ORDER` that has the operator and does not refuse the arguments. A
+Every call takes the first of `ORDER` that has the operator and neither refuses nor declines the arguments. A
 backend asked for by name (a call's `backend=`, `use_backend`, or the environment variable
 PERFUSION_BACKEND, in this order) is taken, or the call fails and says why.
 """
@@ -15,23 +15,17 @@ from dataclasses import dataclass
 
 from torch._ops import OpOverload
 
-from .registration import Operator, bind
+from .registration import Implementation, Operator, bind, bind_backward
 
 ORDER = ("cuda", "triton", "reference")
 
 _requested: str | None = os.environ.get("PERFUSION_BACKEND") or None
-_implementations: dict[str, dict[str, "_Implementation"]] = {}  # operator -> backend -> how to call it
+_implementations: dict[str, dict[str, Implementation]] = {}  # operator -> backend -> how to call it
 _absent: dict[str, str] = {}  # backend -> why it is not here
 
 
 class BackendUnavailable(RuntimeError):
     """A backend was asked for by name and cannot run the call."""
-
-
-@dataclass(frozen=True)
-class _Implementation:
-    overload: OpOverload
-    refuses: Callable[..., str | None]
 
 
 @dataclass(frozen=True)
@@ -60,6 +54,7 @@ def register(
     implementation: Callable | None,
     *,
     refuses: Callable[..., str | None] = _refuses_nothing,
+    declines: Callable[..., str | None] = _refuses_nothing,
 ) -> None:
     """Makes `implementation` the `backend`'s way to run `operator`.
 
@@ -67,13 +62,37 @@ def register(
         kernel of `perfusion_kernels::<operator>.<backend>` itself.
     refuses: given the schema's arguments, None, or the reason why they cannot run here. It may look at
         shapes, dtypes and devices only: it runs under `torch.compile` too.
+    declines: the same, for calls that can run here when `backend` is asked for by name, and not otherwise.
     """
+    implementations = _implementations.setdefault(operator.name, {})
+    _require_new(backend, operator.name, implementations)
+    implementations[backend] = Implementation(bind(operator, backend, implementation), refuses, declines)
+
+
+def register_backward(
+    backend: str,
+    operator: Operator,
+    implementation: Callable | None,
+    *,
+    refuses: Callable[..., str | None] = _refuses_nothing,
+) -> None:
+    """Makes `implementation` the way to differentiate what `backend` ran of `operator`, instead of plain torch.
+
+    implementation: as `registration.bind_backward` says; None if a loaded C++ library registers the kernel of
+        `perfusion_kernels::<operator>_backward.<backend>` itself.
+    refuses: as in `register`, given the arguments of the backward; plain torch then takes over, as it does
+        for second derivatives.
+    """
+    _require_new(backend, f"{operator.name}_backward", operator.backwards)
+    overload = bind_backward(operator, backend, implementation)
+    operator.backwards[backend] = Implementation(overload, refuses, _refuses_nothing)
+
+
+def _require_new(backend: str, operator: str, implementations: dict[str, Implementation]) -> None:
     if backend not in ORDER:
         raise ValueError(f"register: backend must be one of {', '.join(ORDER)}; got {backend!r}")
-    implementations = _implementations.setdefault(operator.name, {})
     if backend in implementations:
-        raise ValueError(f"register: {operator.name} already has a {backend} implementation")
-    implementations[backend] = _Implementation(bind(operator, backend, implementation), refuses)
+        raise ValueError(f"register: {operator} already has a {backend} implementation")
 
 
 def load(backend: str) -> None:
@@ -102,12 +121,12 @@ def select(operator: str, arguments: Sequence, backend: str | None = None) -> Op
             )
         return implementations[requested].overload
     for name in ORDER:
-        if _why_not(name, implementations, arguments) is None:
+        if _why_not(name, implementations, arguments) is None and not implementations[name].declines(*arguments):
             return implementations[name].overload
     raise BackendUnavailable(f"{operator}: no backend can run this call")
 
 
-def _why_not(backend: str, implementations: dict[str, _Implementation], arguments: Sequence) -> str | None:
+def _why_not(backend: str, implementations: dict[str, Implementation], arguments: Sequence) -> str | None:
     if backend not in ORDER:
         return f"there is no such backend, only {', '.join(ORDER)}"
     if backend not in implementations:

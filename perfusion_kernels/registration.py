@@ -4,13 +4,13 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from .schemas import SCHEMAS
+from .schemas import SCHEMAS, backward_schema
 
 LIBRARY = torch.library.Library("perfusion_kernels", "DEF")
 
@@ -18,12 +18,23 @@ AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastX
 
 
 @dataclass(frozen=True)
+class Implementation:
+    """An overload, and why it cannot or had better not run given arguments; both look at shapes, dtypes and devices only."""
+
+    overload: OpOverload
+    refuses: Callable[..., str | None]
+    declines: Callable[..., str | None]
+
+
+@dataclass(frozen=True)
 class Operator:
     """The traits all backends of one operator share; the public function's file declares them.
 
     fake: shapes, dtypes and strides of the result, from arguments without data.
-    setup_context, backward: as `torch.library.register_autograd` wants them, in plain torch.
+    setup_context, backward: as `torch.library.register_autograd` wants them, in plain torch; setup_context
+        saves every tensor argument, in order.
     autocast: names of the arguments that autocast turns to its dtype. The others keep theirs.
+    backwards: by backend, what computes the first derivatives there instead of `backward`.
     """
 
     name: str
@@ -31,6 +42,7 @@ class Operator:
     setup_context: Callable
     backward: Callable
     autocast: tuple[str, ...] = ()
+    backwards: dict[str, Implementation] = field(default_factory=dict)
 
 
 def bind(operator: Operator, backend: str, implementation: Callable | None) -> OpOverload:
@@ -39,19 +51,72 @@ def bind(operator: Operator, backend: str, implementation: Callable | None) -> O
     implementation: a function of the schema's arguments; None if a loaded C++ library brings the kernel.
     """
     name = f"{operator.name}.{backend}"
-    qualified_name = f"{LIBRARY.ns}::{name}"
-    LIBRARY.define(name + SCHEMAS[operator.name], tags=(torch.Tag.pt2_compliant_tag,))
-    overload = getattr(getattr(getattr(torch.ops, LIBRARY.ns), operator.name), backend)
-    if implementation is not None:
-        LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified_name, operator.fake, lib=LIBRARY)
+    overload = _define(operator.name, backend, SCHEMAS[operator.name], implementation, operator.fake)
     torch.library.register_autograd(
-        qualified_name, _without_autocast(operator.backward), setup_context=operator.setup_context, lib=LIBRARY
+        f"{LIBRARY.ns}::{name}", _derivative(operator, backend), setup_context=_keep_all(operator), lib=LIBRARY
     )
-    torch.library.register_vmap(qualified_name, _refuse_vmap(operator.name), lib=LIBRARY)
     for device_type, key in AUTOCAST_KEYS.items():
         LIBRARY.impl(name, _autocast_rule(overload, operator.autocast, device_type), key)
     return overload
+
+
+def bind_backward(operator: Operator, backend: str, implementation: Callable | None) -> OpOverload:
+    """Defines `perfusion_kernels::<operator>_backward.<backend>` and returns it.
+
+    implementation: a function of the arguments of `backward_schema`: the results' gradients, those of the operator,
+        and `needs`, one bool for each of the latter. It returns the gradients that are needed, in order, dense and in
+        their argument's dtype. None if a loaded C++ library brings the kernel.
+    """
+    name = f"{operator.name}_backward"
+    overload = _define(name, backend, backward_schema(operator.name), implementation, _fake_gradients)
+
+    def refuse(ctx, *gradients):
+        raise NotImplementedError(f"{overload} has no derivative; take second derivatives of {operator.name} itself")
+
+    torch.library.register_autograd(f"{LIBRARY.ns}::{name}.{backend}", refuse, lib=LIBRARY)
+    return overload
+
+
+def _define(operator: str, backend: str, schema: str, implementation: Callable | None, fake: Callable) -> OpOverload:
+    name = f"{operator}.{backend}"
+    qualified_name = f"{LIBRARY.ns}::{name}"
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if implementation is not None:
+        LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified_name, fake, lib=LIBRARY)
+    torch.library.register_vmap(qualified_name, _refuse_vmap(operator), lib=LIBRARY)
+    return getattr(getattr(getattr(torch.ops, LIBRARY.ns), operator), backend)
+
+
+def _fake_gradients(*arguments):
+    *tensors, needs = arguments
+    return [tensor.new_empty(tensor.shape) for tensor, need in zip(tensors[-len(needs) :], needs) if need]
+
+
+def _keep_all(operator: Operator) -> Callable:
+    """The operator's setup_context, and beside the tensors the arguments that are none; in a schema they come last."""
+
+    def setup_context(ctx, inputs, output):
+        operator.setup_context(ctx, inputs, output)
+        ctx.constants = [argument for argument in inputs if not (argument is None or isinstance(argument, Tensor))]
+
+    return setup_context
+
+
+def _derivative(operator: Operator, backend: str) -> Callable:
+    """Autograd's rule, run with autocast off: by the backend's own kernels if it has them and they take the arguments."""
+
+    def run(ctx, *gradients: Tensor):
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            own, needs = operator.backwards.get(backend), ctx.needs_input_grad
+            if own is not None and not torch.is_grad_enabled():  # enabled: the gradients will be differentiated
+                arguments = (*gradients, *ctx.saved_tensors, *ctx.constants, list(needs))
+                if own.refuses(*arguments) is None:
+                    found = iter(own.overload(*arguments))
+                    return tuple(next(found) if need else None for need in needs)
+            return operator.backward(ctx, *gradients)
+
+    return run
 
 
 def _autocast_rule(overload: OpOverload, names: tuple[str, ...], device_type: str) -> Callable:
@@ -68,14 +133,6 @@ def _autocast_rule(overload: OpOverload, names: tuple[str, ...], device_type: st
             return overload(*cast)
 
     return rule
-
-
-def _without_autocast(backward: Callable) -> Callable:
-    def run(ctx, *gradients: Tensor):
-        with torch.autocast(gradients[0].device.type, enabled=False):
-            return backward(ctx, *gradients)
-
-    return run
 
 
 def _refuse_vmap(name: str) -> Callable:
