@@ -4,6 +4,8 @@
     edited_projection       edited keys or values of all layers at once
     edited_attention        cross-attention, plain or with the edit applied on the way
     fused_edited_attention  projection, edit and attention in one call
+    cross_attention_layer   to_q, attention, to_out, bias and residual in one call, for keys and values of a prompt
+    absorb_projections      such keys and values with to_q and to_out in them, once per prompt
     ConceptBank             the resident concepts that the operators index
     validate_concepts       the checks on values that operators do not make on a device
     metric                  C⁻¹: targets in the metric, conditioning, shrinkage
@@ -13,9 +15,11 @@ which implementations this installation has, and why not the others.
 """
 
 from . import backend, metric
+from .absorption import absorb_projections
 from .backend import BackendUnavailable, available_backends, use_backend
 from .concept_bank import ConceptBank
 from .concept_gates import concept_gates
+from .cross_attention_layer import cross_attention_layer
 from .edited_attention import edited_attention
 from .edited_projection import edited_projection
 from .fused_edited_attention import fused_edited_attention
@@ -24,8 +28,10 @@ from .validation import validate_concepts
 __all__ = [
     "BackendUnavailable",
     "ConceptBank",
+    "absorb_projections",
     "available_backends",
     "concept_gates",
+    "cross_attention_layer",
     "edited_attention",
     "edited_projection",
     "fused_edited_attention",

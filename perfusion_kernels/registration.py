@@ -126,7 +126,7 @@ def _autocast_rule(overload: OpOverload, names: tuple[str, ...], device_type: st
     def rule(*arguments):
         dtype = torch.get_autocast_dtype(device_type)
         cast = [
-            argument.to(dtype) if i in positions and argument.dtype != torch.float64 else argument
+            argument.to(dtype) if i in positions and argument is not None and argument.dtype != torch.float64 else argument
             for i, argument in enumerate(arguments)
         ]
         with torch.autocast(device_type, enabled=False):

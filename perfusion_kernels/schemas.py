@@ -26,6 +26,10 @@ SCHEMAS = {
         " Tensor components, Tensor index, Tensor key_outputs, Tensor key_targets,"
         " Tensor value_outputs, Tensor value_targets, float scale) -> Tensor"
     ),
+    "cross_attention_layer": (
+        "(Tensor hidden_states, Tensor? query_weight, Tensor key, Tensor value, Tensor? output_weight,"
+        " Tensor? output_bias, Tensor? residual, float scale) -> Tensor"
+    ),
 }
 
 

@@ -1,7 +1,7 @@
 """Inputs for every test and benchmark of the operators, on any device and in any dtype.
 
 Letters: B rows, T tokens, D text width, J places per row, S slots in the bank, H heads, d head width,
-N image tokens, O = H * d columns. Encodings and targets have an ill-conditioned second moment, as real
+N image tokens, O = H * d columns, C = `channels` of an image token. Encodings and targets have an ill-conditioned second moment, as real
 ones have. The rows of a batch are mixed: none, all, one, all but one of the J places are used. Whatever
 an operator must not read is NaN: slot 0 of every table (to which a careless look-up of -1 leads), bias,
 temperature, gates and components at unused places, and, with `views=True`, the memory around each tensor.
@@ -42,6 +42,11 @@ class Case:
     key_targets: Tensor  # [S, O]
     value_outputs: Tensor  # [S, O]
     value_targets: Tensor  # [S, O]
+    hidden_states: Tensor  # [B, N, C]
+    query_weight: Tensor  # [O, C]
+    output_weight: Tensor  # [C, O]
+    output_bias: Tensor  # [C]
+    residual: Tensor  # [B, N, C]
 
     def arguments(self, operator: str) -> dict[str, Tensor]:
         """The tensor arguments of an operator by name."""
@@ -58,6 +63,9 @@ class Case:
                 "concept_gates": ("encodings", "targets", "metric_targets", "index", "bias", "temperature"),
                 "edited_attention": ("query", "key", "value", *edit),
                 "fused_edited_attention": ("query", "encodings", "key_weight", "value_weight", *edit),
+                "cross_attention_layer": (
+                    *("hidden_states", "query_weight", "key", "value", "output_weight", "output_bias", "residual"),
+                ),
             }[operator]
         )
 
@@ -74,7 +82,7 @@ class Case:
 
 PUBLIC = {
     name: getattr(perfusion_kernels, name)
-    for name in ("concept_gates", "edited_projection", "edited_attention", "fused_edited_attention")
+    for name in ("concept_gates", "edited_projection", "edited_attention", "fused_edited_attention", "cross_attention_layer")
 }
 
 
@@ -111,8 +119,9 @@ def make(
     seed: int = 0,
     views: bool = False,
     C: Tensor | None = None,
+    channels: int | None = None,
 ) -> Case:
-    """A case. `dtype` is that of encodings, weights, query, key, value and tables; the rest is float32 at least."""
+    """A case. `C` is the second moment, `channels` the C of an image token, by default not O. `dtype` is that of encodings, weights, query, key, value and tables; the rest is float32 at least."""
     S = J + 3 if S is None else S
     generator = torch.Generator().manual_seed(seed)
 
@@ -156,6 +165,15 @@ def make(
         "value_outputs": normal(S, O).to(dtype),
         "value_targets": (targets @ value_weight.T).to(dtype),
     }
+    channels = O + 5 if channels is None else channels
+    layer = {
+        "hidden_states": normal(B, N, channels),
+        "query_weight": normal(O, channels) / channels**0.5,
+        "output_weight": normal(channels, O) / O**0.5,
+        "output_bias": normal(channels),
+        "residual": normal(B, N, channels),
+    }
+    tensors |= {name: tensor.to(dtype) for name, tensor in layer.items()}
     for name, tensor in tensors.items():
         if name.endswith(("targets", "outputs", "superclasses")):
             tensor[0] = float("nan")

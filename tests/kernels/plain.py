@@ -55,3 +55,13 @@ def edited_attention(
 def fused_edited_attention(query, encodings, key_weight, value_weight, *edit_and_scale):
     key, value = ((encodings @ weight.T).unflatten(-1, query.shape[2:]) for weight in (key_weight, value_weight))
     return edited_attention(query, key, value, *edit_and_scale)
+
+
+def cross_attention_layer(hidden_states, query_weight, key, value, output_weight, output_bias, residual, scale):
+    query = (hidden_states @ query_weight.T).unflatten(-1, key.shape[2:])
+    result = torch.empty_like(query)
+    for b in range(query.shape[0]):
+        for h in range(query.shape[2]):
+            scores = query[b, :, h] @ key[b, :, h].T * scale
+            result[b, :, h] = torch.softmax(scores, -1) @ value[b, :, h]
+    return result.flatten(2) @ output_weight.T + output_bias + residual

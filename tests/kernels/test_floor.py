@@ -27,6 +27,9 @@ DIFFERENTIABLE = {
         "query", "encodings", "key_weight", "value_weight", "gates", "components",
         "key_outputs", "key_targets", "value_outputs", "value_targets",
     ),
+    "cross_attention_layer": (
+        "hidden_states", "query_weight", "key", "value", "output_weight", "output_bias", "residual"
+    ),
 }  # fmt: skip
 
 
@@ -88,7 +91,7 @@ def test_odd_sizes(operator, backend, device, sizes):
 @each_run
 def test_empty_batch(operator, backend, device):
     case = cases.make(device=device)
-    shared = ("targets", "weight", "outputs")  # what has no B
+    shared = ("targets", "weight", "outputs", "output_bias")  # what has no B
     arguments = {
         name: tensor if name.endswith(shared) else tensor[:0] for name, tensor in case.arguments(operator).items()
     }
@@ -273,7 +276,7 @@ def test_autocast(operator, backend, device):
         expected = call(operator, case.arguments(operator), backend=backend)
     else:
         cast = cases.overload_of(operator, backend)
-        names = ("encodings", "weight", "query", "key", "value", "key_weight", "value_weight")
+        names = ("encodings", "weight", "query", "key", "value", "key_weight", "value_weight", *DIFFERENTIABLE["cross_attention_layer"])
         halves = {
             name: tensor.bfloat16() if name in names else tensor for name, tensor in case.arguments(operator).items()
         }
@@ -330,7 +333,7 @@ def test_shapes_are_always_checked(operator, validate):
                 call(operator, {**arguments, name: wrong}, validate=validate)
 
 
-@each_operator
+@pytest.mark.parametrize("operator", [operator for operator in OPERATORS if " index" in SCHEMAS[operator]])
 def test_an_index_out_of_range_is_refused(operator):
     arguments = cases.make(J=2, S=5).arguments(operator)
     for value in (5, -2):

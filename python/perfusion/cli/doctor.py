@@ -175,6 +175,8 @@ def _inputs(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         **{name: draw(outputs, width) / width**0.5 for name in ("key_weight", "value_weight")},
         **{name: draw(rows, tokens, heads, head_width) for name in ("key", "value")},
         "query": draw(rows, pixels, heads, head_width),
+        **{name: draw(rows, pixels, width) for name in ("hidden_states", "residual")},
+        **dict(query_weight=draw(outputs, width) / width**0.5, output_weight=draw(width, outputs), output_bias=draw(width)),
     }
     return {"index": index.to(device), **{name: tensor.to(device, dtype) for name, tensor in inputs.items()}}
 

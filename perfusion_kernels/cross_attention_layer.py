@@ -1,0 +1,113 @@
+"""`cross_attention_layer`: a whole cross-attention layer whose keys and values stay the same over the denoising steps."""
+
+import torch
+from torch import Tensor
+
+from .arguments import FLOATING, Arguments, dtypes_beside
+from .backend import register, select
+from .reference import cross_attention_layer as reference
+from .registration import Operator
+from .validation import wanted
+
+
+def cross_attention_layer(
+    hidden_states: Tensor,
+    query_weight: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    output_weight: Tensor | None,
+    output_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """residual + output_bias + softmax(scale · (x W_Qᵀ) Kᵀ) V W_Oᵀ, with x = hidden_states, per head.
+
+    key and value are those of the prompt, edited already (`edited_projection`). With `query_weight` and
+    `output_weight` both None they are absorbed ones, from `absorb_projections`: the heads are then C wide and
+    the result is residual + output_bias + Σ_h softmax(scale · x K_hᵀ) V_h.
+
+    Args:
+        hidden_states [B, N, C]: float16, bfloat16, float32 or float64; any strides.
+        query_weight [H*d, C]: of `to_q`, which has no bias; or None, absorbed.
+        key, value [B, T, H, d], absorbed [B, T, H, C]; T >= 1.
+        output_weight [C, H*d], output_bias [C]: of `to_out`. output_weight is None exactly if query_weight is.
+        residual [B, N, C]: added at the end, or None. All tensors are of the dtype of hidden_states.
+        scale: None means d ** -0.5, and 1 for absorbed keys, which contain it.
+        validate: whether to check that key and value are finite, which waits for the device. None: on ordinary
+            host tensors outside torch.compile only.
+        backend: "cuda", "triton" or "reference"; None chooses.
+
+    Returns:
+        [B, N, C], contiguous, in the dtype of hidden_states; under autocast, in autocast's, to which every
+        tensor is cast. Softmax and sums in at least float32. Differentiable in every tensor.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above. BackendUnavailable: see `use_backend`.
+
+    Source: DESIGN.md, "Cross-attention layer".
+    """
+    check = Arguments("cross_attention_layer")
+    check("hidden_states", hidden_states, "B N C", FLOATING)
+    same = (dtypes_beside(hidden_states), "as hidden_states")
+    absorbed = query_weight is None and output_weight is None
+    heads = "B T H C" if absorbed else "B T H d"
+    check("key", key, heads, *same)
+    check("value", value, heads, *same)
+    if key.shape[1] == 0:
+        raise ValueError("cross_attention_layer: key must have at least one position; got T = 0")
+    if not absorbed:
+        _check_both(query_weight, output_weight)
+        check("query_weight", query_weight, "H*d C", *same)
+        check("output_weight", output_weight, "C H*d", *same)
+    if output_bias is not None:
+        check("output_bias", output_bias, "C", *same)
+    if residual is not None:
+        check("residual", residual, "B N C", *same)
+    if wanted("cross_attention_layer", validate, hidden_states, key, value):
+        _validate_finite(key=key, value=value)
+    if scale is None:
+        scale = 1.0 if absorbed else key.shape[-1] ** -0.5
+    arguments = (hidden_states, query_weight, key, value, output_weight, output_bias, residual, float(scale))
+    return select("cross_attention_layer", arguments, backend)(*arguments)
+
+
+def _check_both(query_weight: Tensor | None, output_weight: Tensor | None) -> None:
+    pair = {"query_weight": query_weight, "output_weight": output_weight}
+    for name, other in zip(pair, reversed(pair)):
+        if pair[name] is None:
+            raise ValueError(
+                f"cross_attention_layer: {name} must be given with {other}, or both be None for absorbed"
+                " keys and values; got None"
+            )
+
+
+def _validate_finite(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"cross_attention_layer: {name} must be finite; got another value")
+
+
+def _fake(hidden_states, *rest):
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, gradient):
+    return reference.cross_attention_layer_backward(gradient, *ctx.saved_tensors, ctx.scale, ctx.needs_input_grad)
+
+
+OPERATOR = Operator(
+    "cross_attention_layer",
+    _fake,
+    _setup_context,
+    _backward,
+    autocast=("hidden_states", "query_weight", "key", "value", "output_weight", "output_bias", "residual"),
+)
+register("reference", OPERATOR, reference.cross_attention_layer)

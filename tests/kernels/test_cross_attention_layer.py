@@ -1,0 +1,236 @@
+"""`cross_attention_layer`: what diffusers computes, absorbed or not, and its refusals."""
+
+import re
+
+import pytest
+import torch
+from torch.nn import functional
+
+from perfusion_kernels import absorb_projections, cross_attention_layer, edited_attention
+
+from . import cases, plain
+from .tolerance import assert_no_worse
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TIGHT = dict(rtol=0, atol=1e-12)
+each_run = pytest.mark.parametrize("backend, device", cases.runs())
+
+
+def layer(case):
+    return case.arguments("cross_attention_layer")
+
+
+def absorbed(case, scale=None):
+    """The same layer's arguments with its projections absorbed."""
+    arguments = layer(case)
+    names = ("query_weight", "key", "value", "output_weight")
+    key, value = absorb_projections(*(arguments[name] for name in names), scale=scale)
+    return {**arguments, "query_weight": None, "key": key, "value": value, "output_weight": None}
+
+
+def exactly(case, scale=None):
+    arguments = layer(case.double())
+    return plain.cross_attention_layer(**arguments, scale=case.key.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def test_is_the_attention_of_diffusers():
+    """One layer of a UNet with `to_q`, `to_out`, its residual, and nothing else."""
+    from diffusers.models.attention_processor import Attention
+
+    torch.manual_seed(0)
+    attention = Attention(query_dim=29, cross_attention_dim=19, heads=3, dim_head=8, bias=False).double()
+    case = cases.make(dtype=torch.float64)
+    key, value = (project(case.encodings).unflatten(-1, (3, 8)) for project in (attention.to_k, attention.to_v))
+    to_out = attention.to_out[0]
+    result = cross_attention_layer(
+        case.hidden_states, attention.to_q.weight, key, value, to_out.weight, to_out.bias, case.residual
+    )
+    expected = attention(case.hidden_states, case.encodings) + case.residual
+    torch.testing.assert_close(result, expected, **TIGHT)
+
+
+@pytest.mark.parametrize("scale", (None, 0.05))
+def test_is_projection_attention_projection(scale):
+    case = cases.make(T=77, dtype=torch.float64)
+    query = functional.linear(case.hidden_states, case.query_weight).unflatten(-1, case.key.shape[2:])
+    attended = edited_attention(query, case.key, case.value, scale=scale).flatten(2)
+    expected = case.residual + functional.linear(attended, case.output_weight, case.output_bias)
+    torch.testing.assert_close(cross_attention_layer(**layer(case), scale=scale), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("scale", (None, 0.05))
+def test_absorption_changes_nothing(scale):
+    case = cases.make(T=77, dtype=torch.float64)
+    result = cross_attention_layer(**absorbed(case, scale))
+    torch.testing.assert_close(result, cross_attention_layer(**layer(case), scale=scale), **TIGHT)
+
+
+@each_run
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", (24, 29, 80))
+def test_absorbed_is_no_worse_than_the_plain_formula(backend, device, dtype, channels):
+    case = cases.make(dtype=dtype, device=device, channels=channels)
+    naive = plain.cross_attention_layer(**layer(case), scale=case.key.shape[-1] ** -0.5)
+    assert_no_worse(cross_attention_layer(**absorbed(case), backend=backend), naive, exactly(case), case.index)
+
+
+@each_run
+@pytest.mark.parametrize("form", (layer, absorbed))
+def test_bias_and_residual_may_be_absent(backend, device, form):
+    case = cases.make(device=device)
+    arguments = form(case)
+    whole = cross_attention_layer(**arguments, backend=backend)
+    summands = {"output_bias": case.output_bias, "residual": case.residual}
+    for missing in (("output_bias",), ("residual",), ("output_bias", "residual")):
+        part = cross_attention_layer(**{**arguments, **dict.fromkeys(missing)}, backend=backend)
+        torch.testing.assert_close(part + sum(summands[name] for name in missing), whole)
+
+
+@each_run
+def test_the_residual_is_not_overwritten(backend, device):
+    """It may be the very tensor of the hidden states."""
+    arguments = layer(cases.make(device=device))
+    arguments["residual"] = arguments["hidden_states"]
+    before = arguments["residual"].clone()
+    cross_attention_layer(**arguments, backend=backend)
+    assert torch.equal(arguments["residual"], before)
+
+
+@each_run
+def test_rows_do_not_meet(backend, device):
+    """A batch row that is not finite stays alone."""
+    arguments = layer(cases.make(device=device))
+    whole = cross_attention_layer(**arguments, backend=backend)
+    arguments["value"] = arguments["value"].clone()
+    arguments["value"][1] = float("nan")
+    result = cross_attention_layer(**arguments, validate=False, backend=backend)
+    others = [0, 2, 3]
+    assert torch.equal(result[others], whole[others]) and result[1].isnan().all()
+
+
+@each_run
+@pytest.mark.parametrize("form", (layer, absorbed))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_large_scores_do_not_overflow(backend, device, form, dtype):
+    arguments = form(cases.make(device=device, dtype=dtype))
+    arguments["key"] = 100 * arguments["key"]
+    assert torch.isfinite(cross_attention_layer(**arguments, backend=backend)).all()
+
+
+def leaves(arguments):
+    return {name: tensor.clone().requires_grad_() for name, tensor in arguments.items() if tensor is not None}
+
+
+@pytest.mark.parametrize("form", (layer, absorbed))
+@pytest.mark.parametrize("without", ((), ("output_bias", "residual")))
+def test_gradients(form, without):
+    case = cases.make(B=2, T=3, D=4, H=2, d=2, N=2, channels=3, dtype=torch.float64)
+    arguments = {**form(case), **dict.fromkeys(without)}
+    given = leaves(arguments)
+
+    def function(*tensors):
+        return cross_attention_layer(**{**arguments, **dict(zip(given, tensors))})
+
+    assert torch.autograd.gradcheck(function, tuple(given.values()))
+    assert torch.autograd.gradgradcheck(function, tuple(given.values()), fast_mode=True)
+
+
+def test_gradients_through_absorption():
+    case = cases.make(B=2, T=3, D=4, H=2, d=2, N=2, channels=3, dtype=torch.float64)
+    names = ("query_weight", "key", "value", "output_weight")
+    given = leaves({name: layer(case)[name] for name in names})
+    direct, through = (
+        torch.autograd.grad(cross_attention_layer(**arguments).square().sum(), list(given.values()))
+        for arguments in (
+            {**layer(case), **given},
+            {
+                **layer(case),
+                **dict(zip(("key", "value"), absorb_projections(**given))),
+                **dict.fromkeys(("query_weight", "output_weight")),
+            },
+        )
+    )
+    for mine, other in zip(direct, through):
+        torch.testing.assert_close(mine, other, **TIGHT)
+
+
+@each_run
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_gradients_of_the_absorbed_form_have_their_argument_dtype(backend, device, dtype):
+    arguments = absorbed(cases.make(device=device, dtype=dtype))
+    given = leaves(arguments)
+    cross_attention_layer(**{**arguments, **given}, backend=backend).float().sum().backward()
+    for name, tensor in given.items():
+        assert tensor.grad.dtype == dtype and torch.isfinite(tensor.grad).all(), name
+
+
+@each_run
+def test_opcheck_absorbed(backend, device):
+    arguments = absorbed(cases.make(T=4, D=5, H=2, d=4, N=3, device=device))
+    arguments = {**arguments, **leaves(arguments), "output_bias": None}
+    positional = (*arguments.values(), 1.0)
+    outcome = torch.library.opcheck(cases.overload_of("cross_attention_layer", backend), positional)
+    assert set(outcome.values()) == {"SUCCESS"} and len(outcome) == 4
+
+
+@each_run
+def test_autocast_absorbed_without_bias(backend, device):
+    """Autocast passes over arguments that are not given."""
+    arguments = {**absorbed(cases.make(device=device)), "output_bias": None}
+    halves = {name: tensor if tensor is None else tensor.bfloat16() for name, tensor in arguments.items()}
+    expected = cross_attention_layer(**halves, backend=backend)
+    with torch.autocast(device, torch.bfloat16):
+        result = cross_attention_layer(**arguments, backend=backend)
+    assert result.dtype == torch.bfloat16 and torch.equal(result, expected)
+
+
+@each_run
+def test_compiles_absorbed(backend, device):
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(arguments):
+        return cross_attention_layer(**arguments, backend=backend)
+
+    arguments = absorbed(cases.make(device=device))
+    torch.testing.assert_close(compiled(arguments), cross_attention_layer(**arguments, backend=backend))
+
+
+def test_absorbed_shapes_and_dtypes():
+    for dtype in DTYPES:
+        case = cases.make(dtype=dtype)
+        for tensor in absorb_projections(case.query_weight, case.key, case.value, case.output_weight):
+            assert tensor.dtype == dtype and tensor.shape == (4, 13, 3, 29)
+
+
+def test_refusals():
+    case = cases.make()
+    arguments = layer(case)
+    for missing, other in (("query_weight", "output_weight"), ("output_weight", "query_weight")):
+        message = f"cross_attention_layer: {missing} must be given with {other}, or both be None for absorbed"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            cross_attention_layer(**{**arguments, missing: None})
+    message = "key must have shape [B, T, H, C] with B = 4 (from hidden_states), C = 29 (from hidden_states); got [4, 13, 3, 8]"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cross_attention_layer(**{**arguments, "query_weight": None, "output_weight": None})
+    with pytest.raises(ValueError, match=re.escape("key must have at least one position; got T = 0")):
+        cross_attention_layer(**{**arguments, "key": case.key[:, :0], "value": case.value[:, :0]})
+    message = "query_weight must have shape [H*d, C] with H = 3 (from key), d = 8 (from key), C = 29 (from hidden_states); got [23, 29]"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cross_attention_layer(**{**arguments, "query_weight": case.query_weight[1:]})
+    with pytest.raises(TypeError, match="residual must be float32 .as hidden_states.; got float64"):
+        cross_attention_layer(**{**arguments, "residual": case.residual.double()})
+    message = "absorb_projections: output_weight must have shape [C, H*d]"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        absorb_projections(case.query_weight, case.key, case.value, case.output_weight[1:])
+
+
+@pytest.mark.parametrize("name", ("key", "value"))
+def test_values_are_checked_on_the_host_or_when_asked(name):
+    arguments = layer(cases.make())
+    arguments[name] = arguments[name].clone()
+    arguments[name][2, 3] = float("nan")
+    for validate in (None, True):
+        with pytest.raises(ValueError, match=f"cross_attention_layer: {name} must be finite; got another value"):
+            cross_attention_layer(**arguments, validate=validate)
+    assert cross_attention_layer(**arguments, validate=False)[2].isnan().any()
