@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 from torch import Tensor
@@ -59,45 +59,6 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
-
-
-def build_vae() -> AutoencoderTiny:
-    """An autoencoder without a learned encoder: see `set_principal_components`."""
-    return AutoencoderTiny(
-        latent_channels=LATENT_CHANNELS, encoder_block_out_channels=(48,) * 4, num_encoder_blocks=(0, 0, 0, 0),
-        decoder_block_out_channels=(24,) * 4, num_decoder_blocks=(4, 4, 2, 1),
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def set_principal_components(vae: AutoencoderTiny, images: Tensor, whitening: float = 0.8) -> None:
-    """Make the encoder the principal components of 8×8 patches of images [n, 3, H, W] in [0, 1], exactly.
-
-    Its strided convolutions become space-to-depth steps and one projection, so nothing has to be trained before the UNet
-    can be. whitening: 0 keeps the components' own variances, 1 makes them equal.
-    """
-    patches = images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(-1, 192).double()
-    mean = patches.mean(0)
-    variances, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
-    variances, directions = variances.flip(0)[:LATENT_CHANNELS], directions.flip(1)[:, :LATENT_CHANNELS]
-    directions = directions * directions.sum(0).sign()  # a direction and its opposite are the same component
-    projection = directions * variances.pow(-whitening / 2)
-    layers = [layer for layer in vae.encoder.layers if isinstance(layer, torch.nn.Conv2d)]
-    for layer in layers:
-        layer.weight.zero_()
-        if layer.bias is not None:
-            layer.bias.zero_()
-    layers[0].weight[range(3), range(3), 1, 1] = 1
-    for level, layer in enumerate(layers[1:3]):
-        channels = 3 * 4**level
-        for place in range(4):  # tap (1 + dy, 1 + dx) of a 3×3 kernel with stride 2 reads pixel (dy, dx) of each 2×2 block
-            layer.weight[range(place * channels, (place + 1) * channels), range(channels), 1 + place // 2, 1 + place % 2] = 1
-    rows, columns, colours = torch.meshgrid(torch.arange(8), torch.arange(8), torch.arange(3), indexing="ij")
-    outer, middle, inner = ((rows // step % 2 * 2 + columns // step % 2) for step in (4, 2, 1))
-    taps = projection.T.reshape(LATENT_CHANNELS, 3, 8, 8).permute(0, 2, 3, 1).float()
-    layers[3].weight[:LATENT_CHANNELS, middle * 12 + inner * 3 + colours, 1 + outer // 2, 1 + outer % 2] = taps
-    layers[4].weight[range(LATENT_CHANNELS), range(LATENT_CHANNELS), 1, 1] = 1
-    layers[4].bias.copy_(-(mean @ projection))
 
 
 def build_unet() -> UNet2DConditionModel:

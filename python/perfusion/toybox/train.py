@@ -1,7 +1,7 @@
 """The recipe that made toybox: `python -m perfusion.toybox.train --work DIR --output DIR`.
 
-Four stages, each resumable from its last checkpoint in the work folder and logged to `log.jsonl` there: the
-latents, text encoder and UNet together, the autoencoder's decoder, the judge; then the export in diffusers' folder format.
+Four stages, each resumable from its last checkpoint in the work folder and logged to `log.jsonl` there: the autoencoder,
+the judge, the latents of fresh pictures, text encoder and UNet together; then the export in diffusers' folder format.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from perfusion.covariance import compute_covariance
 from perfusion.models import load_pipeline
 
 from .judge import Judge, judge_loss, save_judge
-from .model import Denoiser, build_pipeline, build_scheduler, build_text_encoder, build_tokenizer, build_unet, build_vae, set_principal_components, token_ids
+from .model import Denoiser, build_pipeline, build_scheduler, build_text_encoder, build_tokenizer, build_unet, token_ids
 from .render import render
+from .vae import PatchAutoencoder
 from .world import Pictures, caption, sample_pictures
 
 EMA_DECAY = 0.9995
@@ -77,6 +78,14 @@ class Stage:
             if self.step % SAVE_EVERY == 0 or self.step == self.steps:
                 self.save()
         bar.close()
+        return self.result()
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.steps
+
+    def result(self) -> torch.nn.Module:
+        """The model holding its averaged weights."""
         self.model.load_state_dict(self.average)
         return self.model.eval()
 
@@ -91,100 +100,119 @@ class Stage:
             file.write(json.dumps({"stage": self.name, **row}) + "\n")
 
 
-def _rendered(count: int, seed: int, **kinds) -> Iterator[tuple[Pictures, Tensor]]:
-    """`count` pictures in blocks of 256, the same for the same seed."""
+def _rendered(count: int, seed: int, **kinds) -> Iterator[tuple[Pictures, Tensor, Tensor]]:
+    """`count` pictures in blocks of 256, the same for the same seed: what they show, images, and masks [256, 1, 64, 64] of their things."""
     generator = torch.Generator().manual_seed(seed)
     for _ in tqdm(range(math.ceil(count / 256)), desc="render", mininterval=2):
         pictures = sample_pictures(256, generator, **kinds)
-        yield pictures, render(pictures)[0]
+        images, masks = render(pictures)
+        yield pictures, images, masks.sum(1, keepdim=True).clamp(max=1)
 
 
-def train_decoder(work: Path, device: str, steps: int, vae, pictures: int, batch: int = 16):
-    images = torch.cat([(image * 255).round().byte() for _, image in _rendered(pictures, seed=1)])
-    decoder = vae.decoder.to(memory_format=torch.channels_last)
+def _bytes(values: Tensor) -> Tensor:
+    return (values * 255).round().byte()
+
+
+def train_autoencoder(work: Path, device: str, steps: int, pictures: int, batch: int = 16) -> PatchAutoencoder:
+    """What is wrong in a thing counts five times what is wrong behind it: things are what is looked at."""
+    vae = PatchAutoencoder()
+    stage = Stage("autoencoder", work, vae.to(memory_format=torch.channels_last), steps, 2e-3, device, decay=0.998)
+    if stage.finished:
+        return stage.result()
+    blocks = [(_bytes(image), _bytes(mask)) for _, image, mask in _rendered(pictures, seed=1)]
+    images, masks = (torch.cat(tensors) for tensors in zip(*blocks))
+    if stage.step == 0:
+        vae.set_principal_components(images[:2048].to(device).float() / 127.5 - 1)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(images), (batch,), generator=generator)
         x = images[rows].to(device).float() / 127.5 - 1
-        with torch.no_grad():
-            latents = vae.encode(x).latents
-        # generated latents are not exact either
-        blur = 0.2 * torch.rand((batch, 1, 1, 1), generator=generator) * torch.randn(latents.shape, generator=generator)
-        restored = decoder(latents + blur.to(device))
-        return F.l1_loss(restored, x) + 2 * F.mse_loss(restored, x)
+        weights = 1 + 4 * masks[rows].to(device).float() / 255
+        latents = vae.encode(x).latents
+        # generated latents are not exact either; relative noise, so that making them larger does not help
+        noise = 0.2 * torch.rand((batch, 1, 1, 1), generator=generator) * torch.randn(latents.shape, generator=generator)
+        difference = vae.decode(latents + latents.std() * noise.to(device)).sample - x
+        return (weights * (difference.abs() + 2 * difference**2)).sum() / (3 * weights.sum())
 
-    Stage("decoder", work, decoder, steps, 3e-3, device, decay=0.998).run(loss_of)
-    return vae.eval()
+    return stage.run(loss_of)
+
+
+def _moved(images: Tensor, generator: torch.Generator, reach: int = 4) -> Tensor:
+    """Each image mirrored or not and shifted by up to `reach` pixels: what it shows is still the same to the judge."""
+    size, padded = images.shape[-1], F.pad(images, [reach] * 4, mode="replicate")
+    padded = torch.where(torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5, padded.flip(3), padded)
+    corners = torch.randint(2 * reach + 1, (len(images), 2), generator=generator).tolist()
+    return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, corners)])
+
+
+def _half_restored(vae: PatchAutoencoder, device: str, pictures: int) -> Iterator[tuple[Pictures, Tensor]]:
+    """Rendered blocks whose first halves have gone through the autoencoder, because generated pictures have, too."""
+    for scenes, images, _ in _rendered(pictures, seed=3):
+        with torch.no_grad():
+            restored = vae.decode(vae.encode(images[:128].to(device) * 2 - 1).latents).sample.cpu().clamp(-1, 1) / 2 + 0.5
+        yield scenes, torch.cat([restored, images[128:]])
+
+
+def train_judge(work: Path, vae: PatchAutoencoder, device: str, steps: int, pictures: int, batch: int = 64) -> Judge:
+    judge = Judge()
+    stage = Stage("judge", work, judge, steps, 2e-3, device, decay=0.998)
+    blocks = [(scenes, _bytes(images)) for scenes, images in _half_restored(vae, device, 2048 if stage.finished else pictures)]
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        judge.train()
+        everything, images = blocks[int(torch.randint(len(blocks), (1,), generator=generator))]
+        rows = torch.randperm(256, generator=generator)[:batch]
+        chosen = Pictures(
+            everything.first.take(rows), everything.second.take(rows),
+            *(getattr(everything, name)[rows] for name in ("scene", "relation", "style", "details", "poses", "mirrored")),
+        )  # fmt: skip
+        x = _moved(images[rows].float() / 255, generator)
+        x = (x + 0.02 * torch.randn(x.shape, generator=generator)).to(device)
+        return judge_loss(judge(x), chosen)
+
+    stage.run(loss_of)
+    with torch.no_grad():
+        seen = [judge(images.float().to(device) / 255).features for _, images in blocks[:8]]
+    judge.feature_mean.copy_(torch.cat(seen).mean(0))
+    return judge
 
 
 @torch.no_grad()
-def make_latents(work: Path, device: str, pictures: int):
-    """The autoencoder with its exact encoder, and latents [n, 16, 8, 8] in half precision and captions of fresh pictures."""
-    path, vae = work / "latents.pt", build_vae().to(device).eval()
+def make_latents(work: Path, device: str, vae: PatchAutoencoder, pictures: int) -> dict:
+    """Of fresh pictures: `latents` [n, 16, 8, 8] in half precision, `masks` [n, 1, 8, 8] of their things and `captions`."""
+    path = work / "latents.pt"
     if not path.exists():
-        latents, captions, generator = [], [], torch.Generator().manual_seed(22)
-        for block, (scenes, images) in enumerate(_rendered(pictures, seed=2)):
-            if block == 0:
-                set_principal_components(vae, images.to(device))
+        latents, masks, captions, generator = [], [], [], torch.Generator().manual_seed(22)
+        for scenes, images, mask in _rendered(pictures, seed=2):
             latents.append(vae.encode(images.to(device) * 2 - 1).latents.half().cpu())
+            masks.append(F.avg_pool2d(mask, 8).half())
             captions += caption(scenes, generator)
-        torch.save({"latents": torch.cat(latents), "captions": captions, "encoder": vae.encoder.state_dict()}, path)
-    saved = torch.load(path, weights_only=True)
-    vae.encoder.load_state_dict(saved["encoder"])
-    return vae, saved["latents"], saved["captions"]
+        torch.save({"latents": torch.cat(latents), "masks": torch.cat(masks), "captions": captions}, path)
+    return torch.load(path, weights_only=True)
 
 
-def train_denoiser(work: Path, device: str, steps: int, latents: Tensor, captions: list[str], batch: int = 128):
+def train_denoiser(work: Path, device: str, steps: int, data: dict, batch: int = 128):
+    """The text encoder learns with the UNet; what is wrong in a thing counts four times what is wrong behind it."""
+    latents, masks = data["latents"], data["masks"]
     scale = 1 / latents.float().std().item()
-    # a component counts by its size in the picture: coarse structure first (whitening left std ~ variance^0.1 of it)
-    weights = latents.float().std((0, 2, 3)).to(device) ** 4
-    weights = (weights / weights.mean()).view(-1, 1, 1)
     tokenizer = build_tokenizer(work / "tokenizer")
-    ids, nothing = token_ids(tokenizer, captions), token_ids(tokenizer, [""])
+    ids, nothing = token_ids(tokenizer, data["captions"]), token_ids(tokenizer, [""])
     unet = build_unet().to(memory_format=torch.channels_last)
     scheduler, model = build_scheduler(), Denoiser(build_text_encoder(tokenizer), unet)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (batch,), generator=generator)
         clean = (latents[rows].float() * scale).to(device)
+        weights = 1 + 3 * masks[rows].float().to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         timesteps = torch.randint(1000, (batch,), generator=generator).to(device)
         dropped = torch.rand(batch, generator=generator) < 0.1
         words = torch.where(dropped[:, None], nothing, ids[rows]).to(device)
         predicted = model(scheduler.add_noise(clean, noise, timesteps), timesteps, words)
-        return (weights * (predicted - scheduler.get_velocity(clean, noise, timesteps)) ** 2).mean()
+        errors = ((predicted - scheduler.get_velocity(clean, noise, timesteps)) ** 2).mean(1, keepdim=True)
+        return (weights * errors).sum() / weights.sum()
 
     return tokenizer, scale, Stage("denoiser", work, model, steps, 1.5e-3, device).run(loss_of)
-
-
-def train_judge(work: Path, vae, device: str, steps: int, pictures: int, batch: int = 64) -> Judge:
-    """Half of what it sees has gone through the autoencoder, because generated pictures have, too."""
-    scenes, images = [], []
-    for block, image in _rendered(pictures, seed=3):
-        with torch.no_grad():
-            restored = vae.decode(vae.encode(image[:128].to(device) * 2 - 1).latents).sample.cpu().clamp(-1, 1) / 2 + 0.5
-        scenes.append(block)
-        images.append((torch.cat([restored, image[128:]]) * 255).round().byte())
-    judge = Judge()
-
-    def loss_of(generator: torch.Generator) -> Tensor:
-        judge.train()
-        block = int(torch.randint(len(images), (1,), generator=generator))
-        rows = torch.randperm(256, generator=generator)[:batch]
-        everything = scenes[block]
-        chosen = Pictures(
-            everything.first.take(rows), everything.second.take(rows),
-            *(getattr(everything, name)[rows] for name in ("scene", "relation", "style", "details", "poses", "mirrored")),
-        )  # fmt: skip
-        x = images[block][rows].float() / 255
-        x = (x + 0.02 * torch.randn(x.shape, generator=generator)).to(device)
-        return judge_loss(judge(x), chosen)
-
-    judge = Stage("judge", work, judge, steps, 2e-3, device, decay=0.998).run(loss_of)
-    with torch.no_grad():
-        seen = [judge(block.float().to(device) / 255).features for block in images[:16]]
-    judge.feature_mean.copy_(torch.cat(seen).mean(0))
-    return judge
 
 
 def export(output: Path, vae, tokenizer, scale: float, denoiser: Denoiser, judge: Judge, captions: list[str]) -> None:
@@ -202,20 +230,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="checkpoints, latents and the log; run again to resume")
     parser.add_argument("--output", type=Path, required=True, help="the finished pipeline, in diffusers' folder format")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--decoder-steps", type=int, default=2500)
-    parser.add_argument("--denoiser-steps", type=int, default=2500)
-    parser.add_argument("--judge-steps", type=int, default=3500)
-    parser.add_argument("--pictures", type=int, default=40_960, help="how many the UNet learns from; the decoder and the judge take the first ones of theirs")
+    parser.add_argument("--autoencoder-steps", type=int, default=9000)
+    parser.add_argument("--denoiser-steps", type=int, default=4000)
+    parser.add_argument("--judge-steps", type=int, default=5000)
+    parser.add_argument("--pictures", type=int, default=40_960, help="how many the UNet learns from; the autoencoder has at most 16,384 of its own, the judge as many")
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    vae, latents, captions = make_latents(options.work, options.device, options.pictures)
-    tokenizer, scale, denoiser = train_denoiser(options.work, options.device, options.denoiser_steps, latents, captions)
+    vae = train_autoencoder(options.work, options.device, options.autoencoder_steps, min(16_384, options.pictures))
     torch.manual_seed(1)
-    vae = train_decoder(options.work, options.device, options.decoder_steps, vae, min(12_800, options.pictures))
+    judge = train_judge(options.work, vae, options.device, options.judge_steps, options.pictures)
     torch.manual_seed(2)
-    judge = train_judge(options.work, vae, options.device, options.judge_steps, min(16_384, options.pictures))
-    export(options.output, vae, tokenizer, scale, denoiser, judge, captions)
+    data = make_latents(options.work, options.device, vae, options.pictures)
+    tokenizer, scale, denoiser = train_denoiser(options.work, options.device, options.denoiser_steps, data)
+    export(options.output, vae, tokenizer, scale, denoiser, judge, data["captions"])
     print(f"toybox written to {options.output}; score it with: python -m perfusion.toybox.score {options.output}")
 
 

@@ -107,7 +107,7 @@ def sample_poses(relation: Tensor, second: Instances, generator: torch.Generator
         columns = [(x, dx), (y, dy), (size, spread), (0.0, turn)]
         return torch.stack([_uniform(count, middle - by, middle + by, generator) for middle, by in columns], dim=1)
 
-    alone = torch.stack([around(0, 0.16, 0.60, 0.22, 0.10, 0.10, 0.16), around(0, 0.16, 0.6, 0, 0, 0, 0)], dim=1)
+    alone = torch.stack([around(0, 0.12, 0.70, 0.18, 0.08, 0.09, 0.16), around(0, 0.12, 0.7, 0, 0, 0, 0)], dim=1)
     inside = torch.stack([around(0, 0, 0.42, 0.05, 0.02, 0.03, 0.10), around(0, 0.38, 0.56, 0.12, 0.05, 0.04, 0.03)], dim=1)
     inside[:, 0, 0] += inside[:, 1, 0]
     rims = torch.zeros(count)
