@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="the finished pipeline, in diffusers' folder format")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=9000)
-    parser.add_argument("--denoiser-steps", type=int, default=4000)
+    parser.add_argument("--denoiser-steps", type=int, default=4500)
     parser.add_argument("--judge-steps", type=int, default=5000)
     parser.add_argument("--pictures", type=int, default=40_960, help="how many the UNet learns from; the autoencoder has at most 16,384 of its own, the judge as many")
     options = parser.parse_args(arguments)
