@@ -1,0 +1,112 @@
+"""What the attention kernels share: tiles in two pieces per side, their loads, stores and products.
+
+Triton wants every side of a tile to be a power of two. A side of 77 keys or 40 columns is therefore two
+pieces, 64 + 16 or 32 + 16, instead of one of twice the work. A second piece of size 0 is not there, and stands for
+the first where a function wants a value.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import INTERPRETED, rounded
+
+LONGEST = 256  # of T and of d: what one program holds
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def pieces(size: int) -> tuple[int, int]:
+    """Two powers of two, at least 16, or one and 0, that cover `size` with the least excess."""
+    whole = max(16, triton.next_power_of_2(size))
+    half = whole // 2
+    if size <= 32 or size == whole:
+        return whole, 0
+    rest = max(16, triton.next_power_of_2(size - half))
+    return (whole, 0) if rest == half else (half, rest)
+
+
+def refuses_sizes(query: Tensor, T: int) -> str | None:
+    """Why no program can hold these keys and values, or None."""
+    d = query.shape[3]
+    if T > LONGEST or d > LONGEST:
+        return f"it holds all keys and values of a head, up to {LONGEST} of up to {LONGEST} columns; got T = {T}, d = {d}"
+    return None
+
+
+def precision(query: Tensor) -> str:
+    """How float32 is multiplied: exactly, unless torch was told that TF32 will do."""
+    return "tf32" if query.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def sizes(T: int, d: int) -> dict[str, int]:
+    """The constants T0, T1, D0, D1 of a kernel."""
+    return dict(zip(("T0", "T1", "D0", "D1"), (*pieces(T), *pieces(d))))
+
+
+@triton.jit
+def load_tile(pointer, rows, columns, row_stride, column_stride, row_count, column_count):
+    """pointer[rows, columns]; 0 beyond the counts, where nothing is read."""
+    inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    return tl.load(pointer + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(pointer, tile, rows, columns, row_stride, row_count, column_count):
+    """pointer[rows, columns] = tile inside the counts; columns are neighbours."""
+    inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    tl.store(pointer + offsets, rounded(tile, pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def product(x, y, PRECISION: tl.constexpr):
+    """x y in float32."""
+    if INTERPRETED:  # it multiplies bfloat16 as if it were integers
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, input_precision=PRECISION)
+
+
+@triton.jit
+def add_product(sum, x, y, PRECISION: tl.constexpr):
+    """sum + x y in float32."""
+    if INTERPRETED:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, sum, input_precision=PRECISION)
+
+
+@triton.jit
+def across(x0, x1, y0, y1, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """x yᵀ, summed over both pieces of the columns."""
+    sum = product(x0, tl.trans(y0), PRECISION)
+    if D1 > 0:
+        sum = add_product(sum, x1, tl.trans(y1), PRECISION)
+    return sum
+
+
+@triton.jit
+def along(x0, x1, y0, y1, T1: tl.constexpr, PRECISION: tl.constexpr):
+    """x y, summed over both pieces of the positions; x is rounded to y's dtype."""
+    sum = product(rounded(x0, y0.dtype), y0, PRECISION)
+    if T1 > 0:
+        sum = add_product(sum, rounded(x1, y1.dtype), y1, PRECISION)
+    return sum
+
+
+@triton.jit
+def scores(q0, q1, k00, k01, k10, k11, scale, T, T0: tl.constexpr, T1: tl.constexpr, D1: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
+    """scale · log₂e · q K̃ᵀ for both pieces of the positions, -inf beyond T, and each query's largest."""
+    s0 = across(q0, q1, k00, k01, D1, PRECISION) * (scale * LOG2_E)
+    s1 = s0
+    if T1 > 0:
+        s1 = across(q0, q1, k10, k11, D1, PRECISION) * (scale * LOG2_E)
+        s1 = tl.where((T0 + tl.arange(0, T1))[None, :] < T, s1, float("-inf"))
+        largest = tl.maximum(tl.max(s0, 1), tl.max(s1, 1))
+    else:
+        s0 = tl.where(tl.arange(0, T0)[None, :] < T, s0, float("-inf"))
+        s1 = s0
+        largest = tl.max(s0, 1)
+    return s0, s1, largest

@@ -1,0 +1,138 @@
+"""softmax(scale · q K̃ᵀ) Ṽ with Triton, K̃ and Ṽ being K and V or their edits.
+
+A program has one row and head. It loads all T keys and values once, edits them on the way, and then takes
+tile after tile of queries: one pass, no running maximum. How many tiles a program takes depends on how many
+programs there are without it, so that a few queries still occupy a whole GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import device
+from .attention_tiles import along, load_tile, precision, refuses_sizes, scores, sizes, store_tile
+from .edited_tiles import edit_arguments, load_edited
+from .tuning import launch
+
+PROGRAMS = 512
+"""What a launch aims at: two to four per multiprocessor of a large GPU."""
+
+
+def refuses(query: Tensor, key: Tensor, *value_edit_and_scale) -> str | None:
+    return device.refuses(query, key, *value_edit_and_scale) or refuses_sizes(query, key.shape[1])
+
+
+def edited_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor | None,
+    components: Tensor | None,
+    index: Tensor | None,
+    key_outputs: Tensor | None,
+    key_targets: Tensor | None,
+    value_outputs: Tensor | None,
+    value_targets: Tensor | None,
+    scale: float,
+) -> Tensor:
+    (B, N, H, d), T = query.shape, key.shape[1]
+    result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if result.numel() == 0:
+        return result
+    edit, edit_strides, J, places = edit_arguments(
+        gates, components, index, key_outputs, key_targets, value_outputs, value_targets
+    )
+
+    def run(tiles):
+        programs, each = share(N, B * H, tiles["BLOCK_N"])
+        _attend[(programs * B * H,)](
+            query, key, value, result, *edit, *query.stride(), *key.stride(), *value.stride(), *edit_strides,
+            float(scale), N, T, H, J, programs, each,
+            d=d, PLACES=places, **sizes(T, d), PRECISION=precision(query), **tiles,
+        )  # fmt: skip
+
+    # the edit is not in the key: a row without a concept has the bits of plain attention, so both take the same tiles
+    launch("edited_attention", (B, N, T, H, d, query.dtype), query.device, tiles(T, d, query.dtype), run)
+    return result
+
+
+def tiles(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
+    """Queries per tile: as many as the registers take beside scores [BLOCK_N, T] and results [BLOCK_N, d]."""
+    if dtype == torch.float32:
+        return ({"BLOCK_N": 16, "num_warps": 4, "num_stages": 1}, {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1})
+    if max(T, d) > 128:
+        return ({"BLOCK_N": 64, "num_warps": 8, "num_stages": 1}, {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1})
+    return (
+        {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+        {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+    )
+
+
+def share(N: int, pairs: int, block: int) -> tuple[int, int]:
+    """(programs per row and head, tiles of queries per program)."""
+    count = triton.cdiv(N, block)
+    each = triton.cdiv(count, max(1, min(count, PROGRAMS // pairs)))
+    return triton.cdiv(count, each), each
+
+
+@triton.jit(do_not_specialize=["N", "T", "H", "J", "programs", "each"])
+def _attend(
+    query, key, value, result, gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
+    query_b, query_n, query_h, query_d, key_b, key_t, key_h, key_d, value_b, value_t, value_h, value_d,
+    gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+    key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
+    value_outputs_s, value_outputs_c, value_targets_s, value_targets_c,
+    scale, N, T, H, J, programs, each,
+    d: tl.constexpr, PLACES: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0) // programs
+    b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
+    k00, k01, k10, k11 = load_edited(
+        key + b * key_b + h * key_h, gates, components, index, key_outputs, key_targets, b, h, 0, T, J,
+        key_t, key_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+        key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, T0, T1, D0, D1,
+    )  # fmt: skip
+    v00, v01, v10, v11 = load_edited(
+        value + b * value_b + h * value_h, gates, components, index, value_outputs, value_targets, b, h, 0, T, J,
+        value_t, value_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+        value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, T0, T1, D0, D1,
+    )  # fmt: skip
+    attend_tiles(
+        query + b * query_b + h * query_h, result + (b * N * H + h) * d, k00, k01, k10, k11, v00, v01, v10, v11,
+        query_n, query_d, scale, N, T, H, (tl.program_id(0) % programs) * each, each, d, T0, T1, D0, D1,
+        PRECISION, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def attend_tiles(
+    query, result, k00, k01, k10, k11, v00, v01, v10, v11, query_n, query_d, scale, N, T, H, first, each,
+    d: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`each` tiles of queries from tile `first` on; query and result point to the head's columns of the batch row."""
+    c0 = tl.arange(0, D0)
+    for tile in range(first, min(first + each, tl.cdiv(N, BLOCK_N))):
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        q0 = load_tile(query, n, c0, query_n, query_d, N, d)
+        q1 = q0
+        if D1 > 0:
+            q1 = load_tile(query, n, D0 + tl.arange(0, D1), query_n, query_d, N, d)
+        s0, s1, largest = scores(q0, q1, k00, k01, k10, k11, scale, T, T0, T1, D1, PRECISION)
+        p0 = tl.exp2(s0 - largest[:, None])
+        p1 = p0
+        total = tl.sum(p0, 1)
+        if T1 > 0:
+            p1 = tl.exp2(s1 - largest[:, None])
+            total += tl.sum(p1, 1)
+        share = 1.0 / total
+        o0 = along(p0, p1, v00, v10, T1, PRECISION) * share[:, None]
+        store_tile(result, o0, n, c0, H * d, N, d)
+        if D1 > 0:
+            o1 = along(p0, p1, v01, v11, T1, PRECISION) * share[:, None]
+            store_tile(result, o1, n, D0 + tl.arange(0, D1), H * d, N, d)

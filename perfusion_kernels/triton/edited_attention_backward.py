@@ -1,0 +1,272 @@
+"""The derivatives of `edited_attention` with Triton (DESIGN.md, equations 13 and 14): weights are computed again, not stored.
+
+Two kernels, each of which alone writes what it computes, so equal calls give equal bits. The first has the shape
+of the forward kernel, gives dq, and leaves of each query what the second needs: the logarithm of its softmax's
+denominator, and Σ_t dP P. A program of the second has one row, head and block of positions, and sums dK̃ and dṼ over
+queries; where that is too few programs the queries are cut into parts, whose sums are then added in order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import device
+from .attention_tiles import (
+    LOG2_E,
+    across,
+    add_product,
+    along,
+    load_tile,
+    pieces,
+    precision,
+    refuses_sizes,
+    scores,
+    sizes,
+    store_tile,
+)
+from .device import rounded
+from .edited_attention import share
+from .edited_tiles import edit_arguments, load_edited
+from .rank_one import rank_one_backward
+from .tuning import launch
+
+
+def refuses_backward(gradient: Tensor, query: Tensor, key: Tensor, *value_edit_scale_and_needs) -> str | None:
+    return device.refuses(gradient, query, key, *value_edit_scale_and_needs) or refuses_sizes(query, key.shape[1])
+
+
+def edited_attention_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor | None,
+    components: Tensor | None,
+    index: Tensor | None,
+    key_outputs: Tensor | None,
+    key_targets: Tensor | None,
+    value_outputs: Tensor | None,
+    value_targets: Tensor | None,
+    scale: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients that are needed, in order."""
+    edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
+    by_query, by_key, by_value = attention_gradients(gradient, query, key, value, edit, scale)
+    found = [by_query, by_key.to(key.dtype), by_value.to(value.dtype), *edit_gradients(by_key, by_value, edit, needs[3:10])]
+    return [x for x, need in zip(found, needs) if need]
+
+
+def edit_gradients(by_key: Tensor, by_value: Tensor, edit: tuple, needs: list[bool]) -> list[Tensor | None]:
+    """What the edit's seven arguments get from dK̃ and dṼ [B, T, H, d]; `needs` are theirs."""
+    gates, components, index, key_outputs, key_targets, value_outputs, value_targets = edit
+    by_gates, by_components, by_tables = [], [], []
+    for by_base, outputs, targets, wanted in (
+        (by_key, key_outputs, key_targets, needs[3:5]),
+        (by_value, value_outputs, value_targets, needs[5:7]),
+    ):
+        sums = (None,) * 5
+        if outputs is not None and (needs[0] or needs[1] or any(wanted)):
+            asked = (needs[0], needs[1], False, *wanted)
+            sums = rank_one_backward(by_base.flatten(2), gates, components, index, outputs, targets, asked)
+            by_gates.append(sums[0])
+            by_components.append(sums[1])
+        by_tables += sums[3:]
+    return [sum(by_gates) if needs[0] else None, sum(by_components) if needs[1] else None, None, *by_tables]
+
+
+def attention_gradients(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, edit: tuple, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq in the dtype of query, dK̃ and dṼ in float32: what the edit gets of them is computed before they are rounded."""
+    (B, N, H, d), T = query.shape, key.shape[1]
+    by_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if by_query.numel() == 0:
+        empty = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
+        return by_query, empty, empty.clone()
+    tensors, edit_strides, J, places = edit_arguments(*edit)
+    strides = (*query.stride(), *key.stride(), *value.stride(), *gradient.stride(), *edit_strides)
+    constants = {"d": d, "PLACES": places, "PRECISION": precision(query)}
+    logarithms, sums = torch.empty((2, B, H, N), dtype=torch.float32, device=query.device)
+    shapes = (B, N, T, H, d, query.dtype)
+
+    def run_query(tiles):
+        programs, each = share(N, B * H, tiles["BLOCK_N"])
+        _by_query[(programs * B * H,)](
+            query, key, value, gradient, by_query, logarithms, sums, *tensors, *strides,
+            float(scale), N, T, H, J, programs, each, **constants, **sizes(T, d), **tiles,
+        )  # fmt: skip
+
+    launch("edited_attention_by_query", shapes, query.device, tiles_by_query(T, d, query.dtype), run_query)
+
+    parts = None
+
+    def run_key_and_value(tiles):
+        nonlocal parts
+        blocks = triton.cdiv(T, tiles["BLOCK_T"])
+        programs, each = share(N, B * H * blocks, tiles["BLOCK_N"])
+        parts = torch.empty((2, programs, B, T, H, d), dtype=torch.float32, device=query.device)
+        D0, D1 = pieces(d)
+        _by_key_and_value[(programs * blocks * B * H,)](
+            query, key, value, gradient, parts[0], parts[1], logarithms, sums, *tensors, *strides,
+            float(scale), N, T, H, J, B, programs, blocks, each, **constants, D0=D0, D1=D1, **tiles,
+        )  # fmt: skip
+
+    launch("edited_attention_by_key", shapes, query.device, tiles_by_key(T, d, query.dtype), run_key_and_value)
+    by_key, by_value = parts[:, 0] if parts.shape[1] == 1 else parts.sum(1)
+    return by_query, by_key, by_value
+
+
+def tiles_by_query(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
+    """Registers hold scores and their derivatives [BLOCK_N, T], and dq [BLOCK_N, d]."""
+    if dtype == torch.float32:
+        return ({"BLOCK_N": 16, "num_warps": 4, "num_stages": 1}, {"BLOCK_N": 16, "num_warps": 8, "num_stages": 1})
+    if max(T, d) > 128:
+        return ({"BLOCK_N": 32, "num_warps": 4, "num_stages": 1}, {"BLOCK_N": 64, "num_warps": 8, "num_stages": 1})
+    return ({"BLOCK_N": 64, "num_warps": 4, "num_stages": 1}, {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1})
+
+
+def tiles_by_key(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
+    """Registers hold dK̃ and dṼ [BLOCK_T, d]; blocks of 32 positions waste little of 77 and give three times the programs."""
+    if dtype == torch.float32:
+        return ({"BLOCK_T": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1},)
+    return (
+        {"BLOCK_T": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+        {"BLOCK_T": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
+        {"BLOCK_T": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
+    )
+
+
+@triton.jit(do_not_specialize=["N", "T", "H", "J", "programs", "each"])
+def _by_query(
+    query, key, value, gradient, by_query, logarithms, sums,
+    gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
+    query_b, query_n, query_h, query_d, key_b, key_t, key_h, key_d, value_b, value_t, value_h, value_d,
+    gradient_b, gradient_n, gradient_h, gradient_d,
+    gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+    key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
+    value_outputs_s, value_outputs_c, value_targets_s, value_targets_c,
+    scale, N, T, H, J, programs, each,
+    d: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """by_query = dS K̃ with dS = scale · P (dP - Σ_t dP P) and dP = dO Ṽᵀ; logarithms of base 2, sums = Σ_t dP P."""
+    pair = tl.program_id(0) // programs
+    b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
+    k00, k01, k10, k11 = load_edited(
+        key + b * key_b + h * key_h, gates, components, index, key_outputs, key_targets, b, h, 0, T, J,
+        key_t, key_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+        key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, T0, T1, D0, D1,
+    )  # fmt: skip
+    v00, v01, v10, v11 = load_edited(
+        value + b * value_b + h * value_h, gates, components, index, value_outputs, value_targets, b, h, 0, T, J,
+        value_t, value_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+        value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, T0, T1, D0, D1,
+    )  # fmt: skip
+    query += b * query_b + h * query_h
+    gradient += b * gradient_b + h * gradient_h
+    by_query += (b * N * H + h) * d
+    logarithms += (b * H + h) * N
+    sums += (b * H + h) * N
+    c0 = tl.arange(0, D0)
+    first = (tl.program_id(0) % programs) * each
+    for tile in range(first, min(first + each, tl.cdiv(N, BLOCK_N))):
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        q0, g0 = load_tile(query, n, c0, query_n, query_d, N, d), load_tile(gradient, n, c0, gradient_n, gradient_d, N, d)
+        q1, g1 = q0, g0
+        if D1 > 0:
+            q1 = load_tile(query, n, D0 + tl.arange(0, D1), query_n, query_d, N, d)
+            g1 = load_tile(gradient, n, D0 + tl.arange(0, D1), gradient_n, gradient_d, N, d)
+        s0, s1, largest = scores(q0, q1, k00, k01, k10, k11, scale, T, T0, T1, D1, PRECISION)
+        p0 = tl.exp2(s0 - largest[:, None])
+        p1 = p0
+        total = tl.sum(p0, 1)
+        if T1 > 0:
+            p1 = tl.exp2(s1 - largest[:, None])
+            total += tl.sum(p1, 1)
+        p0 = p0 * (1.0 / total)[:, None]
+        dp0 = across(g0, g1, v00, v01, D1, PRECISION)
+        dp1 = dp0
+        mean = tl.sum(p0 * dp0, 1)
+        if T1 > 0:
+            p1 = p1 * (1.0 / total)[:, None]
+            dp1 = across(g0, g1, v10, v11, D1, PRECISION)
+            mean += tl.sum(p1 * dp1, 1)
+        ds0 = p0 * (dp0 - mean[:, None])
+        ds1 = ds0
+        if T1 > 0:
+            ds1 = p1 * (dp1 - mean[:, None])
+        tl.store(logarithms + n, largest + tl.log2(total), mask=n < N)
+        tl.store(sums + n, mean, mask=n < N)
+        store_tile(by_query, along(ds0, ds1, k00, k10, T1, PRECISION) * scale, n, c0, H * d, N, d)
+        if D1 > 0:
+            dq1 = along(ds0, ds1, k01, k11, T1, PRECISION) * scale
+            store_tile(by_query, dq1, n, D0 + tl.arange(0, D1), H * d, N, d)
+
+
+@triton.jit(do_not_specialize=["N", "T", "H", "J", "B", "programs", "blocks", "each"])
+def _by_key_and_value(
+    query, key, value, gradient, by_key, by_value, logarithms, sums,
+    gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
+    query_b, query_n, query_h, query_d, key_b, key_t, key_h, key_d, value_b, value_t, value_h, value_d,
+    gradient_b, gradient_n, gradient_h, gradient_d,
+    gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+    key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
+    value_outputs_s, value_outputs_c, value_targets_s, value_targets_c,
+    scale, N, T, H, J, B, programs, blocks, each,
+    d: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """by_value[part] = Pᵀ dO and by_key[part] = dSᵀ q over the part's queries, all tiles with positions as rows."""
+    part, pair = tl.program_id(0) % programs, tl.program_id(0) // programs
+    block, pair = pair % blocks, pair // blocks
+    b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
+    k0, k1, _, _ = load_edited(
+        key + b * key_b + h * key_h, gates, components, index, key_outputs, key_targets, b, h, block * BLOCK_T, T, J,
+        key_t, key_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+        key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, BLOCK_T, 0, D0, D1,
+    )  # fmt: skip
+    v0, v1, _, _ = load_edited(
+        value + b * value_b + h * value_h, gates, components, index, value_outputs, value_targets,
+        b, h, block * BLOCK_T, T, J,
+        value_t, value_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+        value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, BLOCK_T, 0, D0, D1,
+    )  # fmt: skip
+    query += b * query_b + h * query_h
+    gradient += b * gradient_b + h * gradient_h
+    logarithms += (b * H + h) * N
+    sums += (b * H + h) * N
+    c0 = tl.arange(0, D0)
+    dk0 = tl.zeros((BLOCK_T, D0), tl.float32)
+    dv0 = tl.zeros((BLOCK_T, D0), tl.float32)
+    dk1, dv1 = dk0, dv0
+    if D1 > 0:
+        dk1 = tl.zeros((BLOCK_T, D1), tl.float32)
+        dv1 = tl.zeros((BLOCK_T, D1), tl.float32)
+    first = part * each
+    for tile in range(first, min(first + each, tl.cdiv(N, BLOCK_N))):
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        q0, g0 = load_tile(query, n, c0, query_n, query_d, N, d), load_tile(gradient, n, c0, gradient_n, gradient_d, N, d)
+        q1, g1 = q0, g0
+        if D1 > 0:
+            q1 = load_tile(query, n, D0 + tl.arange(0, D1), query_n, query_d, N, d)
+            g1 = load_tile(gradient, n, D0 + tl.arange(0, D1), gradient_n, gradient_d, N, d)
+        # a query beyond N has no weight anywhere
+        logarithm = tl.load(logarithms + n, mask=n < N, other=float("inf"))
+        mean = tl.load(sums + n, mask=n < N, other=0.0)
+        p = tl.exp2(across(k0, k1, q0, q1, D1, PRECISION) * (scale * LOG2_E) - logarithm[None, :])
+        ds = p * (across(v0, v1, g0, g1, D1, PRECISION) - mean[None, :])
+        p, ds = rounded(p, g0.dtype), rounded(ds, q0.dtype)
+        dv0 = add_product(dv0, p, g0, PRECISION)
+        dk0 = add_product(dk0, ds, q0, PRECISION)
+        if D1 > 0:
+            dv1 = add_product(dv1, p, g1, PRECISION)
+            dk1 = add_product(dk1, ds, q1, PRECISION)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    start = ((part * B + b) * T * H + h) * d
+    store_tile(by_key + start, dk0 * scale, t, c0, H * d, T, d)
+    store_tile(by_value + start, dv0, t, c0, H * d, T, d)
+    if D1 > 0:
+        store_tile(by_key + start, dk1 * scale, t, D0 + tl.arange(0, D1), H * d, T, d)
+        store_tile(by_value + start, dv1, t, D0 + tl.arange(0, D1), H * d, T, d)

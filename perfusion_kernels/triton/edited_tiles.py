@@ -1,0 +1,132 @@
+"""The edit x + Σ_j (g_j o_j - a_j p_j), made on tiles of keys or values as they are loaded."""
+
+import triton
+import triton.language as tl
+
+from .attention_tiles import load_tile
+from .device import rounded
+
+
+def places(J: int) -> int:
+    """J as the kernels want it: unrolled up to the next power of two, or 0, a loop, beyond 8."""
+    return triton.next_power_of_2(J) if J <= 8 else 0
+
+
+def edit_arguments(gates, components, index, key_outputs, key_targets, value_outputs, value_targets) -> tuple:
+    """(tensors, strides, J, PLACES) of the edit for a kernel; no tensors and zeros where there is nothing to do."""
+    tensors = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
+    if index is None or index.shape[1] == 0:
+        return (None,) * 7, (0,) * 16, 0, 1
+    dimensions = (3, 3, 2, 2, 2, 2, 2)
+    strides = [n for x, size in zip(tensors, dimensions) for n in ((0,) * size if x is None else x.stride())]
+    J = index.shape[1]
+    return tensors, tuple(strides), J, places(J)
+
+
+@triton.jit
+def _edit_place(
+    tile, j, J, gates, components, index, outputs, targets, positions, columns, T, d,
+    gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c,
+):  # fmt: skip
+    """tile + g_j o_j - a_j p_j; the tile itself, and nothing read, where the place is empty."""
+    slot = tl.load(index + j * index_j, mask=j < J, other=-1).to(tl.int64)
+    if slot >= 0:
+        inside, within = positions < T, columns < d
+        g = tl.load(gates + positions * gates_t + j * gates_j, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(components + positions * components_t + j * components_j, mask=inside, other=0.0).to(tl.float32)
+        o = tl.load(outputs + slot * outputs_s + columns * outputs_c, mask=within, other=0.0).to(tl.float32)
+        p = tl.load(targets + slot * targets_s + columns * targets_c, mask=within, other=0.0).to(tl.float32)
+        tile += g[:, None] * o[None, :] - a[:, None] * p[None, :]
+    return tile
+
+
+@triton.jit
+def edit_tile(
+    tile, gates, components, index, outputs, targets, positions, columns, T, d, J,
+    gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c,
+    PLACES: tl.constexpr,
+):  # fmt: skip
+    """tile + Σ_j (g_j o_j - a_j p_j), in float32, rounded to the tile's dtype once.
+
+    The pointers stand at the batch row, those of the tables at the head's first column.
+    """
+    wide = tile.to(tl.float32)
+    if PLACES > 0:
+        for j in tl.static_range(PLACES):
+            wide = _edit_place(
+                wide, j, J, gates, components, index, outputs, targets, positions, columns, T, d,
+                gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c,
+            )  # fmt: skip
+    else:
+        for j in range(J):
+            wide = _edit_place(
+                wide, j, J, gates, components, index, outputs, targets, positions, columns, T, d,
+                gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c,
+            )  # fmt: skip
+    return rounded(wide, tile.dtype)
+
+
+@triton.jit
+def load_edited(
+    base, gates, components, index, outputs, targets, b, h, first, T, J,
+    base_t, base_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+    outputs_s, outputs_c, targets_s, targets_c,
+    d: tl.constexpr, PLACES: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+):  # fmt: skip
+    """The four tiles of one head's keys or values from position `first` on, edited where there are tables."""
+    t0, c0 = first + tl.arange(0, T0), tl.arange(0, D0)
+    x00 = load_tile(base, t0, c0, base_t, base_d, T, d)
+    x01, x10, x11 = x00, x00, x00
+    if D1 > 0:
+        x01 = load_tile(base, t0, D0 + tl.arange(0, D1), base_t, base_d, T, d)
+    if T1 > 0:
+        x10 = load_tile(base, first + T0 + tl.arange(0, T1), c0, base_t, base_d, T, d)
+    if T1 > 0 and D1 > 0:
+        x11 = load_tile(base, first + T0 + tl.arange(0, T1), D0 + tl.arange(0, D1), base_t, base_d, T, d)
+    return edit_tiles(
+        x00, x01, x10, x11, gates, components, index, outputs, targets, b, h, first, T, J,
+        gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+        outputs_s, outputs_c, targets_s, targets_c, d, PLACES, T0, T1, D0, D1,
+    )  # fmt: skip
+
+
+@triton.jit
+def edit_tiles(
+    x00, x01, x10, x11, gates, components, index, outputs, targets, b, h, first, T, J,
+    gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+    outputs_s, outputs_c, targets_s, targets_c,
+    d: tl.constexpr, PLACES: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+):  # fmt: skip
+    """The four tiles, which begin at position `first`, with the edit of batch row b, or as they are where there is no table."""
+    if outputs is not None:
+        gates += b * gates_b
+        components += b * components_b
+        index += b * index_b
+        outputs += h * d * outputs_c
+        targets += h * d * targets_c
+        t0, c0 = first + tl.arange(0, T0), tl.arange(0, D0)
+        x00 = edit_tile(
+            x00, gates, components, index, outputs, targets, t0, c0, T, d, J,
+            gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c, PLACES,
+        )  # fmt: skip
+        if D1 > 0:
+            x01 = edit_tile(
+                x01, gates, components, index, outputs, targets, t0, D0 + tl.arange(0, D1), T, d, J,
+                gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c,
+                PLACES,
+            )  # fmt: skip
+        if T1 > 0:
+            x10 = edit_tile(
+                x10, gates, components, index, outputs, targets, first + T0 + tl.arange(0, T1), c0, T, d, J,
+                gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c,
+                PLACES,
+            )  # fmt: skip
+        if T1 > 0 and D1 > 0:
+            x11 = edit_tile(
+                x11, gates, components, index, outputs, targets, first + T0 + tl.arange(0, T1), D0 + tl.arange(0, D1), T, d, J,
+                gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c,
+                PLACES,
+            )  # fmt: skip
+    return x00, x01, x10, x11
