@@ -7,6 +7,7 @@
     cross_attention_layer   to_q, attention, to_out, bias and residual in one call, for keys and values of a prompt
     absorb_projections      such keys and values with to_q and to_out in them, once per prompt
     ConceptBank             the resident concepts that the operators index
+    warm_up                 compiles and tunes the kernels for a model's shapes before the first request
     validate_concepts       the checks on values that operators do not make on a device
     metric                  C⁻¹: targets in the metric, conditioning, shrinkage
 
@@ -24,6 +25,7 @@ from .edited_attention import edited_attention
 from .edited_projection import edited_projection
 from .fused_edited_attention import fused_edited_attention
 from .validation import validate_concepts
+from .warm_up import warm_up
 
 __all__ = [
     "BackendUnavailable",
@@ -38,6 +40,7 @@ __all__ = [
     "metric",
     "use_backend",
     "validate_concepts",
+    "warm_up",
 ]
 
 for _name in backend.ORDER[:-1]:

@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": "Check a concept file and say what is in it.",
     "convert": "Turn a checkpoint of another implementation into a concept file.",
     "covariance": "Compute, find or copy the covariance of a model's text encoder.",
+    "warmup": "Compile and tune the GPU kernels for a model, before the first picture.",
     "doctor": "Say what this installation can do, and why not more.",
 }
 
@@ -99,7 +100,8 @@ def perfusion(
 ) -> None:
     """Teach a text-to-image model a new word from a few pictures, in a file of some 30 KB (Perfusion, arXiv 2305.01644).
 
-    Exit codes: 0 done, 1 something unexpected, 2 bad input, 3 a file or model that is refused, 130 interrupted.
+    Exit codes: 0 done, 1 something unexpected, 2 bad input, 3 a file or model that is refused, 4 no GPU where one
+    is needed, 130 interrupted.
     """
 
 
