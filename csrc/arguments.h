@@ -1,0 +1,61 @@
+// The C API's backstop: what is checked of a tensor, and how the refusal reads. Python has checked all of it before.
+#pragma once
+
+#include <initializer_list>
+
+#include "status.h"
+
+namespace perfusion {
+
+inline const char* name_of(perfusion_dtype dtype) {
+  switch (dtype) {
+    case PERFUSION_FLOAT16:
+      return "float16";
+    case PERFUSION_BFLOAT16:
+      return "bfloat16";
+    case PERFUSION_FLOAT32:
+      return "float32";
+    case PERFUSION_INT32:
+      return "int32";
+  }
+  return "an unknown dtype";
+}
+
+// Checks one call's arguments in turn and keeps the first refusal.
+class Arguments {
+ public:
+  explicit Arguments(const char* operation) : operation(operation) {}
+
+  void size(const char* name, int64_t value, int64_t least, int64_t most) {
+    if (status == PERFUSION_OK && (value < least || value > most)) {
+      status = fail(PERFUSION_INVALID_ARGUMENT, "%s: %s must lie in %lld ... %lld; got %lld", operation, name,
+                    static_cast<long long>(least), static_cast<long long>(most), static_cast<long long>(value));
+    }
+  }
+
+  void tensor(const char* name, const perfusion_tensor& tensor, std::initializer_list<perfusion_dtype> dtypes) {
+    if (status != PERFUSION_OK) return;
+    if (tensor.data == nullptr) {
+      status = fail(PERFUSION_INVALID_ARGUMENT, "%s: %s must be given; got NULL", operation, name);
+      return;
+    }
+    for (perfusion_dtype each : dtypes) {
+      if (tensor.dtype == each) return;
+    }
+    status = fail(PERFUSION_INVALID_ARGUMENT, "%s: %s must be %s%s; got %s", operation, name, name_of(*dtypes.begin()),
+                  dtypes.size() > 1 ? " or another supported dtype" : "", name_of(tensor.dtype));
+  }
+
+  void rule(bool holds, perfusion_status otherwise, const char* text, int64_t came) {
+    if (status == PERFUSION_OK && !holds) {
+      status = fail(otherwise, "%s: %s; got %lld", operation, text, static_cast<long long>(came));
+    }
+  }
+
+  perfusion_status status = PERFUSION_OK;
+
+ private:
+  const char* operation;
+};
+
+}  // namespace perfusion

@@ -1,0 +1,80 @@
+// Eight elements at a time: in one access where the tensor allows it, one by one where it does not.
+#pragma once
+
+#include "layer.cuh"
+
+namespace perfusion {
+
+// Whether rows of `tensor` can be read 8 elements at a time in accesses of 16 bytes; said once per launch, on the host.
+inline bool wide_rows(const perfusion_tensor& tensor, int dimensions) {
+  const int64_t step = tensor.dtype == PERFUSION_FLOAT32 ? 4 : 8;
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.strides[dimensions - 1] == 1;
+  for (int i = 0; i < dimensions - 1; ++i) aligned = aligned && tensor.strides[i] % step == 0;
+  return aligned;
+}
+
+PERFUSION_DEVICE void widen(float (&x)[8], const Words& words, Half) {
+  PERFUSION_UNROLL
+  for (int i = 0; i < 8; ++i) x[i] = to_float(Half{static_cast<uint16_t>(words.word[i / 2] >> 16 * (i % 2))});
+}
+
+PERFUSION_DEVICE void widen(float (&x)[8], const Words& words, BFloat16) {
+  PERFUSION_UNROLL
+  for (int i = 0; i < 8; ++i) x[i] = to_float(BFloat16{static_cast<uint16_t>(words.word[i / 2] >> 16 * (i % 2))});
+}
+
+template <class Element>
+PERFUSION_DEVICE void load_wide(float (&x)[8], const Element* from) {
+  widen(x, load(reinterpret_cast<const Words*>(from)), Element{});
+}
+
+template <>
+PERFUSION_DEVICE void load_wide(float (&x)[8], const float* from) {
+  PERFUSION_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const Words words = load(reinterpret_cast<const Words*>(from) + half);
+    PERFUSION_UNROLL
+    for (int i = 0; i < 4; ++i) x[4 * half + i] = word_as_float(words.word[i]);
+  }
+}
+
+// x[8] = from[0], from[stride], …; zeros from `count` on.
+template <class Element>
+PERFUSION_DEVICE void load_eight(float (&x)[8], const Element* from, int64_t stride, int count, bool wide) {
+  if (wide && count >= 8) {
+    load_wide(x, from);
+  } else {
+    PERFUSION_UNROLL
+    for (int i = 0; i < 8; ++i) x[i] = i < count ? to_float(load(from + i * stride)) : 0.0f;
+  }
+}
+
+// The same from a tensor of any floating dtype, `offset` elements from its start.
+PERFUSION_DEVICE void load_eight(float (&x)[8], const perfusion_tensor& tensor, int64_t offset, int64_t stride, bool wide) {
+  if (tensor.dtype == PERFUSION_FLOAT16) {
+    load_eight(x, static_cast<const Half*>(tensor.data) + offset, stride, 8, wide);
+  } else if (tensor.dtype == PERFUSION_BFLOAT16) {
+    load_eight(x, static_cast<const BFloat16*>(tensor.data) + offset, stride, 8, wide);
+  } else {
+    load_eight(x, static_cast<const float*>(tensor.data) + offset, stride, 8, wide);
+  }
+}
+
+// The same bits in 16 bytes, for 16-bit elements.
+template <class Element>
+PERFUSION_DEVICE Words gather(const Element* from, int64_t stride) {
+  Words words;
+  PERFUSION_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    words.word[i] = load(from + 2 * i * stride).bits | static_cast<uint32_t>(load(from + (2 * i + 1) * stride).bits) << 16;
+  }
+  return words;
+}
+
+template <class Element>
+PERFUSION_DEVICE void scatter(Element* to, int64_t stride, const Words& words) {
+  PERFUSION_UNROLL
+  for (int i = 0; i < 8; ++i) store(to + i * stride, Element{static_cast<uint16_t>(words.word[i / 2] >> 16 * (i % 2))});
+}
+
+}  // namespace perfusion

@@ -1,0 +1,117 @@
+// Checks, launch plan and C API of `edited_attention`. The kernels are compiled in edited_attention_float16.cu and _bfloat16.cu.
+#include "edited_attention.h"
+
+#include <algorithm>
+
+#include "arguments.h"
+#include "edited_attention_instances.cuh"
+
+namespace perfusion {
+
+namespace {
+
+constexpr int64_t most = int64_t{1} << 30;  // of every size: tiles and blocks are counted in 32 bits
+
+perfusion_status check(const perfusion_edited_attention_params& p) {
+  Arguments arguments("edited_attention");
+  const struct {
+    const char* name;
+    int64_t value, least;
+  } sizes[] = {{"B", p.B, 0}, {"N", p.N, 0}, {"T", p.T, 1}, {"H", p.H, 0}, {"d", p.d, 1}, {"J", p.J, 0}};
+  for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, most);
+  arguments.rule(std::find(std::begin(attention_widths), std::end(attention_widths), p.d) != std::end(attention_widths),
+                 PERFUSION_UNSUPPORTED, "d must be one of 32, 40, 64, 80, 96, 128, 160", p.d);
+  arguments.rule(attention_groups_for(p.T) != 0, PERFUSION_UNSUPPORTED, "T must be at most 256", p.T);
+  if (arguments.status != PERFUSION_OK || p.B * p.N * p.H == 0) return arguments.status;
+
+  arguments.tensor("query", p.query, {PERFUSION_FLOAT16, PERFUSION_BFLOAT16});
+  arguments.tensor("key", p.key, {p.query.dtype});
+  arguments.tensor("value", p.value, {p.query.dtype});
+  arguments.tensor("output", p.output, {p.query.dtype});
+  if (p.index.data == nullptr || p.J == 0) return arguments.status;
+  arguments.tensor("index", p.index, {PERFUSION_INT32});
+  arguments.tensor("gates", p.gates, {PERFUSION_FLOAT32});
+  arguments.tensor("components", p.components, {PERFUSION_FLOAT32});
+  perfusion_dtype dtype = p.key_outputs.data != nullptr ? p.key_outputs.dtype : p.value_outputs.dtype;
+  arguments.rule(dtype == PERFUSION_FLOAT16 || dtype == PERFUSION_BFLOAT16 || dtype == PERFUSION_FLOAT32,
+                 PERFUSION_INVALID_ARGUMENT, "the tables must be float16, bfloat16 or float32; got another dtype, number", dtype);
+  arguments.rule(p.key_outputs.data != nullptr || p.value_outputs.data != nullptr, PERFUSION_INVALID_ARGUMENT,
+                 "with index, key tables or value tables must be given; got neither, J", p.J);
+  if (p.key_outputs.data != nullptr || p.key_targets.data != nullptr) {
+    arguments.tensor("key_outputs", p.key_outputs, {dtype});
+    arguments.tensor("key_targets", p.key_targets, {dtype});
+  }
+  if (p.value_outputs.data != nullptr || p.value_targets.data != nullptr) {
+    arguments.tensor("value_outputs", p.value_outputs, {dtype});
+    arguments.tensor("value_targets", p.value_targets, {dtype});
+  }
+  return arguments.status;
+}
+
+// The deepest pipeline and the most warps that fit; 0 warps if none does.
+void fit(EditedAttentionPlan& plan, int64_t row_bytes, int64_t keys, int limit) {
+  for (int warps = max_attention_warps; warps > 0; warps /= 2) {
+    for (int stages = 2; stages > 0; --stages) {
+      const int64_t bytes = row_bytes * (2 * keys + warps * stages * query_rows);
+      if (bytes <= limit) {
+        plan.warps = warps;
+        plan.stages = stages;
+        plan.bytes = static_cast<int>(bytes);
+        return;
+      }
+    }
+  }
+  plan.warps = 0;
+}
+
+}  // namespace
+
+perfusion_status plan_edited_attention(const perfusion_edited_attention_params& p, const Device& device,
+                                       EditedAttentionPlan* plan) {
+  const int groups = attention_groups_for(p.T);
+  const int64_t keys = 16 * (groups > 5 ? (p.T + 15) / 16 : groups), row_bytes = 2 * attention_pitch(static_cast<int>(p.d));
+  fit(*plan, row_bytes, keys, device.shared_per_block);
+  if (plan->warps == 0) {
+    return fail(PERFUSION_UNSUPPORTED,
+                "edited_attention: K and V of one head must fit into shared memory, %d bytes a block on this device; got T = %lld"
+                " and d = %lld, which need %lld",
+                device.shared_per_block, static_cast<long long>(p.T), static_cast<long long>(p.d),
+                static_cast<long long>(row_bytes * (2 * keys + query_rows)));
+  }
+  // A block for every place on the chip, while there are tiles to share out: each block loads K and V once more.
+  const int64_t places = int64_t{device.multiprocessors} * std::max(1, device.shared_per_multiprocessor / (plan->bytes + 1024));
+  const int64_t tiles = (p.N + query_rows - 1) / query_rows, heads = p.B * p.H;
+  const int64_t useful = (tiles + plan->warps - 1) / plan->warps;
+  plan->splits = static_cast<int>(std::max<int64_t>(1, std::min(useful, (places + heads - 1) / heads)));
+
+  plan->wide_query = wide_rows(p.query, 4);
+  plan->wide_key = wide_rows(p.key, 4);
+  plan->wide_value = wide_rows(p.value, 4);
+  plan->wide_output = wide_rows(p.output, 4);
+  plan->wide_key_tables = wide_rows(p.key_outputs, 2) && wide_rows(p.key_targets, 2);
+  plan->wide_value_tables = wide_rows(p.value_outputs, 2) && wide_rows(p.value_targets, 2);
+  return PERFUSION_OK;
+}
+
+}  // namespace perfusion
+
+extern "C" perfusion_status perfusion_edited_attention(const perfusion_edited_attention_params* params, perfusion_stream stream) {
+  using namespace perfusion;
+  if (params == nullptr) return fail(PERFUSION_INVALID_ARGUMENT, "edited_attention: params must be given; got NULL");
+  EditedAttentionLaunch arguments{*params, {}};
+  perfusion_edited_attention_params& p = arguments.call;
+  perfusion_status status = check(p);
+  if (status != PERFUSION_OK || p.B * p.N * p.H == 0) return status;
+  if (p.J == 0) p.index.data = nullptr;
+
+  Device here;
+  status = device("edited_attention", &here);
+  if (status == PERFUSION_OK) status = plan_edited_attention(p, here, &arguments.plan);
+  if (status != PERFUSION_OK) return status;
+  const int64_t blocks = p.B * p.H * arguments.plan.splits;
+  if (blocks > most) {
+    return fail(PERFUSION_UNSUPPORTED, "edited_attention: B * H must be below 2^30; got %lld", static_cast<long long>(p.B * p.H));
+  }
+  return p.query.dtype == PERFUSION_FLOAT16 ? launch_edited_attention<Half>(arguments, blocks, stream)
+                                            : launch_edited_attention<BFloat16>(arguments, blocks, stream);
+}

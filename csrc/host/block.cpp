@@ -1,0 +1,413 @@
+#include "block.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <deque>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+// Sanitizers are told of every switch. To ThreadSanitizer no switch is an order between two lanes; this file is compiled without
+// it, and says itself which operations are.
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(PERFUSION_THREAD_SANITIZER)
+extern "C" {
+void* __tsan_get_current_fiber(void);
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* address);
+void __tsan_release(void* address);
+}
+#endif
+
+namespace perfusion::host {
+
+namespace {
+
+constexpr size_t stack_bytes = 256 * 1024;
+constexpr int warp_lanes = 32;
+
+void order_before(void* address) {  // what this lane has done is seen by those that call order_after
+#if defined(PERFUSION_THREAD_SANITIZER)
+  __tsan_release(address);
+#else
+  (void)address;
+#endif
+}
+
+void order_after(void* address) {
+#if defined(PERFUSION_THREAD_SANITIZER)
+  __tsan_acquire(address);
+#else
+  (void)address;
+#endif
+}
+
+struct Stack {
+  Stack() : bottom(mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
+    if (bottom == MAP_FAILED) throw std::runtime_error("no memory for the stack of a lane");
+  }
+  ~Stack() { munmap(bottom, stack_bytes); }
+  Stack(const Stack&) = delete;
+  void operator=(const Stack&) = delete;
+  void* bottom;
+};
+
+// A place to switch to and from.
+struct Fiber {
+  ucontext_t context;
+  const void* stack = nullptr;
+  size_t size = 0;
+  void* fake_stack = nullptr;       // AddressSanitizer's
+  void* sanitizer_fiber = nullptr;  // ThreadSanitizer's
+};
+
+enum class State { ready, at_barrier, at_collective, finished };
+
+struct Lane {
+  Fiber fiber;
+  State state = State::ready;
+  std::deque<Copy> copies;        // issued and not landed
+  std::deque<size_t> groups;      // copies per committed group
+  size_t open = 0;                // copies issued since
+  const void* operand = nullptr;  // of the collective that the lane is at
+};
+
+struct Warp {
+  int arrived = 0;
+  const char* collective = nullptr;
+  char order = 0;  // its address is what warp_barrier orders by
+};
+
+class Run {
+ public:
+  Run(int threads, int bytes, const std::function<void()>& kernel)
+      : kernel(kernel), threads(threads), bytes(bytes), lanes(threads), warps(threads / warp_lanes) {
+    while (stacks().size() < lanes.size()) stacks().push_back(std::make_unique<Stack>());
+#if defined(PERFUSION_THREAD_SANITIZER)
+    scheduler.sanitizer_fiber = __tsan_get_current_fiber();
+    for (Lane& lane : lanes) lane.fiber.sanitizer_fiber = __tsan_create_fiber(0);
+#endif
+  }
+
+  ~Run() {
+#if defined(PERFUSION_THREAD_SANITIZER)
+    for (Lane& lane : lanes) __tsan_destroy_fiber(lane.fiber.sanitizer_fiber);
+#endif
+  }
+
+  static Run*& current() {
+    static thread_local Run* run = nullptr;
+    return run;
+  }
+
+  void run_block(int64_t index);
+  void wait(State state);
+  void finish_lane();
+  [[noreturn]] void stop(const std::string& message);
+
+  // Calls `perform` once the whole warp is here, with every lane's operand.
+  template <class Operand, class Perform>
+  void collective(const char* name, const Operand& operand, Perform perform) {
+    Warp& warp = warps[lane / warp_lanes];
+    if (warp.arrived && warp.collective != name) {
+      stop(std::string("lanes of one warp are at ") + warp.collective + " and at " + name);
+    }
+    warp.collective = name;
+    lanes[lane].operand = &operand;
+    if (++warp.arrived < warp_lanes) {
+      wait(State::at_collective);
+      return;
+    }
+    warp.arrived = 0;
+    const int first = lane / warp_lanes * warp_lanes;
+    const Operand* operands[warp_lanes];
+    for (int i = 0; i < warp_lanes; ++i) {
+      operands[i] = static_cast<const Operand*>(lanes[first + i].operand);
+      lanes[first + i].state = State::ready;
+    }
+    perform(operands);
+  }
+
+  const std::function<void()>& kernel;
+  const int threads, bytes;
+  std::vector<Lane> lanes;
+  std::vector<Warp> warps;
+  std::unique_ptr<unsigned char[]> shared;
+  int64_t block = 0;
+  int lane = 0, at_barrier = 0;
+  char order = 0;  // its address is what barrier orders by
+  std::string message;
+
+ private:
+  static std::vector<std::unique_ptr<Stack>>& stacks() {
+    static thread_local std::vector<std::unique_ptr<Stack>> all;
+    return all;
+  }
+
+  static void entry();
+  static void prepare(Fiber& fiber);
+  void switch_fiber(Fiber& from, Fiber& to, bool last);
+  void arrive();
+  std::string complaint() const;
+
+  Fiber scheduler;
+  std::mt19937 random{7};
+};
+
+// The sanitizer's half of arriving in a fiber, whether for the first time or again.
+void Run::arrive() {
+#if defined(__SANITIZE_ADDRESS__)
+  Fiber& here = lane < 0 ? scheduler : lanes[lane].fiber;
+  const void* bottom;
+  size_t size;
+  __sanitizer_finish_switch_fiber(here.fake_stack, &bottom, &size);
+  if (lane >= 0) scheduler.stack = bottom, scheduler.size = size;
+#endif
+}
+
+void Run::switch_fiber(Fiber& from, Fiber& to, bool last) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.stack, to.size);
+#endif
+#if defined(PERFUSION_THREAD_SANITIZER)
+  __tsan_switch_to_fiber(to.sanitizer_fiber, 1);  // 1: no order
+#endif
+  (void)last;
+  swapcontext(&from.context, &to.context);
+  arrive();
+}
+
+void Run::entry() {
+  Run& run = *current();
+  run.arrive();
+  order_after(&run);
+  run.kernel();
+  order_before(&run);
+  run.finish_lane();
+}
+
+void Run::prepare(Fiber& fiber) {
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = const_cast<void*>(fiber.stack);
+  fiber.context.uc_stack.ss_size = fiber.size;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, &Run::entry, 0);
+}
+
+void Run::wait(State state) {
+  Lane& self = lanes[lane];
+  self.state = state;
+  lane = -1;
+  switch_fiber(self.fiber, scheduler, false);
+}
+
+void Run::finish_lane() {
+  Lane& self = lanes[lane];
+  self.state = State::finished;
+  lane = -1;
+  switch_fiber(self.fiber, scheduler, true);
+}
+
+void Run::stop(const std::string& why) {
+  message = why + " (block " + std::to_string(block) + ", thread " + std::to_string(lane) + ")";
+  finish_lane();
+  std::abort();  // a finished lane is not resumed
+}
+
+std::string Run::complaint() const {
+  int counts[4] = {};
+  for (const Lane& each : lanes) ++counts[static_cast<int>(each.state)];
+  return std::to_string(counts[1]) + " threads wait at a barrier and " + std::to_string(counts[2]) + " for their warp, " +
+         std::to_string(counts[3]) + " have returned (block " + std::to_string(block) + ")";
+}
+
+void Run::run_block(int64_t index) {
+  block = index;
+  shared = std::make_unique<unsigned char[]>(bytes);
+  std::fill_n(shared.get(), bytes, 0xff);  // NaN in every format
+  std::vector<int> order_of(threads);
+  for (int i = 0; i < threads; ++i) order_of[i] = machine().order == Order::backward ? threads - 1 - i : i;
+  for (int i = 0; i < threads; ++i) {
+    Lane& each = lanes[i];
+    void* sanitizer_fiber = each.fiber.sanitizer_fiber;
+    each = Lane{};
+    each.fiber.sanitizer_fiber = sanitizer_fiber;
+    each.fiber.stack = stacks()[i]->bottom;
+    each.fiber.size = stack_bytes;
+    prepare(each.fiber);
+  }
+  for (Warp& warp : warps) warp = Warp{};
+  at_barrier = 0;
+  order_before(this);
+  while (message.empty()) {
+    if (machine().order == Order::shuffled) std::shuffle(order_of.begin(), order_of.end(), random);
+    const auto next =
+        std::find_if(order_of.begin(), order_of.end(), [&](int i) { return lanes[i].state == State::ready; });
+    if (next == order_of.end()) break;
+    lane = *next;
+    switch_fiber(scheduler, lanes[lane].fiber, false);
+  }
+  order_after(this);
+  const bool all = std::all_of(lanes.begin(), lanes.end(), [](const Lane& x) { return x.state == State::finished; });
+  if (message.empty() && !all) message = complaint();
+}
+
+Run& here() { return *Run::current(); }
+
+}  // namespace
+
+Machine& machine() {
+  static thread_local Machine one;
+  return one;
+}
+
+void count(bool written, int bytes) {
+  Machine& one = machine();
+  (written ? bytes == 16 ? one.written_wide : one.written_narrow : bytes == 16 ? one.read_wide : one.read_narrow) += bytes;
+}
+
+std::string run(int64_t blocks, int threads, int bytes, const std::function<void()>& kernel) {
+  if (bytes > machine().device.shared_per_block) return "more shared memory than the device has";
+  if (threads < 1 || threads % warp_lanes) return "threads must be a multiple of 32";
+  Run run(threads, bytes, kernel);
+  Run::current() = &run;
+  for (int64_t i = 0; i < blocks && run.message.empty(); ++i) run.run_block(i);
+  Run::current() = nullptr;
+  return run.message;
+}
+
+int thread() { return here().lane; }
+int threads() { return here().threads; }
+int64_t block() { return here().block; }
+unsigned char* shared_memory() { return here().shared.get(); }
+void stop(const std::string& message) { here().stop(message); }
+
+void barrier() {
+  Run& run = here();
+  order_before(&run.order);
+  if (++run.at_barrier < run.threads) {
+    run.wait(State::at_barrier);
+  } else {
+    run.at_barrier = 0;
+    for (Lane& lane : run.lanes) lane.state = State::ready;
+  }
+  order_after(&run.order);
+}
+
+void warp_barrier() {
+  Run& run = here();
+  char* order = &run.warps[run.lane / warp_lanes].order;
+  order_before(order);
+  run.collective("warp_barrier", 0, [](const int* const*) {});
+  order_after(order);
+}
+
+float shuffle_xor(float x, int mask) {
+  Run& run = here();
+  struct Operand {
+    float x;
+    int mask;
+    float* result;
+  };
+  float result = 0;
+  run.collective("shuffle_xor", Operand{x, mask, &result}, [&run](const Operand* const* lanes) {
+    for (int i = 0; i < warp_lanes; ++i) {
+      const int other = i ^ lanes[i]->mask;
+      if (other < 0 || other >= warp_lanes) run.stop("shuffle_xor: the mask leaves the warp");
+      *lanes[i]->result = lanes[other]->x;
+    }
+  });
+  return result;
+}
+
+// PTX: lane i holds row i / 4 of each matrix, elements 2 (i % 4) and the next; transposed, column i / 4.
+void exchange_matrices(uint32_t* r, const uint16_t* row, int matrices, bool transposed) {
+  Run& run = here();
+  struct Operand {
+    uint32_t* r;
+    const uint16_t* row;
+  };
+  const char* const names[2][2] = {{"load_matrices of 2", "load_matrices_transposed of 2"},
+                                   {"load_matrices of 4", "load_matrices_transposed of 4"}};
+  // the names must be one object each: they are compared by address
+  run.collective(names[matrices == 4][transposed], Operand{r, row}, [=](const Operand* const* lanes) {
+    for (int i = 0; i < warp_lanes; ++i) {
+      for (int m = 0; m < matrices; ++m) {
+        const int major = i / 4, minor = 2 * (i % 4);
+        const uint16_t low = transposed ? lanes[8 * m + minor]->row[major] : lanes[8 * m + major]->row[minor];
+        const uint16_t high = transposed ? lanes[8 * m + minor + 1]->row[major] : lanes[8 * m + major]->row[minor + 1];
+        lanes[i]->r[m] = low | static_cast<uint32_t>(high) << 16;
+      }
+    }
+  });
+}
+
+// PTX, m16n8k16 and m16n8k8: with g = lane / 4 and t = 2 (lane % 4), word w of a holds row g + 8 (w % 2), columns t and t + 1
+// of the left (w < 2) or right half; word w of b holds column g, rows t and t + 1 of half w; c holds (g, t), (g, t + 1) and the
+// same of row g + 8.
+void multiply_accumulate(float* c, const uint32_t* a, const uint32_t* b, int k, float (*widen)(uint16_t)) {
+  Run& run = here();
+  struct Operand {
+    float* c;
+    const uint32_t *a, *b;
+  };
+  run.collective(k == 16 ? "multiply_accumulate m16n8k16" : "multiply_accumulate m16n8k8", Operand{c, a, b},
+                 [=](const Operand* const* lanes) {
+                   float left[16][16], right[16][8];
+                   for (int i = 0; i < warp_lanes; ++i) {
+                     const int g = i / 4, t = 2 * (i % 4);
+                     for (int half = 0; half < k / 8; ++half) {
+                       for (int e = 0; e < 2; ++e) {
+                         const auto element = [&](uint32_t word) { return widen(static_cast<uint16_t>(word >> 16 * e)); };
+                         left[g][8 * half + t + e] = element(lanes[i]->a[2 * half]);
+                         left[g + 8][8 * half + t + e] = element(lanes[i]->a[2 * half + 1]);
+                         right[8 * half + t + e][g] = element(lanes[i]->b[half]);
+                       }
+                     }
+                   }
+                   for (int i = 0; i < warp_lanes; ++i) {
+                     for (int e = 0; e < 4; ++e) {
+                       const int row = i / 4 + e / 2 * 8, column = 2 * (i % 4) + e % 2;
+                       float sum = lanes[i]->c[e];
+                       for (int x = 0; x < k; ++x) sum += left[row][x] * right[x][column];
+                       lanes[i]->c[e] = sum;
+                     }
+                   }
+                   machine().products += 16 * 8 * k;
+                 });
+}
+
+void issue(const Copy& copy) {
+  Lane& lane = here().lanes[here().lane];
+  lane.copies.push_back(copy);
+  ++lane.open;
+}
+
+void commit() {
+  Lane& lane = here().lanes[here().lane];
+  lane.groups.push_back(lane.open);
+  lane.open = 0;
+}
+
+bool next_due(int groups, Copy* copy) {
+  Lane& lane = here().lanes[here().lane];
+  while (lane.groups.size() > static_cast<size_t>(groups)) {
+    if (lane.groups.front() > 0) {
+      --lane.groups.front();
+      *copy = lane.copies.front();
+      lane.copies.pop_front();
+      return true;
+    }
+    lane.groups.pop_front();
+  }
+  return false;
+}
+
+}  // namespace perfusion::host

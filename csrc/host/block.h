@@ -1,0 +1,59 @@
+// Runs the blocks of a kernel on the CPU, one after the other, every thread of a block as a fiber of its own.
+//
+// A fiber runs until it has to wait for others. So a missing barrier is a wrong result in one order of the fibers or in
+// another, and in none under ThreadSanitizer's eyes, to which fibers are threads and only barriers are order.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "../device/element.h"
+
+namespace perfusion::host {
+
+enum class Order { forward, backward, shuffled };  // which of the threads that can go on goes first
+
+// What the run may be told, and what it tells.
+struct Machine {
+  Device device{2, 232448, 233472};
+  Order order = Order::forward;
+  uint64_t read_wide = 0, read_narrow = 0;        // bytes of global memory, in accesses of 16 bytes and in smaller ones
+  uint64_t written_wide = 0, written_narrow = 0;  // the same
+  uint64_t products = 0;                          // multiply-accumulates in matrix instructions
+};
+
+Machine& machine();  // of this OS thread
+
+// The message of what went wrong, empty if nothing did.
+std::string run(int64_t blocks, int threads, int bytes, const std::function<void()>& kernel);
+
+// Adds to the machine's bytes of global memory.
+void count(bool written, int bytes);
+
+// Of the fiber that runs.
+int thread();
+int threads();
+int64_t block();
+unsigned char* shared_memory();
+
+// Collectives. Those of a warp need all 32 lanes at the same instruction.
+void barrier();
+void warp_barrier();
+float shuffle_xor(float x, int mask);
+void exchange_matrices(uint32_t* r, const uint16_t* row, int matrices, bool transposed);
+void multiply_accumulate(float* c, const uint32_t* a, const uint32_t* b, int k, float (*widen)(uint16_t));
+
+// Asynchronous copies of the fiber that runs. `issue` poisons the destination; `next_due` hands out, in order, the copies that
+// must have landed when only the last `groups` groups may be under way.
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;  // nullptr: zeros
+};
+void issue(const Copy& copy);
+void commit();
+bool next_due(int groups, Copy* copy);
+
+[[noreturn]] void stop(const std::string& message);  // ends the run with this message
+
+}  // namespace perfusion::host

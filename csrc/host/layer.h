@@ -1,0 +1,118 @@
+// The device layer on the CPU. See device/layer.cuh for what each function promises; here, misuse ends the run by name.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "../device/element.h"
+#include "../status.h"
+#include "block.h"
+#include "numbers.h"
+
+#define PERFUSION_DEVICE inline
+#define PERFUSION_KERNEL(threads) void
+#define PERFUSION_CONSTANT const
+#define PERFUSION_UNROLL
+
+namespace perfusion {
+
+inline int thread() { return host::thread(); }
+inline int threads() { return host::threads(); }
+inline int warp() { return host::thread() / 32; }
+inline int lane() { return host::thread() % 32; }
+inline int64_t block() { return host::block(); }
+inline unsigned char* shared_memory() { return host::shared_memory(); }
+inline void barrier() { host::barrier(); }
+inline void warp_barrier() { host::warp_barrier(); }
+inline float shuffle_xor(float x, int mask) { return host::shuffle_xor(x, mask); }
+
+inline void require_alignment(const void* pointer, const char* what) {
+  if (reinterpret_cast<uintptr_t>(pointer) % 16) host::stop(std::string(what) + ": the address is not 16-byte aligned");
+}
+
+inline void copy_async(void* shared, const void* global, bool valid) {
+  require_alignment(shared, "copy_async, destination");
+  if (valid) {
+    require_alignment(global, "copy_async, source");
+    host::count(false, 16);
+  }
+  auto* to = static_cast<unsigned char*>(shared);
+  std::fill_n(to, 16, 0xff);  // NaN in every format: what is read before the wait shows
+  host::issue({to, valid ? static_cast<const unsigned char*>(global) : nullptr});
+}
+
+inline void commit_copies() { host::commit(); }
+
+template <int n>
+inline void wait_for_copies() {
+  for (host::Copy copy; host::next_due(n, &copy);) {
+    for (int i = 0; i < 16; ++i) copy.to[i] = copy.from ? copy.from[i] : 0;
+  }
+}
+
+// Each lane reads the row that it names; the exchange hands the elements round.
+template <int matrices>
+inline void load_matrices_as(uint32_t (&r)[matrices], const void* row, bool transposed) {
+  uint16_t elements[8] = {};
+  if (lane() < 8 * matrices) {
+    require_alignment(row, "load_matrices");
+    for (int i = 0; i < 8; ++i) elements[i] = static_cast<const uint16_t*>(row)[i];
+  }
+  host::exchange_matrices(r, elements, matrices, transposed);
+}
+
+template <int matrices>
+inline void load_matrices(uint32_t (&r)[matrices], const void* row) {
+  load_matrices_as(r, row, false);
+}
+
+template <int matrices>
+inline void load_matrices_transposed(uint32_t (&r)[matrices], const void* row) {
+  load_matrices_as(r, row, true);
+}
+
+template <class Element>
+inline void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t b[2] = {b0, b1};
+  host::multiply_accumulate(c, a, b, 16, [](uint16_t bits) { return to_float(Element{bits}); });
+}
+
+template <class Element>
+inline void multiply_accumulate(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+  host::multiply_accumulate(c, a, &b, 8, [](uint16_t bits) { return to_float(Element{bits}); });
+}
+
+template <class T>
+inline T load(const T* pointer) {
+  if (sizeof(T) == 16) require_alignment(pointer, "load");
+  host::count(false, sizeof(T));
+  return *pointer;
+}
+
+template <class T>
+inline void store(T* pointer, const T& x) {
+  if (sizeof(T) == 16) require_alignment(pointer, "store");
+  host::count(true, sizeof(T));
+  *pointer = x;
+}
+
+inline float exp2(float x) { return std::exp2(x); }
+inline float exp(float x) { return std::exp(x); }
+inline float maximum(float x, float y) { return std::fmax(x, y); }
+inline float infinity() { return std::numeric_limits<float>::infinity(); }
+
+inline perfusion_status device(const char*, Device* result) {
+  *result = host::machine().device;
+  return PERFUSION_OK;
+}
+
+template <class Arguments>
+perfusion_status launch(const char* operation, void (*kernel)(Arguments), int64_t blocks, int threads, int bytes,
+                        perfusion_stream, const Arguments& arguments) {
+  const std::string message = host::run(blocks, threads, bytes, [&] { kernel(arguments); });
+  return message.empty() ? PERFUSION_OK : fail(PERFUSION_DEVICE_ERROR, "%s: %s", operation, message.c_str());
+}
+
+}  // namespace perfusion

@@ -1,0 +1,92 @@
+/* The operators of perfusion-kernels for C and C++: raw pointers, sizes, a stream, a status code.
+ *
+ * No function allocates, throws or waits for the device, and none needs a workspace, so every call can be captured into a
+ * CUDA graph. Work is put on the stream given, on the current device. Letters are those of DESIGN.md: B batch rows, T text
+ * tokens, D text width, J concept places per row, S slots in the bank, H heads, d head width, N image tokens.
+ */
+#ifndef PERFUSION_KERNELS_H
+#define PERFUSION_KERNELS_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define PERFUSION_API
+#else
+#define PERFUSION_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum perfusion_status {
+  PERFUSION_OK = 0,
+  PERFUSION_INVALID_ARGUMENT = 1, /* a rule of the function is broken */
+  PERFUSION_UNSUPPORTED = 2,      /* meaningful, but no kernel here does it: the message lists what is supported */
+  PERFUSION_DEVICE_ERROR = 3      /* the runtime refused the launch; the message is its own */
+} perfusion_status;
+
+typedef enum perfusion_dtype {
+  PERFUSION_FLOAT16 = 0,
+  PERFUSION_BFLOAT16 = 1,
+  PERFUSION_FLOAT32 = 2,
+  PERFUSION_INT32 = 3
+} perfusion_dtype;
+
+/* Memory of the device with one stride per dimension, in elements; strides beyond the tensor's dimensions are not read.
+ * data == NULL says that an optional tensor is absent. */
+typedef struct perfusion_tensor {
+  void *data;
+  perfusion_dtype dtype;
+  int64_t strides[4];
+} perfusion_tensor;
+
+/* A cudaStream_t; NULL is the default stream. The host library ignores it. */
+typedef void *perfusion_stream;
+
+/* Gates and components of every token (DESIGN.md, (5); arXiv 2305.01644, eq. 3 and 4), float32 inside. */
+typedef struct perfusion_concept_gates_params {
+  int64_t B, T, D, J, S;
+  perfusion_tensor encodings;      /* [B, T, D] float16, bfloat16 or float32 */
+  perfusion_tensor targets;        /* [S, D] float32 */
+  perfusion_tensor metric_targets; /* [S, D] float32 */
+  perfusion_tensor index;          /* [B, J] int32, -1 for none */
+  perfusion_tensor bias;           /* [B, J] float32, not read where index is -1 */
+  perfusion_tensor temperature;    /* [B, J] float32, not read where index is -1 */
+  perfusion_tensor gates;          /* [B, T, J] float32, written: 0 where index is -1 */
+  perfusion_tensor components;     /* [B, T, J] float32, written: 0 where index is -1 */
+} perfusion_concept_gates_params;
+
+/* J <= 128. PERFUSION_INVALID_ARGUMENT, PERFUSION_UNSUPPORTED or PERFUSION_DEVICE_ERROR with a message, or PERFUSION_OK. */
+PERFUSION_API perfusion_status perfusion_concept_gates(const perfusion_concept_gates_params *params, perfusion_stream stream);
+
+/* softmax(scale q K̃ᵀ) Ṽ (DESIGN.md, (12)). Without index it is plain attention; with it, the pair of key tables, the pair of
+ * value tables, or both are given, and K̃ = K + Σ_j (g_j key_outputs_j - a_j key_targets_j), Ṽ likewise. */
+typedef struct perfusion_edited_attention_params {
+  int64_t B, N, T, H, d, J, S;
+  perfusion_tensor query;         /* [B, N, H, d] float16 or bfloat16 */
+  perfusion_tensor key;           /* [B, T, H, d] as query */
+  perfusion_tensor value;         /* [B, T, H, d] as query */
+  perfusion_tensor gates;         /* [B, T, J] float32, not read where index is -1 */
+  perfusion_tensor components;    /* [B, T, J] float32, not read where index is -1 */
+  perfusion_tensor index;         /* [B, J] int32, -1 for none */
+  perfusion_tensor key_outputs;   /* [S, H*d] float16, bfloat16 or float32 */
+  perfusion_tensor key_targets;   /* [S, H*d] as key_outputs */
+  perfusion_tensor value_outputs; /* [S, H*d] as the tables before it */
+  perfusion_tensor value_targets; /* [S, H*d] as value_outputs */
+  perfusion_tensor output;        /* [B, N, H, d] as query, written; must not overlap any other */
+  float scale;
+} perfusion_edited_attention_params;
+
+/* d of 32, 40, 64, 80, 96, 128, 160; 1 <= T <= 256, as far as K and V of one head fit into the device's shared memory. */
+PERFUSION_API perfusion_status perfusion_edited_attention(const perfusion_edited_attention_params *params,
+                                                          perfusion_stream stream);
+
+/* What the last call of this thread that failed has to say: operator, argument, rule, what came. Valid until the next call. */
+PERFUSION_API const char *perfusion_last_message(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
