@@ -8,6 +8,7 @@ temperature, gates and components at unused places, and, with `views=True`, the 
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -210,8 +211,16 @@ def poisoned_view(tensor: Tensor) -> Tensor:
     return view
 
 
-def runs() -> list[tuple[str, str]]:
-    """(backend, device) pairs that this machine can test."""
+WITHOUT_FLOAT64 = ("cuda", "triton")  # the reference has it
+
+
+def runs(operator: str | None = None) -> list[tuple[str, str]]:
+    """(backend, device) pairs that this machine can test, for an operator or for any; in host memory Triton is interpreted."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    available = [status.name for status in perfusion_kernels.available_backends() if status.available]
-    return [(name, device) for device in devices for name in available if name == "reference" or device == "cuda"]
+    on_host = ("reference", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("reference",)
+    return [
+        (status.name, device)
+        for device in devices
+        for status in perfusion_kernels.available_backends()
+        if status.available and operator in (None, *status.operators) and (device == "cuda" or status.name in on_host)
+    ]

@@ -10,6 +10,9 @@ from perfusion_kernels import concept_gates, validate_concepts
 from . import cases
 
 
+each_run = pytest.mark.parametrize("backend, device", cases.runs("concept_gates"))
+
+
 @pytest.fixture
 def arguments():
     return cases.make(B=4, J=2, S=5).arguments("concept_gates")
@@ -75,7 +78,8 @@ def test_a_bystander_is_not_named():
         validate_concepts(targets, metric_targets, torch.tensor([[1, 4, 3]]))
 
 
-def test_close_but_distinct_concepts_are_accepted():
+@each_run
+def test_close_but_distinct_concepts_are_accepted(backend, device):
     """Cosine 0.99 in the metric is legitimate, and float32 still solves it to 1e-4."""
     C = cases.covariance(48)
     L = torch.linalg.cholesky(C)
@@ -85,7 +89,8 @@ def test_close_but_distinct_concepts_are_accepted():
     e = torch.randn(1, 77, 48, dtype=torch.float64) @ L.T
     rest = torch.tensor([[0, 1]], dtype=torch.int32), torch.full((1, 2), 0.6), torch.full((1, 2), 0.15)
     exact = concept_gates(e, A, M, *rest)[1]
-    single = concept_gates(e.float(), A.float(), M.float(), *rest)[1]
+    tensors = (tensor.to(device) for tensor in (e.float(), A.float(), M.float(), *rest))
+    single = concept_gates(*tensors, backend=backend)[1].cpu()
     assert (single - exact).abs().max() / exact.abs().max() < 1e-4
 
 
@@ -94,20 +99,38 @@ def test_unused_places_are_not_checked(arguments):
     assert all(torch.isfinite(result).all() for result in concept_gates(**arguments, validate=True))
 
 
-def test_unchecked_nonsense_stays_in_its_row(arguments):
+@each_run
+def test_unchecked_nonsense_stays_in_its_row(arguments, backend, device):
     """Dependent concepts give values that are not finite, in the row that has them and nowhere else."""
-    expected = concept_gates(**arguments)
+    arguments = {name: tensor.to(device) for name, tensor in arguments.items()}
+    expected = concept_gates(**arguments, backend=backend)
     nonsense = {**arguments, "index": changed(arguments["index"], 1, 2)}
-    gates, components = concept_gates(**nonsense, validate=False)
+    gates, components = concept_gates(**nonsense, validate=False, backend=backend)
     assert not torch.isfinite(components[1]).all()
     for row in (0, 2, 3):
         torch.testing.assert_close(gates[row], expected[0][row], rtol=0, atol=0)
         torch.testing.assert_close(components[row], expected[1][row], rtol=0, atol=0)
 
 
-def test_result_dtype():
+@each_run
+def test_result_dtype(backend, device):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert {x.dtype for x in concept_gates(**cases.make(dtype=dtype).arguments("concept_gates"))} == {torch.float32}
+        arguments = cases.make(dtype=dtype, device=device).arguments("concept_gates")
+        assert {x.dtype for x in concept_gates(**arguments, backend=backend)} == {torch.float32}
     arguments = cases.make(dtype=torch.float16).arguments("concept_gates")
     wide = {name: arguments[name].double() for name in ("targets", "metric_targets")}
     assert {x.dtype for x in concept_gates(**{**arguments, **wide})} == {torch.float64}
+
+
+@each_run
+@pytest.mark.parametrize("J", (9, 17))
+def test_more_concepts_than_registers_hold(backend, device, J):
+    """Eight and more places are the same formula: places that are not used change nothing."""
+    case = cases.make(B=3, T=3, D=24, J=J, device=device)
+    arguments = case.arguments("concept_gates")
+    arguments["index"] = arguments["index"].clone()
+    arguments["index"][:, 3:] = -1
+    few = {name: x[:, :3] if name in ("index", "bias", "temperature") else x for name, x in arguments.items()}
+    for many, result in zip(*(concept_gates(**x, backend=backend) for x in (arguments, few))):
+        torch.testing.assert_close(many[..., :3], result)
+        assert not many[..., 3:].any()

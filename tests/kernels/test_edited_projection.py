@@ -7,15 +7,26 @@ from perfusion_kernels import edited_projection
 
 from . import cases
 
+each_run = pytest.mark.parametrize("backend, device", cases.runs("edited_projection"))
+each_run_and_dtype = pytest.mark.parametrize(
+    "backend, device, dtype",
+    [
+        (backend, device, dtype)
+        for backend, device in cases.runs("edited_projection")
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        if dtype != torch.float64 or backend not in cases.WITHOUT_FLOAT64
+    ],
+)
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+
+@each_run_and_dtype
 @pytest.mark.parametrize("J", (0, 1, 4))
-def test_rows_without_a_concept_are_the_linear_layer(dtype, J):
+def test_rows_without_a_concept_are_the_linear_layer(backend, device, dtype, J):
     """Bit for bit, signs of zeros included, in a batch where other rows have concepts."""
-    arguments = cases.make(B=6, J=J, dtype=dtype).arguments("edited_projection")
+    arguments = cases.make(B=6, J=J, dtype=dtype, device=device).arguments("edited_projection")
     arguments["weight"][0], arguments["encodings"][..., 0] = 0, 1e-4
     arguments["weight"][0, 0] = -1e-4  # in float16 the product is -0.0, and -0.0 + 0.0 would be 0.0
-    result = edited_projection(**arguments)
+    result = edited_projection(**arguments, backend=backend)
     linear = torch.nn.functional.linear(arguments["encodings"], arguments["weight"])
     none = (arguments["index"] < 0).all(-1)
     assert dtype != torch.float16 or bits(linear[none]).min() == torch.iinfo(torch.int16).min
@@ -28,23 +39,25 @@ def bits(tensor):
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
+@each_run
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_the_edit_is_added_before_rounding(dtype):
+def test_the_edit_is_added_before_rounding(backend, device, dtype):
     """The edited result is the linear layer's plus the exact edit, rounded once: large terms may cancel."""
-    arguments = cases.make(J=3, dtype=dtype).arguments("edited_projection")
+    arguments = cases.make(J=3, dtype=dtype, device=device).arguments("edited_projection")
     arguments["gates"], arguments["components"] = 30 * arguments["gates"], 30 * arguments["components"]
     exact = {name: x.double() if x.is_floating_point() else x for name, x in arguments.items()}
     linear = torch.nn.functional.linear(arguments["encodings"], arguments["weight"])
-    edit = edited_projection(**exact) - exact["encodings"] @ exact["weight"].T
+    edit = edited_projection(**exact, backend="reference") - exact["encodings"] @ exact["weight"].T
     once = linear.double() + edit
     half_step = torch.finfo(dtype).eps / 2
-    assert (edited_projection(**arguments).double() - once).abs().le(1.01 * half_step * once.abs() + 1e-5).all()
+    assert (edited_projection(**arguments, backend=backend).double() - once).abs().le(1.01 * half_step * once.abs() + 1e-5).all()
 
 
-def test_slots_may_be_anywhere_in_the_bank():
+@each_run
+def test_slots_may_be_anywhere_in_the_bank(backend, device):
     """Moving concepts to other slots and renaming them in the index changes nothing."""
-    arguments = cases.make(S=6).arguments("edited_projection")
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    arguments = cases.make(S=6, device=device).arguments("edited_projection")
+    order = torch.tensor([3, 0, 5, 1, 4, 2], device=device)
     place = torch.argsort(order)
     moved = {
         **arguments,
@@ -52,19 +65,20 @@ def test_slots_may_be_anywhere_in_the_bank():
         "outputs": arguments["outputs"][order],
         "projected_targets": arguments["projected_targets"][order],
     }
-    assert torch.equal(edited_projection(**moved), edited_projection(**arguments))
+    assert torch.equal(edited_projection(**moved, backend=backend), edited_projection(**arguments, backend=backend))
 
 
-def test_gradient_of_a_shared_slot_is_the_sum_over_rows():
-    arguments = cases.make(B=4, J=1, dtype=torch.float64).arguments("edited_projection")
-    arguments["index"] = torch.tensor([[1], [1], [-1], [2]], dtype=torch.int32)
+@each_run
+def test_gradient_of_a_shared_slot_is_the_sum_over_rows(backend, device):
+    arguments = cases.make(B=4, J=1, device=device).arguments("edited_projection")
+    arguments["index"] = torch.tensor([[1], [1], [-1], [2]], dtype=torch.int32, device=device)
     arguments["gates"] = torch.rand_like(arguments["gates"])
     arguments["components"] = torch.rand_like(arguments["components"])
     arguments["outputs"] = arguments["outputs"].requires_grad_()
-    edited_projection(**arguments).sum().backward()
+    edited_projection(**arguments, backend=backend).sum().backward()
     gradient = arguments["outputs"].grad[:, 0]
     sums = arguments["gates"][..., 0].sum(-1)
-    torch.testing.assert_close(gradient[:3], torch.stack([torch.zeros(()).double(), sums[0] + sums[1], sums[3]]))
+    torch.testing.assert_close(gradient[:3], torch.stack([torch.zeros_like(sums[0]), sums[0] + sums[1], sums[3]]))
 
 
 def test_values_that_are_not_finite_are_refused_where_used():

@@ -1,0 +1,153 @@
+"""Gates and components, one launch for all prompts of a batch.
+
+A program has some tokens of one batch row. It sums m_j · e and m_j · i*_k over D, both in float32 without tensor
+cores, because TF32 does not survive the cancellation in C⁻¹; then it solves R a = c by the reference's elimination,
+R in registers. Each program makes R anew: that is J rows beside its tokens, and saves a launch and a wait.
+Beyond 8 places R is too large for that. A kernel then makes the sums alone, and plain torch does the rest.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import concept_gates as law
+from .device import refuses as refuses
+from .tuning import launch
+
+IN_REGISTERS = 8  # places
+
+TILES = (
+    {"BLOCK_T": 8, "BLOCK_D": 128, "num_warps": 4},
+    {"BLOCK_T": 4, "BLOCK_D": 128, "num_warps": 4},
+    {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 4},
+    {"BLOCK_T": 8, "BLOCK_D": 256, "num_warps": 8},
+)
+"""Few tokens each: a prompt has 77, and a GPU wants a hundred programs. BLOCK_T · 8 · BLOCK_D products stay in registers."""
+
+
+def concept_gates(
+    encodings: Tensor, targets: Tensor, metric_targets: Tensor, index: Tensor, bias: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    (B, T, D), J = encodings.shape, index.shape[1]
+    if J > IN_REGISTERS:
+        return _beyond_registers(encodings, targets, metric_targets, index, bias, temperature)
+    gates, components = encodings.new_empty((2, B, T, J), dtype=torch.float32)
+    if gates.numel():
+        strides = (n for x in (encodings, targets, metric_targets, index, bias, temperature) for n in x.stride())
+        arguments = (encodings, targets, metric_targets, index, bias, temperature, T, D, *strides)
+        PLACES = triton.next_power_of_2(J)
+
+        def run(tiles):
+            grid = (triton.cdiv(T, tiles["BLOCK_T"]), B)
+            _concept_gates[grid](gates, components, *arguments, J=J, PLACES=PLACES, **tiles)
+
+        launch("concept_gates", (T, D, J, encodings.dtype), encodings.device, TILES, run)
+    return gates, components
+
+
+@triton.jit
+def _concept_gates(
+    gates, components, encodings, targets, metric_targets, index, bias, temperature, T, D,
+    encodings_b, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, index_b, index_j,
+    bias_b, bias_j, temperature_b, temperature_j,
+    J: tl.constexpr, PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """gates, components [B, T, J] of BLOCK_T tokens of row b."""
+    b = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    j = tl.arange(0, PLACES)
+    slots = tl.load(index + b * index_b + j * index_j, mask=j < J, other=-1).to(tl.int64)
+    present = slots >= 0
+    g = tl.zeros((BLOCK_T, PLACES), tl.float32)
+    a = tl.zeros((BLOCK_T, PLACES), tl.float32)
+    if tl.max(slots, 0) >= 0:
+        c = tl.zeros((BLOCK_T, PLACES), tl.float32)
+        system = tl.zeros((PLACES, PLACES), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            tokens = b * encodings_b + t.to(tl.int64)[:, None] * encodings_t + d[None, :] * encodings_d
+            e = tl.load(encodings + tokens, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+            inside = present[:, None] & (d < D)[None, :]
+            m = tl.load(metric_targets + slots[:, None] * metric_s + d[None, :] * metric_d, mask=inside, other=0.0)
+            i = tl.load(targets + slots[:, None] * targets_s + d[None, :] * targets_d, mask=inside, other=0.0)
+            c += tl.sum(e[:, None, :] * m[None, :, :], 2)
+            system += tl.sum(m[:, None, :] * i[None, :, :], 2)
+        one = (j[:, None] == j[None, :]).to(tl.float32)
+        energies = tl.where(present, tl.sum(system * one, 1), 1.0)
+        c = tl.div_rn(c, tl.broadcast_to(energies[None, :], (BLOCK_T, PLACES)))
+        system = tl.where(present[:, None], tl.div_rn(system, tl.broadcast_to(energies[:, None], (PLACES, PLACES))), one)
+
+        beta = tl.load(bias + b * bias_b + j * bias_j, mask=present, other=0.0)
+        tau = tl.load(temperature + b * temperature_b + j * temperature_j, mask=present, other=1.0)
+        logits = tl.div_rn(c - beta[None, :], tl.broadcast_to(tau[None, :], (BLOCK_T, PLACES)))
+        g = tl.where(present[None, :], tl.sigmoid(logits), 0.0)
+
+        a = c  # R a = c by elimination; row and column are taken out of registers by masked sums
+        for pivot in tl.static_range(J):
+            here = j == pivot
+            row = tl.sum(tl.where(here[:, None], system, 0.0), 0)
+            column = tl.sum(tl.where(here[None, :], system, 0.0), 1)
+            inverse = tl.div_rn(1.0, tl.sum(tl.where(here, row, 0.0), 0))
+            left = tl.where(here, column - 1.0, column)
+            system -= left[:, None] * (row * inverse)[None, :]
+            a -= left[None, :] * (tl.sum(tl.where(here[None, :], a, 0.0), 1) * inverse)[:, None]
+        a = tl.where(present[None, :], a, 0.0)
+    written = (t < T)[:, None] & (j < J)[None, :]
+    places = (b * T + t)[:, None] * J + j[None, :]
+    tl.store(gates + places, g, mask=written)
+    tl.store(components + places, a, mask=written)
+
+
+def _beyond_registers(
+    encodings: Tensor, targets: Tensor, metric_targets: Tensor, index: Tensor, bias: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for any J: the sums over D by a kernel, elimination and gates as the reference has them."""
+    (B, T, D), J = encodings.shape, index.shape[1]
+    present = index >= 0
+    products = encodings.new_empty((B, J, T + J), dtype=torch.float32)
+    if products.numel():
+        tables = (encodings, targets, metric_targets, index)
+        strides = [n for x in tables for n in x.stride()]
+
+        def run(tiles):
+            grid = (triton.cdiv(T + J, tiles["BLOCK_T"]), triton.cdiv(J, IN_REGISTERS), B)
+            _products[grid](products, *tables, T, D, J, *strides, PLACES=IN_REGISTERS, **tiles)
+
+        launch("concept_gates_products", (T, D, J, encodings.dtype), encodings.device, TILES, run)
+    energies = torch.where(present, products[..., T:].diagonal(dim1=1, dim2=2), 1)
+    similarities, system = (products / energies[..., None]).split((T, J), -1)
+    system = system + torch.diag_embed((~present).float())
+    projection = law._Projection(present, None, None, energies, similarities, system)
+    gates = torch.where(present[..., None], torch.sigmoid(law._logits(projection, bias, temperature)), 0)
+    components = torch.where(present[..., None], law._solve(system, similarities), 0)
+    return gates.mT.contiguous(), components.mT.contiguous()
+
+
+@triton.jit
+def _products(
+    products, encodings, targets, metric_targets, index, T, D, J,
+    encodings_b, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, index_b, index_j,
+    PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """products[b, j, x] = m_j · e_x for the T tokens, then m_j · i*_k for the J places; 0 for an empty one."""
+    b = tl.program_id(2).to(tl.int64)
+    j = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
+    x = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    slots = tl.load(index + b * index_b + j * index_j, mask=j < J, other=-1).to(tl.int64)
+    others = tl.load(index + b * index_b + (x - T) * index_j, mask=(x >= T) & (x < T + J), other=-1).to(tl.int64)
+    sums = tl.zeros((PLACES, BLOCK_T), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = (d < D)[None, :]
+        m = tl.load(
+            metric_targets + slots[:, None] * metric_s + d[None, :] * metric_d, mask=(slots >= 0)[:, None] & inside, other=0.0
+        )
+        tokens = b * encodings_b + x.to(tl.int64)[:, None] * encodings_t + d[None, :] * encodings_d
+        e = tl.load(encodings + tokens, mask=(x < T)[:, None] & inside, other=0.0).to(tl.float32)
+        i = tl.load(
+            targets + others[:, None] * targets_s + d[None, :] * targets_d, mask=(others >= 0)[:, None] & inside, other=0.0
+        )
+        sums += tl.sum(m[:, None, :] * (e + i)[None, :, :], 2)
+    written = (j < J)[:, None] & (x < T + J)[None, :]
+    tl.store(products + (b * J + j)[:, None] * (T + J) + x[None, :], sums, mask=written)

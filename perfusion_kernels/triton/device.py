@@ -1,0 +1,40 @@
+"""Where Triton's kernels run, and what stands in for a GPU in tests.
+
+With TRITON_INTERPRET=1, set before Triton is imported, kernels are executed by numpy on the host. That is for
+tests: such calls run on tensors in host memory when asked for by name, and are never chosen.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+_interpreted = bool(triton.knobs.runtime.interpret)  # what torch.compile can read
+
+
+def refuses(*arguments) -> str | None:
+    """Why no kernel takes these arguments, or None: a device that Triton does not serve, or float64."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if argument.dtype == torch.float64:
+                return "it computes in float32, which float64 would not gain from"
+            if not (argument.is_cuda or argument.is_xpu or (_interpreted and argument.device.type == "cpu")):
+                return f"Triton's kernels need tensors on a GPU; got {argument.device}"
+    return None
+
+
+def declines(*arguments) -> str | None:
+    """Why these arguments, which could be taken, are left to others unless this backend is asked for by name."""
+    return "Triton's interpreter is for tests" if arguments[0].device.type == "cpu" else None
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 in `dtype`, to the nearest; the interpreter alone would cut bfloat16 off, as triton 3.9 does."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, nearest, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)

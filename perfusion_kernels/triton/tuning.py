@@ -1,0 +1,114 @@
+"""Which tile sizes a kernel is launched with: the first of its list, or the fastest where somebody measured.
+
+Nothing is measured in an ordinary call. Inside `with tuning():` each launch tries its whole list, keeps the fastest, and
+on leaving the choices are written to a file of the user's cache, from which later processes take them. A warm-up
+therefore is ordinary calls at the shapes to come:
+
+    with tuning() as chosen:
+        concept_gates(...)
+    print(chosen)
+
+A file belongs to one kind of GPU and one version of Triton. A launch is described by its kernel's name and a key of
+what decides speed: sizes and dtypes, not values.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+Configuration = dict[str, int]  # tile sizes, num_warps, num_stages
+
+Choices = dict[str, dict[str, Configuration]]  # kind of device -> launch -> configuration
+
+_measure: Callable[[Callable[[], object]], float] | None = None  # time of a call; None: nothing is measured
+_tuned: Choices = {}  # what `tuning()` has chosen so far
+
+
+def launch(
+    kernel: str,
+    key: tuple,
+    device: torch.device,
+    configurations: Sequence[Configuration],
+    run: Callable[[Configuration], object],
+    trial: Callable[[Configuration], object] | None = None,
+) -> None:
+    """Runs `run(configuration)` with the configuration that serves best, as far as is known.
+
+    kernel, key: what is launched; with the device's kind they name a choice.
+    configurations: a short list, a sensible one for this key first.
+    trial: what is measured instead of `run`, if `run` works in place and may not be called twice.
+    """
+    name = f"{kernel} {' '.join(map(str, key))}"
+    kind = _kind(device)
+    choices = known(kind)
+    if _measure is not None and name not in _tuned.setdefault(kind, {}):
+        choices[name] = _tuned[kind][name] = _fastest(configurations, trial or run)
+    configuration = choices.get(name, configurations[0])
+    # a file may hold what an older list had: only what the list offers is launched
+    run(configuration if configuration in configurations else configurations[0])
+
+
+def _fastest(configurations: Sequence[Configuration], run: Callable[[Configuration], object]) -> Configuration:
+    times = {}
+    for position, configuration in enumerate(configurations):
+        try:
+            times[position] = _measure(lambda: run(configuration))
+        except OutOfResources:  # this device has less shared memory or fewer registers than the configuration wants
+            continue
+    return configurations[min(times, key=times.get, default=0)]
+
+
+@contextmanager
+def tuning(measure: Callable[[Callable[[], object]], float] | None = None) -> Iterator[Choices]:
+    """Inside the `with`, launches measure their configurations; yields what they choose.
+
+    measure: the time of a call, in any unit; None: Triton's `do_bench`, the median on an emptied cache.
+    """
+    global _measure, _tuned
+    before = _measure, _tuned
+    _measure, _tuned = measure or (lambda call: triton.testing.do_bench(call, return_mode="median")), {}
+    try:
+        yield _tuned
+    finally:
+        for kind in _tuned:
+            _write(path(kind), known(kind))
+        _measure, _tuned = before
+
+
+@cache
+def known(kind: str) -> dict[str, Configuration]:
+    """The choices for one kind of device, from its file; none where there is no readable file."""
+    try:
+        read = json.loads(path(kind).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def path(kind: str) -> Path:
+    """$PERFUSION_CACHE or the user's cache folder; the file's name says for what it was measured."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("PERFUSION_CACHE") or Path(cache_home) / "perfusion")
+    name = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in kind)
+    return folder / f"triton-{triton.__version__}-{name}.json"
+
+
+@cache
+def _kind(device: torch.device) -> str:
+    return getattr(torch, device.type).get_device_name(device) if device.type in ("cuda", "xpu") else device.type
+
+
+def _write(file: Path, choices: dict[str, Configuration]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".json")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        json.dump(choices, stream, indent=1, sort_keys=True)
+    os.replace(name, file)  # readers see the old file or the new one
