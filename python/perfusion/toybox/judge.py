@@ -110,11 +110,16 @@ def judge_loss(verdict: Verdict, pictures: Pictures) -> Tensor:
     coloured = (pictures.style == 0).float()
     alone = (pictures.relation == 0).float()
     loss = F.binary_cross_entropy_with_logits(verdict.things, things_present(pictures)) * 4
-    truth = {"pattern": pictures.first.pattern, "scene": pictures.scene, "relation": pictures.relation, "style": pictures.style}
-    for name, target in truth.items():
-        weight = alone if name == "pattern" else torch.ones_like(alone)
+    every = torch.ones_like(alone)
+    truth = {
+        "pattern": (pictures.first.pattern, 3 * alone),  # the hardest to see
+        "colour": (pictures.first.colour, 2 * coloured * alone),
+        "scene": (pictures.scene, every),
+        "relation": (pictures.relation, every),
+        "style": (pictures.style, every),
+    }
+    for name, (target, weight) in truth.items():
         loss = loss + (F.cross_entropy(verdict.labels[name], target, reduction="none") * weight).mean()
-    loss = loss + (F.cross_entropy(verdict.labels["colour"], pictures.first.colour, reduction="none") * coloured * alone).mean()
     targets, weights = instance_targets(pictures)
     return loss + 2 * (((verdict.instance - targets) ** 2 * weights).mean(1) * coloured * alone).mean()
 
