@@ -9,7 +9,9 @@ import importlib
 from ..backend import register, register_backward
 from .device import declines
 
-OPERATORS = ("concept_gates", "edited_projection")
+OPERATORS = (
+    "concept_gates", "edited_projection", "edited_attention", "fused_edited_attention", "cross_attention_layer"
+)  # fmt: skip
 
 for _name in OPERATORS:
     _kernels = importlib.import_module(f".{_name}", __name__)

@@ -4,6 +4,7 @@ Heads are summed over in the output projection, so in a single launch a program 
 C = 640 on, [rows, C] in float32 leaves registers for so few rows that each reading of the weights serves next to none;
 and programs that own some of the columns would each compute queries and attention anew, which is half of the work.
 Two launches keep queries, scores and weights on the chip. Between them stands [B, N, H*d], as much as the result.
+In float32 the query's projection is the library's, and `edited_attention` follows it.
 
 Absorbed, there is no projection but a softmax between two products: the first launch writes [B, N, H, T], padded to
 the tiles, and the second multiplies it by [H*T, C], each batch row by its own.
@@ -74,6 +75,10 @@ def cross_attention_layer(
 def _attend(hidden_states: Tensor, query_weight: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """softmax(scale · (x W_Qᵀ) Kᵀ) V [B, N, H, d]."""
     (B, N, C), (T, H, d) = hidden_states.shape, key.shape[1:]
+    if hidden_states.dtype == torch.float32:
+        # without tensor cores the factors of products stand in registers, which do not hold both kinds of product
+        query = functional.linear(hidden_states, query_weight).unflatten(-1, (H, d))
+        return edited_attention(query, key, value, *(None,) * 7, scale)
     result = hidden_states.new_empty((B, N, H, d))
 
     def run(tiles):
@@ -85,7 +90,7 @@ def _attend(hidden_states: Tensor, query_weight: Tensor, key: Tensor, value: Ten
             d=d, **sizes(T, d), PRECISION=precision(hidden_states), **tiles,
         )  # fmt: skip
 
-    tiles = attend_tiles(N, B * H, hidden_states.dtype, d)
+    tiles = tall_tiles(N, B * H, hidden_states.dtype, d)
     launch("cross_attention_layer attend", (B, N, C, T, H, d, result.dtype), result.device, tiles, run)
     return result
 
@@ -106,7 +111,7 @@ def _weigh(hidden_states: Tensor, key: Tensor, scale: float) -> Tensor:
             float(scale), N, C, T, H, T0=T0, T1=T1, PRECISION=precision(hidden_states), **tiles,
         )  # fmt: skip
 
-    tiles = attend_tiles(N, B * H, hidden_states.dtype, T)
+    tiles = tall_tiles(N, B * H, hidden_states.dtype, T)
     launch("cross_attention_layer weigh", (B, N, C, T, H, result.dtype), result.device, tiles, run)
     return result
 
@@ -135,13 +140,12 @@ def _project(
         )  # fmt: skip
 
     key = (count, rows, K, C, group, left.dtype)
-    launch("cross_attention_layer project", key, left.device, project_tiles(rows, count, C, left.dtype), run)
+    launch("cross_attention_layer project", key, left.device, flat_tiles(rows, count, C, left.dtype), run)
 
 
-def attend_tiles(N: int, pairs: int, dtype: torch.dtype, width: int) -> list[Configuration]:
-    """Queries per tile, and channels per step of the sum; as many queries as registers hold beside [BLOCK_N, width]."""
+def tall_tiles(N: int, pairs: int, dtype: torch.dtype, width: int) -> list[Configuration]:
+    """For products of a tile of x with all of a head: as many rows as registers hold beside [BLOCK_N, width]."""
     if dtype == torch.float32:
-        # without tensor cores the factors of a product stand in registers too
         found = [{"BLOCK_N": 16, "BLOCK_C": 16, "num_warps": 8 if width > 64 else 4, "num_stages": 1}]
     elif width > 128:
         found = [{"BLOCK_N": n, "BLOCK_C": 32, "num_warps": w, "num_stages": 3} for n, w in ((64, 8), (32, 4), (16, 4))]
@@ -150,7 +154,8 @@ def attend_tiles(N: int, pairs: int, dtype: torch.dtype, width: int) -> list[Con
     return _filling(found, lambda tiles: triton.cdiv(N, tiles["BLOCK_N"]) * pairs)
 
 
-def project_tiles(rows: int, count: int, C: int, dtype: torch.dtype) -> list[Configuration]:
+def flat_tiles(rows: int, count: int, C: int, dtype: torch.dtype) -> list[Configuration]:
+    """For the output's tiles, of which there are `count` times as many as `rows` and C make."""
     if dtype == torch.float32:
         found = [{"BLOCK_N": n, "BLOCK_K": 16, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2} for n in (64, 32, 16)]
     else:
