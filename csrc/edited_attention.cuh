@@ -29,7 +29,7 @@ struct EditedAttentionLaunch {
 };
 
 // Elements from one row of a tile to the next.
-constexpr int attention_pitch(int d) { return (d / 8 | 1) * 8; }
+PERFUSION_BOTH constexpr int attention_pitch(int d) { return (d / 8 | 1) * 8; }
 
 // x[4][8] += Σ_j (g_j o_j - a_j t_j) for 4 tokens from t on and 8 columns from `column` on.
 PERFUSION_DEVICE void add_edit(float (&x)[4][8], const perfusion_edited_attention_params& p, int64_t b, int t, int64_t column,

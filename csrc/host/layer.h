@@ -12,6 +12,7 @@
 #include "numbers.h"
 
 #define PERFUSION_DEVICE inline
+#define PERFUSION_BOTH
 #define PERFUSION_KERNEL(threads) void
 #define PERFUSION_CONSTANT const
 #define PERFUSION_UNROLL
