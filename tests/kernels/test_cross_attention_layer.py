@@ -65,13 +65,34 @@ def test_absorption_changes_nothing(scale):
     torch.testing.assert_close(result, cross_attention_layer(**layer(case), scale=scale), **TIGHT)
 
 
-@each_run
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", (24, 29, 80))
+RUNS_BY_DTYPE = [
+    (*run, dtype)
+    for run in cases.runs("cross_attention_layer")
+    for dtype in DTYPES
+    if dtype != torch.float64 or run[0] not in cases.WITHOUT_FLOAT64
+]
+
+
+@pytest.mark.parametrize("backend, device, dtype", RUNS_BY_DTYPE)
+@pytest.mark.parametrize("channels", (24, 80))
 def test_absorbed_is_no_worse_than_the_plain_formula(backend, device, dtype, channels):
     case = cases.make(dtype=dtype, device=device, channels=channels)
     naive = plain.cross_attention_layer(**layer(case), scale=case.key.shape[-1] ** -0.5)
     assert_no_worse(cross_attention_layer(**absorbed(case), backend=backend), naive, exactly(case), case.index)
+
+
+@each_run
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(T=1), dict(T=77, d=40), dict(T=154, d=7), dict(d=1, H=1, N=1), dict(N=33, d=24, views=True)],
+    ids=str,
+)
+@pytest.mark.parametrize("form", (layer, absorbed))
+def test_sizes_in_half_precision(backend, device, form, sizes):
+    """Where tensor cores multiply, which in float32 they do not, sizes are cut into other tiles."""
+    case = cases.make(**{"B": 2, "N": 5, "H": 2, **sizes}, dtype=torch.float16, device=device)
+    naive = plain.cross_attention_layer(**layer(case), scale=case.key.shape[-1] ** -0.5)
+    assert_no_worse(cross_attention_layer(**form(case), backend=backend), naive, exactly(case), case.index)
 
 
 @each_run
