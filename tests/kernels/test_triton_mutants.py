@@ -1,0 +1,97 @@
+"""Faults put into the Triton kernels of gates and of the edit; each must be seen by the check that names its kind."""
+
+import pytest
+import torch
+
+from perfusion_kernels.reference.rank_one import rank_one_backward, rank_one_update
+from perfusion_kernels.triton import concept_gates, rank_one
+
+from . import cases, plain
+from .mutants import assert_killed
+from .tolerance import assert_no_worse
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WHOLE = (True, True, False, True, True)
+
+
+def gates_are_right(module):
+    """Overlapping concepts of unequal energy, D no multiple of a block, NaN around every tensor."""
+    case = cases.make(T=5, D=7, J=3, views=True, device=DEVICE)
+    arguments = cases.positional("concept_gates", case.arguments("concept_gates"))
+    exact = cases.positional("concept_gates", case.double().arguments("concept_gates"))
+    results = (function.concept_gates(*values) for function, values in ((module, arguments), (plain, arguments), (plain, exact)))
+    for mine, naive, truth in zip(*results):
+        assert_no_worse(mine, naive, truth, case.index)
+
+
+def edit_is_right(module):
+    """Rounded once, as the reference rounds; rows without a concept keep their bits, signs of zeros included."""
+    case = cases.make(T=5, D=7, J=3, dtype=torch.float16, views=True, device=DEVICE)
+    edit = (case.gates, case.components, case.index, case.value_outputs, case.value_targets)
+    base = case.value.flatten(2).contiguous()
+    base[0] = -0.0
+    expected = rank_one_update(base, *edit).half()
+    module.add_rank_one(base, *edit)
+    assert torch.equal(base[0].view(torch.int16), expected[0].view(torch.int16))
+    assert (base == expected).float().mean() > 0.99  # a sum in another order may round the other way
+    torch.testing.assert_close(base, expected, rtol=1e-3, atol=1e-5)
+
+
+def derivatives_are_right(module):
+    """Slots that rows share, tokens of more than one block, the last of them and the columns not filling theirs."""
+    case = cases.make(B=4, T=19, D=7, J=2, S=3, views=True, device=DEVICE)
+    edit = (case.gates, case.components, case.index, case.value_outputs, case.value_targets)
+    gradient = cases.poisoned_view(torch.linspace(-1, 1, case.value.numel(), device=DEVICE).view(4, 19, -1))
+    shared = case.index[case.index >= 0].bincount()
+    assert shared.max() > 1
+    for mine, other in zip(module.rank_one_backward(gradient, *edit, WHOLE), rank_one_backward(gradient, *edit, WHOLE)):
+        if other is not None:
+            torch.testing.assert_close(mine, other)
+
+
+GATES = {
+    "the gate of the neighbour's concept": ("bias_b + j * bias_j, mask=present", "bias_b + (j + 1) % J * bias_j, mask=present"),
+    "the mask over D off by one": (
+        "inside = present[:, None] & (d < D)[None, :]\n            m", "inside = present[:, None] & (d <= D)[None, :]\n            m"
+    ),
+    "similarities for components": ("for pivot in tl.static_range(J):", "for pivot in tl.static_range(0):"),
+    "the system transposed": ("left = tl.where(here, column - 1.0, column)", "left = tl.where(here, row - 1.0, row)"),
+    "the pivot's row cleared": ("left = tl.where(here, column - 1.0, column)", "left = column"),
+}  # fmt: skip
+EDIT = {
+    "targets added": ("- a[:, None] * target[None, :]", "+ a[:, None] * target[None, :]"),
+    "rows without a concept rewritten": ("if concepts > 0:", "if concepts >= 0:"),
+    "rounded twice": ("rounded(unedited + edit, result.dtype.element_ty)", "unedited.to(tl.float16) + edit.to(tl.float16)"),
+    "the first concept for all": ("slot = tl.load(index + b * index_b + j * index_j).to(tl.int64)\n        if", "slot = tl.load(index + b * index_b).to(tl.int64)\n        if"),
+}  # fmt: skip
+DERIVATIVES = {
+    "sums by every line": ("(earlier == 0)", "(earlier >= 0)"),
+    "the first line alone": ("for line in range(first, count):", "for line in range(first, first + 1):"),
+    "the mask over O off by one": ("(o < O)[None, :]\n            places = t.to", "(o <= O)[None, :]\n            places = t.to"),
+    "the last block of tokens alone": ("by_output += tl.sum(d * g[:, None], 0)", "by_output = tl.sum(d * g[:, None], 0)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", GATES)
+def test_faults_in_gates_are_seen(fault, tmp_path):
+    assert_killed(gates_are_right, concept_gates, *GATES[fault], tmp_path)
+
+
+@pytest.mark.parametrize("fault", EDIT)
+def test_faults_in_the_edit_are_seen(fault, tmp_path):
+    assert_killed(edit_is_right, rank_one, *EDIT[fault], tmp_path)
+
+
+@pytest.mark.parametrize("fault", DERIVATIVES)
+def test_faults_in_the_derivatives_are_seen(fault, tmp_path):
+    assert_killed(derivatives_are_right, rank_one, *DERIVATIVES[fault], tmp_path)
+
+
+def test_a_mutant_needs_its_piece_of_source_once(tmp_path):
+    with pytest.raises(AssertionError, match="must have 'no such text' once; it has it 0 times"):
+        assert_killed(lambda module: None, rank_one, "no such text", "", tmp_path)
+
+
+def test_a_check_that_sees_nothing_kills_nothing(tmp_path):
+    with pytest.raises(BaseException, match="DID NOT RAISE"):
+        assert_killed(lambda module: None, rank_one, *EDIT["targets added"], tmp_path)
