@@ -1,0 +1,122 @@
+// The C API of the host library, and what its machine can be told and tells, for Python. Addresses come in as integers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../../csrc/edited_attention.h"
+#include "../../csrc/host/block.h"
+#include "../../csrc/include/perfusion_kernels.h"
+#include "misuse.cuh"
+
+namespace py = pybind11;
+using namespace perfusion;
+
+namespace {
+
+// name -> (address, dtype, strides), or nothing where the operator has an absent tensor
+perfusion_tensor tensor(const py::dict& tensors, const char* name) {
+  perfusion_tensor result{};
+  if (!tensors.contains(name)) return result;
+  const py::tuple given = tensors[name];
+  result.data = reinterpret_cast<void*>(given[0].cast<uintptr_t>());
+  result.dtype = static_cast<perfusion_dtype>(given[1].cast<int>());
+  const auto strides = given[2].cast<std::vector<int64_t>>();
+  for (size_t i = 0; i < strides.size() && i < 4; ++i) result.strides[i] = strides[i];
+  return result;
+}
+
+int64_t size(const py::dict& sizes, const char* name) { return sizes.contains(name) ? sizes[name].cast<int64_t>() : 0; }
+
+std::pair<int, std::string> outcome(perfusion_status status) {
+  return {status, status == PERFUSION_OK ? "" : perfusion_last_message()};
+}
+
+perfusion_edited_attention_params attention(const py::dict& sizes, const py::dict& tensors, float scale) {
+  perfusion_edited_attention_params p{};
+  for (auto [name, value] : {std::pair{"B", &p.B}, {"N", &p.N}, {"T", &p.T}, {"H", &p.H}, {"d", &p.d}, {"J", &p.J}, {"S", &p.S}}) {
+    *value = size(sizes, name);
+  }
+  for (auto [name, value] : {std::pair{"query", &p.query}, {"key", &p.key}, {"value", &p.value}, {"gates", &p.gates},
+                             {"components", &p.components}, {"index", &p.index}, {"key_outputs", &p.key_outputs},
+                             {"key_targets", &p.key_targets}, {"value_outputs", &p.value_outputs},
+                             {"value_targets", &p.value_targets}, {"output", &p.output}}) {
+    *value = tensor(tensors, name);
+  }
+  p.scale = scale;
+  return p;
+}
+
+perfusion_concept_gates_params gates(const py::dict& sizes, const py::dict& tensors) {
+  perfusion_concept_gates_params p{};
+  for (auto [name, value] : {std::pair{"B", &p.B}, {"T", &p.T}, {"D", &p.D}, {"J", &p.J}, {"S", &p.S}}) *value = size(sizes, name);
+  for (auto [name, value] : {std::pair{"encodings", &p.encodings}, {"targets", &p.targets}, {"metric_targets", &p.metric_targets},
+                             {"index", &p.index}, {"bias", &p.bias}, {"temperature", &p.temperature}, {"gates", &p.gates},
+                             {"components", &p.components}}) {
+    *value = tensor(tensors, name);
+  }
+  return p;
+}
+
+py::dict plan(const py::dict& sizes, const py::dict& tensors) {
+  EditedAttentionPlan made{};
+  const perfusion_status status = plan_edited_attention(attention(sizes, tensors, 1.0f), host::machine().device, &made);
+  py::dict result;
+  result["status"] = static_cast<int>(status);
+  result["message"] = outcome(status).second;
+  result["warps"] = made.warps;
+  result["stages"] = made.stages;
+  result["splits"] = made.splits;
+  result["bytes"] = made.bytes;
+  return result;
+}
+
+void configure(int multiprocessors, int shared_per_block, int order) {
+  host::Machine& machine = host::machine();
+  machine = host::Machine{};
+  machine.device.multiprocessors = multiprocessors;
+  machine.device.shared_per_block = shared_per_block;
+  machine.order = static_cast<host::Order>(order);
+}
+
+py::dict counted() {
+  const host::Machine& machine = host::machine();
+  py::dict result;
+  result["read_wide"] = machine.read_wide;
+  result["read_narrow"] = machine.read_narrow;
+  result["written_wide"] = machine.written_wide;
+  result["written_narrow"] = machine.written_narrow;
+  result["products"] = machine.products;
+  return result;
+}
+
+template <class Element>
+void convert(uintptr_t narrow, uintptr_t wide, int64_t count, bool widen) {
+  auto* elements = reinterpret_cast<Element*>(narrow);
+  auto* floats = reinterpret_cast<float*>(wide);
+  for (int64_t i = 0; i < count; ++i) {
+    if (widen) {
+      floats[i] = to_float(elements[i]);
+    } else {
+      elements[i] = Element{static_cast<uint16_t>(pack<Element>(floats[i], 0.0f))};
+    }
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(perfusion_host, module) {
+  module.def("edited_attention", [](const py::dict& sizes, const py::dict& tensors, float scale) {
+    const auto p = attention(sizes, tensors, scale);
+    return outcome(perfusion_edited_attention(&p, nullptr));
+  });
+  module.def("concept_gates", [](const py::dict& sizes, const py::dict& tensors) {
+    const auto p = gates(sizes, tensors);
+    return outcome(perfusion_concept_gates(&p, nullptr));
+  });
+  module.def("plan_edited_attention", &plan);
+  module.def("configure", &configure);
+  module.def("counted", &counted);
+  module.def("misuse", [](int which, int threads) { return host::run(1, threads, 1024, [which] { misuse(which); }); });
+  module.def("convert", [](bool half, uintptr_t narrow, uintptr_t wide, int64_t count, bool widen) {
+    (half ? convert<Half> : convert<BFloat16>)(narrow, wide, count, widen);
+  });
+}

@@ -1,0 +1,123 @@
+"""Compiles csrc/ with g++ for the CPU, once per state of the sources, into build/cuda_host.
+
+The sources may be changed on the way: `Change` replaces one text of one file, which must be there exactly once.
+"""
+
+import fcntl
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import re
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pybind11
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / "cuda_host"
+KERNELS = ("concept_gates.cu", "edited_attention.cu", "edited_attention_float16.cu", "edited_attention_bfloat16.cu")
+PLAIN = ("status.cpp", "host/block.cpp")
+FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden")
+
+
+@dataclass(frozen=True)
+class Change:
+    file: str  # in csrc/
+    old: str
+    new: str
+
+
+def only_widths(*widths: int) -> tuple[Change, ...]:
+    """The changes that leave these head widths alone, for builds that need no others."""
+    file = "edited_attention_instances.cuh"
+    lines = [line for line in (ROOT / "csrc" / file).read_text().splitlines() if "PERFUSION_ATTENTION_WIDTH(" in line and "define" not in line]
+    return tuple(Change(file, line, "\\") for line in lines if int(line.split("(")[1].split(")")[0]) not in widths)
+
+
+def build(name: str, main: str, *, flags: tuple[str, ...] = (), link: tuple[str, ...] = (), changes: tuple[Change, ...] = ()) -> Path:
+    """Compiles and links csrc/ with tests/cuda_host/`main` into a file `name`, and returns its path.
+
+    An object is compiled once per state of its source, of what that includes, and of the flags. `flags` are for every file but
+    host/block.cpp where they say -fsanitize=thread: the scheduler speaks to it itself.
+    """
+    texts = _texts(changes)
+    sources = [f"csrc/{file}" for file in (*KERNELS, *PLAIN)] + [f"tests/cuda_host/{main}"]
+    commands = {}
+    for source in sources:
+        own = [f for f in flags if not (source.endswith("block.cpp") and f == "-fsanitize=thread")]
+        if main == "binding.cpp" and source.endswith(main):
+            own += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+        state = [(file, texts[file]) for file in sorted(_included(source, texts))]
+        commands[source] = ["g++", *FLAGS, *own, "-x", "c++", "-c", source], _digest(state, FLAGS, own)
+    folder = BUILD / f"{name.split('.')[0]}-{_digest(*commands.values(), flags, link)}"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / f"{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / name).exists():
+            _compile(folder, name, texts, commands, [*flags, *link])
+    return folder / name
+
+
+def _texts(changes: tuple[Change, ...]) -> dict[str, str]:
+    """Every source by its path from the root, changed."""
+    folders = (ROOT / "csrc", Path(__file__).parent)
+    paths = [p for folder in folders for p in folder.rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp")]
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in paths}
+    for change in changes:
+        text = texts[f"csrc/{change.file}"]
+        assert text.count(change.old) == 1, f"{change.file} has {text.count(change.old)} times: {change.old}"
+        texts[f"csrc/{change.file}"] = text.replace(change.old, change.new)
+    return texts
+
+
+def _included(file: str, texts: dict[str, str]) -> set[str]:
+    """`file`, and every source that it includes by a relative path, directly or not."""
+    found = {file}
+    for name in re.findall(r'^#include "([^"]+)"', texts[file], re.MULTILINE):
+        path = os.path.normpath(os.path.join(os.path.dirname(file), name))
+        if path in texts and path != "csrc/device/cuda.cuh":  # which g++ does not see
+            found |= _included(path, texts)
+    return found
+
+
+def _digest(*state) -> str:
+    return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+
+
+def _compile(folder: Path, name: str, texts: dict[str, str], commands: dict[str, tuple[list[str], str]], link: list[str]) -> None:
+    for file, text in texts.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text)
+
+    def compile_one(source: str) -> str:
+        command, state = commands[source]
+        result = BUILD / "objects" / f"{Path(source).name}-{state}.o"
+        if not result.exists():
+            result.parent.mkdir(exist_ok=True)
+            part = f"{result}.{os.getpid()}"
+            _run(folder, *command, "-o", part)
+            os.rename(part, result)
+        return str(result)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, commands))
+    _run(folder, "g++", *link, *objects, "-o", f"{name}.part")
+    (folder / f"{name}.part").rename(folder / name)
+
+
+def _run(folder: Path, *command: str) -> None:
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert ran.returncode == 0, f"{' '.join(command)}\n{ran.stderr[-4000:]}"
+
+
+def build_module(changes: tuple[Change, ...] = ()):
+    """The pybind11 module over the host library, changed so."""
+    path = build("perfusion_host.so", "binding.cpp", link=("-shared", "-Wl,-Bsymbolic"), changes=changes)
+    loader = importlib.machinery.ExtensionFileLoader("perfusion_host", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("perfusion_host", loader))
+    loader.exec_module(module)
+    return module

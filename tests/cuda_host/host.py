@@ -1,0 +1,83 @@
+"""The CUDA kernels as they run on the CPU, called with tensors; and their results held against the plain formula."""
+
+import torch
+from torch import Tensor
+
+from ..kernels import cases, plain
+from ..kernels.tolerance import assert_no_worse
+
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int32: 3}
+ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
+
+
+class Refused(RuntimeError):
+    """A status other than OK, with its message."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class Host:
+    """One build of the host library."""
+
+    def __init__(self, module):
+        self.module = module
+        self.configure()
+
+    def configure(self, multiprocessors: int = 2, shared_per_block: int = 232448, order: str = "forward") -> None:
+        """The machine to run on (multiprocessors=0: one block a head), and which of its threads goes first; counters start at 0."""
+        self.module.configure(multiprocessors, shared_per_block, ORDERS[order])
+
+    def counted(self) -> dict[str, int]:
+        return self.module.counted()
+
+    def edited_attention(self, *, scale: float = 0.3, output: Tensor | None = None, **tensors: Tensor | None) -> Tensor:
+        """The public function's tensors by name -> [B, N, H, d]. `output` is written if given, else NaN is at first."""
+        sizes, given = attention_call(tensors, output)
+        _raise(self.module.edited_attention(sizes, described(given), scale))
+        return given["output"]
+
+    def plan(self, **tensors: Tensor) -> dict:
+        sizes, given = attention_call(tensors, None)
+        return self.module.plan_edited_attention(sizes, described(given))
+
+    def concept_gates(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+        (B, T, D), (S, _), J = tensors["encodings"].shape, tensors["targets"].shape, tensors["index"].shape[1]
+        results = {name: torch.full((B, T, J), torch.nan) for name in ("gates", "components")}
+        _raise(self.module.concept_gates(dict(B=B, T=T, D=D, J=J, S=S), described({**tensors, **results})))
+        return results["gates"], results["components"]
+
+
+def attention_call(tensors: dict[str, Tensor | None], output: Tensor | None) -> tuple[dict[str, int], dict[str, Tensor]]:
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    query = given["query"]
+    B, N, H, d = query.shape
+    sizes = dict(B=B, N=N, H=H, d=d, T=given["key"].shape[1], J=given["index"].shape[1] if "index" in given else 0)
+    given["output"] = torch.full((B, N, H, d), torch.nan, dtype=query.dtype) if output is None else output
+    return sizes, given
+
+
+def described(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+    return {name: (tensor.data_ptr(), DTYPES[tensor.dtype], list(tensor.stride())) for name, tensor in tensors.items()}
+
+
+def _raise(outcome: tuple[int, str]) -> None:
+    if outcome[0]:
+        raise Refused(*outcome)
+
+
+def written_plainly(operator: str, arguments: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    result = getattr(plain, operator)(*cases.positional(operator, arguments))
+    return result if isinstance(result, tuple) else (result,)
+
+
+def compare(host: Host, operator: str, case: cases.Case) -> None:
+    """The kernel against the plain formula of the same dtype, both against float64: over all, and for each concept."""
+    arguments = case.arguments(operator)
+    actual = getattr(host, operator)(**arguments)
+    same = written_plainly(operator, arguments)
+    exact = written_plainly(operator, case.double().arguments(operator))
+    for mine, naive, truth in zip(actual if isinstance(actual, tuple) else (actual,), same, exact):
+        if mine.numel():
+            assert_no_worse(mine, naive, truth, case.index)

@@ -1,0 +1,244 @@
+"""The CUDA source of `edited_attention`, run on the CPU, against the plain formula.
+
+What mutants are killed by stands in functions `check_…(host)`: test_mutants.py calls them with a changed library.
+"""
+
+import pytest
+import torch
+
+from ..kernels import cases
+from .host import Refused, compare
+
+HALVES = (torch.float16, torch.bfloat16)
+WIDTHS = (32, 40, 64, 80, 96, 128, 160)
+
+
+def small(T=77, d=40, N=17, H=2, dtype=torch.float16, **sizes):
+    return cases.make(T=T, d=d, N=N, H=H, D=11, dtype=dtype, **sizes)
+
+
+def plainly(case):
+    return {name: getattr(case, name) for name in ("query", "key", "value")}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("d", WIDTHS)
+def test_every_head_width(host, d, dtype):
+    compare(host, "edited_attention", small(d=d, dtype=dtype, seed=d))
+
+
+@pytest.mark.parametrize("T", (1, 16, 77, 80, 154, 231, 256))
+def test_context_lengths(host, T):
+    compare(host, "edited_attention", small(T=T, dtype=HALVES[T % 2], seed=T, H=1))
+
+
+@pytest.mark.parametrize("d, T", [(160, 231), (96, 154)])
+def test_long_contexts_of_wide_heads(host, d, T):
+    compare(host, "edited_attention", small(d=d, T=T, H=1, B=2, N=5))
+
+
+@pytest.mark.parametrize("J", range(9))
+def test_any_number_of_concepts(host, J):
+    compare(host, "edited_attention", small(T=13, d=32, J=J, dtype=HALVES[J % 2], seed=J))
+
+
+def test_many_concepts(host):
+    compare(host, "edited_attention", small(T=20, d=32, J=19, N=3))
+
+
+@pytest.mark.parametrize("sizes", [dict(B=1, N=1, H=1, J=1, T=5), dict(B=5, N=33, H=3, J=3, T=79), dict(B=3, N=16, H=2, T=17)])
+def test_odd_sizes(host, sizes):
+    compare(host, "edited_attention", small(**sizes))
+
+
+def check_mixed_rows(host):
+    compare(host, "edited_attention", small(J=3, dtype=torch.bfloat16, seed=5))
+
+
+def test_mixed_rows(host):
+    check_mixed_rows(host)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_views_of_poisoned_memory(host, dtype):
+    """Strided, misaligned and surrounded by NaN: the bits of the dense call."""
+    case = small(J=3, dtype=dtype, views=True)
+    views = case.arguments("edited_attention")
+    dense = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in views.items()}
+    assert not case.query.is_contiguous()
+    compare(host, "edited_attention", case)
+    assert torch.equal(host.edited_attention(**views), host.edited_attention(**dense))
+
+
+def test_elements_apart(host):
+    """A head's columns need not be neighbours."""
+    case = small(N=3, H=1)
+    apart = case.map(lambda name, x: x.repeat_interleave(2, -1)[..., ::2] if x.is_floating_point() else x)
+    assert apart.query.stride(-1) == 2
+    results = [host.edited_attention(**each.arguments("edited_attention")) for each in (apart, case)]
+    assert torch.equal(*results)
+
+
+def test_rows_without_a_concept_are_plain_attention(host):
+    case = small(B=6)
+    result, plain = host.edited_attention(**case.arguments("edited_attention")), host.edited_attention(**plainly(case))
+    none = (case.index < 0).all(-1)
+    assert none.any() and torch.equal(result[none], plain[none])
+    assert not torch.equal(result[~none], plain[~none])
+
+
+def test_heads_first_layout_is_read_in_place(host):
+    case = small()
+    expected = host.edited_attention(**plainly(case))
+    heads_first = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in plainly(case).items()}
+    host.configure()
+    assert torch.equal(host.edited_attention(**heads_first), expected)
+    assert host.counted()["read_narrow"] == 0
+
+
+@pytest.mark.parametrize("side", ("key", "value"))
+def test_one_side_alone(host, side):
+    """With the tables of one side, the other stays; zero tables say the same."""
+    arguments = small(T=20, d=32, N=5).arguments("edited_attention")
+    names = [f"{'value' if side == 'key' else 'key'}_{table}" for table in ("outputs", "targets")]
+    zeros = {name: torch.zeros_like(arguments[name]) for name in names}
+    alone = host.edited_attention(**{**arguments, **dict.fromkeys(names)})
+    assert torch.equal(alone, host.edited_attention(**{**arguments, **zeros}))
+    assert not torch.equal(alone, host.edited_attention(**arguments))
+
+
+@pytest.mark.parametrize("tables", (torch.float16, torch.bfloat16, torch.float32))
+def test_tables_of_another_dtype(host, tables):
+    case = small(T=20, d=32, N=5, dtype=torch.bfloat16)
+    compare(host, "edited_attention", case.map(lambda n, x: x.to(tables) if n.startswith(("key_", "value_")) and "weight" not in n else x))
+
+
+@pytest.mark.parametrize("scale", (0.0, -0.3, 40.0))
+def test_any_scale(host, scale):
+    """0 is the mean of the values; a negative one prefers the smallest score; large scores do not overflow."""
+    case = small(T=21, d=32, N=5, H=1)
+    query, key, value = (x.double() for x in plainly(case).values())
+    weights = torch.softmax(torch.einsum("bnhd,bthd->bhnt", query, key) * scale, -1)
+    expected = torch.einsum("bhnt,bthd->bnhd", weights, value)
+    torch.testing.assert_close(host.edited_attention(**plainly(case), scale=scale).double(), expected, rtol=2e-3, atol=4e-3)
+
+
+def check_nothing_is_written_outside(host):
+    """Between the rows of a strided output, sentinels stay."""
+    case = small(N=19, T=13)
+    guarded = torch.full((6, 19, 2, 40), 7.0, dtype=torch.float16)
+    host.edited_attention(**plainly(case), output=guarded[1:5])
+    assert (guarded[0] == 7).all() and (guarded[5] == 7).all()
+    for room in (8, 3):  # accesses of 16 bytes, and of one element
+        memory = torch.full((4, 19, 2, 40 + room), 7.0, dtype=torch.float16)
+        result = host.edited_attention(**plainly(case), output=memory[..., :40])
+        assert (memory[..., 40:] == 7).all()
+        assert torch.equal(result, host.edited_attention(**plainly(case)))
+
+
+def test_nothing_is_written_outside(host):
+    check_nothing_is_written_outside(host)
+
+
+def check_schedules_agree(host):
+    """One block or several for a head, one stage or two, any order of the threads: the same bits."""
+    arguments = small(B=2, H=1, N=150, J=2).arguments("edited_attention")
+    seen, results = set(), []
+    for multiprocessors, shared, order in ((0, 232448, "forward"), (0, 18176, "backward"), (0, 14336, "shuffled"), (64, 232448, "backward")):
+        host.configure(multiprocessors, shared, order)
+        plan = host.plan(**arguments)
+        seen.add((plan["warps"], plan["stages"], plan["splits"] > 1))
+        results.append(host.edited_attention(**arguments))
+    assert {stages for _, stages, _ in seen} == {1, 2} and {splits for *_, splits in seen} == {True, False}
+    assert {warps for warps, *_ in seen} > {4}
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert torch.isfinite(results[0]).all()
+
+
+def test_schedules_agree(host):
+    check_schedules_agree(host)
+
+
+def check_long_streams(host):
+    """Many tiles through every warp, with a last one that is not full, in both orders of the threads."""
+    case = small(B=2, H=1, N=150)
+    for order in ("forward", "backward"):
+        host.configure(0, order=order)
+        compare(host, "edited_attention", case)
+
+
+def test_long_streams(host):
+    check_long_streams(host)
+
+
+def check_short_last_group(host):
+    """T that ends inside a piece of 8 keys: what stands behind it in memory is not attended to, nor is a zero in its place."""
+    longer = small(T=80, N=5, H=1)
+    key, value = longer.key.clone(), longer.value + 2  # a mean that a stray weight would move
+    key[:, 77:], value[:, 77:] = 30.0, 30.0
+    arguments = {"query": longer.query, "key": key[:, :77], "value": value[:, :77]}
+    query, key, value = (x.double() for x in arguments.values())
+    scores = torch.einsum("bnhd,bthd->bhnt", query, key) * 0.05
+    expected = torch.einsum("bhnt,bthd->bnhd", torch.softmax(scores, -1), value)
+    torch.testing.assert_close(host.edited_attention(**arguments, scale=0.05).double(), expected, rtol=1e-3, atol=2e-3)
+
+
+def test_short_last_group(host):
+    check_short_last_group(host)
+
+
+def test_bytes(host):
+    """With one block a head, no more than 1.1 times the least that can be read and written, all of it 16 bytes at a time."""
+    case = small(B=1, H=2, N=130, T=80, d=64)
+    host.configure(0)
+    assert host.plan(**plainly(case))["splits"] == 1
+    host.edited_attention(**plainly(case))
+    counted = host.counted()
+    least = 2 * (case.query.numel() + case.key.numel() + case.value.numel())
+    assert counted["read_narrow"] == counted["written_narrow"] == 0
+    assert least <= counted["read_wide"] <= 1.1 * least
+    assert counted["written_wide"] == 2 * case.query.numel()
+
+
+@pytest.mark.parametrize("d, T", [(40, 77), (64, 80), (160, 154)])
+def test_products(host, d, T):
+    """Keys are padded to 80, or to the next 16 beyond that, and head widths not at all."""
+    case = small(B=1, H=1, N=32, T=T, d=d)
+    host.configure()
+    host.edited_attention(**plainly(case))
+    assert host.counted()["products"] == 2 * 32 * d * (80 if T <= 80 else -T // 16 * -16)
+
+
+def test_what_is_not_finite_stays_in_its_row(host):
+    case = small(T=13, d=32, N=3)
+    query = case.query.clone()
+    query[1, 2, 1] = torch.nan
+    result = host.edited_attention(**{**plainly(case), "query": query})
+    assert result[1, 2, 1].isnan().all()
+    result[1, 2, 1] = host.edited_attention(**plainly(case))[1, 2, 1]
+    assert torch.equal(result, host.edited_attention(**plainly(case)))
+
+
+def test_empty(host):
+    for sizes in (dict(B=0), dict(N=0), dict(H=0)):
+        case = small(**{"B": 2, "N": 2, "H": 2, **sizes})
+        assert host.edited_attention(**plainly(case)).numel() == 0
+
+
+def test_refusals(host):
+    case = small(T=13, d=32, N=3)
+    arguments = case.arguments("edited_attention")
+    for changes, status, message in (
+        (plainly(small(T=13, d=48, N=3)), 2, "edited_attention: d must be one of 32, 40, 64, 80, 96, 128, 160; got 48"),
+        (plainly(small(T=257, d=32, N=3)), 2, "edited_attention: T must be at most 256; got 257"),
+        (plainly(small(T=13, d=32, N=3, dtype=torch.float32)), 1, "query must be float16 or another supported dtype; got float32"),
+        ({"key": case.key.bfloat16()}, 1, "edited_attention: key must be float16; got bfloat16"),
+        ({"key_targets": None}, 1, "edited_attention: key_targets must be given; got NULL"),
+        ({"gates": arguments["gates"].half()}, 1, "edited_attention: gates must be float32; got float16"),
+    ):
+        with pytest.raises(Refused, match=message) as refused:
+            host.edited_attention(**{**arguments, **changes})
+        assert refused.value.status == status
+    host.configure(shared_per_block=101376)
+    with pytest.raises(Refused, match="must fit into shared memory, 101376 bytes a block on this device; got T = 256 and d = 160"):
+        host.edited_attention(**plainly(small(T=256, d=160, N=3, B=1, H=1)))
