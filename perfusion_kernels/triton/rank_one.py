@@ -15,7 +15,7 @@ from .tuning import launch
 
 TILES = (
     {"BLOCK_T": 16, "BLOCK_O": 128, "num_warps": 4},
-    {"BLOCK_T": 32, "BLOCK_O": 128, "num_warps": 4},
+    {"BLOCK_T": 32, "BLOCK_O": 128, "num_warps": 8},
     {"BLOCK_T": 8, "BLOCK_O": 256, "num_warps": 4},
     {"BLOCK_T": 16, "BLOCK_O": 256, "num_warps": 8},
 )
@@ -111,10 +111,12 @@ def rank_one_backward(
         by_gates, by_components = sums[0].to(gates.dtype), -sums[1].to(components.dtype)
     if TABLES:
         by_outputs, by_targets = torch.zeros((2, S, O), dtype=outputs.dtype, device=outputs.device)
-        BLOCK_O = 256
-        _sum_by_slot[(triton.cdiv(O, BLOCK_O), B * J)](
-            by_outputs, by_targets, by_tables, index, B * J, O, J, *index.stride(), BLOCK_O=BLOCK_O
-        )
+
+        def run_sums(tiles):
+            grid = (triton.cdiv(O, tiles["BLOCK_O"]), B * J)
+            _sum_by_slot[grid](by_outputs, by_targets, by_tables, index, B * J, O, J, *index.stride(), **tiles)
+
+        launch("sum_by_slot", (O, B * J), gradient.device, ({"BLOCK_O": 256, "num_warps": 4},), run_sums)
     found = (by_gates, by_components, None, by_outputs, by_targets)
     return tuple(x if need else None for x, need in zip(found, needs))
 

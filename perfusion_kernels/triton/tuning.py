@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -46,14 +46,26 @@ def launch(
     configurations: a short list, a sensible one for this key first.
     trial: what is measured instead of `run`, if `run` works in place and may not be called twice.
     """
-    name = f"{kernel} {' '.join(map(str, key))}"
+    with _current(device):
+        run(_choice(kernel, key, device, configurations, trial or run))
+
+
+def _choice(kernel: str, key: tuple, device: torch.device, configurations: Sequence[Configuration], trial) -> Configuration:
     kind = _kind(device)
     choices = known(kind)
+    if not choices and _measure is None:  # the ordinary case costs no string
+        return configurations[0]
+    name = f"{kernel} {' '.join(map(str, key))}"
     if _measure is not None and name not in _tuned.setdefault(kind, {}):
-        choices[name] = _tuned[kind][name] = _fastest(configurations, trial or run)
-    configuration = choices.get(name, configurations[0])
+        choices[name] = _tuned[kind][name] = _fastest(configurations, trial)
+    configuration = choices.get(name)
     # a file may hold what an older list had: only what the list offers is launched
-    run(configuration if configuration in configurations else configurations[0])
+    return configuration if configuration in configurations else configurations[0]
+
+
+def _current(device: torch.device):
+    """Triton launches on the current device, whichever the tensors are on."""
+    return getattr(torch, device.type).device(device) if device.type in ("cuda", "xpu") else nullcontext()
 
 
 def _fastest(configurations: Sequence[Configuration], run: Callable[[Configuration], object]) -> Configuration:
