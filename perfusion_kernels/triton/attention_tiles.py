@@ -36,8 +36,9 @@ def refuses_sizes(query: Tensor, T: int) -> str | None:
 
 
 def precision(query: Tensor) -> str:
-    """How float32 is multiplied: exactly, unless torch was told that TF32 will do."""
-    return "tf32" if query.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How float32 is multiplied: exactly, unless torch was told that TF32 will do, which NVIDIA's GPUs have."""
+    has_tf32 = query.is_cuda and torch.version.hip is None
+    return "tf32" if has_tf32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def sizes(T: int, d: int) -> dict[str, int]:
