@@ -43,7 +43,7 @@ def calls(operator: str, d: int, J: int, dtype: torch.dtype) -> Iterator[tuple[s
     for form, arguments in arguments_of(operator, d, J, dtype):
         yield operator + form, lambda arguments=arguments: getattr(module, operator)(*arguments)
         backward = getattr(module, f"{operator}_backward", None)
-        if backward is not None:
+        if backward is not None and form != ", absorbed":  # which refuses it
             gradients = results_of(operator, arguments)
             needs = [isinstance(argument, torch.Tensor) and argument.is_floating_point() for argument in arguments]
             all_arguments = (*gradients, *arguments, needs)
