@@ -32,7 +32,7 @@ def concept_gates(
     (B, T, D), J = encodings.shape, index.shape[1]
     if J > IN_REGISTERS:
         return _beyond_registers(encodings, targets, metric_targets, index, bias, temperature)
-    gates, components = encodings.new_empty((2, B, T, J), dtype=torch.float32)
+    gates, components = (encodings.new_empty((B, T, J), dtype=torch.float32) for _ in range(2))
     if gates.numel():
         strides = (n for x in (encodings, targets, metric_targets, index, bias, temperature) for n in x.stride())
         arguments = (encodings, targets, metric_targets, index, bias, temperature, T, D, *strides)

@@ -107,10 +107,10 @@ def rank_one_backward(
     launch("rank_one_backward", key, gradient.device, TILES, run)
     by_gates = by_components = by_outputs = by_targets = None
     if COEFFICIENTS:
-        sums = torch.where((index >= 0)[:, None], parts.sum(0), 0)
-        by_gates, by_components = sums[0].to(gates.dtype), -sums[1].to(components.dtype)
+        present = (index >= 0)[:, None]
+        by_gates, by_components = (torch.where(present, part.sum(0), 0) for part in (parts[:, 0], -parts[:, 1]))
     if TABLES:
-        by_outputs, by_targets = torch.zeros((2, S, O), dtype=outputs.dtype, device=outputs.device)
+        by_outputs, by_targets = (outputs.new_zeros((S, O)) for _ in range(2))
 
         def run_sums(tiles):
             grid = (triton.cdiv(O, tiles["BLOCK_O"]), B * J)
