@@ -27,6 +27,8 @@ def load_pipeline(model: str | Path = "toybox", *, device: str | None = None, dt
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
 
+    import perfusion.toybox.vae  # noqa: F401  diffusers takes a pipeline's own classes from imported modules only
+
     folder = TOYBOX if str(model) == "toybox" else Path(model).expanduser()
     if not (folder / "model_index.json").is_file():
         missing = "has no model_index.json" if folder.is_dir() else "is not a folder"
