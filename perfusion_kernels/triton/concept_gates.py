@@ -18,12 +18,12 @@ from .tuning import launch
 IN_REGISTERS = 8  # places
 
 TILES = (
-    {"BLOCK_T": 8, "BLOCK_D": 128, "num_warps": 4},
-    {"BLOCK_T": 4, "BLOCK_D": 128, "num_warps": 4},
-    {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 4},
-    {"BLOCK_T": 8, "BLOCK_D": 256, "num_warps": 8},
+    {"BLOCK_T": 8, "BLOCK_D": 32, "num_warps": 4},
+    {"BLOCK_T": 4, "BLOCK_D": 64, "num_warps": 4},
+    {"BLOCK_T": 16, "BLOCK_D": 32, "num_warps": 4},
+    {"BLOCK_T": 4, "BLOCK_D": 32, "num_warps": 4},
 )
-"""Few tokens each: a prompt has 77, and a GPU wants a hundred programs. BLOCK_T · 8 · BLOCK_D products stay in registers."""
+"""Few tokens each: a prompt has 77, and a GPU wants a hundred programs. BLOCK_T · 8 · BLOCK_D sums stay in registers."""
 
 
 def concept_gates(
@@ -47,6 +47,20 @@ def concept_gates(
 
 
 @triton.jit
+def _sum(x):
+    """Sums of x[a, b, :] that lose no digits where large terms cancel, as those of C⁻¹ do.
+
+    Every term is cut at one place, that of a number as large as all terms together: the upper parts add up
+    without any rounding, in any order, and the lower parts are small.
+    """
+    largest = tl.max(tl.abs(x), 2).to(tl.int32, bitcast=True)
+    # a power of two, at least twice the largest term times their number, and half as much again: x leaves its exponent
+    bound = 3.0 * x.shape[2] * (largest & 0x7F800000).to(tl.float32, bitcast=True)[:, :, None]
+    upper = (x + bound) - bound
+    return tl.sum(upper, 2) + tl.sum(x - upper, 2)
+
+
+@triton.jit
 def _concept_gates(
     gates, components, encodings, targets, metric_targets, index, bias, temperature, T, D,
     encodings_b, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, index_b, index_j,
@@ -62,8 +76,9 @@ def _concept_gates(
     g = tl.zeros((BLOCK_T, PLACES), tl.float32)
     a = tl.zeros((BLOCK_T, PLACES), tl.float32)
     if tl.max(slots, 0) >= 0:
-        c = tl.zeros((BLOCK_T, PLACES), tl.float32)
-        system = tl.zeros((PLACES, PLACES), tl.float32)
+        # BLOCK_D partial sums each, added up at the end: fewer exchanges between lanes
+        c_parts = tl.zeros((BLOCK_T, PLACES, BLOCK_D), tl.float32)
+        system_parts = tl.zeros((PLACES, PLACES, BLOCK_D), tl.float32)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             tokens = b * encodings_b + t.to(tl.int64)[:, None] * encodings_t + d[None, :] * encodings_d
@@ -71,8 +86,10 @@ def _concept_gates(
             inside = present[:, None] & (d < D)[None, :]
             m = tl.load(metric_targets + slots[:, None] * metric_s + d[None, :] * metric_d, mask=inside, other=0.0)
             i = tl.load(targets + slots[:, None] * targets_s + d[None, :] * targets_d, mask=inside, other=0.0)
-            c += tl.sum(e[:, None, :] * m[None, :, :], 2)
-            system += tl.sum(m[:, None, :] * i[None, :, :], 2)
+            c_parts += e[:, None, :] * m[None, :, :]
+            system_parts += m[:, None, :] * i[None, :, :]
+        c = _sum(c_parts)
+        system = _sum(system_parts)
         one = (j[:, None] == j[None, :]).to(tl.float32)
         energies = tl.where(present, tl.sum(system * one, 1), 1.0)
         c = tl.div_rn(c, tl.broadcast_to(energies[None, :], (BLOCK_T, PLACES)))
@@ -136,7 +153,7 @@ def _products(
     x = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     slots = tl.load(index + b * index_b + j * index_j, mask=j < J, other=-1).to(tl.int64)
     others = tl.load(index + b * index_b + (x - T) * index_j, mask=(x >= T) & (x < T + J), other=-1).to(tl.int64)
-    sums = tl.zeros((PLACES, BLOCK_T), tl.float32)
+    parts = tl.zeros((PLACES, BLOCK_T, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         inside = (d < D)[None, :]
@@ -148,6 +165,6 @@ def _products(
         i = tl.load(
             targets + others[:, None] * targets_s + d[None, :] * targets_d, mask=(others >= 0)[:, None] & inside, other=0.0
         )
-        sums += tl.sum(m[:, None, :] * (e + i)[None, :, :], 2)
+        parts += m[:, None, :] * (e + i)[None, :, :]
     written = (j < J)[:, None] & (x < T + J)[None, :]
-    tl.store(products + (b * J + j)[:, None] * (T + J) + x[None, :], sums, mask=written)
+    tl.store(products + (b * J + j)[:, None] * (T + J) + x[None, :], _sum(parts), mask=written)
