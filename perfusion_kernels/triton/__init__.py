@@ -1,10 +1,12 @@
 """Triton kernels of the operators, for any GPU that Triton has a compiler for; nothing is compiled before a first call.
 
 An operator's file here has a function of the operator's name and `refuses`, and where derivatives have kernels
-of their own, `<operator>_backward` and `refuses_backward`, which get the arguments that their schemas name.
+of their own, `<operator>_backward` and `refuses_backward`, which get the arguments that their schemas name; these may
+stand in a file of their own, `<operator>_backward.py`.
 """
 
 import importlib
+import importlib.util
 
 from ..backend import register, register_backward
 from .device import declines
@@ -17,7 +19,8 @@ for _name in OPERATORS:
     _kernels = importlib.import_module(f".{_name}", __name__)
     _operator = importlib.import_module(f"..{_name}", __name__).OPERATOR
     register("triton", _operator, getattr(_kernels, _name), refuses=_kernels.refuses, declines=declines)
-    if hasattr(_kernels, f"{_name}_backward"):
-        _backward = getattr(_kernels, f"{_name}_backward")
+    if importlib.util.find_spec(f".{_name}_backward", __name__):
+        _kernels = importlib.import_module(f".{_name}_backward", __name__)
+    if _backward := getattr(_kernels, f"{_name}_backward", None):
         register_backward("triton", _operator, _backward, refuses=_kernels.refuses_backward)
 del _name, _kernels, _operator, _backward
