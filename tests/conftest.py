@@ -2,9 +2,17 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
+
+# Without a GPU, Triton's kernels are executed by its interpreter, which has to be said before Triton is imported
+if not torch.cuda.is_available():
+    assert "triton" not in sys.modules, "Triton was imported before its interpreter could be asked for"
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure() -> None:

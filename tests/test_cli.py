@@ -278,7 +278,7 @@ def test_doctor_says_what_is_broken(healthy, monkeypatch, tmp_path):
     result = run("doctor")
     assert result.exit_code == 1
     bad = [line.split()[2] for line in result.stdout.splitlines() if line.startswith("bad ")]
-    assert bad[:3] == ["torch", "no-such-package", "concept_gates"] and bad[-1] == "toybox"
+    assert bad[:2] == ["torch", "no-such-package"] and "concept_gates" in bad and bad[-1] == "toybox"
     assert f"{len(bad)} of these must be repaired." in result.stdout
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "cuda_host"
 KERNELS = ("concept_gates.cu", "edited_attention.cu", "edited_attention_float16.cu", "edited_attention_bfloat16.cu")
 PLAIN = ("status.cpp", "host/block.cpp")
-FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden")
+FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ def _run(folder: Path, *command: str) -> None:
 def build_module(changes: tuple[Change, ...] = ()):
     """The pybind11 module over the host library, changed so."""
     path = build("perfusion_host.so", "binding.cpp", link=("-shared", "-Wl,-Bsymbolic"), changes=changes)
-    loader = importlib.machinery.ExtensionFileLoader("perfusion_host", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("perfusion_host", loader))
+    name = f"{path.parent.name}.perfusion_host"  # by its full name pybind11 knows a module again, and must not: another build is another
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     loader.exec_module(module)
     return module

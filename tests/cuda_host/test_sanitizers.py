@@ -15,7 +15,8 @@ def sweep(flags: tuple[str, ...], changes: tuple[Change, ...] = ()) -> subproces
 
 def test_nothing_to_report():
     ran = sweep(ADDRESS)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    reports = [line for line in ran.stderr.splitlines() if "swapcontext" not in line]  # a general remark on programs with fibers
+    assert (ran.returncode, ran.stdout, reports) == (0, "", [])
 
 
 def test_an_overrun_is_reported():
