@@ -96,7 +96,7 @@ def _of_amd(kernel: Any) -> dict[str, int]:
     return {
         "registers": stated("vgpr_count"),
         "local_bytes": stated("private_segment_fixed_size"),
-        "spills": stated("vgpr_spill_count") + stated("sgpr_spill_count"),
+        "spills": stated("vgpr_spill_count"),  # scalar ones go to lanes of vector registers; if to memory, local_bytes shows it
         "matrix": count(r"\bv_mfma_"),
         "loads_128": count(r"\b(?:global|buffer)_load_dwordx4\b"),
         "loads": count(r"\b(?:global|buffer)_load_"),

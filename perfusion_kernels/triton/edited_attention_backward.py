@@ -100,21 +100,21 @@ def attention_gradients(
 
     launch("edited_attention_by_query", shapes, query.device, tiles_by_query(T, d, query.dtype), run_query)
 
-    parts = None
+    by_key = by_value = None  # two buffers: results of an operator must not share one
 
     def run_key_and_value(tiles):
-        nonlocal parts
+        nonlocal by_key, by_value
         blocks = triton.cdiv(T, tiles["BLOCK_T"])
         programs, each = share(N, B * H * blocks, tiles["BLOCK_N"])
-        parts = torch.empty((2, programs, B, T, H, d), dtype=torch.float32, device=query.device)
+        by_key, by_value = (torch.empty((programs, B, T, H, d), dtype=torch.float32, device=query.device) for _ in "kv")
         D0, D1 = pieces(d)
         _by_key_and_value[(programs * blocks * B * H,)](
-            query, key, value, gradient, parts[0], parts[1], logarithms, sums, *tensors, *strides,
+            query, key, value, gradient, by_key, by_value, logarithms, sums, *tensors, *strides,
             float(scale), N, T, H, J, B, programs, blocks, each, **constants, D0=D0, D1=D1, **tiles,
         )  # fmt: skip
 
     launch("edited_attention_by_key", shapes, query.device, tiles_by_key(T, d, query.dtype), run_key_and_value)
-    by_key, by_value = parts[:, 0] if parts.shape[1] == 1 else parts.sum(1)
+    by_key, by_value = (parts[0] if len(parts) == 1 else parts.sum(0) for parts in (by_key, by_value))
     return by_query, by_key, by_value
 
 
@@ -129,7 +129,7 @@ def tiles_by_query(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], 
 
 def tiles_by_key(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
     """Registers hold dK̃ and dṼ [BLOCK_T, d]; blocks of 32 positions waste little of 77 and give three times the programs."""
-    warps = 8 if d > 64 else 4
+    warps = 8 if d > 32 else 4
     if dtype == torch.float32:
         return ({"BLOCK_T": 16, "BLOCK_N": 16, "num_warps": warps, "num_stages": 1},)
     return (

@@ -155,7 +155,10 @@ def test_every_configuration_that_may_be_chosen_is_right(module, name, dtype, mo
     for configuration in listed(35, 40, dtype)[1:] + listed(200, 160, dtype):
         monkeypatch.setattr(module, name, lambda *shape: (configuration,))
         for argument, result in run().items():
-            torch.testing.assert_close(result, expected[argument], msg=lambda text: f"{configuration} {argument}: {text}")
+            bounds = {}
+            if dtype == torch.float16:  # another order of sums may round a factor of the next product otherwise
+                bounds = {"rtol": 0.0, "atol": torch.finfo(dtype).eps * expected[argument].abs().max().item()}
+            torch.testing.assert_close(result, expected[argument], **bounds, msg=lambda text: f"{configuration} {argument}: {text}")
 
 
 def test_equal_calls_give_equal_bits():
