@@ -1,7 +1,7 @@
 // Runs the blocks of a kernel on the CPU, one after the other, every thread of a block as a fiber of its own.
 //
 // A fiber runs until it has to wait for others. So a missing barrier is a wrong result in one order of the fibers or in
-// another, and in none under ThreadSanitizer's eyes, to which fibers are threads and only barriers are order.
+// another.
 #pragma once
 
 #include <cstdint>
