@@ -33,7 +33,7 @@ MUTANTS = {  # name: (file, what stands there, what the mutant has, what notices
     "half a mean": ("edited_attention_backward", "mean += tl.sum(p1 * dp1, 1)", "mean += 0", BACKWARD),
     "dk without its scale": ("edited_attention_backward", "dk0 * scale", "dk0", BACKWARD),
     "weights of another base": ("edited_attention_backward", "(scale * LOG2_E)", "scale", BACKWARD),
-    "dv of the first part alone": ("edited_attention_backward", "parts.sum(1)", "parts[:, 0]", BACKWARD),
+    "dv of the first part alone": ("edited_attention_backward", "parts.sum(0)", "parts[0]", BACKWARD),
     "dk without the softmax's part": ("edited_attention_backward", "PRECISION) - mean[None, :])", "PRECISION))", BACKWARD),
 }
 
