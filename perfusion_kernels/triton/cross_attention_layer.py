@@ -150,7 +150,7 @@ def tall_tiles(N: int, pairs: int, dtype: torch.dtype, width: int) -> list[Confi
     elif width > 128:
         found = [{"BLOCK_N": n, "BLOCK_C": 32, "num_warps": w, "num_stages": 3} for n, w in ((64, 8), (32, 4), (16, 4))]
     else:
-        found = [{"BLOCK_N": n, "BLOCK_C": 64, "num_warps": w, "num_stages": 3} for n, w in ((128, 8), (64, 4), (32, 4), (16, 4))]
+        found = [{"BLOCK_N": n, "BLOCK_C": 64, "num_warps": w, "num_stages": 3} for n, w in ((64, 8), (64, 4), (32, 4), (16, 4))]
     return _filling(found, lambda tiles: triton.cdiv(N, tiles["BLOCK_N"]) * pairs)
 
 
