@@ -33,9 +33,9 @@ class Change:
 
 def only_widths(*widths: int) -> tuple[Change, ...]:
     """The changes that leave these head widths alone, for builds that need no others."""
-    file = "edited_attention_instances.cuh"
-    lines = [line for line in (ROOT / "csrc" / file).read_text().splitlines() if "PERFUSION_ATTENTION_WIDTH(" in line and "define" not in line]
-    return tuple(Change(file, line, "\\") for line in lines if int(line.split("(")[1].split(")")[0]) not in widths)
+    file = "attention_widths.h"
+    lines = [line for line in (ROOT / "csrc" / file).read_text().splitlines() if line.startswith("  CASE(")]
+    return tuple(Change(file, line, "  \\") for line in lines if int(line.split("(")[1].split(")")[0]) not in widths)
 
 
 def build(name: str, main: str, *, flags: tuple[str, ...] = (), link: tuple[str, ...] = (), changes: tuple[Change, ...] = ()) -> Path:

@@ -21,5 +21,5 @@ def test_nothing_to_report():
 
 def test_an_overrun_is_reported():
     """One token too many of the last tile."""
-    longer = Change("edited_attention.cuh", "    if (n >= N) continue;\n", "    if (n > N) continue;\n")
+    longer = Change("query_stream.cuh", "    if (n >= N) continue;\n", "    if (n > N) continue;\n")
     assert "AddressSanitizer: heap-buffer-overflow" in sweep(ADDRESS, (longer,)).stderr
