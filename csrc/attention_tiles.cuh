@@ -19,13 +19,10 @@ namespace perfusion {
 constexpr int query_rows = 16;  // of a warp's tile
 constexpr int max_attention_warps = 4;
 
-// Elements from one row of a tile to the next.
-PERFUSION_BOTH constexpr int attention_pitch(int d) { return (d / 8 | 1) * 8; }
-
 // Scores of 16 tokens and all keys: s[n] is the accumulator of keys 8 n … 8 n + 7. Groups of 16 keys from `groups` on are left 0.
 template <class Element, int d, int max_groups>
 PERFUSION_DEVICE void multiply_by_keys(float (&s)[2 * max_groups][4], const Element* queries, const Element* keys, int groups) {
-  constexpr int pitch = attention_pitch(d);
+  constexpr int pitch = tile_pitch(d);
   const int l = lane();
   PERFUSION_UNROLL
   for (int n = 0; n < 2 * max_groups; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
@@ -97,7 +94,7 @@ PERFUSION_DEVICE void weigh(uint32_t (&p)[max_groups][4], float (&sum)[2], float
 template <class Element, int d, int max_groups>
 PERFUSION_DEVICE void multiply_by_values(float (&o)[d / 8][4], const uint32_t (&p)[max_groups][4], const Element* values,
                                          int groups) {
-  constexpr int pitch = attention_pitch(d);
+  constexpr int pitch = tile_pitch(d);
   const int l = lane();
   PERFUSION_UNROLL
   for (int n = 0; n < d / 8; ++n) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0.0f;
@@ -123,7 +120,7 @@ PERFUSION_DEVICE void multiply_by_values(float (&o)[d / 8][4], const uint32_t (&
 // Attention of the tile's 16 tokens, which give way to its outputs. Zeros stand in keys and values from T on.
 template <class Element, int d, int max_groups>
 PERFUSION_DEVICE void attend_tile(Element* tile, const Element* keys, const Element* values, int groups, float scale, int T) {
-  constexpr int pitch = attention_pitch(d);
+  constexpr int pitch = tile_pitch(d);
   float s[2 * max_groups][4];
   multiply_by_keys<Element, d, max_groups>(s, tile, keys, groups);
   uint32_t weights[max_groups][4];

@@ -69,7 +69,7 @@ void fit(EditedAttentionPlan& plan, int64_t row_bytes, int64_t keys, int limit) 
 perfusion_status plan_edited_attention(const perfusion_edited_attention_params& p, const Device& device,
                                        EditedAttentionPlan* plan) {
   const int groups = attention_groups_for(p.T);
-  const int64_t keys = 16 * (groups > 5 ? (p.T + 15) / 16 : groups), row_bytes = 2 * attention_pitch(static_cast<int>(p.d));
+  const int64_t keys = 16 * (groups > 5 ? (p.T + 15) / 16 : groups), row_bytes = 2 * tile_pitch(static_cast<int>(p.d));
   fit(*plan, row_bytes, keys, device.shared_per_block);
   if (plan->warps == 0) {
     return fail(PERFUSION_UNSUPPORTED,

@@ -21,7 +21,7 @@ template <class Element, int d, int max_groups>
 PERFUSION_KERNEL(32 * max_attention_warps)
 edited_attention_kernel(PERFUSION_CONSTANT EditedAttentionLaunch launch) {
   static_assert(d % 8 == 0 && d >= 16, "heads are read in pieces of 8 elements, and multiplied 16 at a time");
-  constexpr int pitch = attention_pitch(d);
+  constexpr int pitch = tile_pitch(d);
   const perfusion_edited_attention_params& p = launch.call;
   const EditedAttentionPlan& plan = launch.plan;
   const int groups = max_groups > 5 ? (static_cast<int>(p.T) + 15) / 16 : max_groups;

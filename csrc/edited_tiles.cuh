@@ -46,7 +46,7 @@ PERFUSION_DEVICE void store_four(Element* tile, int t, int piece, const float (&
     Words words;
     PERFUSION_UNROLL
     for (int k = 0; k < 4; ++k) words.word[k] = pack<Element>(x[r][2 * k], x[r][2 * k + 1]);
-    *reinterpret_cast<Words*>(tile + (t + r) * attention_pitch(d) + piece * 8) = words;
+    *reinterpret_cast<Words*>(tile + (t + r) * tile_pitch(d) + piece * 8) = words;
   }
 }
 
@@ -55,7 +55,7 @@ template <class Element, int d>
 PERFUSION_DEVICE void load_keys(Element* tile, int keys, const perfusion_edited_attention_params& p, int64_t b, int64_t h,
                                 const perfusion_tensor& base, bool wide, bool edited, const perfusion_tensor& outputs,
                                 const perfusion_tensor& targets, bool wide_tables) {
-  constexpr int pieces = d / 8, pitch = attention_pitch(d);
+  constexpr int pieces = d / 8, pitch = tile_pitch(d);
   const auto* from = static_cast<const Element*>(base.data) + b * base.strides[0] + h * base.strides[2];
   const int64_t row = base.strides[1], column = base.strides[3];
   const int T = static_cast<int>(p.T);
@@ -88,7 +88,7 @@ PERFUSION_DEVICE void load_keys(Element* tile, int keys, const perfusion_edited_
 template <class Element, int d>
 PERFUSION_DEVICE void edit_keys(Element* tile, int keys, const perfusion_edited_attention_params& p, int64_t b, int64_t h,
                                 const perfusion_tensor& outputs, const perfusion_tensor& targets, bool wide_tables) {
-  constexpr int pieces = d / 8, pitch = attention_pitch(d);
+  constexpr int pieces = d / 8, pitch = tile_pitch(d);
   for (int i = thread(); i < keys / 4 * pieces; i += threads()) {
     const int t = i / pieces * 4, piece = i % pieces;
     float x[4][8];

@@ -7,7 +7,7 @@
 //              └────────┴────────┘
 //  A, a step   ┌────────┬────────┐
 //   ┌───────┐  │ warp 0 │ warp 1 │                 Each warp owns rows / down x columns / across of C in registers: per 16 of k
-//   │       │  │        │        │  [rows,         it loads m left fragments, then n / 2 pairs of right ones, each of which it
+//   │       │  │        │        │  [rows,         it loads m left fragments, then n right ones in pairs, each of which it
 //   └───────┘  ├────────┼────────┤   columns]      multiplies by all m.
 //   … stages   │ warp 2 │ warp 3 │
 //              └────────┴────────┘
@@ -29,7 +29,7 @@ struct ProductTile {
   static constexpr int depth = depth_, stages = stages_;
   static constexpr int threads = 32 * down * across;
   static constexpr int m = rows / down / 16, n = columns / across / 8;  // accumulators of a warp, 16 x 8 each
-  static_assert(rows == 16 * down * m && columns == 8 * across * n && n % 2 == 0, "warps own whole fragments, right ones in pairs");
+  static_assert(rows == 16 * down * m && columns == 8 * across * n, "warps own whole fragments");
   static_assert(depth % 16 == 0 && stages >= 2, "a step is whole products, and loads overlap them");
 };
 
@@ -77,6 +77,7 @@ class ProductLoader {
     const int most = columns_left < 0 ? 0 : columns_left < 8 ? columns_left : 8;
     PERFUSION_UNROLL
     for (int i = 0; i < count; ++i) {
+      if (rows % apart != 0 && thread() / pieces + i * apart >= rows) continue;
       const int elements = i * apart < rows_left ? most : 0;
       Element* target = stage + to + i * apart * tile_pitch(columns);
       const Element* source = elements > 0 ? line[i] : data;
@@ -91,10 +92,10 @@ class ProductLoader {
   }
 
  private:
-  static constexpr int pieces = columns / 8;                // of 16 bytes in a row
-  static constexpr int apart = threads_of_block / pieces;   // rows that the block loads at a time
-  static constexpr int count = rows / apart;
-  static_assert(threads_of_block % pieces == 0 && rows % apart == 0, "all threads load alike");
+  static constexpr int pieces = columns / 8;               // of 16 bytes in a row
+  static constexpr int apart = threads_of_block / pieces;  // rows that the block loads at a time
+  static constexpr int count = (rows + apart - 1) / apart;
+  static_assert(threads_of_block % pieces == 0, "a thread loads the same columns of all its rows");
 
   const Element *data, *line[count];
   int64_t stride, step;
@@ -114,7 +115,7 @@ PERFUSION_DEVICE void multiply_step(float (&c)[Tile::m][Tile::n][4], const Eleme
     PERFUSION_UNROLL
     for (int i = 0; i < Tile::m; ++i) load_matrices(a[i], left + (row + i * 16 + l % 16) * pitch + k + l / 16 * 8);
     PERFUSION_UNROLL
-    for (int j = 0; j < Tile::n; j += 2) {
+    for (int j = 0; j + 2 <= Tile::n; j += 2) {
       uint32_t b[4];  // columns of j and of j + 1, each with both halves of k
       if (transposed) {
         load_matrices(b, right + (column + j * 8 + l / 16 * 8 + l % 8) * pitch + k + l / 8 % 2 * 8);
@@ -127,22 +128,26 @@ PERFUSION_DEVICE void multiply_step(float (&c)[Tile::m][Tile::n][4], const Eleme
         multiply_accumulate<Element>(c[i][j + 1], a[i], b[2], b[3]);
       }
     }
+    if (Tile::n % 2 == 1) {
+      constexpr int last = Tile::n - 1;
+      uint32_t b[2];
+      if (transposed) {
+        load_matrices(b, right + (column + last * 8 + l % 8) * pitch + k + l / 8 % 2 * 8);
+      } else {
+        load_matrices_transposed(b, right + (k + l % 16) * wide_pitch + column + last * 8);
+      }
+      PERFUSION_UNROLL
+      for (int i = 0; i < Tile::m; ++i) multiply_accumulate<Element>(c[i][last], a[i], b[0], b[1]);
+    }
   }
 }
 
-// epilogue(r, n, x, y) for every pair of the tile at (row, column) of C: x is element (r, n) of the tile, n even, y the next. A is
-// [M, K]; B is [N, K] if `transposed`, else [K, N] and in one group. The sum starts at k and ends with the operands. Takes
-// product_bytes() of shared memory, which are the epilogue's once it is called: all threads have read them.
-template <class Tile, bool transposed, class Element, class Epilogue>
-PERFUSION_DEVICE void multiply_tile(Element* shared, const ProductOperand<Element>& left, const ProductOperand<Element>& right,
-                                    int row, int column, int k, Epilogue epilogue) {
+// c += the products of `steps` steps, which the loaders bring into product_bytes() of shared memory. All threads have read the
+// last of them when it returns.
+template <class Tile, bool transposed, class Element, class Left, class Right>
+PERFUSION_DEVICE void multiply_steps(float (&c)[Tile::m][Tile::n][4], Element* shared, Left next_left, Right next_right, int steps) {
   constexpr int left_step = Tile::rows * tile_pitch(Tile::depth);
   constexpr int right_step = product_bytes<Tile, transposed>() / 2 / Tile::stages - left_step;
-  const int steps = (left.columns - k + Tile::depth - 1) / Tile::depth;
-  ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false> next_left(left, row, k);
-  ProductLoader<Element, transposed ? Tile::columns : Tile::depth, transposed ? Tile::depth : Tile::columns, Tile::threads,
-                !transposed>
-      next_right(right, transposed ? column : k, transposed ? k : column);
   const auto stage = [&](int step) { return shared + step % Tile::stages * (left_step + right_step); };
   const auto load = [&](int step) {
     if (step < steps) {
@@ -152,7 +157,6 @@ PERFUSION_DEVICE void multiply_tile(Element* shared, const ProductOperand<Elemen
     commit_copies();
   };
 
-  float c[Tile::m][Tile::n][4] = {};
   PERFUSION_UNROLL
   for (int step = 0; step + 1 < Tile::stages; ++step) load(step);
   for (int step = 0; step < steps; ++step) {
@@ -162,7 +166,11 @@ PERFUSION_DEVICE void multiply_tile(Element* shared, const ProductOperand<Elemen
     multiply_step<Tile, transposed>(c, stage(step), stage(step) + left_step);
   }
   barrier();
+}
 
+// epilogue(r, n, x, y) for every pair of a tile: x is element (r, n) of the tile, n even, y the next.
+template <class Tile, class Epilogue>
+PERFUSION_DEVICE void hand_over(const float (&c)[Tile::m][Tile::n][4], Epilogue epilogue) {
   const int first_row = warp() / Tile::across * Tile::m * 16 + lane() / 4;
   const int first_column = warp() % Tile::across * Tile::n * 8 + 2 * (lane() % 4);
   PERFUSION_UNROLL
@@ -173,6 +181,21 @@ PERFUSION_DEVICE void multiply_tile(Element* shared, const ProductOperand<Elemen
       epilogue(first_row + i * 16 + 8, first_column + j * 8, c[i][j][2], c[i][j][3]);
     }
   }
+}
+
+// The same for the tile at (row, column) of C. A is [M, K]; B is [N, K] if `transposed`, else [K, N] and in one group. The sum
+// starts at k and ends with the operands. Takes product_bytes() of shared memory, which are the epilogue's once it is called: all
+// threads have read them.
+template <class Tile, bool transposed, class Element, class Epilogue>
+PERFUSION_DEVICE void multiply_tile(Element* shared, const ProductOperand<Element>& left, const ProductOperand<Element>& right,
+                                    int row, int column, int k, Epilogue epilogue) {
+  ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false> next_left(left, row, k);
+  ProductLoader<Element, transposed ? Tile::columns : Tile::depth, transposed ? Tile::depth : Tile::columns, Tile::threads,
+                !transposed>
+      next_right(right, transposed ? column : k, transposed ? k : column);
+  float c[Tile::m][Tile::n][4] = {};
+  multiply_steps<Tile, transposed>(c, shared, next_left, next_right, (left.columns - k + Tile::depth - 1) / Tile::depth);
+  hand_over<Tile>(c, epilogue);
 }
 
 }  // namespace perfusion

@@ -10,7 +10,7 @@ namespace perfusion {
 template <class Element, int d>
 PERFUSION_DEVICE void load_queries(Element* stage, const Element* from, int64_t row, int64_t column, int first, int N,
                                    bool wide) {
-  constexpr int pieces = d / 8, pitch = attention_pitch(d);
+  constexpr int pieces = d / 8, pitch = tile_pitch(d);
   for (int i = lane(); i < query_rows * pieces; i += 32) {
     const int n = first + i / pieces, piece = i % pieces;
     Element* to = stage + i / pieces * pitch + piece * 8;
@@ -25,7 +25,7 @@ PERFUSION_DEVICE void load_queries(Element* stage, const Element* from, int64_t 
 
 template <class Element, int d>
 PERFUSION_DEVICE void store_outputs(Element* to, int64_t row, int64_t column, const Element* stage, int first, int N, bool wide) {
-  constexpr int pieces = d / 8, pitch = attention_pitch(d);
+  constexpr int pieces = d / 8, pitch = tile_pitch(d);
   for (int i = lane(); i < query_rows * pieces; i += 32) {
     const int n = first + i / pieces, piece = i % pieces;
     if (n >= N) continue;
@@ -53,14 +53,14 @@ struct QueryStream {
                                int split, Element* stages)
       : query(static_cast<const Element*>(p.query.data) + b * p.query.strides[0] + h * p.query.strides[2]),
         output(static_cast<Element*>(p.output.data) + b * p.output.strides[0] + h * p.output.strides[2]),
-        stages(stages + warp() * plan.stages * query_rows * attention_pitch(d)),
+        stages(stages + warp() * plan.stages * query_rows * tile_pitch(d)),
         p(p),
         plan(plan),
         tile(split * plan.warps + warp()),
         tiles((static_cast<int>(p.N) + query_rows - 1) / query_rows),
         step(plan.splits * plan.warps) {}
 
-  PERFUSION_DEVICE Element* stage(int which) const { return stages + which * query_rows * attention_pitch(d); }
+  PERFUSION_DEVICE Element* stage(int which) const { return stages + which * query_rows * tile_pitch(d); }
 
   PERFUSION_DEVICE void load(int which, int tile) const {
     load_queries<Element, d>(stage(which), query, p.query.strides[1], p.query.strides[3], tile * query_rows,
