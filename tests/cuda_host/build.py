@@ -19,7 +19,10 @@ import pybind11
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "cuda_host"
-KERNELS = ("concept_gates.cu", "edited_attention.cu", "edited_attention_float16.cu", "edited_attention_bfloat16.cu")
+KERNELS = (
+    "concept_gates.cu",
+    *(f"{name}{part}.cu" for name in ("edited_attention", "fused_edited_attention") for part in ("", "_float16", "_bfloat16")),
+)
 PLAIN = ("status.cpp", "host/block.cpp")
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
 
