@@ -69,12 +69,12 @@ perfusion_status check(const perfusion_cross_attention_layer_params& p) {
 perfusion_status plan_cross_attention_layer(const perfusion_cross_attention_layer_params& p, const Device& device,
                                             CrossAttentionLayerPlan* plan) {
   const bool absorbed = is_absorbed(p);
+  const int d = static_cast<int>(absorbed ? 0 : p.d), groups = p.T <= 80 ? 5 : static_cast<int>(in_tiles(p.T, 16));
   const int64_t heads = p.B * p.H;
   plan->rows = heads * in_tiles(p.N, tall) < device.multiprocessors ? flat : tall;
   if (absorbed) {
     plan->bytes = weigh_bytes(16 * attention_groups_for(p.T), plan->rows);
   } else {
-    const int d = static_cast<int>(p.d), groups = p.T <= 80 ? 5 : static_cast<int>(in_tiles(p.T, 16));
     const int row = 2 * tile_pitch(d);
     plan->bytes = 2 * 16 * groups * row + std::max(query_bytes(d, plan->rows), plan->rows * row);
   }
@@ -85,15 +85,16 @@ perfusion_status plan_cross_attention_layer(const perfusion_cross_attention_laye
                 absorbed ? "steps of one head's keys" : "K and V of one head and a step of the query's projection",
                 device.shared_per_block, static_cast<long long>(p.T), static_cast<long long>(absorbed ? p.C : p.d), plan->bytes);
   }
-  // A block for every place on the chip, while there are tiles: each loads K and V once. Absorbed keys are not kept.
+  // A block for every place on the chip, while there are tiles: each loads K and V once. Absorbed keys are not kept, so all tiles
+  // may as well have blocks of their own.
   const int64_t places = int64_t{device.multiprocessors} * std::max(1, device.shared_per_multiprocessor / (plan->bytes + 1024));
   const int64_t tiles = in_tiles(p.N, plan->rows), wanted = std::max<int64_t>(1, in_tiles(places, heads));
-  plan->splits = static_cast<int>(absorbed ? tiles : std::min(tiles, wanted));
+  plan->splits = static_cast<int>(absorbed || single_tile(d, groups) ? tiles : std::min(tiles, wanted));
   plan->blocks = heads * plan->splits;
 
-  const int64_t groups = absorbed ? p.B : 1, tokens = absorbed ? p.N : p.B * p.N, across = in_tiles(p.C, product_columns);
-  plan->second_rows = groups * in_tiles(tokens, tall) * across < device.multiprocessors ? flat : tall;
-  plan->second_blocks = groups * in_tiles(tokens, plan->second_rows) * across;
+  const int64_t sums = absorbed ? p.B : 1, tokens = absorbed ? p.N : p.B * p.N, across = in_tiles(p.C, product_columns);
+  plan->second_rows = sums * in_tiles(tokens, tall) * across < device.multiprocessors ? flat : tall;
+  plan->second_blocks = sums * in_tiles(tokens, plan->second_rows) * across;
   plan->second_bytes = project_bytes(absorbed, plan->second_rows);
 
   plan->wide_hidden_states = wide_rows(p.hidden_states, 3);

@@ -10,6 +10,9 @@ constexpr int layer_warps = 4, layer_depth = 32;  // of a block; columns of a st
 constexpr int tall = 64, flat = 32;               // rows of a tile; flat where tall ones would leave multiprocessors idle
 constexpr int product_columns = 64;               // of a tile of the second launch
 
+// Whether a block of the first launch has a single tile: beside 256 scores and 160 columns registers hold nothing for a next one.
+PERFUSION_BOTH constexpr bool single_tile(int d, int groups) { return d > 128 && groups > 5; }
+
 // Of the query's projection: columns, whole fragments for each of the two warps side by side, and steps in shared memory.
 PERFUSION_BOTH constexpr int query_columns(int d) { return (d + 15) / 16 * 16; }
 PERFUSION_BOTH constexpr int query_stages(int d) { return d <= 128 ? 3 : 2; }
