@@ -22,9 +22,9 @@ perfusion_status check(const perfusion_edited_projection_params& p) {
   Arguments arguments("edited_projection");
   const struct {
     const char* name;
-    int64_t value;
-  } sizes[] = {{"B", p.B}, {"T", p.T}, {"D", p.D}, {"O", p.O}, {"J", p.J}};
-  for (const auto& size : sizes) arguments.size(size.name, size.value, 0, most);
+    int64_t value, least;
+  } sizes[] = {{"B", p.B, 0}, {"T", p.T, 0}, {"D", p.D, 1}, {"O", p.O, 0}, {"J", p.J, 0}};
+  for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, most);
   arguments.rule(p.B * p.T <= most, PERFUSION_UNSUPPORTED, "B * T must be at most 2^30", p.B * p.T);
   if (arguments.status != PERFUSION_OK || p.B * p.T * p.O == 0) return arguments.status;
 

@@ -74,7 +74,7 @@ typedef struct perfusion_edited_projection_params {
   perfusion_tensor result;            /* [B, T, O] as encodings, written; any strides; must not overlap any other */
 } perfusion_edited_projection_params;
 
-/* Any sizes, as far as B * T is at most 2^30. float32 and float64 are for another backend. */
+/* Any sizes from D = 1 on, B * T at most 2^30. float32 and float64 are for another backend. */
 PERFUSION_API perfusion_status perfusion_edited_projection(const perfusion_edited_projection_params *params,
                                                            perfusion_stream stream);
 
