@@ -60,6 +60,24 @@ typedef struct perfusion_concept_gates_params {
 /* J <= 128. PERFUSION_INVALID_ARGUMENT, PERFUSION_UNSUPPORTED or PERFUSION_DEVICE_ERROR with a message, or PERFUSION_OK. */
 PERFUSION_API perfusion_status perfusion_concept_gates(const perfusion_concept_gates_params *params, perfusion_stream stream);
 
+/* e Wᵀ + Σ_j (g_j outputs_j - a_j projected_targets_j) (DESIGN.md, (10)), added to the rounded product in float32 and rounded once
+ * more. Without index it is the plain product, whose bits a batch row without a concept has in any case. */
+typedef struct perfusion_edited_projection_params {
+  int64_t B, T, D, O, J, S;
+  perfusion_tensor encodings;         /* [B, T, D] float16 or bfloat16 */
+  perfusion_tensor weight;            /* [O, D] as encodings */
+  perfusion_tensor gates;             /* [B, T, J] float32, not read where index is -1 */
+  perfusion_tensor components;        /* [B, T, J] float32, not read where index is -1 */
+  perfusion_tensor index;             /* [B, J] int32, -1 for none */
+  perfusion_tensor outputs;           /* [S, O] float16, bfloat16 or float32 */
+  perfusion_tensor projected_targets; /* [S, O] as outputs */
+  perfusion_tensor result;            /* [B, T, O] as encodings, written; any strides; must not overlap any other */
+} perfusion_edited_projection_params;
+
+/* Any sizes from D = 1 on, B * T at most 2^30. float32 and float64 are for another backend. */
+PERFUSION_API perfusion_status perfusion_edited_projection(const perfusion_edited_projection_params *params,
+                                                           perfusion_stream stream);
+
 /* softmax(scale q K̃ᵀ) Ṽ (DESIGN.md, (12)). Without index it is plain attention; with it, the pair of key tables, the pair of
  * value tables, or both are given, and K̃ = K + Σ_j (g_j key_outputs_j - a_j key_targets_j), Ṽ likewise. */
 typedef struct perfusion_edited_attention_params {

@@ -4,6 +4,7 @@
 
 #include "../../csrc/cross_attention_layer.h"
 #include "../../csrc/edited_attention.h"
+#include "../../csrc/edited_projection.h"
 #include "../../csrc/fused_edited_attention.h"
 #include "../../csrc/host/block.h"
 #include "../../csrc/include/perfusion_kernels.h"
@@ -89,6 +90,31 @@ perfusion_concept_gates_params gates(const py::dict& sizes, const py::dict& tens
     *value = tensor(tensors, name);
   }
   return p;
+}
+
+perfusion_edited_projection_params projection(const py::dict& sizes, const py::dict& tensors) {
+  perfusion_edited_projection_params p{};
+  for (auto [name, value] : {std::pair{"B", &p.B}, {"T", &p.T}, {"D", &p.D}, {"O", &p.O}, {"J", &p.J}, {"S", &p.S}}) {
+    *value = size(sizes, name);
+  }
+  for (auto [name, value] : {std::pair{"encodings", &p.encodings}, {"weight", &p.weight}, {"gates", &p.gates},
+                             {"components", &p.components}, {"index", &p.index}, {"outputs", &p.outputs},
+                             {"projected_targets", &p.projected_targets}, {"result", &p.result}}) {
+    *value = tensor(tensors, name);
+  }
+  return p;
+}
+
+py::dict plan_projection(const py::dict& sizes, const py::dict& tensors) {
+  EditedProjectionPlan made{};
+  const perfusion_status status = plan_edited_projection(projection(sizes, tensors), host::machine().device, &made);
+  py::dict result;
+  result["status"] = static_cast<int>(status);
+  result["rows"] = made.rows;
+  result["columns"] = made.columns;
+  result["row_tiles"] = made.row_tiles;
+  result["column_tiles"] = made.column_tiles;
+  return result;
 }
 
 py::dict told(perfusion_status status, const EditedAttentionPlan& made) {
@@ -189,7 +215,12 @@ PYBIND11_MODULE(perfusion_host, module) {
     const auto p = gates(sizes, tensors);
     return outcome(perfusion_concept_gates(&p, nullptr));
   });
+  module.def("edited_projection", [](const py::dict& sizes, const py::dict& tensors) {
+    const auto p = projection(sizes, tensors);
+    return outcome(perfusion_edited_projection(&p, nullptr));
+  });
   module.def("plan_edited_attention", &plan);
+  module.def("plan_edited_projection", &plan_projection);
   module.def("configure", &configure);
   module.def("counted", &counted);
   module.def("misuse", [](int which, int threads) { return host::run(1, threads, 1024, [which] { misuse(which); }); });

@@ -22,6 +22,7 @@ BUILD = ROOT / "build" / "cuda_host"
 ATTENTION = ("edited_attention", "fused_edited_attention", "cross_attention_layer")
 KERNELS = (
     "concept_gates.cu",
+    "edited_projection.cu",
     *(f"{name}{part}.cu" for name in ATTENTION for part in ("", "_float16", "_bfloat16")),
 )
 PLAIN = ("status.cpp", "host/block.cpp")

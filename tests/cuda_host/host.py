@@ -77,6 +77,24 @@ class Host:
         _raise(self.module.concept_gates(dict(B=B, T=T, D=D, J=J, S=S), described({**tensors, **results})))
         return results["gates"], results["components"]
 
+    def edited_projection(self, *, result: Tensor | None = None, **tensors: Tensor | None) -> Tensor:
+        """The public function's tensors by name -> [B, T, O]. `result` is written if given, else NaN is at first."""
+        sizes, given = projection_call(tensors, result)
+        _raise(self.module.edited_projection(sizes, described(given)))
+        return given["result"]
+
+    def plan_projection(self, **tensors: Tensor | None) -> dict[str, int]:
+        sizes, given = projection_call(tensors, None)
+        return self.module.plan_edited_projection(sizes, described(given))
+
+
+def projection_call(tensors: dict[str, Tensor | None], result: Tensor | None) -> tuple[dict[str, int], dict[str, Tensor]]:
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    (B, T, D), O = given["encodings"].shape, given["weight"].shape[0]
+    sizes = dict(B=B, T=T, D=D, O=O, J=given["index"].shape[1] if "index" in given else 0)
+    given["result"] = torch.full((B, T, O), torch.nan, dtype=given["encodings"].dtype) if result is None else result
+    return sizes, given
+
 
 def attention_call(tensors: dict[str, Tensor | None], output: Tensor | None) -> tuple[dict[str, int], dict[str, Tensor]]:
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
