@@ -94,7 +94,8 @@ PERFUSION_DEVICE void load_keys(Element* tile, int keys, const perfusion_edited_
   }
 }
 
-// 16 tokens of the query, zeros from N on, into a warp's stage; asynchronous where the layout allows it.
+// 16 tokens of the query, zeros from N on, into a warp's stage; asynchronous where the layout allows it. A lane fills the pieces
+// that it reads in store_outputs, so a tile may land on the outputs before it without a barrier.
 template <class Element, int d>
 PERFUSION_DEVICE void load_queries(Element* stage, const Element* from, int64_t row, int64_t column, int first, int N,
                                    bool wide) {
@@ -296,7 +297,6 @@ edited_attention_kernel(PERFUSION_CONSTANT EditedAttentionLaunch launch) {
     }
     warp_barrier();
     store_outputs<Element, d>(output, p.output.strides[1], p.output.strides[3], here, tile * query_rows, N, plan.wide_output);
-    warp_barrier();  // the outputs have been read; the next tile may land on them
     if (plan.stages == 2) {
       stage ^= 1;
     } else if (tile + step < tiles) {
