@@ -7,6 +7,8 @@
 
 namespace perfusion {
 
+constexpr int64_t most_of_a_size = int64_t{1} << 30;  // tiles and blocks are counted in 32 bits
+
 inline const char* name_of(perfusion_dtype dtype) {
   switch (dtype) {
     case PERFUSION_FLOAT16:

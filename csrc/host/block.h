@@ -50,7 +50,8 @@ void multiply_accumulate(float* c, const uint32_t* a, const uint32_t* b, int k, 
 // must have landed when only the last `groups` groups may be under way.
 struct Copy {
   unsigned char* to;
-  const unsigned char* from;  // nullptr: zeros
+  const unsigned char* from;
+  int bytes;  // of 16; the rest is zeros
 };
 void issue(const Copy& copy);
 void commit();

@@ -82,6 +82,30 @@ typedef struct perfusion_edited_attention_params {
 PERFUSION_API perfusion_status perfusion_edited_attention(const perfusion_edited_attention_params *params,
                                                           perfusion_stream stream);
 
+/* edited_attention to K = e W_Kᵀ and V = e W_Vᵀ, projected, edited and attended to in one launch (DESIGN.md, (12)). The edit is
+ * given as there; K and V are rounded to the dtype of query before it and after it. */
+typedef struct perfusion_fused_edited_attention_params {
+  int64_t B, N, T, D, H, d, J, S;
+  perfusion_tensor query;         /* [B, N, H, d] float16 or bfloat16 */
+  perfusion_tensor encodings;     /* [B, T, D] as query */
+  perfusion_tensor key_weight;    /* [H*d, D] as query */
+  perfusion_tensor value_weight;  /* [H*d, D] as query */
+  perfusion_tensor gates;         /* [B, T, J] float32, not read where index is -1 */
+  perfusion_tensor components;    /* [B, T, J] float32, not read where index is -1 */
+  perfusion_tensor index;         /* [B, J] int32, -1 for none */
+  perfusion_tensor key_outputs;   /* [S, H*d] float16, bfloat16 or float32 */
+  perfusion_tensor key_targets;   /* [S, H*d] as key_outputs */
+  perfusion_tensor value_outputs; /* [S, H*d] as the tables before it */
+  perfusion_tensor value_targets; /* [S, H*d] as value_outputs */
+  perfusion_tensor output;        /* [B, N, H, d] as query, written; must not overlap any other */
+  float scale;
+} perfusion_fused_edited_attention_params;
+
+/* d of 32, 40, 64, 80, 96, 128, 160; 1 <= T <= 256, as far as K and V of one head and a step of their projection fit into the
+ * device's shared memory. */
+PERFUSION_API perfusion_status perfusion_fused_edited_attention(const perfusion_fused_edited_attention_params *params,
+                                                                perfusion_stream stream);
+
 /* What the last call of this thread that failed has to say: operator, argument, rule, what came. Valid until the next call. */
 PERFUSION_API const char *perfusion_last_message(void);
 

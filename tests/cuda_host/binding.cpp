@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "../../csrc/edited_attention.h"
+#include "../../csrc/fused_edited_attention.h"
 #include "../../csrc/host/block.h"
 #include "../../csrc/include/perfusion_kernels.h"
 #include "misuse.cuh"
@@ -45,6 +46,22 @@ perfusion_edited_attention_params attention(const py::dict& sizes, const py::dic
   return p;
 }
 
+perfusion_fused_edited_attention_params fused(const py::dict& sizes, const py::dict& tensors, float scale) {
+  perfusion_fused_edited_attention_params p{};
+  for (auto [name, value] : {std::pair{"B", &p.B}, {"N", &p.N}, {"T", &p.T}, {"D", &p.D}, {"H", &p.H}, {"d", &p.d}, {"J", &p.J},
+                             {"S", &p.S}}) {
+    *value = size(sizes, name);
+  }
+  for (auto [name, value] : {std::pair{"query", &p.query}, {"encodings", &p.encodings}, {"key_weight", &p.key_weight},
+                             {"value_weight", &p.value_weight}, {"gates", &p.gates}, {"components", &p.components},
+                             {"index", &p.index}, {"key_outputs", &p.key_outputs}, {"key_targets", &p.key_targets},
+                             {"value_outputs", &p.value_outputs}, {"value_targets", &p.value_targets}, {"output", &p.output}}) {
+    *value = tensor(tensors, name);
+  }
+  p.scale = scale;
+  return p;
+}
+
 perfusion_concept_gates_params gates(const py::dict& sizes, const py::dict& tensors) {
   perfusion_concept_gates_params p{};
   for (auto [name, value] : {std::pair{"B", &p.B}, {"T", &p.T}, {"D", &p.D}, {"J", &p.J}, {"S", &p.S}}) *value = size(sizes, name);
@@ -56,9 +73,7 @@ perfusion_concept_gates_params gates(const py::dict& sizes, const py::dict& tens
   return p;
 }
 
-py::dict plan(const py::dict& sizes, const py::dict& tensors) {
-  EditedAttentionPlan made{};
-  const perfusion_status status = plan_edited_attention(attention(sizes, tensors, 1.0f), host::machine().device, &made);
+py::dict told(perfusion_status status, const EditedAttentionPlan& made) {
   py::dict result;
   result["status"] = static_cast<int>(status);
   result["message"] = outcome(status).second;
@@ -67,6 +82,18 @@ py::dict plan(const py::dict& sizes, const py::dict& tensors) {
   result["splits"] = made.splits;
   result["bytes"] = made.bytes;
   return result;
+}
+
+py::dict plan(const py::dict& sizes, const py::dict& tensors) {
+  EditedAttentionPlan made{};
+  const perfusion_status status = plan_edited_attention(attention(sizes, tensors, 1.0f), host::machine().device, &made);
+  return told(status, made);
+}
+
+py::dict fused_plan(const py::dict& sizes, const py::dict& tensors) {
+  FusedEditedAttentionPlan made{};
+  const perfusion_status status = plan_fused_edited_attention(fused(sizes, tensors, 1.0f), host::machine().device, &made);
+  return told(status, made.attention);
 }
 
 void configure(int multiprocessors, int shared_per_block, int order) {
@@ -108,6 +135,12 @@ PYBIND11_MODULE(perfusion_host, module) {
     const auto p = attention(sizes, tensors, scale);
     return outcome(perfusion_edited_attention(&p, nullptr));
   });
+  module.def("fused_edited_attention", [](const py::dict& sizes, const py::dict& tensors, float scale) {
+    const auto p = fused(sizes, tensors, scale);
+    return outcome(perfusion_fused_edited_attention(&p, nullptr));
+  });
+  module.def("plan_fused_edited_attention", &fused_plan);
+  module.def("share_projection", &share_projection);
   module.def("concept_gates", [](const py::dict& sizes, const py::dict& tensors) {
     const auto p = gates(sizes, tensors);
     return outcome(perfusion_concept_gates(&p, nullptr));

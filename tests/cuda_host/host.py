@@ -38,6 +38,15 @@ class Host:
         _raise(self.module.edited_attention(sizes, described(given), scale))
         return given["output"]
 
+    def fused_edited_attention(self, *, scale: float = 0.3, output: Tensor | None = None, **tensors: Tensor | None) -> Tensor:
+        sizes, given = fused_call(tensors, output)
+        _raise(self.module.fused_edited_attention(sizes, described(given), scale))
+        return given["output"]
+
+    def fused_plan(self, **tensors: Tensor) -> dict:
+        sizes, given = fused_call(tensors, None)
+        return self.module.plan_fused_edited_attention(sizes, described(given))
+
     def plan(self, **tensors: Tensor) -> dict:
         sizes, given = attention_call(tensors, None)
         return self.module.plan_edited_attention(sizes, described(given))
@@ -53,9 +62,15 @@ def attention_call(tensors: dict[str, Tensor | None], output: Tensor | None) -> 
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     query = given["query"]
     B, N, H, d = query.shape
-    sizes = dict(B=B, N=N, H=H, d=d, T=given["key"].shape[1], J=given["index"].shape[1] if "index" in given else 0)
+    T = given["key" if "key" in given else "encodings"].shape[1]
+    sizes = dict(B=B, N=N, H=H, d=d, T=T, J=given["index"].shape[1] if "index" in given else 0)
     given["output"] = torch.full((B, N, H, d), torch.nan, dtype=query.dtype) if output is None else output
     return sizes, given
+
+
+def fused_call(tensors: dict[str, Tensor | None], output: Tensor | None) -> tuple[dict[str, int], dict[str, Tensor]]:
+    sizes, given = attention_call(tensors, output)
+    return {**sizes, "D": given["encodings"].shape[2]}, given
 
 
 def described(tensors: dict[str, Tensor]) -> dict[str, tuple]:

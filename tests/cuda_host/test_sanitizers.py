@@ -15,7 +15,7 @@ BARRIERS = [
     f"{path.name}:{number}"
     for path in sorted((ROOT / "csrc").rglob("*.cuh"))
     for number, line in enumerate(path.read_text().splitlines(), 1)
-    if re.match(r"\s*(warp_)?barrier\(\);", line)
+    if re.search(r"\b(warp_)?barrier\(\);", line)
 ]
 
 
@@ -37,7 +37,7 @@ def test_nothing_to_report(flags):
 
 def test_an_overrun_is_reported():
     """One token too many of the last tile."""
-    longer = Change("edited_attention.cuh", "    if (n >= N) continue;\n", "    if (n > N) continue;\n")
+    longer = Change("query_stream.cuh", "    if (n >= N) continue;\n", "    if (n > N) continue;\n")
     assert "AddressSanitizer: heap-buffer-overflow" in sweep(ADDRESS, changes=(longer,)).stderr
 
 
@@ -51,7 +51,9 @@ def test_without_a_barrier_a_race_is_reported(barrier):
 
 def test_a_race_of_two_blocks_is_reported():
     """Blocks that share a head and all do the whole of it: they write the same values, so no result is wrong."""
-    shared = "step = plan.splits * plan.warps;\n  int tile = split * plan.warps + warp();"
-    whole = Change("edited_attention.cuh", shared, "step = plan.warps;\n  int tile = (void(split), warp());")
-    ran = sweep(THREAD, changes=(whole,))
+    all_of_it = (
+        Change("query_stream.cuh", "tile(split * plan.warps + warp())", "tile((void(split), warp()))"),
+        Change("query_stream.cuh", "step(plan.splits * plan.warps)", "step(plan.warps)"),
+    )
+    ran = sweep(THREAD, changes=all_of_it)
     assert ran.stdout == "" and "ThreadSanitizer: data race" in ran.stderr
