@@ -6,7 +6,8 @@
 
 namespace perfusion {
 
-// 16 tokens of the query, zeros from N on, into a warp's stage; asynchronous where the layout allows it.
+// 16 tokens of the query, zeros from N on, into a warp's stage; asynchronous where the layout allows it. A lane fills the pieces
+// that it reads in store_outputs, so a tile may land on the outputs before it without a barrier.
 template <class Element, int d>
 PERFUSION_DEVICE void load_queries(Element* stage, const Element* from, int64_t row, int64_t column, int first, int N,
                                    bool wide) {
@@ -87,7 +88,6 @@ struct QueryStream {
       attend_tile<Element, d, max_groups>(stage(which), keys, values, groups, scale, static_cast<int>(p.T));
       store_outputs<Element, d>(output, p.output.strides[1], p.output.strides[3], stage(which), tile * query_rows,
                                 static_cast<int>(p.N), plan.wide_output);
-      warp_barrier();  // the outputs have been read; the next tile may land on them
       if (plan.stages == 2) {
         which ^= 1;
       } else if (tile + step < tiles) {

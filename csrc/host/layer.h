@@ -25,8 +25,8 @@ inline int warp() { return host::thread() / 32; }
 inline int lane() { return host::thread() % 32; }
 inline int64_t block() { return host::block(); }
 inline unsigned char* shared_memory() { return host::shared_memory(); }
-inline void barrier() { host::barrier(); }
-inline void warp_barrier() { host::warp_barrier(); }
+inline void barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { host::barrier(file, line); }
+inline void warp_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { host::warp_barrier(file, line); }
 inline float shuffle_xor(float x, int mask) { return host::shuffle_xor(x, mask); }
 
 inline void require_alignment(const void* pointer, const char* what) {
