@@ -19,7 +19,7 @@ import pybind11
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "cuda_host"
-KERNELS = ("concept_gates.cu", "edited_projection.cu", "edited_attention.cu", "edited_attention_float16.cu", "edited_attention_bfloat16.cu")
+KERNELS = ("concept_gates.cu", "edited_projection.cu", "edited_projection_backward.cu", "edited_attention.cu", "edited_attention_float16.cu", "edited_attention_bfloat16.cu")
 PLAIN = ("status.cpp", "host/block.cpp")
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
 
