@@ -23,6 +23,7 @@ ATTENTION = ("edited_attention", "fused_edited_attention", "cross_attention_laye
 KERNELS = (
     "concept_gates.cu",
     "edited_projection.cu",
+    "edited_projection_backward.cu",
     *(f"{name}{part}.cu" for name in ATTENTION for part in ("", "_float16", "_bfloat16")),
 )
 PLAIN = ("status.cpp", "host/block.cpp")

@@ -4,11 +4,17 @@ import pytest
 
 from . import test_concept_gates as gates
 from . import test_edited_attention as attention
+from . import test_edited_projection as projection
+from . import test_edited_projection_backward as projection_backward
 from .build import Change, build_module, only_widths
 from .host import Host, Refused
 
-ATTENTION, TILES, EDIT, STREAM, GATES = (
-    f"{name}.cuh" for name in ("edited_attention", "attention_tiles", "edited_tiles", "query_stream", "concept_gates")
+ATTENTION, TILES, EDIT, STREAM, GATES, PRODUCT, PROJECTION, RANK_ONE, PROJECTION_BACKWARD = (
+    f"{name}.cuh"
+    for name in (
+        *("edited_attention", "attention_tiles", "edited_tiles", "query_stream", "concept_gates"),
+        *("matrix_product", "edited_projection", "rank_one_backward", "edited_projection_backward"),
+    )
 )
 MUTANTS = {
     "the barrier after K and V is gone": (
@@ -63,6 +69,54 @@ MUTANTS = {
     "another place's temperature": (
         Change(GATES, "p.temperature.strides[0] +\n                                         (place + j)", "p.temperature.strides[0] +\n                                         (place + (j ? j - 1 : 1))"),
         gates.check_mixed_rows,
+    ),
+    "a step of the product lands on the one being read": (
+        Change(PRODUCT, "next_left.load(stage(step));", "next_left.load(stage(step + 1));"), projection.check_mixed_rows
+    ),
+    "no barrier between two steps of the product": (
+        Change(PRODUCT, "    wait_for_copies<Tile::stages - 2>();\n    barrier();\n", "    wait_for_copies<Tile::stages - 2>();\n"), projection.check_schedules_agree
+    ),
+    "the last copy of a row is always whole": (
+        Change(PRODUCT, "columns_left < 8 ? columns_left : 8;", "8;"), projection.check_ragged_rows
+    ),
+    "halves of the right operand exchanged": (
+        Change(PRODUCT, "* pitch + k + l / 8 % 2 * 8)", "* pitch + k + (1 - l / 8 % 2) * 8)"), projection.check_mixed_rows
+    ),
+    "each concept's edit is rounded by itself": (
+        Change(PROJECTION, "x[i][e] += g * o[e] - a * w[e];", "x[i][e] += to_float(Element{static_cast<uint16_t>(pack<Element>(g * o[e] - a * w[e], 0.0f))});"),
+        projection.check_rounded_once_more,
+    ),
+    "the concepts of the tile's first row": (
+        Change(PROJECTION, "const int64_t b = (row + r) / T, t", "const int64_t b = row / T, t"), projection.check_mixed_rows
+    ),
+    "a slot is added to rows without it": (
+        Change(PROJECTION, "          if (coefficients.slots[first + i][j] != slot) continue;\n", "          if (coefficients.slots[first + i][j] > slot) continue;\n"),
+        projection.check_mixed_rows,
+    ),
+    "the places beyond eight are read over those before": (
+        Change(PROJECTION, "    if (place > 0) barrier();  // those before have been read\n", ""), projection.check_schedules_agree
+    ),
+    "absent places are added as zeros": (
+        Change(PROJECTION, "      if (slot < 0) continue;\n", "      if (slot < 0) {\n        slots[r][j] = 1;\n        gates[r][j] = components[r][j] = 0.0f;\n        continue;\n      }\n"),
+        projection.check_rows_without_a_concept,
+    ),
+    "one column too many is stored": (
+        Change(PROJECTION, "store_eight(to, p.result.strides[2], x[i], there,", "store_eight(to, p.result.strides[2], x[i], there + 1,"),
+        projection.check_nothing_is_written_outside,
+    ),
+    "the last part of the sum over O is left out": (
+        Change(PROJECTION_BACKWARD, "split < plan.splits; ++split", "split + 1 < plan.splits; ++split"), projection_backward.check_splits
+    ),
+    "gradients of both sides have one sign": (Change(RANK_ONE, "sum[i] = side.sign * total", "sum[i] = total"), projection_backward.check_mixed_rows),
+    "a slot's sum leaves out the last rows": (
+        Change(RANK_ONE, "      for (int64_t t = warp(); t < p.T; t += rank_one_warps) {", "      for (int64_t t = warp(); t < p.T && b < 3; t += rank_one_warps) {"),
+        projection_backward.check_mixed_rows,
+    ),
+    "the sums of eight places are overwritten before they are read": (
+        Change(RANK_ONE, "    if (place > 0) barrier();  // the sums before have been read\n", ""), projection_backward.check_any_order
+    ),
+    "a gate's derivative is of the next slot": (
+        Change(RANK_ONE, "load_columns(o, side.table, slot, x,", "load_columns(o, side.table, slot + 1 < p.S ? slot + 1 : slot, x,"), projection_backward.check_mixed_rows
     ),
 }  # fmt: skip
 
