@@ -6,10 +6,13 @@ from .build import ROOT
 
 EXPORTED = (
     "concept_gates",
+    "cross_attention_layer",
+    "cross_attention_layer_workspace",
     "edited_attention",
     "edited_projection",
     "edited_projection_backward",
     "edited_projection_backward_workspace",
+    "fused_edited_attention",
     "last_message",
 )
 

@@ -1,18 +1,23 @@
 """Deliberate faults in the kernels, each of which a named check must find. A check that passes on a mutant is no check."""
 
+from dataclasses import replace
+
 import pytest
 
 from . import test_concept_gates as gates
+from . import test_cross_attention_layer as layer
 from . import test_edited_attention as attention
 from . import test_edited_projection as projection
 from . import test_edited_projection_backward as projection_backward
+from . import test_fused_edited_attention as fused
 from .build import Change, build_module, only_widths
 from .host import Host, Refused
 
-ATTENTION, TILES, EDIT, STREAM, GATES, PRODUCT, PROJECTION, RANK_ONE, PROJECTION_BACKWARD = (
+ATTENTION, TILES, EDIT, STREAM, FUSED, LAYER, GATES, PRODUCT, PROJECTION, RANK_ONE, PROJECTION_BACKWARD = (
     f"{name}.cuh"
     for name in (
-        *("edited_attention", "attention_tiles", "edited_tiles", "query_stream", "concept_gates"),
+        *("edited_attention", "attention_tiles", "edited_tiles", "query_stream", "fused_edited_attention", "cross_attention_layer"),
+        "concept_gates",
         *("matrix_product", "edited_projection", "rank_one_backward", "edited_projection_backward"),
     )
 )
@@ -118,12 +123,56 @@ MUTANTS = {
     "a gate's derivative is of the next slot": (
         Change(RANK_ONE, "load_columns(o, side.table, slot, x,", "load_columns(o, side.table, slot + 1 < p.S ? slot + 1 : slot, x,"), projection_backward.check_mixed_rows
     ),
+    "the edit does not wait for the projection": (Change(FUSED, "    barrier();  // all of K and V stands\n", ""), fused.check_mixed_rows),
+    "another head's rows of a weight": (
+        Change(FUSED, "+ h * d * weight.strides[0], d,", "+ (h ? h - 1 : h) * d * weight.strides[0], d,"), fused.check_mixed_rows
+    ),
+    "the second tile of tokens is the first": (
+        Change(FUSED, "tokens(encodings, first, 0)", "tokens(encodings, 0, 0)"), fused.check_one_side_after_the_other
+    ),
+    "values are projected by the keys' weight": (
+        Change(FUSED, "side == 0 ? key : value, steps_of_sum", "side == 0 ? key : key, steps_of_sum"), fused.check_one_side_after_the_other
+    ),
+    "a row of a weight goes on after D": (
+        Change(FUSED, "d, static_cast<int>(D), weight", "d, static_cast<int>(D + 7) / 8 * 8, weight"), fused.check_a_width_within_longer_rows
+    ),
+    "blocks are counted without their turns": (
+        Change("fused_edited_attention.cu", "const int64_t work = turns * (", "const int64_t work = (void(turns), 1) * ("), fused.check_no_other_share_is_cheaper
+    ),
+    "scores do not wait for the queries": (
+        Change(LAYER, "pack<Element>(x, y);\n    });\n    barrier();\n", "pack<Element>(x, y);\n    });\n"), layer.check_many_tiles
+    ),
+    "the next tile's steps land on the outputs": (
+        Change(LAYER, "    barrier();  // the outputs have been read; the next tile's steps may land on them\n", ""), layer.check_many_tiles
+    ),
+    "every tile is the block's first": (Change(LAYER, "Tokens(tokens, first, 0)", "Tokens(tokens, first % rows, 0)"), layer.check_many_tiles),
+    "the weights of a head are as many as its positions": (
+        Change(LAYER, "    const int width = (T + 15) / 16 * 16;\n    PERFUSION_UNROLL", "    const int width = T;\n    PERFUSION_UNROLL"),
+        layer.check_many_absorbed_tiles,
+    ),
+    "values are read behind the last position": (
+        Change(LAYER, "h < H && t < T ? left : 0", "h < H ? left : 0"), layer.check_views_of_poisoned_memory
+    ),
+    "another row's absorbed values": (Change(LAYER, "+ b * value.strides[0] + at_column", "+ 0 * b * value.strides[0] + at_column"), layer.check_many_absorbed_tiles),
+    "absorbed weights are not divided by their sum": (
+        Change(LAYER, "c[0][n][2 * r + 1] * inverse[r]", "c[0][n][2 * r + 1]"), layer.check_many_absorbed_tiles
+    ),
+    "bias and residual are rounded one by one": (
+        Change(LAYER, "x[e] += more[e];", "x[e] = to_float(Element{static_cast<uint16_t>(pack<Element>(x[e] + more[e], 0.0f))});"),
+        layer.check_the_sum_is_rounded_once,
+    ),
+    "channels are read to the end of 16 bytes": (
+        Change(LAYER, "static_cast<int>(launch.call.C), x.strides", "static_cast<int>(launch.call.C + 7) / 8 * 8, x.strides"), layer.check_channels_within_longer_rows
+    ),
 }  # fmt: skip
+WIDTHS = (40, 96)  # of the heads that the checks have
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_killed(name):
     change, check = MUTANTS[name]
-    mutant = Host(build_module((*only_widths(40), change)))
-    with pytest.raises((AssertionError, Refused)):
+    operator = check.__module__.rpartition("test_")[2]
+    mutant = Host(build_module((*only_widths(*WIDTHS), replace(change, operator=operator))))
+    with pytest.raises((AssertionError, Refused)) as killed:
         check(mutant)
+    assert "no kernel for d" not in str(killed.value)  # which would be no fault of the mutant
