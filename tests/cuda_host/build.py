@@ -117,7 +117,8 @@ def _compile(
         return str(result)
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, commands))
+        # changed ones first: of a template that several files instantiate, the linker takes the first
+        objects = list(pool.map(compile_one, sorted(commands, key=lambda source: commands[source][2] != "changed")))
     _run(folder, "g++", *link, *objects, "-o", f"{name}.part")
     (folder / f"{name}.part").rename(folder / name)
 
