@@ -48,6 +48,14 @@ class Arguments {
                   dtypes.size() > 1 ? " or another supported dtype" : "", name_of(tensor.dtype));
   }
 
+  // Elements that tensor cores multiply here. float32 has a meaning, which another backend gives it.
+  void half(const char* name, const perfusion_tensor& half) {
+    if (status == PERFUSION_OK && half.data != nullptr && half.dtype == PERFUSION_FLOAT32) {
+      status = fail(PERFUSION_UNSUPPORTED, "%s: %s must be float16 or bfloat16; got float32", operation, name);
+    }
+    tensor(name, half, {PERFUSION_FLOAT16, PERFUSION_BFLOAT16});
+  }
+
   void rule(bool holds, perfusion_status otherwise, const char* text, int64_t came) {
     if (status == PERFUSION_OK && !holds) {
       status = fail(otherwise, "%s: %s; got %lld", operation, text, static_cast<long long>(came));

@@ -19,6 +19,23 @@ namespace perfusion {
 constexpr int query_rows = 16;  // of a warp's tile
 constexpr int max_attention_warps = 4;
 
+// K or V [T, d] of head h of row b into tile[keys][d]; zeros from T on. Asynchronous where the layout allows it.
+template <class Element, int d>
+PERFUSION_DEVICE void load_head(Element* tile, int keys, const perfusion_tensor& base, int64_t b, int64_t h, int T, bool wide) {
+  constexpr int pieces = d / 8;
+  const auto* from = static_cast<const Element*>(base.data) + b * base.strides[0] + h * base.strides[2];
+  for (int i = thread(); i < keys * pieces; i += threads()) {
+    const int t = i / pieces, piece = i % pieces;
+    Element* to = tile + t * tile_pitch(d) + piece * 8;
+    const Element* source = t < T ? from + t * base.strides[1] + piece * 8 * base.strides[3] : from;
+    if (wide) {
+      copy_async(to, source, t < T);
+    } else {
+      *reinterpret_cast<Words*>(to) = gather(source, base.strides[3], t < T ? 8 : 0);
+    }
+  }
+}
+
 // Scores of 16 tokens and all keys: s[n] is the accumulator of keys 8 n … 8 n + 7. Groups of 16 keys from `groups` on are left 0.
 template <class Element, int d, int max_groups>
 PERFUSION_DEVICE void multiply_by_keys(float (&s)[2 * max_groups][4], const Element* queries, const Element* keys, int groups) {

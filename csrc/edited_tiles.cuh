@@ -55,23 +55,11 @@ template <class Element, int d>
 PERFUSION_DEVICE void load_keys(Element* tile, int keys, const perfusion_edited_attention_params& p, int64_t b, int64_t h,
                                 const perfusion_tensor& base, bool wide, bool edited, const perfusion_tensor& outputs,
                                 const perfusion_tensor& targets, bool wide_tables) {
-  constexpr int pieces = d / 8, pitch = tile_pitch(d);
+  const int T = static_cast<int>(p.T);
+  if (!edited || outputs.data == nullptr) return load_head<Element, d>(tile, keys, base, b, h, T, wide);
+  constexpr int pieces = d / 8;
   const auto* from = static_cast<const Element*>(base.data) + b * base.strides[0] + h * base.strides[2];
   const int64_t row = base.strides[1], column = base.strides[3];
-  const int T = static_cast<int>(p.T);
-  if (!edited || outputs.data == nullptr) {
-    for (int i = thread(); i < keys * pieces; i += threads()) {
-      const int t = i / pieces, piece = i % pieces;
-      Element* to = tile + t * pitch + piece * 8;
-      const Element* source = t < T ? from + t * row + piece * 8 * column : from;
-      if (wide) {
-        copy_async(to, source, t < T);
-      } else {
-        *reinterpret_cast<Words*>(to) = t < T ? gather(source, column) : Words{};
-      }
-    }
-    return;
-  }
   for (int i = thread(); i < keys / 4 * pieces; i += threads()) {
     const int t = i / pieces * 4, piece = i % pieces;
     float x[4][8];

@@ -46,6 +46,18 @@ struct ProductOperand {
   PERFUSION_DEVICE const Element* at(int r) const { return data + r / group * next_group + r % group * row; }
 };
 
+// A tensor [rows, columns].
+template <class Element>
+PERFUSION_DEVICE ProductOperand<Element> product_operand(const perfusion_tensor& x, int rows, int columns, bool wide) {
+  return {static_cast<const Element*>(x.data), rows, columns, x.strides[0], x.strides[1], wide, rows, 0};
+}
+
+// A tensor [groups, group, columns], a matrix of groups * group rows.
+template <class Element>
+PERFUSION_DEVICE ProductOperand<Element> product_operand(const perfusion_tensor& x, int groups, int group, int columns, bool wide) {
+  return {static_cast<const Element*>(x.data), groups * group, columns, x.strides[1], x.strides[2], wide, group, x.strides[0]};
+}
+
 // Bytes of shared memory that a product needs.
 template <class Tile, bool transposed>
 PERFUSION_BOTH constexpr int product_bytes() {

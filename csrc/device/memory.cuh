@@ -64,6 +64,15 @@ PERFUSION_DEVICE void load_eight(float (&x)[8], const perfusion_tensor& tensor, 
   }
 }
 
+// Eight floats as an element type has them.
+template <class Element>
+PERFUSION_DEVICE Words narrow(const float (&x)[8]) {
+  Words words;
+  PERFUSION_UNROLL
+  for (int i = 0; i < 4; ++i) words.word[i] = pack<Element>(x[2 * i], x[2 * i + 1]);
+  return words;
+}
+
 // The same bits in 16 bytes, for 16-bit elements; zeros from `count` on.
 template <class Element>
 PERFUSION_DEVICE Words gather(const Element* from, int64_t stride, int count = 8) {

@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../../csrc/cross_attention_layer.h"
 #include "../../csrc/edited_attention.h"
+#include "../../csrc/edited_projection.h"
 #include "../../csrc/fused_edited_attention.h"
 #include "../../csrc/host/block.h"
 #include "../../csrc/include/perfusion_kernels.h"
@@ -62,6 +64,23 @@ perfusion_fused_edited_attention_params fused(const py::dict& sizes, const py::d
   return p;
 }
 
+perfusion_cross_attention_layer_params layer(const py::dict& sizes, const py::dict& tensors, uintptr_t workspace, int64_t bytes,
+                                              float scale) {
+  perfusion_cross_attention_layer_params p{};
+  for (auto [name, value] : {std::pair{"B", &p.B}, {"N", &p.N}, {"C", &p.C}, {"T", &p.T}, {"H", &p.H}, {"d", &p.d}}) {
+    *value = size(sizes, name);
+  }
+  for (auto [name, value] : {std::pair{"hidden_states", &p.hidden_states}, {"query_weight", &p.query_weight}, {"key", &p.key},
+                             {"value", &p.value}, {"output_weight", &p.output_weight}, {"output_bias", &p.output_bias},
+                             {"residual", &p.residual}, {"output", &p.output}}) {
+    *value = tensor(tensors, name);
+  }
+  p.workspace = reinterpret_cast<void*>(workspace);
+  p.workspace_bytes = bytes;
+  p.scale = scale;
+  return p;
+}
+
 perfusion_concept_gates_params gates(const py::dict& sizes, const py::dict& tensors) {
   perfusion_concept_gates_params p{};
   for (auto [name, value] : {std::pair{"B", &p.B}, {"T", &p.T}, {"D", &p.D}, {"J", &p.J}, {"S", &p.S}}) *value = size(sizes, name);
@@ -71,6 +90,31 @@ perfusion_concept_gates_params gates(const py::dict& sizes, const py::dict& tens
     *value = tensor(tensors, name);
   }
   return p;
+}
+
+perfusion_edited_projection_params projection(const py::dict& sizes, const py::dict& tensors) {
+  perfusion_edited_projection_params p{};
+  for (auto [name, value] : {std::pair{"B", &p.B}, {"T", &p.T}, {"D", &p.D}, {"O", &p.O}, {"J", &p.J}, {"S", &p.S}}) {
+    *value = size(sizes, name);
+  }
+  for (auto [name, value] : {std::pair{"encodings", &p.encodings}, {"weight", &p.weight}, {"gates", &p.gates},
+                             {"components", &p.components}, {"index", &p.index}, {"outputs", &p.outputs},
+                             {"projected_targets", &p.projected_targets}, {"result", &p.result}}) {
+    *value = tensor(tensors, name);
+  }
+  return p;
+}
+
+py::dict plan_projection(const py::dict& sizes, const py::dict& tensors) {
+  EditedProjectionPlan made{};
+  const perfusion_status status = plan_edited_projection(projection(sizes, tensors), host::machine().device, &made);
+  py::dict result;
+  result["status"] = static_cast<int>(status);
+  result["rows"] = made.rows;
+  result["columns"] = made.columns;
+  result["row_tiles"] = made.row_tiles;
+  result["column_tiles"] = made.column_tiles;
+  return result;
 }
 
 py::dict told(perfusion_status status, const EditedAttentionPlan& made) {
@@ -94,6 +138,20 @@ py::dict fused_plan(const py::dict& sizes, const py::dict& tensors) {
   FusedEditedAttentionPlan made{};
   const perfusion_status status = plan_fused_edited_attention(fused(sizes, tensors, 1.0f), host::machine().device, &made);
   return told(status, made.attention);
+}
+
+py::dict layer_plan(const py::dict& sizes, const py::dict& tensors) {
+  CrossAttentionLayerPlan made{};
+  const perfusion_status status = plan_cross_attention_layer(layer(sizes, tensors, 0, 0, 1.0f), host::machine().device, &made);
+  py::dict result;
+  result["status"] = static_cast<int>(status);
+  for (auto [name, value] : {std::pair{"rows", made.rows}, {"second_rows", made.second_rows}, {"splits", made.splits},
+                             {"bytes", made.bytes}, {"second_bytes", made.second_bytes}}) {
+    result[name] = value;
+  }
+  result["blocks"] = made.blocks;
+  result["second_blocks"] = made.second_blocks;
+  return result;
 }
 
 void configure(int multiprocessors, int shared_per_block, int order) {
@@ -141,11 +199,28 @@ PYBIND11_MODULE(perfusion_host, module) {
   });
   module.def("plan_fused_edited_attention", &fused_plan);
   module.def("share_projection", &share_projection);
+  module.def("cross_attention_layer",
+             [](const py::dict& sizes, const py::dict& tensors, uintptr_t workspace, int64_t bytes, float scale) {
+               const auto p = layer(sizes, tensors, workspace, bytes, scale);
+               return outcome(perfusion_cross_attention_layer(&p, nullptr));
+             });
+  module.def("cross_attention_layer_workspace", [](const py::dict& sizes, const py::dict& tensors) {
+    const auto p = layer(sizes, tensors, 0, 0, 1.0f);
+    int64_t bytes = -1;
+    const auto [status, message] = outcome(perfusion_cross_attention_layer_workspace(&p, &bytes));
+    return std::tuple{status, message, bytes};
+  });
+  module.def("plan_cross_attention_layer", &layer_plan);
   module.def("concept_gates", [](const py::dict& sizes, const py::dict& tensors) {
     const auto p = gates(sizes, tensors);
     return outcome(perfusion_concept_gates(&p, nullptr));
   });
+  module.def("edited_projection", [](const py::dict& sizes, const py::dict& tensors) {
+    const auto p = projection(sizes, tensors);
+    return outcome(perfusion_edited_projection(&p, nullptr));
+  });
   module.def("plan_edited_attention", &plan);
+  module.def("plan_edited_projection", &plan_projection);
   module.def("configure", &configure);
   module.def("counted", &counted);
   module.def("misuse", [](int which, int threads) { return host::run(1, threads, 1024, [which] { misuse(which); }); });

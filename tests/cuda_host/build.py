@@ -19,9 +19,11 @@ import pybind11
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "cuda_host"
+ATTENTION = ("edited_attention", "fused_edited_attention", "cross_attention_layer")
 KERNELS = (
     "concept_gates.cu",
-    *(f"{name}{part}.cu" for name in ("edited_attention", "fused_edited_attention") for part in ("", "_float16", "_bfloat16")),
+    "edited_projection.cu",
+    *(f"{name}{part}.cu" for name in ATTENTION for part in ("", "_float16", "_bfloat16")),
 )
 PLAIN = ("status.cpp", "host/block.cpp")
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
