@@ -48,8 +48,13 @@ def gpu(monkeypatch):
     """One GPU, on which the library runs; tensors on it are fake."""
     monkeypatch.setattr(library, "why_not_on", lambda device: None)
     monkeypatch.setattr(library, "shared_memory", lambda device: 101376)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield lambda tensors: {name: x if x is None else torch.empty_like(x, device="cuda") for name, x in tensors.items()}
+    mode = FakeTensorMode()
+
+    def move(tensors):
+        with mode:
+            return {name: torch.empty(x.shape, dtype=x.dtype, device="cuda") for name, x in tensors.items()}
+
+    return move
 
 
 @pytest.fixture
@@ -167,8 +172,9 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
 
 
 def attention(gpu, dtype=torch.half, T=77, d=40, **changes):
-    arguments = gpu(cases.make(T=T, d=d, D=8, N=2, dtype=dtype).arguments("edited_attention"))
-    return refusals.edited_attention(*cases.positional("edited_attention", {**arguments, **changes}))
+    arguments = gpu(cases.make(B=1, T=T, d=d, D=4, N=2, H=1, dtype=dtype).arguments("edited_attention"))
+    changed = {name: change(arguments[name]) for name, change in changes.items()}
+    return refusals.edited_attention(*cases.positional("edited_attention", {**arguments, **changed}))
 
 
 def test_attention_takes_what_is_compiled(gpu):
@@ -177,28 +183,29 @@ def test_attention_takes_what_is_compiled(gpu):
     assert attention(gpu, T=256, dtype=torch.bfloat16) is None and attention(gpu, T=257) == "it takes T up to 256; got 257"
     assert attention(gpu, T=256, d=160) == "K and V of one head, T = 256 and d = 160, need 177408 bytes of shared memory; a block has 101376 on this device"
     assert attention(gpu, dtype=torch.float32) == "it takes query in float16 or bfloat16; got float32"
-    double = torch.empty(4, 77, 2, device="cuda", dtype=torch.float64)
+    double = torch.Tensor.double
     assert attention(gpu, gates=double, components=double) == "it takes gates in float32; got float64"
-    none = dict.fromkeys(("gates", "components", "index", "key_outputs", "key_targets", "value_outputs", "value_targets"))
-    assert attention(gpu, **none) is None
+    assert attention(gpu, value_targets=double) == "it takes value_targets in float16 or bfloat16 or float32; got float64"
+    edit = ("gates", "components", "index", "key_outputs", "key_targets", "value_outputs", "value_targets")
+    assert attention(gpu, **dict.fromkeys(edit, lambda tensor: None)) is None
 
 
 def test_gates_take_what_is_compiled(gpu):
     def refused(J=2, **changes):
-        arguments = {**gpu(cases.make(J=J, D=8, T=3, B=2).arguments("concept_gates")), **changes}
-        return refusals.concept_gates(*cases.positional("concept_gates", arguments))
+        arguments = gpu(cases.make(J=J, D=4, T=3, B=1).arguments("concept_gates"))
+        changed = {name: change(arguments[name]) for name, change in changes.items()}
+        return refusals.concept_gates(*cases.positional("concept_gates", {**arguments, **changed}))
 
     assert refused() is None and refused(J=128) is None
     assert refused(J=129) == "it takes J up to 128; got 129"
-    assert refused(encodings=torch.empty(2, 3, 8, device="cuda", dtype=torch.float64)) == "it takes encodings in float16 or bfloat16 or float32; got float64"
-    assert refused(bias=torch.empty(2, 2, device="cuda", dtype=torch.float64)) == "it takes bias in float32; got float64"
+    assert refused(encodings=torch.Tensor.double) == "it takes encodings in float16 or bfloat16 or float32; got float64"
+    assert refused(bias=torch.Tensor.double) == "it takes bias in float32; got float64"
 
 
 def test_other_devices_are_refused(gpu):
-    with torch.device("cpu"):
-        query = torch.empty(1, 2, 2, 32)
-    assert refusals.anywhere(query) == "the compiled kernels need tensors on a CUDA device; got cpu"
-    assert refusals.anywhere(torch.empty(1, device="cuda")) is None
+    host = {"x": torch.empty(1)}
+    assert refusals.anywhere(*host.values()) == "the compiled kernels need tensors on a CUDA device; got cpu"
+    assert refusals.anywhere(*gpu(host).values()) is None
 
 
 # and when it is taken
