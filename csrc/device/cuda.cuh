@@ -35,10 +35,11 @@ PERFUSION_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-PERFUSION_DEVICE void copy_async(void* shared, const void* global, bool valid) {
-  const int bytes = valid ? 16 : 0;
+PERFUSION_DEVICE void copy_async(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
 }
+
+PERFUSION_DEVICE void copy_async(void* shared, const void* global, bool valid) { copy_async(shared, global, valid ? 16 : 0); }
 
 PERFUSION_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -13,6 +13,9 @@ inline bool wide_rows(const perfusion_tensor& tensor, int dimensions) {
   return aligned;
 }
 
+// Elements from one row of a tile in shared memory to the next, an odd number of 16-byte pieces: no bank conflicts in matrix loads.
+PERFUSION_BOTH constexpr int tile_pitch(int columns) { return (columns / 8 | 1) * 8; }
+
 PERFUSION_DEVICE void widen(float (&x)[8], const Words& words, Half) {
   PERFUSION_UNROLL
   for (int i = 0; i < 8; ++i) x[i] = to_float(Half{static_cast<uint16_t>(words.word[i / 2] >> 16 * (i % 2))});
@@ -50,31 +53,46 @@ PERFUSION_DEVICE void load_eight(float (&x)[8], const Element* from, int64_t str
 }
 
 // The same from a tensor of any floating dtype, `offset` elements from its start.
-PERFUSION_DEVICE void load_eight(float (&x)[8], const perfusion_tensor& tensor, int64_t offset, int64_t stride, bool wide) {
+PERFUSION_DEVICE void load_eight(float (&x)[8], const perfusion_tensor& tensor, int64_t offset, int64_t stride, bool wide,
+                                 int count = 8) {
   if (tensor.dtype == PERFUSION_FLOAT16) {
-    load_eight(x, static_cast<const Half*>(tensor.data) + offset, stride, 8, wide);
+    load_eight(x, static_cast<const Half*>(tensor.data) + offset, stride, count, wide);
   } else if (tensor.dtype == PERFUSION_BFLOAT16) {
-    load_eight(x, static_cast<const BFloat16*>(tensor.data) + offset, stride, 8, wide);
+    load_eight(x, static_cast<const BFloat16*>(tensor.data) + offset, stride, count, wide);
   } else {
-    load_eight(x, static_cast<const float*>(tensor.data) + offset, stride, 8, wide);
+    load_eight(x, static_cast<const float*>(tensor.data) + offset, stride, count, wide);
   }
 }
 
-// The same bits in 16 bytes, for 16-bit elements.
+// Eight floats as an element type has them.
 template <class Element>
-PERFUSION_DEVICE Words gather(const Element* from, int64_t stride) {
+PERFUSION_DEVICE Words narrow(const float (&x)[8]) {
+  Words words;
+  PERFUSION_UNROLL
+  for (int i = 0; i < 4; ++i) words.word[i] = pack<Element>(x[2 * i], x[2 * i + 1]);
+  return words;
+}
+
+// The same bits in 16 bytes, for 16-bit elements; zeros from `count` on.
+template <class Element>
+PERFUSION_DEVICE Words gather(const Element* from, int64_t stride, int count = 8) {
   Words words;
   PERFUSION_UNROLL
   for (int i = 0; i < 4; ++i) {
-    words.word[i] = load(from + 2 * i * stride).bits | static_cast<uint32_t>(load(from + (2 * i + 1) * stride).bits) << 16;
+    const uint32_t low = 2 * i < count ? load(from + 2 * i * stride).bits : 0;
+    const uint32_t high = 2 * i + 1 < count ? load(from + (2 * i + 1) * stride).bits : 0;
+    words.word[i] = low | high << 16;
   }
   return words;
 }
 
+// The first `count` of 8 elements.
 template <class Element>
-PERFUSION_DEVICE void scatter(Element* to, int64_t stride, const Words& words) {
+PERFUSION_DEVICE void scatter(Element* to, int64_t stride, const Words& words, int count = 8) {
   PERFUSION_UNROLL
-  for (int i = 0; i < 8; ++i) store(to + i * stride, Element{static_cast<uint16_t>(words.word[i / 2] >> 16 * (i % 2))});
+  for (int i = 0; i < 8; ++i) {
+    if (i < count) store(to + i * stride, Element{static_cast<uint16_t>(words.word[i / 2] >> 16 * (i % 2))});
+  }
 }
 
 }  // namespace perfusion

@@ -20,7 +20,12 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "cuda_host"
-KERNELS = ("concept_gates.cu", "edited_attention.cu", "edited_attention_float16.cu", "edited_attention_bfloat16.cu")
+ATTENTION = ("edited_attention", "fused_edited_attention", "cross_attention_layer")
+KERNELS = (
+    "concept_gates.cu",
+    "edited_projection.cu",
+    *(f"{name}{part}.cu" for name in ATTENTION for part in ("", "_float16", "_bfloat16")),
+)
 PLAIN = ("status.cpp", "host/block.cpp")
 TORCH = Path(torch.__file__).parent
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
@@ -35,9 +40,9 @@ class Change:
 
 def only_widths(*widths: int) -> tuple[Change, ...]:
     """The changes that leave these head widths alone, for builds that need no others."""
-    file = "edited_attention_instances.cuh"
-    lines = [line for line in (ROOT / "csrc" / file).read_text().splitlines() if "PERFUSION_ATTENTION_WIDTH(" in line and "define" not in line]
-    return tuple(Change(file, line, "\\") for line in lines if int(line.split("(")[1].split(")")[0]) not in widths)
+    file = "attention_widths.h"
+    lines = [line for line in (ROOT / "csrc" / file).read_text().splitlines() if line.startswith("  CASE(")]
+    return tuple(Change(file, line, "  \\") for line in lines if int(line.split("(")[1].split(")")[0]) not in widths)
 
 
 def build(name: str, *mains: str, flags: tuple[str, ...] = (), link: tuple[str, ...] = (), changes: tuple[Change, ...] = ()) -> Path:
