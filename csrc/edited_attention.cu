@@ -2,6 +2,7 @@
 #include "edited_attention.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "edited_attention_instances.cuh"
 

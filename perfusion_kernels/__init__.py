@@ -10,6 +10,7 @@
     warm_up                 compiles and tunes the kernels for a model's shapes before the first request
     validate_concepts       the checks on values that operators do not make on a device
     metric                  C⁻¹: targets in the metric, conditioning, shrinkage
+    compiled_kernels        what the CUDA library of this installation holds, or why there is none
 
 Importing this package builds nothing, writes nothing and needs no GPU. `available_backends()` says
 which implementations this installation has, and why not the others.
@@ -32,6 +33,7 @@ __all__ = [
     "ConceptBank",
     "absorb_projections",
     "available_backends",
+    "compiled_kernels",
     "concept_gates",
     "cross_attention_layer",
     "edited_attention",
@@ -46,3 +48,5 @@ __all__ = [
 for _name in backend.ORDER[:-1]:
     backend.load(_name)
 del _name
+
+from .cuda.library import compiled_kernels  # noqa: E402

@@ -102,22 +102,26 @@ struct Lane {
 struct Warp {
   int arrived = 0;
   const char* collective = nullptr;
+  Turns turns;
 };
 
-// What one block has for itself.
 struct Block {
-  Block(int bytes, int warps) : shared(new unsigned char[bytes]), warps(warps) {
+  Block(int64_t index, int threads, int bytes)
+      : index(index), shared(new unsigned char[bytes]), lanes(threads), warps(threads / warp_lanes) {
     std::fill_n(shared.get(), bytes, 0xff);  // NaN in every format
   }
+  const int64_t index;
   std::unique_ptr<unsigned char[]> shared;
+  std::vector<Lane> lanes;
+  std::vector<Warp> warps;
+  int at_barrier = 0;
   Turns turns;
-  std::vector<Turns> warps;
 };
 
 class Run {
  public:
   Run(int threads, int bytes, const std::function<void()>& kernel)
-      : kernel(kernel), threads(threads), bytes(bytes), lanes(threads), warps(threads / warp_lanes) {
+      : kernel(kernel), threads(threads), bytes(bytes) {
 #if defined(PERFUSION_THREAD_SANITIZER)
     scheduler.sanitizer_fiber = __tsan_get_current_fiber();
 #endif
@@ -136,12 +140,12 @@ class Run {
   // Calls `perform` once the whole warp is here, with every lane's operand.
   template <class Operand, class Perform>
   void collective(const char* name, const Operand& operand, Perform perform) {
-    Warp& warp = warps[lane / warp_lanes];
+    Warp& warp = block().warps[lane / warp_lanes];
     if (warp.arrived && warp.collective != name) {
       stop(std::string("lanes of one warp are at ") + warp.collective + " and at " + name);
     }
     warp.collective = name;
-    lanes[lane].operand = &operand;
+    self().operand = &operand;
     if (++warp.arrived < warp_lanes) {
       wait(State::at_collective);
       return;
@@ -150,19 +154,20 @@ class Run {
     const int first = lane / warp_lanes * warp_lanes;
     const Operand* operands[warp_lanes];
     for (int i = 0; i < warp_lanes; ++i) {
-      operands[i] = static_cast<const Operand*>(lanes[first + i].operand);
-      lanes[first + i].state = State::ready;
+      Lane& each = block().lanes[first + i];
+      operands[i] = static_cast<const Operand*>(each.operand);
+      each.state = State::ready;
     }
     perform(operands);
   }
 
+  Block& block() { return *blocks.back(); }
+  Lane& self() { return block().lanes[lane]; }
+
   const std::function<void()>& kernel;
   const int threads, bytes;
-  std::vector<Lane> lanes;
-  std::vector<Warp> warps;
   std::vector<std::unique_ptr<Block>> blocks;  // the last is the one that runs; see run_block for the others
-  int64_t block = 0;
-  int lane = 0, at_barrier = 0;
+  int lane = 0;
   char begun = 0, ended = 0;  // their addresses order the lanes after what the launch has set up, and its end after them
   std::string message;
 
@@ -176,7 +181,7 @@ class Run {
   static void prepare(Fiber& fiber);
   void switch_fiber(Fiber& from, Fiber& to, bool last);
   void arrive();
-  std::string complaint() const;
+  std::string complaint();
 
   Fiber scheduler;
   std::mt19937 random{7};
@@ -185,7 +190,7 @@ class Run {
 // The sanitizer's half of arriving in a fiber, whether for the first time or again.
 void Run::arrive() {
 #if defined(__SANITIZE_ADDRESS__)
-  Fiber& here = lane < 0 ? scheduler : lanes[lane].fiber;
+  Fiber& here = lane < 0 ? scheduler : self().fiber;
   const void* bottom;
   size_t size;
   __sanitizer_finish_switch_fiber(here.fake_stack, &bottom, &size);
@@ -223,54 +228,51 @@ void Run::prepare(Fiber& fiber) {
 }
 
 void Run::wait(State state) {
-  Lane& self = lanes[lane];
+  Lane& self = this->self();
   self.state = state;
   lane = -1;
   switch_fiber(self.fiber, scheduler, false);
 }
 
 void Run::finish_lane() {
-  Lane& self = lanes[lane];
+  Lane& self = this->self();
   self.state = State::finished;
   lane = -1;
   switch_fiber(self.fiber, scheduler, true);
 }
 
 void Run::stop(const std::string& why) {
-  message = why + " (block " + std::to_string(block) + ", thread " + std::to_string(lane) + ")";
+  message = why + " (block " + std::to_string(block().index) + ", thread " + std::to_string(lane) + ")";
   finish_lane();
   std::abort();  // a finished lane is not resumed
 }
 
-std::string Run::complaint() const {
+std::string Run::complaint() {
   int counts[4] = {};
-  for (const Lane& each : lanes) ++counts[static_cast<int>(each.state)];
+  for (const Lane& each : block().lanes) ++counts[static_cast<int>(each.state)];
   return std::to_string(counts[1]) + " threads wait at a barrier and " + std::to_string(counts[2]) + " for their warp, " +
-         std::to_string(counts[3]) + " have returned (block " + std::to_string(block) + ")";
+         std::to_string(counts[3]) + " have returned (block " + std::to_string(block().index) + ")";
 }
 
 void Run::run_block(int64_t index) {
-  block = index;
 #if defined(PERFUSION_THREAD_SANITIZER)
   const size_t first_stack = index % 2 * threads;  // two blocks that follow each other have no lane in common to order them
 #else
   const size_t first_stack = 0;
   blocks.clear();
 #endif
-  blocks.push_back(std::make_unique<Block>(bytes, threads / warp_lanes));
+  blocks.push_back(std::make_unique<Block>(index, threads, bytes));
+  std::vector<Lane>& lanes = block().lanes;
   while (stacks().size() < first_stack + threads) stacks().push_back(std::make_unique<Stack>());
   std::vector<int> order_of(threads);
   for (int i = 0; i < threads; ++i) order_of[i] = machine().order == Order::backward ? threads - 1 - i : i;
   for (int i = 0; i < threads; ++i) {
-    Lane& each = lanes[i];
-    each = Lane{};
-    each.fiber.sanitizer_fiber = stacks()[first_stack + i]->sanitizer_fiber;
-    each.fiber.stack = stacks()[first_stack + i]->bottom;
-    each.fiber.size = stack_bytes;
-    prepare(each.fiber);
+    Fiber& fiber = lanes[i].fiber;
+    fiber.sanitizer_fiber = stacks()[first_stack + i]->sanitizer_fiber;
+    fiber.stack = stacks()[first_stack + i]->bottom;
+    fiber.size = stack_bytes;
+    prepare(fiber);
   }
-  for (Warp& warp : warps) warp = Warp{};
-  at_barrier = 0;
   order_before(&begun);
   while (message.empty()) {
     if (machine().order == Order::shuffled) std::shuffle(order_of.begin(), order_of.end(), random);
@@ -321,22 +323,22 @@ std::string run(int64_t blocks, int threads, int bytes, const std::function<void
 
 int thread() { return here().lane; }
 int threads() { return here().threads; }
-int64_t block() { return here().block; }
-unsigned char* shared_memory() { return here().blocks.back()->shared.get(); }
+int64_t block() { return here().block().index; }
+unsigned char* shared_memory() { return here().block().shared.get(); }
 void stop(const std::string& message) { here().stop(message); }
 
 void barrier(const char* file, int line) {
   if (drop(file, line)) return;
   Run& run = here();
-  Turns& turns = run.blocks.back()->turns;
-  char* turn = turns.now();
+  Block& block = run.block();
+  char* turn = block.turns.now();
   order_before(turn);
-  if (++run.at_barrier < run.threads) {
+  if (++block.at_barrier < run.threads) {
     run.wait(State::at_barrier);
   } else {
-    run.at_barrier = 0;
-    turns.next();
-    for (Lane& lane : run.lanes) lane.state = State::ready;
+    block.at_barrier = 0;
+    block.turns.next();
+    for (Lane& lane : block.lanes) lane.state = State::ready;
   }
   order_after(turn);
 }
@@ -344,7 +346,7 @@ void barrier(const char* file, int line) {
 void warp_barrier(const char* file, int line) {
   if (drop(file, line)) return;
   Run& run = here();
-  Turns& turns = run.blocks.back()->warps[run.lane / warp_lanes];
+  Turns& turns = run.block().warps[run.lane / warp_lanes].turns;
   char* turn = turns.now();
   order_before(turn);
   run.collective("warp_barrier", 0, [&turns](const int* const*) { turns.next(); });
@@ -427,19 +429,19 @@ void multiply_accumulate(float* c, const uint32_t* a, const uint32_t* b, int k, 
 }
 
 void issue(const Copy& copy) {
-  Lane& lane = here().lanes[here().lane];
+  Lane& lane = here().self();
   lane.copies.push_back(copy);
   ++lane.open;
 }
 
 void commit() {
-  Lane& lane = here().lanes[here().lane];
+  Lane& lane = here().self();
   lane.groups.push_back(lane.open);
   lane.open = 0;
 }
 
 bool next_due(int groups, Copy* copy) {
-  Lane& lane = here().lanes[here().lane];
+  Lane& lane = here().self();
   while (lane.groups.size() > static_cast<size_t>(groups)) {
     if (lane.groups.front() > 0) {
       --lane.groups.front();

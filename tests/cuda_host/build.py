@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pybind11
+import torch
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "cuda_host"
@@ -27,6 +28,7 @@ KERNELS = (
     *(f"{name}{part}.cu" for name in ATTENTION for part in ("", "_float16", "_bfloat16")),
 )
 PLAIN = ("status.cpp", "host/block.cpp")
+TORCH = Path(torch.__file__).parent
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
 
 
@@ -45,20 +47,22 @@ def only_widths(*widths: int) -> tuple[Change, ...]:
     return tuple(Change(file, line, "  \\") for line in lines if int(line.split("(")[1].split(")")[0]) not in widths)
 
 
-def build(name: str, main: str, *, flags: tuple[str, ...] = (), link: tuple[str, ...] = (), changes: tuple[Change, ...] = ()) -> Path:
-    """Compiles and links csrc/ with tests/cuda_host/`main` into a file `name`, and returns its path.
+def build(name: str, *mains: str, flags: tuple[str, ...] = (), link: tuple[str, ...] = (), changes: tuple[Change, ...] = ()) -> Path:
+    """Compiles and links csrc/ with `mains`, in tests/cuda_host or by their path from the root, into a file `name` -> its path.
 
     An object is compiled once per state of its source, of what that includes, and of the flags. `flags` are for every file but
     host/block.cpp where they say -fsanitize=thread: the scheduler speaks to it itself.
     """
     texts, others = _texts(changes), _texts(tuple(change for change in changes if not change.operator))
     operators = [change.operator for change in changes]
-    sources = [f"csrc/{file}" for file in (*KERNELS, *PLAIN)] + [f"tests/cuda_host/{main}"]
+    sources = [f"csrc/{file}" for file in (*KERNELS, *PLAIN)] + [main if "/" in main else f"tests/cuda_host/{main}" for main in mains]
     commands = {}
     for source in sources:
         own = [f for f in flags if not (source.endswith("block.cpp") and f == "-fsanitize=thread")]
-        if main == "binding.cpp" and source.endswith(main):
+        if source.endswith("/binding.cpp"):
             own += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+        if source.startswith("csrc/torch/"):
+            own += ["-DPERFUSION_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
         tree = "changed" if all(Path(source).name.startswith(operator) for operator in operators) else "others"
         seen = texts if tree == "changed" else others
         state = [(file, seen[file]) for file in sorted(_included(source, seen))]
@@ -136,3 +140,9 @@ def build_module(changes: tuple[Change, ...] = ()):
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     loader.exec_module(module)
     return module
+
+
+def build_torch_library() -> Path:
+    """csrc/torch over the host library: kernels of `perfusion_kernels::<operator>.host` for tensors in host memory."""
+    mains = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "torch").glob("*.cpp"))
+    return build("perfusion_torch_host.so", *mains, link=("-shared", "-Wl,-Bsymbolic,--no-as-needed", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"))
