@@ -163,6 +163,7 @@ py::dict layer_plan(const py::dict& sizes, const py::dict& tensors) {
   const perfusion_status status = plan_cross_attention_layer(layer(sizes, tensors, 0, 0, 1.0f), host::machine().device, &made);
   py::dict result;
   result["status"] = static_cast<int>(status);
+  result["message"] = outcome(status).second;
   for (auto [name, value] : {std::pair{"rows", made.rows}, {"second_rows", made.second_rows}, {"splits", made.splits},
                              {"bytes", made.bytes}, {"second_bytes", made.second_bytes}}) {
     result[name] = value;
