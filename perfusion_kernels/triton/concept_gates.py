@@ -17,6 +17,9 @@ from .tuning import launch
 
 IN_REGISTERS = 8  # places
 
+SMALL = ["index", "bias", "temperature"]
+"""Where they begin may not decide which kernel runs: a row's slice need not be a multiple of 16 bytes away."""
+
 TILES = (
     {"BLOCK_T": 8, "BLOCK_D": 32, "num_warps": 4},
     {"BLOCK_T": 4, "BLOCK_D": 64, "num_warps": 4},
@@ -60,7 +63,7 @@ def _sum(x):
     return tl.sum(upper, 2) + tl.sum(x - upper, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SMALL)
 def _concept_gates(
     gates, components, encodings, targets, metric_targets, index, bias, temperature, T, D,
     encodings_b, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, index_b, index_j,
@@ -141,7 +144,7 @@ def _beyond_registers(
     return gates.mT.contiguous(), components.mT.contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["index"])
 def _products(
     products, encodings, targets, metric_targets, index, T, D, J,
     encodings_b, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, index_b, index_j,

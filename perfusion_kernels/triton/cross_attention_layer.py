@@ -21,7 +21,9 @@ from .attention_tiles import (
     LOG2_E,
     LONGEST,
     add_product,
+    alignment,
     along,
+    at_head,
     load_tile,
     precision,
     refuses_sizes,
@@ -84,19 +86,13 @@ def _attend(hidden_states: Tensor, query_weight: Tensor, key: Tensor, value: Ten
     def run(tiles):
         _attend_kernel[(triton.cdiv(N, tiles["BLOCK_N"]) * H, B)](
             hidden_states, query_weight, key, value, result,
-            *hidden_states.stride(), *query_weight.stride(), *_but_h(key), *_but_h(value),
-            # a stride of 40, not being a multiple of 16, would as an ordinary argument forbid loads of 16 bytes
-            float(scale), N, C, T, H, key_h=key.stride(2), value_h=value.stride(2),
-            d=d, **sizes(T, d), PRECISION=precision(hidden_states), **tiles,
+            *hidden_states.stride(), *query_weight.stride(), *key.stride(), *value.stride(),
+            float(scale), N, C, T, H, d=d, ALIGNED=alignment(key.stride(2), value.stride(2)), **sizes(T, d), PRECISION=precision(hidden_states), **tiles,
         )  # fmt: skip
 
     tiles = tall_tiles(N, B * H, hidden_states.dtype, d)
     launch("cross_attention_layer attend", (B, N, C, T, H, d, result.dtype), result.device, tiles, run)
     return result
-
-
-def _but_h(tensor: Tensor) -> tuple[int, ...]:
-    return tensor.stride()[:2] + tensor.stride()[3:]
 
 
 def _weigh(hidden_states: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -214,8 +210,8 @@ def cross_attention_layer_backward(
 @triton.jit(do_not_specialize=["N", "T", "H"])
 def _attend_kernel(
     hidden_states, query_weight, key, value, result, hidden_b, hidden_n, hidden_c, weight_o, weight_c,
-    key_b, key_t, key_d, value_b, value_t, value_d, scale, N, C, T, H, key_h: tl.constexpr, value_h: tl.constexpr,
-    d: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    key_b, key_t, key_h, key_d, value_b, value_t, value_h, value_d, scale, N, C, T, H,
+    d: tl.constexpr, ALIGNED: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """result[b, n, h] = softmax(scale · (x W_Q,hᵀ) K_hᵀ) V_h, of a tile of n, one head and one batch row."""
@@ -238,10 +234,10 @@ def _attend_kernel(
     dtype = result.dtype.element_ty
     q0, q1 = rounded(q0, dtype), rounded(q1, dtype)
 
-    k00, k01, k10, k11 = _four_tiles(key + b * key_b + h * key_h, key_t, key_d, T, d, T0, T1, D0, D1)
+    k00, k01, k10, k11 = _four_tiles(key + b * key_b + at_head(h, key_h, ALIGNED), key_t, key_d, T, d, T0, T1, D0, D1)
     s0, s1, largest = scores(q0, q1, k00, k01, k10, k11, scale, T, T0, T1, D1, PRECISION)
     p0, p1, share = _softmax(s0, s1, largest, T1)
-    v00, v01, v10, v11 = _four_tiles(value + b * value_b + h * value_h, value_t, value_d, T, d, T0, T1, D0, D1)
+    v00, v01, v10, v11 = _four_tiles(value + b * value_b + at_head(h, value_h, ALIGNED), value_t, value_d, T, d, T0, T1, D0, D1)
     result += (b * N * H + h) * d
     store_tile(result, along(p0, p1, v00, v10, T1, PRECISION) * share[:, None], n, c0, H * d, N, d)
     if D1 > 0:

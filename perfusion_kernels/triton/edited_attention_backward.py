@@ -16,7 +16,9 @@ from .attention_tiles import (
     LOG2_E,
     across,
     add_product,
+    alignment,
     along,
+    at_head,
     load_tile,
     pieces,
     precision,
@@ -27,7 +29,7 @@ from .attention_tiles import (
 )
 from .device import rounded
 from .edited_attention import share
-from .edited_tiles import edit_arguments, load_edited
+from .edited_tiles import SMALL, edit_arguments, load_edited
 from .rank_one import rank_one_backward
 from .tuning import launch
 
@@ -87,7 +89,8 @@ def attention_gradients(
         return by_query, empty, empty.clone()
     tensors, edit_strides, J, places = edit_arguments(*edit)
     strides = (*query.stride(), *key.stride(), *value.stride(), *gradient.stride(), *edit_strides)
-    constants = {"d": d, "PLACES": places, "PRECISION": precision(query)}
+    aligned = alignment(*(x.stride(2) for x in (query, key, value, gradient)))
+    constants = {"d": d, "PLACES": places, "ALIGNED": aligned, "PRECISION": precision(query)}
     logarithms, sums = torch.empty((2, B, H, N), dtype=torch.float32, device=query.device)
     shapes = (B, N, T, H, d, query.dtype)
 
@@ -139,7 +142,7 @@ def tiles_by_key(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ..
     )
 
 
-@triton.jit(do_not_specialize=["N", "T", "H", "J", "programs", "each"])
+@triton.jit(do_not_specialize=["N", "T", "H", "J", "programs", "each"], do_not_specialize_on_alignment=SMALL)
 def _by_query(
     query, key, value, gradient, by_query, logarithms, sums,
     gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
@@ -149,24 +152,24 @@ def _by_query(
     key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
     value_outputs_s, value_outputs_c, value_targets_s, value_targets_c,
     scale, N, T, H, J, programs, each,
-    d: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr,
+    d: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """by_query = dS K̃ with dS = scale · P (dP - Σ_t dP P) and dP = dO Ṽᵀ; logarithms of base 2, sums = Σ_t dP P."""
     pair = tl.program_id(0) // programs
     b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
     k00, k01, k10, k11 = load_edited(
-        key + b * key_b + h * key_h, gates, components, index, key_outputs, key_targets, b, h, 0, T, J,
+        key + b * key_b + at_head(h, key_h, ALIGNED), gates, components, index, key_outputs, key_targets, b, h, 0, T, J,
         key_t, key_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, T0, T1, D0, D1,
     )  # fmt: skip
     v00, v01, v10, v11 = load_edited(
-        value + b * value_b + h * value_h, gates, components, index, value_outputs, value_targets, b, h, 0, T, J,
+        value + b * value_b + at_head(h, value_h, ALIGNED), gates, components, index, value_outputs, value_targets, b, h, 0, T, J,
         value_t, value_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, T0, T1, D0, D1,
     )  # fmt: skip
-    query += b * query_b + h * query_h
-    gradient += b * gradient_b + h * gradient_h
+    query += b * query_b + at_head(h, query_h, ALIGNED)
+    gradient += b * gradient_b + at_head(h, gradient_h, ALIGNED)
     by_query += (b * N * H + h) * d
     logarithms += (b * H + h) * N
     sums += (b * H + h) * N
@@ -206,7 +209,7 @@ def _by_query(
             store_tile(by_query, dq1, n, D0 + tl.arange(0, D1), H * d, N, d)
 
 
-@triton.jit(do_not_specialize=["N", "T", "H", "J", "B", "programs", "blocks", "each"])
+@triton.jit(do_not_specialize=["N", "T", "H", "J", "B", "programs", "blocks", "each"], do_not_specialize_on_alignment=SMALL)
 def _by_key_and_value(
     query, key, value, gradient, by_key, by_value, logarithms, sums,
     gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
@@ -216,7 +219,7 @@ def _by_key_and_value(
     key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
     value_outputs_s, value_outputs_c, value_targets_s, value_targets_c,
     scale, N, T, H, J, B, programs, blocks, each,
-    d: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr,
+    d: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """by_value[part] = Pᵀ dO and by_key[part] = dSᵀ q over the part's queries, all tiles with positions as rows."""
@@ -224,18 +227,18 @@ def _by_key_and_value(
     block, pair = pair % blocks, pair // blocks
     b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
     k0, k1, _, _ = load_edited(
-        key + b * key_b + h * key_h, gates, components, index, key_outputs, key_targets, b, h, block * BLOCK_T, T, J,
+        key + b * key_b + at_head(h, key_h, ALIGNED), gates, components, index, key_outputs, key_targets, b, h, block * BLOCK_T, T, J,
         key_t, key_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, BLOCK_T, 0, D0, D1,
     )  # fmt: skip
     v0, v1, _, _ = load_edited(
-        value + b * value_b + h * value_h, gates, components, index, value_outputs, value_targets,
+        value + b * value_b + at_head(h, value_h, ALIGNED), gates, components, index, value_outputs, value_targets,
         b, h, block * BLOCK_T, T, J,
         value_t, value_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, BLOCK_T, 0, D0, D1,
     )  # fmt: skip
-    query += b * query_b + h * query_h
-    gradient += b * gradient_b + h * gradient_h
+    query += b * query_b + at_head(h, query_h, ALIGNED)
+    gradient += b * gradient_b + at_head(h, gradient_h, ALIGNED)
     logarithms += (b * H + h) * N
     sums += (b * H + h) * N
     c0 = tl.arange(0, D0)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import rounded
+from .edited_tiles import SMALL
 from .tuning import launch
 
 TILES = (
@@ -42,7 +43,7 @@ def add_rank_one(
     launch("add_rank_one", key, base.device, TILES, run, trial=lambda tiles: run(tiles, torch.empty_like(base)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SMALL)
 def _update(
     result, base, gates, components, index, outputs, targets, T, O, J,
     gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
@@ -121,7 +122,7 @@ def rank_one_backward(
     return tuple(x if need else None for x, need in zip(found, needs))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=SMALL)
 def _gradients(
     parts, by_tables, gradient, gates, components, index, outputs, targets, B, T, O, J, gradient_b, gradient_t, gradient_o,
     gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
@@ -161,7 +162,7 @@ def _gradients(
             tl.store(by_tables + (2 * line + 1) * O + o, by_target, mask=o < O)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["index"])
 def _sum_by_slot(by_outputs, by_targets, by_tables, index, count, O, J, index_b, index_j, BLOCK_O: tl.constexpr):
     """by_outputs[slot] and by_targets[slot] = Σ of the lines whose place has this slot, by the first such line."""
     first = tl.program_id(1).to(tl.int64)
