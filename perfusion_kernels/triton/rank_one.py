@@ -111,15 +111,22 @@ def rank_one_backward(
         present = (index >= 0)[:, None]
         by_gates, by_components = (torch.where(present, part.sum(0), 0) for part in (parts[:, 0], -parts[:, 1]))
     if TABLES:
-        by_outputs, by_targets = (outputs.new_zeros((S, O)) for _ in range(2))
-
-        def run_sums(tiles):
-            grid = (triton.cdiv(O, tiles["BLOCK_O"]), B * J)
-            _sum_by_slot[grid](by_outputs, by_targets, by_tables, index, B * J, O, J, *index.stride(), **tiles)
-
-        launch("sum_by_slot", (O, B * J), gradient.device, ({"BLOCK_O": 256, "num_warps": 4},), run_sums)
+        by_outputs, by_targets = sum_by_slot(by_tables, index, outputs)
     found = (by_gates, by_components, None, by_outputs, by_targets)
     return tuple(x if need else None for x, need in zip(found, needs))
+
+
+def sum_by_slot(by_tables: Tensor, index: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Two gradients like `table` [S, O] from those of each place, by_tables [B*J, 2, O] in the order of index [B, J]."""
+    count, _, O = by_tables.shape
+    by_first, by_second = (torch.zeros(table.shape, dtype=table.dtype, device=table.device) for _ in range(2))
+
+    def run(tiles):
+        grid = (triton.cdiv(O, tiles["BLOCK_O"]), count)
+        _sum_by_slot[grid](by_first, by_second, by_tables, index, count, O, index.shape[1], *index.stride(), **tiles)
+
+    launch("sum_by_slot", (O, count), table.device, ({"BLOCK_O": 256, "num_warps": 4},), run)
+    return by_first, by_second
 
 
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=SMALL)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from perfusion_kernels.reference.rank_one import rank_one_backward, rank_one_update
-from perfusion_kernels.triton import concept_gates, rank_one
+from perfusion_kernels.reference.concept_gates import concept_gates_backward as gates_law
+from perfusion_kernels.triton import concept_gates, concept_gates_backward, rank_one
 
 from . import cases, plain
 from .mutants import assert_killed
@@ -22,6 +23,18 @@ def gates_are_right(module):
     results = (function.concept_gates(*values) for function, values in ((module, arguments), (plain, arguments), (plain, exact)))
     for mine, naive, truth in zip(*results):
         assert_no_worse(mine, naive, truth, case.index)
+
+
+def gates_derivatives_are_right(module):
+    """Concepts that overlap, slots that rows share, tokens of more than one block, neither filling theirs nor the columns."""
+    case = cases.make(T=11, D=7, J=3, S=4, views=True, device=DEVICE)
+    arguments = cases.positional("concept_gates", case.arguments("concept_gates"))
+    exact = cases.positional("concept_gates", case.double().arguments("concept_gates"))
+    gradients = [torch.linspace(first, 1, case.gates.numel(), device=DEVICE).view(case.gates.shape) for first in (-1, -2)]
+    needs = [x.is_floating_point() for x in arguments]
+    law = gates_law(*(x.double() for x in gradients), *exact, tuple(needs))
+    for mine, truth in zip(module.concept_gates_backward(*gradients, *arguments, needs), (x for x in law if x is not None), strict=True):
+        assert (mine.double() - truth).abs().max() <= 3e-6 * truth.abs().max()
 
 
 def edit_is_right(module):
@@ -52,11 +65,22 @@ def derivatives_are_right(module):
 GATES = {
     "the gate of the neighbour's concept": ("bias_b + j * bias_j, mask=present", "bias_b + (j + 1) % J * bias_j, mask=present"),
     "the mask over D off by one": (
-        "inside = present[:, None] & (d < D)[None, :]\n            m", "inside = present[:, None] & (d <= D)[None, :]\n            m"
+        "inside = present[:, None] & (d < D)[None, :]\n        m", "inside = present[:, None] & (d <= D)[None, :]\n        m"
     ),
     "similarities for components": ("for pivot in tl.static_range(J):", "for pivot in tl.static_range(0):"),
     "the system transposed": ("left = tl.where(here, column - 1.0, column)", "left = tl.where(here, row - 1.0, row)"),
     "the pivot's row cleared": ("left = tl.where(here, column - 1.0, column)", "left = column"),
+}  # fmt: skip
+GATES_DERIVATIVES = {
+    "the system not transposed": ("solved(tl.trans(system), da", "solved(system, da"),
+    "energies without a derivative": ("tl.sum(ds * c, 0)[:, None], 0.0)", "0.0 * tl.sum(ds * c, 0)[:, None], 0.0)"),
+    "gates alone": ("dc = divided(ds + y,", "dc = divided(ds,"),
+    "components alone": ("dc = divided(ds + y,", "dc = divided(y,"),
+    "the first block of tokens alone": ("for _ in range(blocks):", "for _ in range(1):"),
+    "targets in place of metric targets": ("gram[:, :, None] * m[:, None, :], 0)", "gram[:, :, None] * i[:, None, :], 0)"),
+    "the Gram matrix's part left out": ("gram = -tl.sum(y[:, :, None] * a[:, None, :], 0)", "gram = 0.0 * system"),
+    "the temperature's derivative by c": ("by_temperature = -tl.sum(ds * logits, 0)", "by_temperature = -tl.sum(ds * c, 0)"),
+    "the first row's gradient": ("gates_gradient + b * dg_b", "gates_gradient + 0 * dg_b"),
 }  # fmt: skip
 EDIT = {
     "targets added": ("- a[:, None] * target[None, :]", "+ a[:, None] * target[None, :]"),
@@ -75,6 +99,11 @@ DERIVATIVES = {
 @pytest.mark.parametrize("fault", GATES)
 def test_faults_in_gates_are_seen(fault, tmp_path):
     assert_killed(gates_are_right, concept_gates, *GATES[fault], tmp_path)
+
+
+@pytest.mark.parametrize("fault", GATES_DERIVATIVES)
+def test_faults_in_the_derivatives_of_gates_are_seen(fault, tmp_path):
+    assert_killed(gates_derivatives_are_right, concept_gates_backward, *GATES_DERIVATIVES[fault], tmp_path)
 
 
 @pytest.mark.parametrize("fault", EDIT)
