@@ -29,9 +29,8 @@ def pieces(size: int) -> tuple[int, int]:
     return (whole, 0) if rest == half else (half, rest)
 
 
-def refuses_sizes(query: Tensor, T: int) -> str | None:
+def refuses_sizes(T: int, d: int) -> str | None:
     """Why no program can hold these keys and values, or None."""
-    d = query.shape[3]
     if T > LONGEST or d > LONGEST:
         return f"it holds all keys and values of a head, up to {LONGEST} of up to {LONGEST} columns; got T = {T}, d = {d}"
     return None
@@ -41,6 +40,11 @@ def precision(query: Tensor) -> str:
     """How float32 is multiplied: exactly, unless torch was told that TF32 will do, which NVIDIA's GPUs have."""
     has_tf32 = query.is_cuda and torch.version.hip is None
     return "tf32" if has_tf32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def padded(T: int, d: int) -> tuple[int, int]:
+    """What the pieces of T and d cover."""
+    return sum(pieces(T)), sum(pieces(d))
 
 
 def sizes(T: int, d: int) -> dict[str, int]:

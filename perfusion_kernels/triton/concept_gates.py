@@ -22,11 +22,17 @@ SMALL = ["index", "bias", "temperature"]
 
 TILES = (
     {"BLOCK_T": 8, "BLOCK_D": 32, "num_warps": 4},
+    {"BLOCK_T": 8, "BLOCK_D": 16, "num_warps": 4},
     {"BLOCK_T": 4, "BLOCK_D": 64, "num_warps": 4},
     {"BLOCK_T": 16, "BLOCK_D": 32, "num_warps": 4},
     {"BLOCK_T": 4, "BLOCK_D": 32, "num_warps": 4},
 )
 """Few tokens each: a prompt has 77, and a GPU wants a hundred programs. BLOCK_T · 8 · BLOCK_D sums stay in registers."""
+
+
+def tiles(J: int) -> tuple[dict[str, int], ...]:
+    """For up to eight places; beyond four, 32 columns would spill on CUDA 8.6."""
+    return TILES if J <= 4 else TILES[1:]
 
 
 def concept_gates(
@@ -41,11 +47,11 @@ def concept_gates(
         arguments = (encodings, targets, metric_targets, index, bias, temperature, T, D, *strides)
         PLACES = triton.next_power_of_2(J)
 
-        def run(tiles):
-            grid = (triton.cdiv(T, tiles["BLOCK_T"]), B)
-            _concept_gates[grid](gates, components, *arguments, J=J, PLACES=PLACES, **tiles)
+        def run(shape):
+            grid = (triton.cdiv(T, shape["BLOCK_T"]), B)
+            _concept_gates[grid](gates, components, *arguments, J=J, PLACES=PLACES, **shape)
 
-        launch("concept_gates", (T, D, J, encodings.dtype), encodings.device, TILES, run)
+        launch("concept_gates", (T, D, J, encodings.dtype), encodings.device, tiles(J), run)
     return gates, components
 
 

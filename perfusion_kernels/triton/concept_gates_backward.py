@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .concept_gates import IN_REGISTERS, SMALL, TILES, divided, similarities, solved
+from .concept_gates import IN_REGISTERS, SMALL, divided, similarities, solved, tiles
 from .device import rounded
 from .rank_one import sum_by_slot
 from .tuning import launch
@@ -54,30 +54,30 @@ def concept_gates_backward(
     by_products = torch.empty((B, T, J), dtype=torch.float32, device=encodings.device)
     by_gram = by_gate = None
 
-    def run(tiles):
+    def run(shape):
         nonlocal by_gram, by_gate
-        blocks = triton.cdiv(T, tiles["BLOCK_T"])
+        blocks = triton.cdiv(T, shape["BLOCK_T"])
         by_gram, by_gate = (by_products.new_empty((blocks, *shape)) for shape in ((B, J, J), (2, B, J)))
         gradients = (gates_gradient, components_gradient)
         strides = (n for x in (*gradients, *arguments) for n in x.stride())
         _by_token[(blocks, B)](
             by_encodings, by_products, by_gram, by_gate, *gradients, *arguments, B, T, D, *strides,
-            J=J, PLACES=places, ENCODINGS=ENCODINGS, **tiles,
+            J=J, PLACES=places, ENCODINGS=ENCODINGS, **shape,
         )  # fmt: skip
 
-    launch("concept_gates_by_token", (T, D, J, encodings.dtype, ENCODINGS), encodings.device, TILES, run)
+    launch("concept_gates_by_token", (T, D, J, encodings.dtype, ENCODINGS), encodings.device, tiles(J), run)
     by_targets = by_metric_targets = None
     if TABLES:
         by_tables = by_products.new_empty((B * J, 2, D))
 
-        def run_tables(tiles):
+        def run_tables(shape):
             tables = (encodings, targets, metric_targets, index)
             strides = (n for x in tables for n in x.stride())
-            _by_concept[(triton.cdiv(D, tiles["BLOCK_D"]), B)](
-                by_tables, by_products, by_gram, *tables, len(by_gram), B, T, D, *strides, J=J, PLACES=places, **tiles
+            _by_concept[(triton.cdiv(D, shape["BLOCK_D"]), B)](
+                by_tables, by_products, by_gram, *tables, len(by_gram), B, T, D, *strides, J=J, PLACES=places, **shape
             )
 
-        launch("concept_gates_by_concept", (T, D, J, encodings.dtype), encodings.device, TILES, run_tables)
+        launch("concept_gates_by_concept", (T, D, J, encodings.dtype), encodings.device, tiles(J), run_tables)
         by_targets, by_metric_targets = sum_by_slot(by_tables, index, targets)
     sums = (by_gate[:, which].sum(0) if needs[4 + which] else None for which in range(2))
     found = (by_encodings, by_targets, by_metric_targets, None, *sums)

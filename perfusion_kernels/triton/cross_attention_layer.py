@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from . import device
+from . import device, shared_memory
+from . import edited_attention as attention
 from .attention_tiles import (
     LOG2_E,
     LONGEST,
@@ -25,6 +26,7 @@ from .attention_tiles import (
     along,
     at_head,
     load_tile,
+    padded,
     precision,
     refuses_sizes,
     scores,
@@ -33,7 +35,7 @@ from .attention_tiles import (
 )
 from .device import rounded
 from .edited_attention import edited_attention
-from .edited_attention_backward import attention_gradients
+from .edited_attention_backward import attention_gradients, refuses_gradients
 from .tuning import Configuration, launch
 
 ENOUGH = 128
@@ -44,7 +46,15 @@ def refuses(hidden_states: Tensor, query_weight: Tensor | None, key: Tensor, *re
     reason = device.refuses(hidden_states, query_weight, key, *rest)
     if reason is None and query_weight is None and key.shape[1] > LONGEST:
         return f"it holds the scores of a head, up to {LONGEST} positions; got T = {key.shape[1]}"
-    return reason or (None if query_weight is None else refuses_sizes(key, key.shape[1]))
+    return reason or (None if query_weight is None else _refuses_attention(hidden_states, key))
+
+
+def _refuses_attention(hidden_states: Tensor, key: Tensor) -> str | None:
+    T, H, d = key.shape[1:]
+    if hidden_states.dtype == torch.float32:
+        return attention.refuses(key, key)
+    tiles = tall_tiles(hidden_states.shape[1], key.shape[0] * H, key.dtype, d)
+    return refuses_sizes(T, d) or shared_memory.refuses(tiles, held(T, d, key.dtype), key.device)
 
 
 def cross_attention_layer(
@@ -90,7 +100,7 @@ def _attend(hidden_states: Tensor, query_weight: Tensor, key: Tensor, value: Ten
             float(scale), N, C, T, H, d=d, ALIGNED=alignment(key.stride(2), value.stride(2)), **sizes(T, d), PRECISION=precision(hidden_states), **tiles,
         )  # fmt: skip
 
-    tiles = tall_tiles(N, B * H, hidden_states.dtype, d)
+    tiles = shared_memory.fitting(tall_tiles(N, B * H, result.dtype, d), held(T, d, result.dtype), result.device)
     launch("cross_attention_layer attend", (B, N, C, T, H, d, result.dtype), result.device, tiles, run)
     return result
 
@@ -150,6 +160,17 @@ def tall_tiles(N: int, pairs: int, dtype: torch.dtype, width: int) -> list[Confi
     return _filling(found, lambda tiles: triton.cdiv(N, tiles["BLOCK_N"]) * pairs)
 
 
+def held(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
+    """Stages of the projection, and after them all keys or values of a head beside a tile of queries or of weights."""
+    T, d = padded(T, d)
+
+    def bytes_of(tiles):
+        stages = tiles["num_stages"] * tiles["BLOCK_C"] * (tiles["BLOCK_N"] + d)
+        return dtype.itemsize * max(stages, 2 * T * d + tiles["BLOCK_N"] * (T + d))
+
+    return bytes_of
+
+
 def flat_tiles(rows: int, count: int, C: int, dtype: torch.dtype) -> list[Configuration]:
     """For the output's tiles, of which there are `count` times as many as `rows` and C make."""
     if dtype == torch.float32:
@@ -169,7 +190,9 @@ def _filling(configurations: list[Configuration], programs) -> list[Configuratio
 def refuses_backward(gradient: Tensor, hidden_states: Tensor, query_weight: Tensor | None, *rest) -> str | None:
     if query_weight is None:
         return "it differentiates projections, and absorbed ones are there no more"
-    return refuses(hidden_states, query_weight, *rest)
+    key = rest[0]
+    reason = device.refuses(gradient, hidden_states, query_weight, *rest) or attention.refuses(key, key)
+    return reason or refuses_gradients(key, key.shape[1], key.shape[3])
 
 
 def cross_attention_layer_backward(

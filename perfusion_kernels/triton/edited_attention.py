@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
-from .attention_tiles import along, alignment, at_head, load_tile, precision, refuses_sizes, scores, sizes, store_tile
+from . import device, shared_memory
+from .attention_tiles import along, alignment, at_head, load_tile, padded, precision, refuses_sizes, scores, sizes, store_tile
 from .edited_tiles import SMALL, edit_arguments, load_edited
 from .tuning import launch
 
@@ -20,7 +20,12 @@ PROGRAMS = 512
 
 
 def refuses(query: Tensor, key: Tensor, *value_edit_and_scale) -> str | None:
-    return device.refuses(query, key, *value_edit_and_scale) or refuses_sizes(query, key.shape[1])
+    T, d = key.shape[1], query.shape[3]
+    return (
+        device.refuses(query, key, *value_edit_and_scale)
+        or refuses_sizes(T, d)
+        or shared_memory.refuses(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
+    )
 
 
 def edited_attention(
@@ -53,7 +58,8 @@ def edited_attention(
         )  # fmt: skip
 
     # the edit is not in the key: a row without a concept has the bits of plain attention, so both take the same tiles
-    launch("edited_attention", (B, N, T, H, d, query.dtype), query.device, tiles(T, d, query.dtype), run)
+    fitting = shared_memory.fitting(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
+    launch("edited_attention", (B, N, T, H, d, query.dtype), query.device, fitting, run)
     return result
 
 
@@ -69,6 +75,12 @@ def tiles(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
         {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
         {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
     )
+
+
+def held(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
+    """All keys and values of a head, a tile of queries and its weights."""
+    T, d = padded(T, d)
+    return lambda tiles: dtype.itemsize * (2 * T * d + tiles["BLOCK_N"] * (T + d))
 
 
 def share(N: int, pairs: int, block: int) -> tuple[int, int]:

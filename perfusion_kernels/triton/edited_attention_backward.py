@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
+from . import device, shared_memory
 from .attention_tiles import (
     LOG2_E,
     across,
@@ -20,6 +20,7 @@ from .attention_tiles import (
     along,
     at_head,
     load_tile,
+    padded,
     pieces,
     precision,
     refuses_sizes,
@@ -35,7 +36,17 @@ from .tuning import launch
 
 
 def refuses_backward(gradient: Tensor, query: Tensor, key: Tensor, *value_edit_scale_and_needs) -> str | None:
-    return device.refuses(gradient, query, key, *value_edit_scale_and_needs) or refuses_sizes(query, key.shape[1])
+    reason = device.refuses(gradient, query, key, *value_edit_scale_and_needs)
+    return reason or refuses_gradients(query, key.shape[1], query.shape[3])
+
+
+def refuses_gradients(query: Tensor, T: int, d: int) -> str | None:
+    """Why `attention_gradients` cannot be had for queries of this dtype and device, or None."""
+    return (
+        refuses_sizes(T, d)
+        or shared_memory.refuses(tiles_by_query(T, d, query.dtype), held_by_query(T, d, query.dtype), query.device)
+        or shared_memory.refuses(tiles_by_key(T, d, query.dtype), held_by_key(T, d, query.dtype), query.device)
+    )
 
 
 def edited_attention_backward(
@@ -101,7 +112,8 @@ def attention_gradients(
             float(scale), N, T, H, J, programs, each, **constants, **sizes(T, d), **tiles,
         )  # fmt: skip
 
-    launch("edited_attention_by_query", shapes, query.device, tiles_by_query(T, d, query.dtype), run_query)
+    fitting = shared_memory.fitting(tiles_by_query(T, d, query.dtype), held_by_query(T, d, query.dtype), query.device)
+    launch("edited_attention_by_query", shapes, query.device, fitting, run_query)
 
     by_key = by_value = None  # two buffers: results of an operator must not share one
 
@@ -116,7 +128,8 @@ def attention_gradients(
             float(scale), N, T, H, J, B, programs, blocks, each, **constants, D0=D0, D1=D1, **tiles,
         )  # fmt: skip
 
-    launch("edited_attention_by_key", shapes, query.device, tiles_by_key(T, d, query.dtype), run_key_and_value)
+    fitting = shared_memory.fitting(tiles_by_key(T, d, query.dtype), held_by_key(T, d, query.dtype), query.device)
+    launch("edited_attention_by_key", shapes, query.device, fitting, run_key_and_value)
     by_key, by_value = (parts[0] if len(parts) == 1 else parts.sum(0) for parts in (by_key, by_value))
     return by_query, by_key, by_value
 
@@ -139,6 +152,23 @@ def tiles_by_key(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ..
         {"BLOCK_T": 32, "BLOCK_N": 64, "num_warps": warps, "num_stages": 1},
         {"BLOCK_T": 32, "BLOCK_N": 32, "num_warps": warps, "num_stages": 1},
         {"BLOCK_T": 16, "BLOCK_N": 64, "num_warps": warps, "num_stages": 1},
+    )
+
+
+def held_by_query(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
+    """All keys and values of a head, a tile of queries and their gradient, and its weights; in half precision these are in
+    registers, and keys are there twice, once turned."""
+    T, d = padded(T, d)
+    if dtype == torch.float32:
+        return lambda tiles: 4 * (2 * T * d + tiles["BLOCK_N"] * (2 * d + T))
+    return lambda tiles: dtype.itemsize * (3 * T * d + tiles["BLOCK_N"] * 2 * d)
+
+
+def held_by_key(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
+    """A block of keys and values, a tile of queries and their gradient, weights and their derivatives."""
+    _, d = padded(T, d)
+    return lambda tiles: dtype.itemsize * 2 * (
+        (tiles["BLOCK_T"] + tiles["BLOCK_N"]) * d + tiles["BLOCK_T"] * tiles["BLOCK_N"]
     )
 
 

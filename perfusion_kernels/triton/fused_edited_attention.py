@@ -11,17 +11,22 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from . import device
-from .attention_tiles import add_product, alignment, at_head, load_tile, precision, refuses_sizes, sizes
+from . import device, shared_memory
+from .attention_tiles import add_product, alignment, at_head, load_tile, padded, precision, refuses_sizes, sizes
 from .device import rounded
 from .edited_attention import attend_tiles, share
-from .edited_attention_backward import attention_gradients, edit_gradients
+from .edited_attention_backward import attention_gradients, edit_gradients, refuses_gradients
 from .edited_tiles import SMALL, edit_arguments, edit_tiles
 from .tuning import launch
 
 
 def refuses(query: Tensor, encodings: Tensor, *weights_edit_and_scale) -> str | None:
-    return device.refuses(query, encodings, *weights_edit_and_scale) or refuses_sizes(query, encodings.shape[1])
+    T, d = encodings.shape[1], query.shape[3]
+    return (
+        device.refuses(query, encodings, *weights_edit_and_scale)
+        or refuses_sizes(T, d)
+        or shared_memory.refuses(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
+    )
 
 
 def fused_edited_attention(
@@ -55,7 +60,8 @@ def fused_edited_attention(
             d=d, PLACES=places, ALIGNED=alignment(query.stride(2)), **sizes(T, d), PRECISION=precision(query), **tiles,
         )  # fmt: skip
 
-    launch("fused_edited_attention", (B, N, T, D, H, d, query.dtype), query.device, tiles(T, d, query.dtype), run)
+    fitting = shared_memory.fitting(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
+    launch("fused_edited_attention", (B, N, T, D, H, d, query.dtype), query.device, fitting, run)
     return result
 
 
@@ -69,6 +75,17 @@ def tiles(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
         {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": warps, "num_stages": 2},
         {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": warps, "num_stages": 1},
     )
+
+
+def held(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
+    """All keys and values of a head, and stages of their projection or a tile of queries and its weights."""
+    T, d = padded(T, d)
+
+    def bytes_of(tiles):
+        stages = tiles["num_stages"] * tiles["BLOCK_K"] * (T + d)
+        return dtype.itemsize * (2 * T * d + max(stages, tiles["BLOCK_N"] * (T + d)))
+
+    return bytes_of
 
 
 @triton.jit(do_not_specialize=["N", "T", "H", "J", "programs", "each"], do_not_specialize_on_alignment=SMALL)
@@ -148,7 +165,9 @@ def _project(
 
 
 def refuses_backward(gradient: Tensor, *arguments_and_needs) -> str | None:
-    return device.refuses(gradient) or refuses(*arguments_and_needs)
+    query, encodings = arguments_and_needs[:2]
+    reason = device.refuses(gradient, *arguments_and_needs)
+    return reason or refuses_gradients(query, encodings.shape[1], query.shape[3])
 
 
 def fused_edited_attention_backward(
