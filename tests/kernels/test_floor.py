@@ -25,6 +25,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DIFFERENTIABLE = {
     "concept_gates": ("encodings", "targets", "metric_targets", "bias", "temperature"),
     "edited_projection": ("encodings", "weight", "gates", "components", "outputs", "projected_targets"),
+    "fused_edited_projection": ("encodings", "weight", "gates", "components", "outputs", "projected_targets"),
     "edited_attention": (
         "query", "key", "value", "gates", "components", "key_outputs", "key_targets", "value_outputs", "value_targets"
     ),

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from perfusion_kernels.reference.fused_edited_projection import fused_edited_projection as fused_law
 from perfusion_kernels.reference.rank_one import rank_one_backward, rank_one_update
 from perfusion_kernels.reference.concept_gates import concept_gates_backward as gates_law
-from perfusion_kernels.triton import concept_gates, concept_gates_backward, rank_one
+from perfusion_kernels.triton import concept_gates, concept_gates_backward, fused_edited_projection, rank_one
 
 from . import cases, plain
 from .mutants import assert_killed
@@ -50,6 +51,16 @@ def edit_is_right(module):
     torch.testing.assert_close(base, expected, rtol=1e-3, atol=1e-5)
 
 
+def fused_projection_is_right(module):
+    """Tokens in two pieces and in two programs, rows with all, some and no concepts, D and O no multiples of a block."""
+    for T in (40, 131):
+        case = cases.make(B=4, T=T, D=35, J=3, H=1, d=37, views=True, device=DEVICE)
+        arguments = cases.positional("fused_edited_projection", case.arguments("fused_edited_projection"))
+        exact = fused_law(*(x.double() if x.is_floating_point() else x for x in arguments))
+        error = (module.fused_edited_projection(*arguments).double() - exact).abs().max()
+        assert error <= 3e-6 * exact.abs().max()
+
+
 def derivatives_are_right(module):
     """Slots that rows share, tokens of more than one block, the last of them and the columns not filling theirs."""
     case = cases.make(B=4, T=19, D=7, J=2, S=3, views=True, device=DEVICE)
@@ -88,6 +99,13 @@ EDIT = {
     "rounded twice": ("rounded(unedited + edit, result.dtype.element_ty)", "unedited.to(tl.float16) + edit.to(tl.float16)"),
     "the first concept for all": ("slot = tl.load(index + b * index_b + j * index_j).to(tl.int64)\n        if", "slot = tl.load(index + b * index_b).to(tl.int64)\n        if"),
 }  # fmt: skip
+FUSED = {
+    "the gates of the first row": ("gates += b * gates_b", "gates += 0 * b"),
+    "the second piece's tokens for the first's": ("targets, t1, o, end, O, J,", "targets, t1 - T0, o, end, O, J,"),
+    "a rest of the encodings left out": ("range(0, D, BLOCK_K)", "range(0, D - BLOCK_K, BLOCK_K)"),
+    "the second program's tokens left out": ("first = tl.program_id(1) * each", "first = 0 * each"),
+    "encodings of the first row": ("encodings += b * encodings_b", "encodings += 0 * b"),
+}  # fmt: skip
 DERIVATIVES = {
     "sums by every line": ("(earlier == 0)", "(earlier >= 0)"),
     "the first line alone": ("for line in range(first, count):", "for line in range(first, first + 1):"),
@@ -109,6 +127,11 @@ def test_faults_in_the_derivatives_of_gates_are_seen(fault, tmp_path):
 @pytest.mark.parametrize("fault", EDIT)
 def test_faults_in_the_edit_are_seen(fault, tmp_path):
     assert_killed(edit_is_right, rank_one, *EDIT[fault], tmp_path)
+
+
+@pytest.mark.parametrize("fault", FUSED)
+def test_faults_in_the_fused_projection_are_seen(fault, tmp_path):
+    assert_killed(fused_projection_is_right, fused_edited_projection, *FUSED[fault], tmp_path)
 
 
 @pytest.mark.parametrize("fault", DERIVATIVES)
