@@ -32,7 +32,7 @@ def obstacle(unet: torch.nn.Module) -> str | None:
             module = getattr(layer, kind)
             where = f"{kind} of {name}"
             if type(module) is not torch.nn.Linear:
-                return f"{where} is a {type(module).__name__}"
+                return f"{where} is a {type(module).__module__}.{type(module).__name__}"
             if module.bias is not None:
                 return f"{where} has a bias"
             if "forward" in vars(module) or any(hooks for key, hooks in vars(module).items() if key.endswith("_hooks")):
