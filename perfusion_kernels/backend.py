@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch._ops import OpOverload
 
 from .registration import Implementation, Operator, bind, bind_backward
@@ -107,6 +108,22 @@ def load(backend: str) -> None:
         _absent[backend] = f"{type(error).__name__}: {error}"
 
 
+def call(operator: str, arguments: Sequence, backend: str | None = None):
+    """`select`s an implementation and runs it.
+
+    Where nothing is to be differentiated autograd's rule is passed over, which is half of what an eager call costs.
+    """
+    overload = select(operator, arguments, backend)
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
+    ):
+        return overload(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload(*arguments)
+
+
 def select(operator: str, arguments: Sequence, backend: str | None = None) -> OpOverload:
     """The overload that runs this call."""
     implementations = _implementations[operator]
@@ -121,8 +138,9 @@ def select(operator: str, arguments: Sequence, backend: str | None = None) -> Op
             )
         return implementations[requested].overload
     for name in ORDER:
-        if _why_not(name, implementations, arguments) is None and not implementations[name].declines(*arguments):
-            return implementations[name].overload
+        found = implementations.get(name)
+        if found is not None and found.refuses(*arguments) is None and found.declines(*arguments) is None:
+            return found.overload
     raise BackendUnavailable(f"{operator}: no backend can run this call")
 
 

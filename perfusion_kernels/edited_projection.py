@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside
-from .backend import register, select
+from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
+from .backend import call, register
 from .reference import edited_projection as reference
 from .registration import Operator
 from .validation import validate_edit, wanted
@@ -47,6 +47,23 @@ def edited_projection(
 
     Source: arXiv 2305.01644, eq. 3 and 4.
     """
+    arguments = (encodings, weight, gates, components, index, outputs, projected_targets)
+    _check(*arguments)
+    if wanted("edited_projection", validate, *arguments):
+        validate_edit("edited_projection", index, outputs.shape[0], gates, components)
+    return call("edited_projection", arguments, backend)
+
+
+@once
+def _check(
+    encodings: Tensor,
+    weight: Tensor,
+    gates: Tensor,
+    components: Tensor,
+    index: Tensor,
+    outputs: Tensor,
+    projected_targets: Tensor,
+) -> None:
     check = Arguments("edited_projection")
     check("encodings", encodings, "B T D", FLOATING)
     check("weight", weight, "O D", dtypes_beside(encodings), "as encodings")
@@ -55,10 +72,6 @@ def edited_projection(
     check("index", index, "B J", INDEX)
     check("outputs", outputs, "S O", FLOATING)
     check("projected_targets", projected_targets, "S O", (outputs.dtype,), "as outputs")
-    arguments = (encodings, weight, gates, components, index, outputs, projected_targets)
-    if wanted("edited_projection", validate, *arguments):
-        validate_edit("edited_projection", index, outputs.shape[0], gates, components)
-    return select("edited_projection", arguments, backend)(*arguments)
 
 
 def _fake(encodings, weight, gates, components, index, outputs, projected_targets):
