@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from perfusion.base import Base, UnsupportedPipeline, cross_attention_layers, text_encoders
 from perfusion.concept import Concept
 from perfusion.covariance import Covariance
-from perfusion.editor import Edit, Editor, Projected, Tables, make_edit
+from perfusion.editor import Edit, Editor, Tables, make_edit
 from perfusion.hoist import Hoist, obstacle
 from perfusion.masks import masked_loss
 from perfusion.text import TextHook, Word, single_token
@@ -40,6 +41,17 @@ class Measures:
     gate_on_word: float
     gate_off_word: float
     superclass_cosine: float
+
+
+@dataclasses.dataclass
+class _Batch:
+    """What a step draws: captions [R], latents and noise [R, C, h, w], timesteps [R], and masks [R, h, w] or None."""
+
+    captions: list[str]
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    mask: Tensor | None
 
 
 class TrainingSession:
@@ -126,7 +138,22 @@ class TrainingSession:
     @torch.enable_grad()
     def train_step(self) -> Measures:
         """One optimiser step over `batch_size` draws of picture, mirror image, caption, noise and timestep."""
-        batch, scheduler = self.config.batch_size, self.noise_scheduler
+        batch, scheduler = self._draw(), self.noise_scheduler
+        distinct, rows = self._distinct(batch.captions)
+        encodings, conditions = self._encode(distinct)
+        conditions = {name: value[rows] for name, value in conditions.items()}
+        places = self._places_of(batch.captions)
+        self._move_target(encodings[rows, places])
+        noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(encodings.dtype)
+        with self._editing(encodings, rows) as (text, gates):  # to the end of the backward: a checkpointed layer runs again in there
+            prediction = self._unet(noisy, batch.timesteps, text, added_cond_kwargs=conditions or None, return_dict=False)[0]
+            loss = masked_loss(prediction, self._goal(batch.latents, batch.noise, batch.timesteps), batch.mask).mean()
+            norm = self._optimise(loss, encodings.dtype)
+        self.step += 1
+        return self._measure(loss, norm, gates, places)
+
+    def _draw(self) -> _Batch:
+        batch = self.config.batch_size
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed} {self.step}".encode()))
         pictures = torch.randint(len(self.captions), (batch,), generator=generator)
         mirrored = (torch.rand(batch, generator=generator) < self.config.flip).long()
@@ -136,33 +163,27 @@ class TrainingSession:
         if self.latents.std is not None:
             latents = latents + self.latents.std[pictures, mirrored] * torch.randn(latents.shape, generator=generator).to(latents)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator).to(self.device)
+        timesteps = torch.randint(self.noise_scheduler.config.num_train_timesteps, (batch,), generator=generator).to(self.device)
         mask = None if self.latents.mask is None else self.latents.mask[pictures, mirrored]
+        return _Batch(captions, latents, noise, timesteps, mask)
 
-        distinct = sorted(set(captions))  # each caption is encoded once, however often it was drawn
-        rows = torch.tensor([distinct.index(caption) for caption in captions], device=self.device)
-        encodings, conditions = self._encode(distinct)
-        places = self._places_of(captions)
-        self._move_target(encodings[rows, places])
-        edit, gates = self._project(encodings, rows)
+    def _distinct(self, captions: list[str]) -> tuple[list[str], Tensor]:
+        """Each caption once, and which of them every row has: text is encoded and projected once, however often it was drawn."""
+        distinct = sorted(set(captions))
+        return distinct, torch.tensor([distinct.index(caption) for caption in captions], device=self.device)
 
-        encodings = encodings[rows].detach()  # gradients flow through the edit
-        noisy = scheduler.add_noise(latents, noise, timesteps).to(encodings.dtype)
-        conditions = {name: value[rows] for name, value in conditions.items()}
-        with self._editor.hold(edit):  # to the end of the backward: a checkpointed layer runs again in there
-            prediction = self._unet(noisy, timesteps, encodings, added_cond_kwargs=conditions or None, return_dict=False)[0]
-            loss = masked_loss(prediction, self._goal(latents, noise, timesteps), mask).mean()
-            norm = self._optimise(loss, encodings.dtype)
-        self.step += 1
-        return self._measure(loss, norm, gates, places)
-
-    def _project(self, encodings: Tensor, rows: Tensor) -> tuple[Edit | Projected, Tensor]:
-        """What the layers are to follow in a batch with encodings[rows], and the gates [R, T, 1]."""
+    @contextlib.contextmanager
+    def _editing(self, encodings: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inside the `with` the layers follow the edit of encodings[rows]. Gives what the UNet is to read, and the gates [R, T, 1]."""
+        bias, temperature = self.config.bias, self.config.temperature
         if self._hoist is None:
-            edit = self._edit(encodings[rows], torch.arange(len(rows), device=self.device), self.config.bias, self.config.temperature)
-            return edit, edit.gates
-        edit, gates = self._hoist.project(encodings, rows, *self._setting(len(encodings), self.config.bias, self.config.temperature))
-        return edit, gates[rows]
+            edit = self._edit(encodings[rows], torch.arange(len(rows), device=self.device), bias, temperature)
+            gates = edit.gates
+        else:
+            edit, gates = self._hoist.project(encodings, rows, *self._setting(len(encodings), bias, temperature))
+            gates = gates[rows]
+        with self._editor.hold(edit):
+            yield encodings[rows].detach(), gates  # gradients flow through the edit
 
     def _encode(self, captions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Encodings [n, T, D] of captions, and what SDXL's UNet reads beside them: pooled text and sizes."""
