@@ -23,7 +23,7 @@ class Options:
     device: torch.device
     dtype: torch.dtype
     quick: bool = False
-    models: tuple[str, ...] = tuple(floors.UNETS)
+    models: tuple[str, ...] = ("toybox", *floors.UNETS)
     rows: tuple[int, ...] = (1, 2, 8, 16)
     seconds: float = 1.0
     rounds: tuple[int, int] = (10, 100)

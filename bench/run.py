@@ -23,6 +23,8 @@ import torch  # noqa: E402
 from bench import floors, rows, suites  # noqa: E402
 from bench.measure import Options, measure  # noqa: E402
 
+MODELS = ("toybox", *floors.UNETS)
+
 
 def main() -> None:
     options = parse()
@@ -32,7 +34,7 @@ def main() -> None:
         device=torch.device(options.device),
         dtype=getattr(torch, options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")),
         quick=options.quick,
-        models=tuple(options.model or floors.UNETS),
+        models=tuple(options.model or MODELS),
         rows=tuple(options.rows or (1, 2, 8, 16)),
         seconds=0.05 if options.quick else options.seconds,
         rounds=(3, 5) if options.quick else (options.rounds, 10 * options.rounds),
@@ -62,7 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small shapes and few samples")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="by default bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--model", action="append", choices=list(floors.UNETS), help="may be repeated; by default all")
+    parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated; by default all; toybox is trained only")
     parser.add_argument("--rows", action="append", type=int, help="batch rows; may be repeated; by default 1, 2, 8 and 16")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each contestant of a case, within the limits of --rounds")
     parser.add_argument("--rounds", type=int, default=10, help="samples at least; at most ten times as many")

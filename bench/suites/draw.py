@@ -20,7 +20,7 @@ def unets(options: Options) -> Iterator[tuple[str, tuple[floors.Layer, ...], int
     if options.quick:
         yield "small", SMALL, 24, 2
         return
-    for model in options.models:
+    for model in filter(floors.UNETS.get, options.models):
         for rows in options.rows:
             yield model, floors.UNETS[model], floors.TEXT_WIDTHS[model], rows
 

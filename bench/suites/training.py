@@ -64,7 +64,7 @@ SESSIONS = {"ours": TrainingSession, "plain": PlainSession, "expert": ExpertSess
 
 
 def problems(options: Options) -> Iterator[Problem]:
-    models = {"tiny": tiny} if options.quick else {name: make for name, make in MODELS.items() if name != "sd15" or name in options.models}
+    models = {"tiny": tiny} if options.quick else {name: make for name, make in MODELS.items() if name in options.models}
     for name, make in models.items():
         for batch in (3,) if options.quick else (16,):
             with contextlib.ExitStack() as stack:
