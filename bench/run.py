@@ -57,7 +57,7 @@ def _said(row: dict) -> str:
     return f"passed, {row['repeats']} samples" if row["device"] == "cpu" else f"{row['median_us']:.1f} µs"
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", action="append", required=True, choices=[*suites.NAMES, "all"], help="may be repeated")
     parser.add_argument("--out", type=Path, required=True, help="a .jsonl file; rows are appended")
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10, help="samples at least; at most ten times as many")
     parser.add_argument("--clock", choices=["wall", "process"], default="wall", help="process: a CPU's time for this process alone")
     parser.add_argument("--threads", type=int, help="of a CPU")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; leave it out to run on the CPU")
     return options
