@@ -78,7 +78,7 @@ for suite in gates projection attention layer; do
   stage "bench-$suite" 60 "$python" bench/run.py --suite "$suite" "${models[@]}" "${rows[@]}" \
     --seconds "${SECONDS_EACH:-0.2}" --rounds 10 --out "$out/$suite.jsonl"
 done
-stage overhead 20 "$python" bench/overhead.py
+stage bench-overhead 20 "$python" bench/run.py --suite overhead --out "$out/overhead.jsonl"
 files=("$out"/*.jsonl)
 [[ -e ${files[0]} ]] && "$python" bench/report.py "${files[@]}" | tee "$out/report.md"
 

@@ -30,6 +30,8 @@ def tables(rows: list[dict[str, Any]], against: str) -> str:
 
 def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], against: str) -> str:
     suite, device, dtype = key
+    if suite == "overhead":
+        return _overheads(list(found.values()))
     cases = list(dict.fromkeys(case for case, _ in found))
     # never an empty column: who ran nowhere is named below
     ran = list(dict.fromkeys(name for (_, name), row in found.items() if row["gate"] == "passed"))
@@ -49,6 +51,11 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
     reasons: dict[str, str] = {name: row["reason"] for (_, name), row in found.items() if name not in ran}
     lines += ["", *(f"- {name} did not run: {reason}" for name, reason in reasons.items())] if reasons else []
     return "\n".join(lines)
+
+
+def _overheads(rows: list[dict[str, Any]]) -> str:
+    lines = ["**overhead: µs of an eager call beside the work, on the CPU of these rows**", "", "| operator | overhead | allowed |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {row['case']} | {row['overhead_us']:.1f} | {row['limit_us']:.0f} |" for row in rows])
 
 
 def _cell(row: dict | None, against: str) -> str:

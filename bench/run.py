@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]  # the cases of the tests, and 
 import torch  # noqa: E402
 
 from bench import floors, rows, suites  # noqa: E402
-from bench.measure import Options, measure  # noqa: E402
+from bench.measure import Options  # noqa: E402
 
 MODELS = ("toybox", *floors.UNETS)
 
@@ -40,18 +40,20 @@ def main() -> None:
         rounds=(3, 5) if options.quick else (options.rounds, 10 * options.rounds),
         clock=options.clock,
     )
+    rows.provenance(options.device)  # the commit is the one whose code was loaded
     count = 0
     for suite in suites.NAMES if "all" in options.suite else options.suite:
-        for problem in suites.problems(suite, chosen):
-            for row in measure(suite, problem, chosen):
-                rows.append(options.out, row)
-                count += 1
-                print(f"{suite}, {row['case']}, {row['provider']}: " + _said(row), flush=True)
+        for row in suites.measured(suite, chosen):
+            rows.append(options.out, row)
+            count += 1
+            print(f"{suite}, {row['case']}, {row['provider']}: {_said(row)}", flush=True)
     print(f"{count} rows in {options.out}. Tables: python bench/report.py {options.out}")
 
 
 def _said(row: dict) -> str:
     """Times only where they mean something."""
+    if "overhead_us" in row:
+        return f"{row['overhead_us']:.1f} µs beside the work, of {row['limit_us']:.0f} allowed"
     if row["gate"] != "passed":
         return row["reason"]
     return f"passed, {row['repeats']} samples" if row["device"] == "cpu" else f"{row['median_us']:.1f} µs"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,8 +60,9 @@ def tiny() -> tuple[Any, Covariance, int]:
     return pipe, covariance_of(pipe), 16
 
 
+COMPILED = ("toybox",)  # where torch.compile of the UNet is a contestant too: on a CPU it takes minutes
 MODELS: dict[str, Callable[[], tuple[Any, Covariance, int]]] = {"toybox": toybox, "sd15": sd15}
-SESSIONS = {"ours": TrainingSession, "plain": PlainSession, "expert": ExpertSession}
+SESSIONS = {"ours": TrainingSession, "ours compile": TrainingSession, "plain": PlainSession, "expert": ExpertSession}
 
 
 def problems(options: Options) -> Iterator[Problem]:
@@ -81,8 +83,9 @@ def problem(name: str, make: Callable[[], tuple[Any, Covariance, int]], batch: i
         for number in range(5)
     ]
 
-    def new(kind: type[TrainingSession]) -> TrainingSession:
-        return kind(own_modules(pipe), describe_base(pipe), config, covariance, pictures)
+    def new(kind: type[TrainingSession], compile: bool = False) -> TrainingSession:
+        settings = dataclasses.replace(config, compile=compile)
+        return kind(own_modules(pipe), describe_base(pipe), settings, covariance, pictures)
 
     def gradients(session: TrainingSession) -> tuple[Tensor, ...]:
         """Of the next step, [1, ...] each."""
@@ -106,7 +109,10 @@ def problem(name: str, make: Callable[[], tuple[Any, Covariance, int]], batch: i
     contestants = []
     truth = exact(), plain()  # before the sessions, whose learned vectors stay as they are
     for provider, kind in SESSIONS.items():
-        session = stack.enter_context(new(kind))
+        compile = provider.endswith("compile")
+        if compile and name not in COMPILED:
+            continue
+        session = stack.enter_context(new(kind, compile))
         contestants.append(Contestant(provider, session.train_step, check=lambda session=session: gradients(session)))
     layers = describe_base(pipe)
     shapes = dict(R=batch, captions=len(config.instance_prompts), T=77, D=layers.encoding_dim, O=layers.outputs, layers=len(layers.layers))

@@ -69,8 +69,8 @@ def test_all_it_calls_is_there(tools, tmp_path):
     calls = log.read_text().splitlines()
     assert set(re.findall(r"^\S+: passed", ran.stdout, re.MULTILINE)) == {
         f"{stage}: passed"
-        for stage in ("build", "example-build", "doctor", "example", "tests", "memcheck", "racecheck", "memcheck-tests", "overhead")
-        + tuple(f"bench-{suite}" for suite in ("gates", "projection", "attention", "layer"))
+        for stage in ("build", "example-build", "doctor", "example", "tests", "memcheck", "racecheck", "memcheck-tests")
+        + tuple(f"bench-{suite}" for suite in ("gates", "projection", "attention", "layer", "overhead"))
     }
     for call in calls:
         for word in call.split():
@@ -82,7 +82,7 @@ def test_all_it_calls_is_there(tools, tmp_path):
     from bench.run import parse  # what it passes is understood
 
     options = [call.split()[2:] for call in calls if "bench/run.py" in call]
-    assert [parse(each).suite for each in options] == [["gates"], ["projection"], ["attention"], ["layer"]]
+    assert [parse(each).suite for each in options] == [["gates"], ["projection"], ["attention"], ["layer"], ["overhead"]]
     pytest_calls = [call for call in calls if "-m pytest" in call]
     names = re.findall(r"def test_(\w+)", (ROOT / "tests/kernels/test_floor.py").read_text())
     for wanted in ("odd_sizes", "poisoned_memory"):

@@ -13,6 +13,7 @@ from bench import rows, suites
 from bench.measure import Options, Problem, measure
 from bench.report import tables
 from bench.timing import Contestant, Times, interleave
+from perfusion_kernels.schemas import SCHEMAS
 
 ROOT = Path(__file__).parents[2]
 EVERY = {"suite", "case", "provider", "device", "dtype", "shapes", "torch", "triton", "diffusers", "commit", "date", "gate", "quick"}
@@ -30,7 +31,7 @@ def quick_rows(suite, folder):
         cwd=folder, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    assert "µs" not in ran.stdout and f"rows in {file}" in ran.stdout  # of a CPU no time is told
+    assert (suite == "overhead") == ("µs" in ran.stdout) and f"rows in {file}" in ran.stdout  # of a CPU no time is told
     return rows.read(file)
 
 
@@ -48,7 +49,7 @@ MUST_RUN = {
 }
 
 
-@pytest.mark.parametrize("suite", suites.NAMES)
+@pytest.mark.parametrize("suite", MUST_RUN)
 def test_every_suite_runs_in_small(suite, folder):
     found = quick_rows(suite, folder)
     cases = {row["case"] for row in found}
@@ -68,6 +69,14 @@ def test_every_suite_runs_in_small(suite, folder):
         for row in found:
             if row["case"] == case and row["gate"] == "passed":
                 assert row["ratios"].keys() == ran - {row["provider"]}
+
+
+def test_overheads_are_rows(folder):
+    found = quick_rows("overhead", folder)
+    assert {row["case"] for row in found} == set(SCHEMAS) and {*MUST_RUN, "overhead"} == set(suites.NAMES)
+    for row in found:
+        assert row.keys() >= EVERY and row["overhead_us"] > 0 and row["limit_us"] == 15
+        assert f"| {row['case']} | {row['overhead_us']:.1f} | 15 |" in tables(found, "expert")
 
 
 def test_reasons_name_what_is_missing(folder):
