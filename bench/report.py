@@ -2,19 +2,23 @@
 
     python bench/report.py bench/results/*.jsonl                     # against the expert baseline
     python bench/report.py --against plain bench/results/training.jsonl
+    python bench/report.py --page docs/benchmarks.md                 # writes the page's tables anew
 
 A cell is the median, over rounds, of a contestant's time divided by the baseline's in the same round: below 1 is faster. A
-case that was measured twice counts as it was the last time.
+case that was measured twice counts as it was the last time. In a page, a table stands between the comments
+`<!-- rows: FILE, against PROVIDER -->` and `<!-- end of rows -->`.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
 from bench.rows import read  # noqa: E402
 
@@ -66,12 +70,26 @@ def _cell(row: dict | None, against: str) -> str:
     return f"{row['ratios'][against][1]:.2f}" if against in row["ratios"] else "?"
 
 
+PLACE = re.compile(r"(<!-- rows: (?P<file>\S+), against (?P<against>[\w ]+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
+
+
+def refreshed(page: str) -> str:
+    """A page with its tables made anew from the rows that it names."""
+    return PLACE.sub(lambda found: f"{found[1]}\n{tables(read(ROOT / found['file']), found['against'])}\n{found[4]}", page)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--against", default="expert", help="the provider that others are divided by")
+    parser.add_argument("--page", type=Path, help="a page whose tables are written anew, instead of printing any")
     options = parser.parse_args()
-    print(tables(read(*options.files), options.against), end="")
+    if options.page:
+        options.page.write_text(refreshed(options.page.read_text(encoding="utf-8")), encoding="utf-8")
+    elif not options.files:
+        parser.error("files of rows are needed, or --page")
+    else:
+        print(tables(read(*options.files), options.against), end="")
 
 
 if __name__ == "__main__":

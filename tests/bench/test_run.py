@@ -11,7 +11,7 @@ import torch
 
 from bench import rows, suites
 from bench.measure import Options, Problem, measure
-from bench.report import tables
+from bench.report import PLACE, refreshed, tables
 from bench.timing import Contestant, Times, interleave
 from perfusion_kernels.schemas import SCHEMAS
 
@@ -98,6 +98,14 @@ def test_a_case_measured_twice_counts_as_it_was_last():
     first = [{**one, "provider": "expert", "ratios": {"ours": [2, 2, 2]}}, {**one, "provider": "ours", "ratios": {"expert": [0.5, 0.5, 0.5]}}]
     last = [{**one, "provider": "expert", "ratios": {"ours": [4, 4, 4]}}, {**one, "provider": "ours", "ratios": {"expert": [0.25, 0.25, 0.25]}}]
     assert "| c | 1 | 0.25 |" in tables(first + last, "expert")
+
+
+def test_tables_of_pages_are_those_of_the_rows():
+    pages = [page for page in (ROOT / "docs").glob("*.md") if "<!-- rows: " in page.read_text()]
+    assert ROOT / "docs/benchmarks.md" in pages
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("<!-- rows: ") == len(PLACE.findall(text)) and refreshed(text) == text, f"python bench/report.py --page {page}"
 
 
 # The gate
