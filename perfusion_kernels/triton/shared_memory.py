@@ -6,6 +6,7 @@ theirs holds, no less than the compiler takes (tests/kernels/test_compile_matrix
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 
@@ -16,8 +17,11 @@ Held = Callable[[Tiles], int]  # bytes of shared memory that a program with such
 @torch.compiler.assume_constant_result
 def limit(device: torch.device) -> int | None:
     """Bytes for a program, or None: no limit that these kernels could exceed."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
+    return None if device.type != "cuda" or torch.version.hip is not None else _of_cuda(device)
+
+
+@cache
+def _of_cuda(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
