@@ -140,7 +140,7 @@ def select(operator: str, arguments: Sequence, backend: str | None = None) -> Op
             )
         return implementations[requested].overload
     for name in ORDER:
-        found = implementations.get(name)
+        found = implementations.get(name)  # why an absent one is absent is not asked here, in every call
         if found is not None and found.refuses(*arguments) is None and found.declines(*arguments) is None:
             return found.overload
     raise BackendUnavailable(f"{operator}: no backend can run this call")

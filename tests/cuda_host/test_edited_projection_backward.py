@@ -67,7 +67,7 @@ def check_splits(host):
     bytes_of_part = 4 * 60 * 136
     for multiprocessors, splits in ((0, 1), (4, 2), (1000, 4)):
         host.configure(multiprocessors)
-        assert host.workspace_bytes(**arguments) == splits * bytes_of_part
+        assert host.projection_workspace_bytes(**arguments) == splits * bytes_of_part
         compare(host, case, ("encodings",))
 
 
@@ -152,7 +152,7 @@ def test_bytes_of_the_encodings_gradient(host):
     for T, D, O, multiprocessors in ((77, 128, 640, 0), (77, 128, 640, 2), (161, 264, 192, 0)):
         arguments = small(B=1, T=T, D=D, O=O, J=1).arguments("edited_projection")
         host.configure(multiprocessors)
-        splits = host.workspace_bytes(**arguments) // (4 * T * D)
+        splits = host.projection_workspace_bytes(**arguments) // (4 * T * D)
         host.edited_projection_backward(gradient_of(arguments), ["encodings"], **arguments)
         counted, rows, columns = host.counted(), math.ceil(T / 80), math.ceil(D / 128)
         assert (counted["read_narrow"], counted["written_narrow"]) == (0, 0)
