@@ -74,6 +74,8 @@ def missing_tools() -> list[str]:
 
 def compile_library() -> tuple[Path, dict]:
     """Runs CMake in a folder of its own for each list of architectures, which keeps the objects -> the library, what is in it."""
+    import fcntl  # where there is nvcc for Linux
+
     torch, nvcc, ninja = find_torch(), find_nvcc(), shutil.which("ninja")
     if missing_tools():
         raise SystemExit(f"The CUDA kernels need {' and '.join(missing_tools())} to be compiled: pip install them, or set PERFUSION_CUDA=0")
@@ -84,8 +86,11 @@ def compile_library() -> tuple[Path, dict]:
     }  # fmt: skip
     configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{name}={value}" for name, value in definitions.items())]
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-    for command in (configure, ["cmake", "--build", folder, "--target", "perfusion_kernels_torch", "--parallel", jobs]):
-        subprocess.run(command, check=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would write into each other's objects
+        for command in (configure, ["cmake", "--build", folder, "--target", "perfusion_kernels_torch", "--parallel", jobs]):
+            subprocess.run(command, check=True)
     found = subprocess.run([sys.executable, ROOT / "csrc" / "registry.py", folder], check=True, capture_output=True, text=True).stdout
     release = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     versions = {"cuda": re.search(r"release ([\d.]+)", release)[1], "torch": ".".join(map(str, _version(torch / "version.py")))}

@@ -2,6 +2,7 @@
 #include "cross_attention_layer.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "arguments.h"
 #include "attention_widths.h"

@@ -56,12 +56,6 @@ struct Coefficients {
   }
 };
 
-// x = `count` columns of a slot in a bank's table from `column` on, and zeros.
-PERFUSION_DEVICE void load_columns(float (&x)[8], const perfusion_tensor& table, int64_t slot, int64_t column, int count,
-                                   bool wide) {
-  load_eight(x, table, slot * table.strides[0] + column * table.strides[1], table.strides[1], wide, count);
-}
-
 template <class Element, int rows, int columns>
 PERFUSION_KERNEL(32 * projection_warps)
 edited_projection_kernel(PERFUSION_CONSTANT EditedProjectionLaunch launch) {
@@ -125,11 +119,7 @@ edited_projection_kernel(PERFUSION_CONSTANT EditedProjectionLaunch launch) {
     if (m >= B * T) continue;
     Element* to = static_cast<Element*>(p.result.data) + m / T * p.result.strides[0] + m % T * p.result.strides[1] +
                   (column + piece * 8) * p.result.strides[2];
-    if (plan.wide_result && there == 8) {
-      store(reinterpret_cast<Words*>(to), narrow<Element>(x[i]));
-    } else {
-      scatter(to, p.result.strides[2], narrow<Element>(x[i]), there);
-    }
+    store_eight(to, p.result.strides[2], x[i], there, plan.wide_result);
   }
 }
 

@@ -1,4 +1,4 @@
-// The launch plan of `edited_projection`, a pure function of shapes and device, for its tests.
+// The launch plans of `edited_projection` and its derivatives, pure functions of shapes and device, for their tests.
 #pragma once
 
 #include "device/element.h"
@@ -16,5 +16,15 @@ struct EditedProjectionPlan {
 // PERFUSION_UNSUPPORTED if no tile fits into the device's shared memory.
 perfusion_status plan_edited_projection(const perfusion_edited_projection_params& params, const Device& device,
                                         EditedProjectionPlan* plan);
+
+struct EditedProjectionBackwardPlan {
+  int row_tiles, column_tiles;  // of the encodings' gradient
+  int splits, steps;            // blocks that share a tile's sum over O, and the product's steps in each
+  int64_t pitch;                // from row to row of their parts, float32 [splits, B T, pitch], in the workspace
+  int64_t workspace_bytes;
+};
+
+EditedProjectionBackwardPlan plan_edited_projection_backward(const perfusion_edited_projection_backward_params& params,
+                                                             const Device& device);
 
 }  // namespace perfusion

@@ -6,5 +6,5 @@ for argument; do
 done
 "$@" 2> "$object.ptxas"
 status=$?
-grep -v -e '^ptxas info' -e 'bytes stack frame' "$object.ptxas" >&2
+grep -a -v -e '^ptxas info' -e 'bytes stack frame' "$object.ptxas" >&2
 exit $status

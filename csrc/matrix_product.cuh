@@ -49,7 +49,7 @@ struct ProductOperand {
 // A tensor [rows, columns].
 template <class Element>
 PERFUSION_DEVICE ProductOperand<Element> product_operand(const perfusion_tensor& x, int rows, int columns, bool wide) {
-  return {static_cast<const Element*>(x.data), rows, columns, x.strides[0], x.strides[1], wide, rows, 0};
+  return {static_cast<const Element*>(x.data), rows, columns, x.strides[0], x.strides[1], wide, rows > 0 ? rows : 1, 0};
 }
 
 // A tensor [groups, group, columns], a matrix of groups * group rows.

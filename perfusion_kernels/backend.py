@@ -123,8 +123,10 @@ def select(operator: str, arguments: Sequence, backend: str | None = None) -> Op
             )
         return implementations[requested].overload
     for name in ORDER:
-        if _why_not(name, implementations, arguments) is None and not implementations[name].declines(*arguments):
-            return implementations[name].overload
+        if name in implementations:  # why an absent one is absent is not asked here, in every call
+            have = implementations[name]
+            if have.refuses(*arguments) is None and have.declines(*arguments) is None:
+                return have.overload
     raise BackendUnavailable(f"{operator}: no backend can run this call")
 
 

@@ -132,6 +132,7 @@ PERFUSION_DEVICE void store(Words* pointer, const Words& x) {
 }
 
 PERFUSION_DEVICE float word_as_float(uint32_t word) { return __uint_as_float(word); }
+PERFUSION_DEVICE uint32_t float_as_word(float x) { return __float_as_uint(x); }
 PERFUSION_DEVICE float to_float(float x) { return x; }
 PERFUSION_DEVICE float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
 PERFUSION_DEVICE float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }

@@ -8,7 +8,7 @@
 //   load_matrices(r, row) ..._transposed          2 or 4 8x8 matrices of 16-bit elements, lane i giving row i % 8 of matrix i / 8
 //   multiply_accumulate<Element>(c, a, b)         c += a b, m16n8k16 with 4 and 2 words, or m16n8k8 with 2 and 1
 //   load(p) store(p, x)                           global memory: an element, or Words, which are 16 aligned bytes
-//   to_float(x) word_as_float(w)                  an element's value; the float that a word holds
+//   to_float(x) word_as_float(w) float_as_word(x) an element's value; the float that a word holds, and back
 //   pack<Element>(low, high)                      two floats rounded to nearest even in one word
 //   exp2(x) exp(x) maximum(x, y) infinity()       exp2 is the fast one
 //   shared_memory()                               what the launch asked for, 16-byte aligned, uninitialised

@@ -64,7 +64,13 @@ PERFUSION_DEVICE void load_eight(float (&x)[8], const perfusion_tensor& tensor, 
   }
 }
 
-// Eight floats as an element type has them.
+// x = `count` columns of a row in a table [rows, columns] from `column` on, and zeros.
+PERFUSION_DEVICE void load_columns(float (&x)[8], const perfusion_tensor& table, int64_t row, int64_t column, int count,
+                                   bool wide) {
+  load_eight(x, table, row * table.strides[0] + column * table.strides[1], table.strides[1], wide, count);
+}
+
+// Eight floats, rounded to an element type.
 template <class Element>
 PERFUSION_DEVICE Words narrow(const float (&x)[8]) {
   Words words;
@@ -92,6 +98,46 @@ PERFUSION_DEVICE void scatter(Element* to, int64_t stride, const Words& words, i
   PERFUSION_UNROLL
   for (int i = 0; i < 8; ++i) {
     if (i < count) store(to + i * stride, Element{static_cast<uint16_t>(words.word[i / 2] >> 16 * (i % 2))});
+  }
+}
+
+// to[0], to[stride], … = the first `count` of x, rounded.
+template <class Element>
+PERFUSION_DEVICE void store_eight(Element* to, int64_t stride, const float (&x)[8], int count, bool wide) {
+  if (wide && count >= 8) {
+    store(reinterpret_cast<Words*>(to), narrow<Element>(x));
+  } else {
+    scatter(to, stride, narrow<Element>(x), count);
+  }
+}
+
+template <>
+PERFUSION_DEVICE void store_eight(float* to, int64_t stride, const float (&x)[8], int count, bool wide) {
+  if (wide && count >= 8) {
+    PERFUSION_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      Words words;
+      PERFUSION_UNROLL
+      for (int i = 0; i < 4; ++i) words.word[i] = float_as_word(x[4 * half + i]);
+      store(reinterpret_cast<Words*>(to) + half, words);
+    }
+  } else {
+    PERFUSION_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      if (i < count) store(to + i * stride, x[i]);
+    }
+  }
+}
+
+// The same to a tensor of any floating dtype, `offset` elements from its start.
+PERFUSION_DEVICE void store_eight(const perfusion_tensor& tensor, int64_t offset, int64_t stride, const float (&x)[8], int count,
+                                  bool wide) {
+  if (tensor.dtype == PERFUSION_FLOAT16) {
+    store_eight(static_cast<Half*>(tensor.data) + offset, stride, x, count, wide);
+  } else if (tensor.dtype == PERFUSION_BFLOAT16) {
+    store_eight(static_cast<BFloat16*>(tensor.data) + offset, stride, x, count, wide);
+  } else {
+    store_eight(static_cast<float*>(tensor.data) + offset, stride, x, count, wide);
   }
 }
 

@@ -1,8 +1,9 @@
 /* The operators of perfusion-kernels for C and C++: raw pointers, sizes, a stream, a status code.
  *
- * No function allocates, throws or waits for the device, so every call can be captured into a CUDA graph. What needs a workspace
- * says how large (cross_attention_layer alone does). Work is put on the stream given, on the current device. Letters are those of DESIGN.md: B batch rows, T text
- * tokens, D text width, J concept places per row, S slots in the bank, H heads, d head width, N image tokens, C channels of one.
+ * No function allocates, throws or waits for the device, so every call can be captured into a CUDA graph; where one needs a
+ * workspace, a function beside it says how many bytes, and the caller brings them. Work is put on the stream given, on the
+ * current device. Letters are those of DESIGN.md: B batch rows, T text tokens, D text width, O output columns, J concept places
+ * per row, S slots in the bank, H heads, d head width, N image tokens, C channels of one.
  */
 #ifndef PERFUSION_KERNELS_H
 #define PERFUSION_KERNELS_H
@@ -77,6 +78,34 @@ typedef struct perfusion_edited_projection_params {
 /* Any sizes from D = 1 on, B * T at most 2^30. float32 and float64 are for another backend. */
 PERFUSION_API perfusion_status perfusion_edited_projection(const perfusion_edited_projection_params *params,
                                                            perfusion_stream stream);
+
+/* Derivatives of perfusion_edited_projection for a gradient of its result (DESIGN.md, (14)): those whose tensors are given are
+ * written. Every sum has one order, so equal calls give equal bits. */
+typedef struct perfusion_edited_projection_backward_params {
+  int64_t B, T, D, O, J, S;
+  perfusion_tensor gradient;                   /* [B, T, O] float16 or bfloat16, of the result */
+  perfusion_tensor weight;                     /* [O, D] as gradient */
+  perfusion_tensor gates;                      /* [B, T, J] float32, not read where index is -1 */
+  perfusion_tensor components;                 /* [B, T, J] float32, not read where index is -1 */
+  perfusion_tensor index;                      /* [B, J] int32, -1 for none */
+  perfusion_tensor outputs;                    /* [S, O] float16, bfloat16 or float32 */
+  perfusion_tensor projected_targets;          /* [S, O] as outputs */
+  perfusion_tensor encodings_gradient;         /* [B, T, D] as gradient; of weight */
+  perfusion_tensor gates_gradient;             /* [B, T, J] float32, 0 where index is -1; of outputs */
+  perfusion_tensor components_gradient;        /* [B, T, J] float32, 0 where index is -1; of projected_targets */
+  perfusion_tensor outputs_gradient;           /* [S, O] as outputs, 0 for slots not in index; of gates */
+  perfusion_tensor projected_targets_gradient; /* [S, O] as outputs, 0 for slots not in index; of components */
+  void *workspace;                             /* 16-byte aligned, for encodings_gradient; its contents do not matter */
+  int64_t workspace_bytes;
+} perfusion_edited_projection_backward_params;
+
+/* The bytes of workspace that a call of these sizes with encodings_gradient needs on the current device; tensors are not read. */
+PERFUSION_API perfusion_status perfusion_edited_projection_backward_workspace(
+    const perfusion_edited_projection_backward_params *params, int64_t *bytes);
+
+/* Sizes as in perfusion_edited_projection. weight, tables, gates and components may be absent where nothing given is of them. */
+PERFUSION_API perfusion_status perfusion_edited_projection_backward(const perfusion_edited_projection_backward_params *params,
+                                                                    perfusion_stream stream);
 
 /* softmax(scale q K̃ᵀ) Ṽ (DESIGN.md, (12)). Without index it is plain attention; with it, the pair of key tables, the pair of
  * value tables, or both are given, and K̃ = K + Σ_j (g_j key_outputs_j - a_j key_targets_j), Ṽ likewise. */

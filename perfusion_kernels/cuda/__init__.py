@@ -15,11 +15,13 @@ from ..registration import Operator
 from . import refusals
 from .library import absent, unavailable  # noqa: F401  the backend's reason
 
-OPERATORS = ("concept_gates", "edited_attention")
+OPERATORS = (
+    "concept_gates", "edited_projection", "edited_attention", "fused_edited_attention", "cross_attention_layer"
+)  # fmt: skip
 
 # Compiled kernels that have to be asked for by name, and why. Nothing has been measured on a GPU yet. By default a compiled kernel
 # runs where it replaces several launches of plain torch, and does not where it replaces a single call of a library.
-DECLINED: dict[str, str] = {}
+DECLINED = {"edited_projection": "a library's matrix product does most of this, and nothing has been measured against it yet"}
 
 
 def refuses(name: str):

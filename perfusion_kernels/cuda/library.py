@@ -125,6 +125,7 @@ def unavailable() -> str | None:
 
 
 @functools.cache
-def shared_memory(device: int) -> int:
-    """Bytes that a block may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+def limits(device: int) -> tuple[int, int]:
+    """Multiprocessors, and the bytes of shared memory that a block may have."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin

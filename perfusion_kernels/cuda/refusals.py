@@ -1,7 +1,7 @@
 """What the compiled kernels do not take, for each operator a function of its name: given the schema's arguments, the reason or None.
 
 These are the rules of csrc/<operator>.cu, from shapes, dtypes and devices alone. The public functions have checked the rest. Sizes
-that only exceed 2^30 are left to the C function, which refuses them.
+that exceed 2^30 are left to the C function, which refuses them too. tests/cuda_host/test_refusals.py holds both against each other.
 """
 
 import torch
@@ -22,8 +22,8 @@ def device(index: int) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def shared_memory(index: int) -> int:
-    return library.shared_memory(index)
+def limits(index: int) -> tuple[int, int]:
+    return library.limits(index)
 
 
 def anywhere(*arguments) -> str | None:
@@ -50,29 +50,101 @@ def concept_gates(encodings, targets, metric_targets, index, bias, temperature) 
     )
 
 
-def edited_attention(query, key, value, gates, components, index, key_outputs, key_targets, value_outputs, value_targets, scale):
-    d, T = query.shape[3], key.shape[1]
+def edited_projection(encodings, weight, gates, components, index, outputs, projected_targets) -> str | None:
     return (
-        dtypes(HALF, query=query, key=key, value=value)
-        or attention_tiles(d, T, query.device.index)
+        dtypes(HALF, encodings=encodings, weight=weight)
+        or at_least_one(D=encodings.shape[2])
         or dtypes((torch.float32,), gates=gates, components=components)
-        or dtypes(NARROW, key_outputs=key_outputs, key_targets=key_targets, value_outputs=value_outputs, value_targets=value_targets)
+        or dtypes(NARROW, outputs=outputs, projected_targets=projected_targets)
     )
 
 
-def attention_tiles(d: int, T: int, device: int) -> str | None:
-    """Kernels are compiled for some head widths, and K and V of one head have to fit into shared memory beside a tile of queries."""
-    if d not in WIDTHS:
-        return f"it takes d of {', '.join(map(str, WIDTHS))}; got {d}"
-    if T > KEYS:
-        return f"it takes T up to {KEYS}; got {T}"
-    needed, limit = attention_bytes(d, T), shared_memory(device)
+def edited_attention(query, key, value, *edit_and_scale) -> str | None:
+    return (
+        dtypes(HALF, query=query, key=key, value=value)
+        or edit_dtypes(*edit_and_scale[:-1])
+        or head(query.shape[3], key.shape[1])
+        or fits(attention_bytes(query.shape[3], key.shape[1]), query, key.shape[1])
+    )
+
+
+def fused_edited_attention(query, encodings, key_weight, value_weight, *edit_and_scale) -> str | None:
+    d, T = query.shape[3], encodings.shape[1]
+    return (
+        dtypes(HALF, query=query, encodings=encodings, key_weight=key_weight, value_weight=value_weight)
+        or edit_dtypes(*edit_and_scale[:-1])
+        or at_least_one(D=encodings.shape[2])
+        or head(d, T)
+        or fits(fused_bytes(d, T), query, T)
+    )
+
+
+def cross_attention_layer(hidden_states, query_weight, key, value, output_weight, output_bias, residual, scale) -> str | None:
+    rest = dict(query_weight=query_weight, output_weight=output_weight, output_bias=output_bias, residual=residual)
+    refused = dtypes(HALF, hidden_states=hidden_states, key=key, value=value, **rest) or at_least_one(H=key.shape[2])
+    T, H, d = key.shape[1:]
+    if refused or query_weight is None:  # absorbed: a head is C wide, and steps of its keys fit into any device's shared memory
+        return refused or context(T)
+    multiprocessors, _ = limits(key.device.index)
+    rows = 32 if key.shape[0] * H * -(-hidden_states.shape[1] // 64) < multiprocessors else 64
+    return head(d, T) or fits(layer_bytes(d, T, rows), key, T)
+
+
+def edit_dtypes(gates, components, index, key_outputs, key_targets, value_outputs, value_targets) -> str | None:
+    return dtypes((torch.float32,), gates=gates, components=components) or dtypes(
+        NARROW, key_outputs=key_outputs, key_targets=key_targets, value_outputs=value_outputs, value_targets=value_targets
+    )
+
+
+def at_least_one(**sizes: int) -> str | None:
+    return next((f"it takes {letter} from 1 on; got {size}" for letter, size in sizes.items() if size < 1), None)
+
+
+def context(T: int) -> str | None:
+    return f"it takes T up to {KEYS}; got {T}" if T > KEYS else None
+
+
+def head(d: int, T: int) -> str | None:
+    return context(T) if d in WIDTHS else f"it takes d of {', '.join(map(str, WIDTHS))}; got {d}"
+
+
+# Shared memory: K and V of one head, T padded to 80 or to the next 16 beyond, stay there; beside them comes what the launch needs
+# at least.
+
+
+def fits(needed: int, heads: Tensor, T: int) -> str | None:
+    _, limit = limits(heads.device.index)
     if needed > limit:
-        return f"K and V of one head, T = {T} and d = {d}, need {needed} bytes of shared memory; a block has {limit} on this device"
+        return f"K and V of one head, T = {T} and d = {heads.shape[3]}, need {needed} bytes of shared memory; a block has {limit} here"
     return None
 
 
 def attention_bytes(d: int, T: int) -> int:
-    """Of the smallest launch: K and V with T padded to 80 or to the next 16 beyond, and 16 rows of the query."""
-    row = 2 * 8 * (d // 8 | 1)
-    return row * (2 * max(80, -(-T // 16) * 16) + 16)
+    return resident(d, T) + 16 * row(d)  # the queries of one warp
+
+
+def fused_bytes(d: int, T: int) -> int:
+    sides = 2 if d <= 80 else 1
+    return resident(d, T) + max(steps(d, 80 + sides * columns(d)), 4 * 16 * row(d))  # the projection's steps, then queries of four warps
+
+
+def layer_bytes(d: int, T: int, rows: int) -> int:
+    return resident(d, T) + max(steps(d, rows + columns(d)), rows * row(d))  # the same, of the query
+
+
+def resident(d: int, T: int) -> int:
+    return 2 * max(80, -(-T // 16) * 16) * row(d)
+
+
+def row(columns: int) -> int:
+    """Bytes between rows of 16-bit elements: an odd number of 16-byte pieces."""
+    return 16 * (columns // 8 | 1)
+
+
+def columns(d: int) -> int:
+    return -(-d // 16) * 16
+
+
+def steps(d: int, rows: int) -> int:
+    """A projection's operands, 32 columns of each at a time."""
+    return (3 if d <= 128 else 2) * rows * row(32)

@@ -105,6 +105,24 @@ perfusion_edited_projection_params projection(const py::dict& sizes, const py::d
   return p;
 }
 
+perfusion_edited_projection_backward_params projection_backward(const py::dict& sizes, const py::dict& tensors) {
+  perfusion_edited_projection_backward_params p{};
+  for (auto [name, value] : {std::pair{"B", &p.B}, {"T", &p.T}, {"D", &p.D}, {"O", &p.O}, {"J", &p.J}, {"S", &p.S}}) {
+    *value = size(sizes, name);
+  }
+  for (auto [name, value] : {std::pair{"gradient", &p.gradient}, {"weight", &p.weight}, {"gates", &p.gates},
+                             {"components", &p.components}, {"index", &p.index}, {"outputs", &p.outputs},
+                             {"projected_targets", &p.projected_targets}, {"encodings_gradient", &p.encodings_gradient},
+                             {"gates_gradient", &p.gates_gradient}, {"components_gradient", &p.components_gradient},
+                             {"outputs_gradient", &p.outputs_gradient},
+                             {"projected_targets_gradient", &p.projected_targets_gradient}}) {
+    *value = tensor(tensors, name);
+  }
+  p.workspace = tensor(tensors, "workspace").data;
+  p.workspace_bytes = size(sizes, "workspace_bytes");
+  return p;
+}
+
 py::dict plan_projection(const py::dict& sizes, const py::dict& tensors) {
   EditedProjectionPlan made{};
   const perfusion_status status = plan_edited_projection(projection(sizes, tensors), host::machine().device, &made);
@@ -145,6 +163,7 @@ py::dict layer_plan(const py::dict& sizes, const py::dict& tensors) {
   const perfusion_status status = plan_cross_attention_layer(layer(sizes, tensors, 0, 0, 1.0f), host::machine().device, &made);
   py::dict result;
   result["status"] = static_cast<int>(status);
+  result["message"] = outcome(status).second;
   for (auto [name, value] : {std::pair{"rows", made.rows}, {"second_rows", made.second_rows}, {"splits", made.splits},
                              {"bytes", made.bytes}, {"second_bytes", made.second_bytes}}) {
     result[name] = value;
@@ -218,6 +237,16 @@ PYBIND11_MODULE(perfusion_host, module) {
   module.def("edited_projection", [](const py::dict& sizes, const py::dict& tensors) {
     const auto p = projection(sizes, tensors);
     return outcome(perfusion_edited_projection(&p, nullptr));
+  });
+  module.def("edited_projection_backward", [](const py::dict& sizes, const py::dict& tensors) {
+    const auto p = projection_backward(sizes, tensors);
+    return outcome(perfusion_edited_projection_backward(&p, nullptr));
+  });
+  module.def("edited_projection_backward_workspace", [](const py::dict& sizes, const py::dict& tensors) {
+    const auto p = projection_backward(sizes, tensors);
+    int64_t bytes = -1;
+    const auto [status, message] = outcome(perfusion_edited_projection_backward_workspace(&p, &bytes));
+    return std::make_tuple(status, message, bytes);
   });
   module.def("plan_edited_attention", &plan);
   module.def("plan_edited_projection", &plan_projection);

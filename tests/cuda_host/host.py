@@ -1,5 +1,7 @@
 """The CUDA kernels as they run on the CPU, called with tensors; and their results held against the plain formula."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -82,6 +84,27 @@ class Host:
         sizes, given = projection_call(tensors, result)
         _raise(self.module.edited_projection(sizes, described(given)))
         return given["result"]
+
+    def workspace_bytes(self, **tensors: Tensor) -> int:
+        status, message, count = self.module.edited_projection_backward_workspace(projection_call(tensors, tensors["encodings"])[0], {})
+        _raise((status, message))
+        return count
+
+    def edited_projection_backward(
+        self, gradient: Tensor, needs: Sequence[str], results: dict[str, Tensor] = {}, workspace: Tensor | None = None, **tensors: Tensor
+    ) -> dict[str, Tensor]:
+        """The gradients of the public function's arguments that are named, and those in `results`, which are written there.
+
+        What is not given is NaN at first, the workspace too.
+        """
+        sizes, given = projection_call(tensors, gradient)
+        sizes["S"] = given["outputs"].shape[0] if "outputs" in given else 0
+        found = {name: torch.full_like(given[name], torch.nan, memory_format=torch.contiguous_format) for name in needs} | results
+        call = {**given, "gradient": gradient, **{f"{name}_gradient": x for name, x in found.items()}}
+        workspace = torch.full((self.workspace_bytes(**tensors) // 4,), torch.nan) if workspace is None else workspace
+        sizes["workspace_bytes"] = 4 * workspace.numel()
+        _raise(self.module.edited_projection_backward(sizes, described({**call, "workspace": workspace})))
+        return found
 
     def plan_projection(self, **tensors: Tensor | None) -> dict[str, int]:
         sizes, given = projection_call(tensors, None)

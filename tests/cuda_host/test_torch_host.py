@@ -85,6 +85,15 @@ def test_absent_tensors(operators, host):
     assert torch.equal(call(*cases.positional("edited_attention", one_side)), host.edited_attention(**one_side))
 
 
+def test_a_layer_without_weights_is_absorbed(operators, host):
+    case = made("cross_attention_layer", channels=32)
+    arguments = {**case.arguments("cross_attention_layer"), "query_weight": None, "output_weight": None}
+    for changes in ({}, {"output_bias": None, "residual": None}):
+        given = {**arguments, **changes}
+        result = operators["cross_attention_layer"](*cases.positional("cross_attention_layer", given))
+        assert torch.equal(result, host.cross_attention_layer(**given))
+
+
 def test_empty_batches(operators):
     for name in OPERATORS:
         for result in results(operators[name](*cases.positional(name, made(name, B=0).arguments(name)))):
@@ -100,6 +109,10 @@ def test_empty_batches(operators):
         ("edited_attention", {"gates": lambda x: x.double()}, "edited_attention: gates must be float16, .* int32; got Double"),
         ("edited_attention", {"key_targets": lambda x: None}, "edited_attention: key_targets must be given; got NULL"),
         ("edited_attention", {"index": lambda x: x[:3]}, r"edited_attention: index must have shape \[4, 3\]; got \[3, 3\]"),
+        ("edited_projection", {"weight": lambda x: x[:, 1:]}, r"edited_projection: weight must have shape \[64, 16\]; got \[64, 15\]"),
+        ("fused_edited_attention", {"encodings": lambda x: x.half()}, "fused_edited_attention: encodings must be bfloat16; got float16"),
+        ("cross_attention_layer", {"query_weight": lambda x: None}, "cross_attention_layer: query_weight must be given; got NULL"),
+        ("cross_attention_layer", {"residual": lambda x: x[0]}, r"cross_attention_layer: residual must have shape \[4, 5, 69\]; got \[5, 69\]"),
         ("concept_gates", {"bias": lambda x: x.half()}, "concept_gates: bias must be float32; got float16"),
         ("concept_gates", {"metric_targets": lambda x: x[1:]}, r"concept_gates: metric_targets must have shape \[6, 16\]; got \[5, 16\]"),
     ],
@@ -119,8 +132,8 @@ def test_references_are_returned(operators, name):
     before = [x._use_count() for x in tensors]
     for result in results(operators[name](*arguments)):
         assert result._use_count() == 1
-    with pytest.raises(RuntimeError, match="must have 2 dimensions"):
-        operators[name](*(x[0] if isinstance(x, torch.Tensor) and x.dtype == torch.int32 else x for x in arguments))
+    with pytest.raises(RuntimeError, match="must have . dimensions"):
+        operators[name](*(x[0] if x is tensors[0] else x for x in arguments))
     assert [x._use_count() for x in tensors] == before
 
 

@@ -19,7 +19,7 @@ from perfusion_kernels.cuda import library, refusals
 from . import cases
 
 BUILD = {"cuda": "13.0", "torch": "2.13", "architectures": ["sm_80", "sm_90a"], "kernels": []}
-CACHED = (library.compiled_kernels, library.why_not_loaded, library.why_not_on, library.shared_memory)
+CACHED = (library.compiled_kernels, library.why_not_loaded, library.why_not_on, library.limits)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def installed(monkeypatch, tmp_path):
 def gpu(monkeypatch):
     """One GPU, on which the library runs; tensors on it are fake."""
     monkeypatch.setattr(library, "why_not_on", lambda device: None)
-    monkeypatch.setattr(library, "shared_memory", lambda device: 101376)
+    monkeypatch.setattr(library, "limits", lambda device: (84, 101376))
     mode = FakeTensorMode()
 
     def move(tensors):
@@ -181,7 +181,7 @@ def test_attention_takes_what_is_compiled(gpu):
     assert [d for d in range(8, 200, 8) if attention(gpu, d=d) is None] == list(refusals.WIDTHS)
     assert attention(gpu, d=48) == "it takes d of 32, 40, 64, 80, 96, 128, 160; got 48"
     assert attention(gpu, T=256, dtype=torch.bfloat16) is None and attention(gpu, T=257) == "it takes T up to 256; got 257"
-    assert attention(gpu, T=256, d=160) == "K and V of one head, T = 256 and d = 160, need 177408 bytes of shared memory; a block has 101376 on this device"
+    assert attention(gpu, T=256, d=160) == "K and V of one head, T = 256 and d = 160, need 177408 bytes of shared memory; a block has 101376 here"
     assert attention(gpu, dtype=torch.float32) == "it takes query in float16 or bfloat16; got float32"
     double = torch.Tensor.double
     assert attention(gpu, gates=double, components=double) == "it takes gates in float32; got float64"
