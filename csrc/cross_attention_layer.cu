@@ -49,15 +49,21 @@ perfusion_status check(const perfusion_cross_attention_layer_params& p) {
     const char* name;
     const perfusion_tensor& tensor;
     bool wanted;
-  } tensors[] = {{"query_weight", p.query_weight, !is_absorbed(p)},  {"key", p.key, true},
-                 {"value", p.value, true},                           {"output_weight", p.output_weight, !is_absorbed(p)},
-                 {"output_bias", p.output_bias, p.output_bias.data != nullptr}, {"residual", p.residual, p.residual.data != nullptr},
-                 {"output", p.output, true}};
+  } tensors[] = {
+      {"query_weight", p.query_weight, !is_absorbed(p)},
+      {"key", p.key, true},
+      {"value", p.value, true},
+      {"output_weight", p.output_weight, !is_absorbed(p)},
+      {"output_bias", p.output_bias, p.output_bias.data != nullptr},
+      {"residual", p.residual, p.residual.data != nullptr},
+      {"output", p.output, true},
+  };
   for (const auto& each : tensors) {
     if (each.wanted) arguments.tensor(each.name, each.tensor, {p.hidden_states.dtype});
   }
-  arguments.rule(p.workspace != nullptr && reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, PERFUSION_INVALID_ARGUMENT,
-                 "workspace must be given, 16-byte aligned; got address", static_cast<int64_t>(reinterpret_cast<uintptr_t>(p.workspace)));
+  const auto address = reinterpret_cast<uintptr_t>(p.workspace);
+  arguments.rule(address != 0 && address % 16 == 0, PERFUSION_INVALID_ARGUMENT,
+                 "workspace must be given, 16-byte aligned; got address", static_cast<int64_t>(address));
   if (arguments.status == PERFUSION_OK && p.workspace_bytes < workspace_bytes(p)) {
     return fail(PERFUSION_INVALID_ARGUMENT, "cross_attention_layer: workspace must have %lld bytes; got %lld",
                 static_cast<long long>(workspace_bytes(p)), static_cast<long long>(p.workspace_bytes));

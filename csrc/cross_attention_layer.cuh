@@ -231,13 +231,12 @@ cross_attention_layer_project_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunc
   const Left next_left(left, static_cast<int>(row), 0);
   if constexpr (absorbed) {
     using Right = AbsorbedValues<Element, Tile::depth, Tile::columns, Tile::threads>;
-    const Right next_right(p.value, group, column, static_cast<int>(p.T), static_cast<int>(p.H), static_cast<int>(p.C), plan.wide_value);
+    const Right next_right(p.value, group, column, static_cast<int>(p.T), static_cast<int>(p.H), static_cast<int>(p.C),
+                           plan.wide_value);
     multiply_steps<Tile, false>(c, shared, next_left, next_right, steps);
   } else {
     using Right = ProductLoader<Element, Tile::columns, Tile::depth, Tile::threads, false>;
-    const perfusion_tensor& w = p.output_weight;
-    const ProductOperand<Element> weight{static_cast<const Element*>(w.data), static_cast<int>(p.C), K, w.strides[0], w.strides[1],
-                                         plan.wide_output_weight, static_cast<int>(p.C), 0};
+    const auto weight = product_operand<Element>(p.output_weight, static_cast<int>(p.C), K, plan.wide_output_weight);
     multiply_steps<Tile, true>(c, shared, next_left, Right(weight, column, 0), steps);
   }
   add_and_store<Element, Tile>(c, reinterpret_cast<float*>(shared), launch, group * of_a_group + row, (group + 1) * of_a_group,

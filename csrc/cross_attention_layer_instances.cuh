@@ -65,7 +65,8 @@ perfusion_status launch_both(const CrossAttentionLayerLaunch& arguments, perfusi
 
 #define PERFUSION_LAYER_INSTANCES(ELEMENT)                                                                              \
   template <>                                                                                                           \
-  perfusion_status launch_cross_attention_layer<ELEMENT>(const CrossAttentionLayerLaunch& arguments, perfusion_stream stream) { \
+  perfusion_status launch_cross_attention_layer<ELEMENT>(const CrossAttentionLayerLaunch& arguments,                    \
+                                                         perfusion_stream stream) {                                     \
     return launch_both<ELEMENT>(arguments, stream);                                                                     \
   }
 

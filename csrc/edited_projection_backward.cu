@@ -150,6 +150,11 @@ extern "C" perfusion_status perfusion_edited_projection_backward(const perfusion
   arguments.plan = plan_edited_projection_backward(p, here);
   status = check(p, arguments.plan);
   if (status != PERFUSION_OK) return status;
+  constexpr int bytes = product_bytes<EncodingsGradientTile, false>();
+  if (p.encodings_gradient.data != nullptr && bytes > here.shared_per_block) {
+    return fail(PERFUSION_UNSUPPORTED, "%s: a block needs %d bytes of shared memory; this device has %d", operation, bytes,
+                here.shared_per_block);
+  }
   arguments.wide_gradient = wide_rows(p.gradient, 3);
   arguments.wide_weight = wide_rows(p.weight, 2);
   arguments.wide_encodings_gradient = wide_rows(p.encodings_gradient, 3);

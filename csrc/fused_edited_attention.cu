@@ -27,7 +27,8 @@ perfusion_status check(const perfusion_fused_edited_attention_params& p, const p
 // What is left of the arguments once K and V stand.
 perfusion_edited_attention_params attention_of(const perfusion_fused_edited_attention_params& p) {
   perfusion_edited_attention_params attention{};
-  attention.B = p.B, attention.N = p.N, attention.T = p.T, attention.H = p.H, attention.d = p.d, attention.J = p.J, attention.S = p.S;
+  attention.B = p.B, attention.N = p.N, attention.T = p.T, attention.H = p.H, attention.d = p.d;
+  attention.J = p.J, attention.S = p.S;
   attention.query = p.query, attention.output = p.output, attention.scale = p.scale;
   if (p.J == 0) return attention;
   attention.gates = p.gates, attention.components = p.components, attention.index = p.index;

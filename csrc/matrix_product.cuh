@@ -87,19 +87,24 @@ class ProductLoader {
   // The next step; asynchronous where the layout allows it.
   PERFUSION_DEVICE void load(Element* stage) {
     const int most = columns_left < 0 ? 0 : columns_left < 8 ? columns_left : 8;
-    PERFUSION_UNROLL
-    for (int i = 0; i < count; ++i) {
-      if (rows % apart != 0 && thread() / pieces + i * apart >= rows) continue;
-      const int elements = i * apart < rows_left ? most : 0;
-      Element* target = stage + to + i * apart * tile_pitch(columns);
-      const Element* source = elements > 0 ? line[i] : data;
-      if (wide) {
-        copy_async(target, source, 2 * elements);
-      } else {
-        *reinterpret_cast<Words*>(target) = gather(source, stride, elements);
+    const auto elements = [&](int i) { return i * apart < rows_left ? most : 0; };
+    const auto beyond = [&](int i) { return rows % apart != 0 && thread() / pieces + i * apart >= rows; };  // of the step
+    Element* target = stage + to;
+    if (wide) {
+      PERFUSION_UNROLL
+      for (int i = 0; i < count; ++i) {
+        if (beyond(i)) continue;
+        copy_async(target + i * apart * tile_pitch(columns), elements(i) > 0 ? line[i] : data, 2 * elements(i));
       }
-      line[i] += step;
+    } else {
+      PERFUSION_UNROLL
+      for (int i = 0; i < count; ++i) {
+        if (beyond(i)) continue;
+        *reinterpret_cast<Words*>(target + i * apart * tile_pitch(columns)) = gather(line[i], stride, elements(i));
+      }
     }
+    PERFUSION_UNROLL
+    for (int i = 0; i < count; ++i) line[i] += step;
     (down ? rows_left : columns_left) -= down ? rows : columns;
   }
 

@@ -2,6 +2,7 @@
 
     concept_gates           gates and components of every token, once per prompt
     edited_projection       edited keys or values of all layers at once
+    fused_edited_projection the same in one launch, where nobody needs the unedited layer's bits
     edited_attention        cross-attention, plain or with the edit applied on the way
     fused_edited_attention  projection, edit and attention in one call
     cross_attention_layer   to_q, attention, to_out, bias and residual in one call, for keys and values of a prompt
@@ -25,6 +26,7 @@ from .cross_attention_layer import cross_attention_layer
 from .edited_attention import edited_attention
 from .edited_projection import edited_projection
 from .fused_edited_attention import fused_edited_attention
+from .fused_edited_projection import fused_edited_projection
 from .validation import validate_concepts
 from .warm_up import warm_up
 
@@ -39,6 +41,7 @@ __all__ = [
     "edited_attention",
     "edited_projection",
     "fused_edited_attention",
+    "fused_edited_projection",
     "metric",
     "use_backend",
     "validate_concepts",

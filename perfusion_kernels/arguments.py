@@ -1,9 +1,12 @@
 """Checks of what is known without looking at values: kinds, dtypes, devices, shapes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from operator import attrgetter
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WIDE = (torch.float32, torch.float64)
@@ -12,7 +15,48 @@ INDEX = (torch.int32,)
 
 def dtypes_beside(tensor: Tensor) -> tuple[torch.dtype, ...]:
     """What an argument may be that the operator combines with `tensor`: the same, or anything autocast casts."""
-    return FLOATING if torch.is_autocast_enabled(tensor.device.type) else (tensor.dtype,)
+    return FLOATING if _autocasts(tensor) else (tensor.dtype,)
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; some, as "meta", have none."""
+    if tensor.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    device_type = tensor.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+_NONE = type(None)
+_PLAIN = frozenset((Tensor, Parameter, _NONE))
+_shape, _dtype, _device = map(attrgetter, ("shape", "dtype", "device"))
+
+REMEMBERED = 4096
+"""Combinations of shapes, dtypes and devices that `once` keeps: more than a server sees, a few megabytes at most."""
+
+
+def once(check: Callable[..., None]) -> Callable[..., None]:
+    """`check` made once for each combination of what it may look at; one that passed is not made again.
+
+    check: a function of tensors and Nones, which looks at their dtypes, devices and shapes, at whether autocast is
+        on, and at nothing else.
+    """
+    passed: set[tuple] = set()
+
+    @wraps(check)
+    def run(*arguments: Tensor | None) -> None:
+        kinds = tuple(map(type, arguments))
+        # compiled, it is made once anyway, and what is remembered would become a guard; a subclass may have symbolic sizes
+        if torch.compiler.is_compiling() or not _PLAIN.issuperset(kinds) or arguments[0] is None:
+            return check(*arguments)
+        tensors = arguments if _NONE not in kinds else [x for x in arguments if x is not None]
+        key = (kinds, _autocasts(arguments[0]), *map(_shape, tensors), *map(_dtype, tensors), *map(_device, tensors))
+        if key not in passed:
+            check(*arguments)
+            if len(passed) >= REMEMBERED:
+                passed.clear()
+            passed.add(key)
+
+    return run
 
 
 class Arguments:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch._ops import OpOverload
 
 from .registration import Implementation, Operator, bind, bind_backward
@@ -109,6 +110,22 @@ def load(backend: str) -> None:
         _absent[backend] = f"{type(error).__name__}: {error}"
 
 
+def call(operator: str, arguments: Sequence, backend: str | None = None):
+    """`select`s an implementation and runs it.
+
+    Where nothing is to be differentiated autograd's rule is passed over, which is half of what an eager call costs.
+    """
+    overload = select(operator, arguments, backend)
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
+    ):
+        return overload(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload(*arguments)
+
+
 def select(operator: str, arguments: Sequence, backend: str | None = None) -> OpOverload:
     """The overload that runs this call."""
     implementations = _implementations[operator]
@@ -123,10 +140,9 @@ def select(operator: str, arguments: Sequence, backend: str | None = None) -> Op
             )
         return implementations[requested].overload
     for name in ORDER:
-        if name in implementations:  # why an absent one is absent is not asked here, in every call
-            have = implementations[name]
-            if have.refuses(*arguments) is None and have.declines(*arguments) is None:
-                return have.overload
+        found = implementations.get(name)  # why an absent one is absent is not asked here, in every call
+        if found is not None and found.refuses(*arguments) is None and found.declines(*arguments) is None:
+            return found.overload
     raise BackendUnavailable(f"{operator}: no backend can run this call")
 
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from .arguments import FLOATING, INDEX, WIDE, Arguments
-from .backend import register, select
+from .arguments import FLOATING, INDEX, WIDE, Arguments, once
+from .backend import call, register
 from .reference import concept_gates as reference
 from .registration import Operator
 from .validation import validate_concepts, wanted
@@ -48,14 +48,8 @@ def concept_gates(
 
     Source: arXiv 2305.01644, eq. 3 (one concept) and eq. 4 (several).
     """
-    check = Arguments("concept_gates")
-    check("encodings", encodings, "B T D", FLOATING)
-    check("targets", targets, "S D", WIDE)
-    check("metric_targets", metric_targets, "S D", (targets.dtype,), "as targets; half precision cannot hold C⁻¹")
-    check("index", index, "B J", INDEX)
-    check("bias", bias, "B J", WIDE)
-    check("temperature", temperature, "B J", (bias.dtype,), "as bias")
     arguments = (encodings, targets, metric_targets, index, bias, temperature)
+    _check(*arguments)
     if wanted("concept_gates", validate, *arguments):
         validate_concepts(
             targets,
@@ -66,7 +60,20 @@ def concept_gates(
             temperature=temperature,
             operator="concept_gates",
         )
-    return select("concept_gates", arguments, backend)(*arguments)
+    return call("concept_gates", arguments, backend)
+
+
+@once
+def _check(
+    encodings: Tensor, targets: Tensor, metric_targets: Tensor, index: Tensor, bias: Tensor, temperature: Tensor
+) -> None:
+    check = Arguments("concept_gates")
+    check("encodings", encodings, "B T D", FLOATING)
+    check("targets", targets, "S D", WIDE)
+    check("metric_targets", metric_targets, "S D", (targets.dtype,), "as targets; half precision cannot hold C⁻¹")
+    check("index", index, "B J", INDEX)
+    check("bias", bias, "B J", WIDE)
+    check("temperature", temperature, "B J", (bias.dtype,), "as bias")
 
 
 def _fake(encodings, targets, metric_targets, index, bias, temperature):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .arguments import FLOATING, Arguments, dtypes_beside
-from .backend import register, select
+from .arguments import FLOATING, Arguments, dtypes_beside, once
+from .backend import call, register
 from .reference import cross_attention_layer as reference
 from .registration import Operator
 from .validation import wanted
@@ -49,6 +49,26 @@ def cross_attention_layer(
 
     Source: DESIGN.md, "Cross-attention layer".
     """
+    tensors = (hidden_states, query_weight, key, value, output_weight, output_bias, residual)
+    _check(*tensors)
+    if wanted("cross_attention_layer", validate, hidden_states, key, value):
+        _validate_finite(key=key, value=value)
+    if scale is None:
+        scale = 1.0 if query_weight is None else key.shape[-1] ** -0.5
+    arguments = (*tensors, float(scale))
+    return call("cross_attention_layer", arguments, backend)
+
+
+@once
+def _check(
+    hidden_states: Tensor,
+    query_weight: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    output_weight: Tensor | None,
+    output_bias: Tensor | None,
+    residual: Tensor | None,
+) -> None:
     check = Arguments("cross_attention_layer")
     check("hidden_states", hidden_states, "B N C", FLOATING)
     same = (dtypes_beside(hidden_states), "as hidden_states")
@@ -66,12 +86,6 @@ def cross_attention_layer(
         check("output_bias", output_bias, "C", *same)
     if residual is not None:
         check("residual", residual, "B N C", *same)
-    if wanted("cross_attention_layer", validate, hidden_states, key, value):
-        _validate_finite(key=key, value=value)
-    if scale is None:
-        scale = 1.0 if absorbed else key.shape[-1] ** -0.5
-    arguments = (hidden_states, query_weight, key, value, output_weight, output_bias, residual, float(scale))
-    return select("cross_attention_layer", arguments, backend)(*arguments)
 
 
 def _check_both(query_weight: Tensor | None, output_weight: Tensor | None) -> None:

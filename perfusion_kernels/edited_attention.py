@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside
-from .backend import register, select
+from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
+from .backend import call, register
 from .reference import edited_attention as reference
 from .registration import Operator
 from .validation import validate_edit, wanted
@@ -53,21 +53,25 @@ def edited_attention(
 
     Source: arXiv 2305.01644, eq. 3 and 4, written as an update of rank 2J of K and V.
     """
+    tensors = (query, key, value, gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
+    _check(*tensors)
+    if index is not None and wanted("edited_attention", validate, *tensors):
+        slots = (value_outputs if key_outputs is None else key_outputs).shape[0]
+        validate_edit("edited_attention", index, slots, gates, components)
+    arguments = (*tensors, query.shape[-1] ** -0.5 if scale is None else float(scale))
+    return call("edited_attention", arguments, backend)
+
+
+@once
+def _check(query: Tensor, key: Tensor, value: Tensor, *edit: Tensor | None) -> None:
     check = Arguments("edited_attention")
     check("query", query, "B N H d", FLOATING)
     check("key", key, "B T H d", dtypes_beside(query), "as query")
     check("value", value, "B T H d", dtypes_beside(query), "as query")
     if key.shape[1] == 0:
         raise ValueError("edited_attention: key must have at least one position; got T = 0")
-    edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
-    edited = any(argument is not None for argument in edit)
-    if edited:
+    if any(argument is not None for argument in edit):
         _check_edit(check, *edit)
-    arguments = (query, key, value, *edit, query.shape[-1] ** -0.5 if scale is None else float(scale))
-    if edited and wanted("edited_attention", validate, *arguments[:-1]):
-        slots = (value_outputs if key_outputs is None else key_outputs).shape[0]
-        validate_edit("edited_attention", index, slots, gates, components)
-    return select("edited_attention", arguments, backend)(*arguments)
 
 
 def _check_edit(check, gates, components, index, key_outputs, key_targets, value_outputs, value_targets):

@@ -1,9 +1,11 @@
 """`edited_projection`: the edited keys or values of every layer from one set of encodings."""
 
+from functools import partial
+
 from torch import Tensor
 
-from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside
-from .backend import register, select
+from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
+from .backend import call, register
 from .reference import edited_projection as reference
 from .registration import Operator
 from .validation import validate_edit, wanted
@@ -25,7 +27,8 @@ def edited_projection(
 
     o_j = outputs[j] is the concept's target output o*_j, p_j = projected_targets[j] is W i*_j, so that the
     result is W (e - Aᵀ a) + Σ_j g_j o*_j. All layers project the same encodings, so their weights
-    concatenate to one `weight` and the tables' columns follow the same order.
+    concatenate to one `weight` and the tables' columns follow the same order. `fused_edited_projection` is the same
+    in one launch, for callers that need no bits of the unedited layer.
 
     Args:
         encodings [B, T, D]: float16, bfloat16, float32 or float64.
@@ -47,7 +50,24 @@ def edited_projection(
 
     Source: arXiv 2305.01644, eq. 3 and 4.
     """
-    check = Arguments("edited_projection")
+    arguments = (encodings, weight, gates, components, index, outputs, projected_targets)
+    _check(*arguments)
+    if wanted("edited_projection", validate, *arguments):
+        validate_edit("edited_projection", index, outputs.shape[0], gates, components)
+    return call("edited_projection", arguments, backend)
+
+
+def check_projection(
+    operator: str,
+    encodings: Tensor,
+    weight: Tensor,
+    gates: Tensor,
+    components: Tensor,
+    index: Tensor,
+    outputs: Tensor,
+    projected_targets: Tensor,
+) -> None:
+    check = Arguments(operator)
     check("encodings", encodings, "B T D", FLOATING)
     check("weight", weight, "O D", dtypes_beside(encodings), "as encodings")
     check("gates", gates, "B T J", WIDE, "as concept_gates returns them")
@@ -55,10 +75,9 @@ def edited_projection(
     check("index", index, "B J", INDEX)
     check("outputs", outputs, "S O", FLOATING)
     check("projected_targets", projected_targets, "S O", (outputs.dtype,), "as outputs")
-    arguments = (encodings, weight, gates, components, index, outputs, projected_targets)
-    if wanted("edited_projection", validate, *arguments):
-        validate_edit("edited_projection", index, outputs.shape[0], gates, components)
-    return select("edited_projection", arguments, backend)(*arguments)
+
+
+_check = once(partial(check_projection, "edited_projection"))
 
 
 def _fake(encodings, weight, gates, components, index, outputs, projected_targets):

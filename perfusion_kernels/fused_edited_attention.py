@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside
-from .backend import register, select
+from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
+from .backend import call, register
 from .reference import fused_edited_attention as reference
 from .registration import Operator
 from .validation import validate_edit, wanted
@@ -53,6 +53,29 @@ def fused_edited_attention(
 
     Source: arXiv 2305.01644, eq. 3 and 4.
     """
+    edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
+    tensors = (query, encodings, key_weight, value_weight, *edit)
+    _check(*tensors)
+    if wanted("fused_edited_attention", validate, *tensors):
+        validate_edit("fused_edited_attention", index, key_outputs.shape[0], gates, components)
+    arguments = (*tensors, query.shape[-1] ** -0.5 if scale is None else float(scale))
+    return call("fused_edited_attention", arguments, backend)
+
+
+@once
+def _check(
+    query: Tensor,
+    encodings: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    gates: Tensor,
+    components: Tensor,
+    index: Tensor,
+    key_outputs: Tensor,
+    key_targets: Tensor,
+    value_outputs: Tensor,
+    value_targets: Tensor,
+) -> None:
     check = Arguments("fused_edited_attention")
     check("query", query, "B N H d", FLOATING)
     check("encodings", encodings, "B T D", dtypes_beside(query), "as query")
@@ -67,12 +90,6 @@ def fused_edited_attention(
     check("key_targets", key_targets, "S H*d", (key_outputs.dtype,), "as key_outputs")
     check("value_outputs", value_outputs, "S H*d", (key_outputs.dtype,), "as key_outputs")
     check("value_targets", value_targets, "S H*d", (key_outputs.dtype,), "as key_outputs")
-    edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
-    tensors = (query, encodings, key_weight, value_weight, *edit)
-    if wanted("fused_edited_attention", validate, *tensors):
-        validate_edit("fused_edited_attention", index, key_outputs.shape[0], gates, components)
-    arguments = (*tensors, query.shape[-1] ** -0.5 if scale is None else float(scale))
-    return select("fused_edited_attention", arguments, backend)(*arguments)
 
 
 def _fake(query, encodings, *weights_and_edit):

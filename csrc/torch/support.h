@@ -49,6 +49,8 @@ class Call {
  public:
   Call(const char* operation, const Tensor& first) : operation(operation), first(first), guard(guarded(first)) {}
 
+  [[noreturn]] void refuse(const std::string& rule) const { throw std::runtime_error(std::string(operation) + ": " + rule); }
+
   // How many of each, where nothing before says what a size has to be.
   template <size_t dimensions>
   std::array<int64_t, dimensions> sizes(const char* name, const Tensor& tensor) const {
@@ -103,8 +105,6 @@ class Call {
   using Guard = torch::stable::accelerator::DeviceGuard;
   static Guard guarded(const Tensor& tensor) { return Guard(tensor.get_device_index()); }
 #endif
-
-  [[noreturn]] void refuse(const std::string& rule) const { throw std::runtime_error(std::string(operation) + ": " + rule); }
 
   perfusion_dtype dtype(const char* name, const Tensor& tensor) const {
     switch (tensor.scalar_type()) {

@@ -59,6 +59,13 @@ def edited_projection(encodings, weight, gates, components, index, outputs, proj
     )
 
 
+def edited_projection_backward(gradient, *arguments_and_needs) -> str | None:
+    *arguments, needs = arguments_and_needs
+    if needs[1]:
+        return "it has no derivative of weight"
+    return dtypes(HALF, gradient=gradient) or edited_projection(*arguments)
+
+
 def edited_attention(query, key, value, *edit_and_scale) -> str | None:
     return (
         dtypes(HALF, query=query, key=key, value=value)

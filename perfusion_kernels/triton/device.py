@@ -14,20 +14,26 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _interpreted = bool(triton.knobs.runtime.interpret)  # what torch.compile can read
 
 
+ON_HOST = "Triton's kernels need tensors on a GPU; got cpu"
+
+
 def refuses(*arguments) -> str | None:
     """Why no kernel takes these arguments, or None: a device that Triton does not serve, or float64."""
     for argument in arguments:
         if isinstance(argument, Tensor):
             if argument.dtype == torch.float64:
                 return "it computes in float32, which float64 would not gain from"
-            if not (argument.is_cuda or argument.is_xpu or (_interpreted and argument.device.type == "cpu")):
-                return f"Triton's kernels need tensors on a GPU; got {argument.device}"
+            if not (argument.is_cuda or argument.is_xpu):
+                if not argument.is_cpu:
+                    return f"Triton's kernels need tensors on a GPU; got {argument.device}"
+                if not _interpreted:
+                    return ON_HOST
     return None
 
 
 def declines(*arguments) -> str | None:
     """Why these arguments, which could be taken, are left to others unless this backend is asked for by name."""
-    return "Triton's interpreter is for tests" if arguments[0].device.type == "cpu" else None
+    return "Triton's interpreter is for tests" if arguments[0].is_cpu else None
 
 
 @triton.jit

@@ -85,7 +85,7 @@ class Host:
         _raise(self.module.edited_projection(sizes, described(given)))
         return given["result"]
 
-    def workspace_bytes(self, **tensors: Tensor) -> int:
+    def projection_workspace_bytes(self, **tensors: Tensor) -> int:
         status, message, count = self.module.edited_projection_backward_workspace(projection_call(tensors, tensors["encodings"])[0], {})
         _raise((status, message))
         return count
@@ -101,7 +101,7 @@ class Host:
         sizes["S"] = given["outputs"].shape[0] if "outputs" in given else 0
         found = {name: torch.full_like(given[name], torch.nan, memory_format=torch.contiguous_format) for name in needs} | results
         call = {**given, "gradient": gradient, **{f"{name}_gradient": x for name, x in found.items()}}
-        workspace = torch.full((self.workspace_bytes(**tensors) // 4,), torch.nan) if workspace is None else workspace
+        workspace = torch.full((self.projection_workspace_bytes(**tensors) // 4,), torch.nan) if workspace is None else workspace
         sizes["workspace_bytes"] = 4 * workspace.numel()
         _raise(self.module.edited_projection_backward(sizes, described({**call, "workspace": workspace})))
         return found

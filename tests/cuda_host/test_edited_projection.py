@@ -105,8 +105,8 @@ def check_rows_without_a_concept(host):
     """The bits of the plain product, signs of zeros included, beside rows that are edited."""
     for dtype in HALVES:
         arguments = small(B=6, T=20, dtype=dtype).arguments("edited_projection")
-        arguments["weight"][0] = -arguments["weight"][0].abs() * 2.0**-14
-        arguments["encodings"][..., 0], arguments["weight"][0, 1:] = 2.0**-14, 0  # -0.0 in float16
+        arguments["encodings"][..., 0], arguments["weight"][:8] = 2.0**-14, 0
+        arguments["weight"][:8, 0] = -(2.0**-14)  # -0.0 in float16, and -0.0 + 0.0 would be 0.0
         result, plain = host.edited_projection(**arguments), host.edited_projection(**plainly(arguments))
         none = (arguments["index"] < 0).all(-1)
         assert dtype != torch.float16 or bits(plain[none]).min() == torch.iinfo(torch.int16).min

@@ -40,10 +40,9 @@ def compare(host, case, needs=NEEDS):
             assert_no_worse(mine, same[name], exact[name], slots if name in ("outputs", "projected_targets") else case.index)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("T, D, O, J", [(77, 70, 136, 3), (13, 8, 300, 11), (1, 1, 1, 1), (16, 131, 43, 2), (9, 136, 520, 8)])
-def test_every_derivative(host, T, D, O, J, dtype):
-    compare(host, small(B=3, T=T, D=D, O=O, J=J, dtype=dtype, seed=T))
+@pytest.mark.parametrize("T, D, O, J", [(77, 70, 136, 3), (12, 8, 300, 11), (1, 1, 1, 1), (16, 131, 43, 2), (9, 136, 520, 8), (4, 9, 8, 1)])
+def test_every_derivative(host, T, D, O, J):
+    compare(host, small(B=3, T=T, D=D, O=O, J=J, dtype=HALVES[T % 2], seed=T))
 
 
 @pytest.mark.parametrize("J", (0, 1, 2, 4, 5, 6, 7, 9))
@@ -68,7 +67,7 @@ def check_splits(host):
     bytes_of_part = 4 * 60 * 136
     for multiprocessors, splits in ((0, 1), (4, 2), (1000, 4)):
         host.configure(multiprocessors)
-        assert host.workspace_bytes(**arguments) == splits * bytes_of_part
+        assert host.projection_workspace_bytes(**arguments) == splits * bytes_of_part
         compare(host, case, ("encodings",))
 
 
@@ -153,7 +152,7 @@ def test_bytes_of_the_encodings_gradient(host):
     for T, D, O, multiprocessors in ((77, 128, 640, 0), (77, 128, 640, 2), (161, 264, 192, 0)):
         arguments = small(B=1, T=T, D=D, O=O, J=1).arguments("edited_projection")
         host.configure(multiprocessors)
-        splits = host.workspace_bytes(**arguments) // (4 * T * D)
+        splits = host.projection_workspace_bytes(**arguments) // (4 * T * D)
         host.edited_projection_backward(gradient_of(arguments), ["encodings"], **arguments)
         counted, rows, columns = host.counted(), math.ceil(T / 80), math.ceil(D / 128)
         assert (counted["read_narrow"], counted["written_narrow"]) == (0, 0)
@@ -222,3 +221,6 @@ def test_refusals(host):
         assert refused.value.status == status
     with pytest.raises(Refused, match="workspace must have as many bytes as perfusion_edited_projection_backward_workspace says; got 4"):
         host.edited_projection_backward(gradient, NEEDS, workspace=torch.empty(1), **arguments)
+    host.configure(shared_per_block=65536)
+    with pytest.raises(Refused, match="edited_projection_backward: a block needs 86784 bytes of shared memory; this device has 65536"):
+        host.edited_projection_backward(gradient, NEEDS, **arguments)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from perfusion_kernels.cuda import OPERATORS, library
-from perfusion_kernels.registration import bind
+from perfusion_kernels.registration import Implementation, bind, bind_backward
 
 from ..kernels import cases
 from .build import build_torch_library
@@ -66,6 +66,51 @@ def test_gradients_are_those_of_the_law(operators):
     gradient = torch.randn(out.shape).to(out.dtype)
     for mine, theirs in zip(torch.autograd.grad(out, wanted, gradient), torch.autograd.grad(law, wanted, gradient)):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 1, 1, 0, 1, 1), (1, 0, 0, 0, 0, 0, 0), (0, 0, 0, 1, 0, 1, 0)])
+def test_derivatives_of_the_projection_are_those_of_the_c_function(operators, backward, host, needs):
+    """Those that are needed and no others, through autograd."""
+    name = "edited_projection"
+    arguments = made(name).arguments(name)
+    names = [argument.name for argument in cases.overload_of(name)._schema.arguments]
+    leaves = {key: arguments[key].clone().requires_grad_() if need else arguments[key] for key, need in zip(names, needs)}
+    out = operators[name](*leaves.values())
+    gradient = torch.randn(out.shape).to(out.dtype)
+    found = torch.autograd.grad(out, [x for x in leaves.values() if x.requires_grad], gradient)
+    expected = host.edited_projection_backward(gradient, [key for key, need in zip(names, needs) if need], **arguments)
+    assert backward and all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected.values(), strict=True))
+
+
+@pytest.fixture
+def backward(operators, monkeypatch):
+    """Autograd calls the host's derivatives; the list has one entry for each call."""
+    operator = importlib.import_module("perfusion_kernels.edited_projection").OPERATOR
+    if not _backward:
+        _backward.append(bind_backward(operator, "host", None))
+    calls = []
+    counted = Implementation(_backward[0], lambda *arguments: calls.append(arguments), None)
+    monkeypatch.setitem(operator.backwards, "host", counted)
+    return calls
+
+
+_backward = []
+
+
+def test_derivatives_of_empty_batches_and_wrong_shapes(operators, backward):
+    arguments = made("edited_projection", B=0).arguments("edited_projection")
+    arguments["outputs"] = torch.ones_like(arguments["outputs"]).requires_grad_()
+    operators["edited_projection"](*cases.positional("edited_projection", arguments)).sum().backward()
+    assert (arguments["outputs"].grad == 0).all() and backward
+    arguments = cases.positional("edited_projection", made("edited_projection").arguments("edited_projection"))
+    gradient = torch.zeros(4, 13, 64, dtype=torch.bfloat16)
+    for wrong, needs, message in (
+        (gradient[:, 1:], [1, 0, 0, 0, 0, 0, 0], r"encodings must have shape \[4, 12, 16\]; got \[4, 13, 16\]"),
+        (gradient, [0, 1, 0, 0, 0, 0, 0], "there are no derivatives of weight and index here"),
+        (gradient, [1], "needs must have 7 values; got 1"),
+    ):
+        with pytest.raises(RuntimeError, match=f"edited_projection_backward: {message}"):
+            _backward[0](wrong, *arguments, [bool(need) for need in needs])
 
 
 def test_absent_tensors(operators, host):
@@ -142,7 +187,7 @@ def test_the_library_says_what_it_was_compiled_for(operators, path, monkeypatch)
     loaded = ctypes.CDLL(str(path))
     loaded.perfusion_torch_signatures.restype = ctypes.c_char_p
     signatures = loaded.perfusion_torch_signatures().decode()
-    assert {line.split("(")[0] for line in signatures.splitlines()} == set(OPERATORS)
+    assert {line.split("(")[0] for line in signatures.splitlines()} == {*OPERATORS, "edited_projection_backward"}
     assert library.outdated(signatures) is None
     other = library.SCHEMAS["edited_attention"].replace("Tensor? gates", "Tensor gates")
     monkeypatch.setitem(library.SCHEMAS, "edited_attention", other)

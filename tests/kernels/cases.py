@@ -52,7 +52,7 @@ class Case:
     def arguments(self, operator: str) -> dict[str, Tensor]:
         """The tensor arguments of an operator by name."""
         edit = ("gates", "components", "index", "key_outputs", "key_targets", "value_outputs", "value_targets")
-        if operator == "edited_projection":
+        if operator in ("edited_projection", "fused_edited_projection"):
             return {
                 **self._select("encodings", "gates", "components", "index"),
                 "weight": self.value_weight,
@@ -83,7 +83,10 @@ class Case:
 
 PUBLIC = {
     name: getattr(perfusion_kernels, name)
-    for name in ("concept_gates", "edited_projection", "edited_attention", "fused_edited_attention", "cross_attention_layer")
+    for name in (
+        "concept_gates", "edited_projection", "fused_edited_projection", "edited_attention", "fused_edited_attention",
+        "cross_attention_layer",
+    )
 }
 
 
@@ -121,22 +124,28 @@ def make(
     views: bool = False,
     C: Tensor | None = None,
     channels: int | None = None,
+    full: bool = False,
+    drawn_on: str = "cpu",
 ) -> Case:
-    """A case. `C` is the second moment, `channels` the C of an image token, by default not O. `dtype` is that of encodings, weights, query, key, value and tables; the rest is float32 at least."""
+    """A case. `C` is the second moment, `channels` the C of an image token, by default not O. `dtype` is that of encodings, weights, query, key, value and tables; the rest is float32 at least.
+
+    For benchmarks: `full` uses every place of every row, each with a concept of its own where S allows it; `drawn_on` is the
+    device that draws, where large tensors are drawn faster (and to other values).
+    """
     S = J + 3 if S is None else S
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(drawn_on).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device=drawn_on)
 
-    C = covariance(D, seed=seed) if C is None else C.double()
+    C = (covariance(D, seed=seed) if C is None else C.double()).to(drawn_on)
     D = C.shape[0]
     factor = torch.linalg.cholesky(C) * (D / C.trace()) ** 0.5  # encodings of unit variance
     C = factor @ factor.T
 
     targets = normal(S, D) @ factor.T
     encodings = normal(B, T, D) @ factor.T
-    index = mixed_index(B, J, S)
+    index = full_index(B, J, S) if full else mixed_index(B, J, S)
     for row in range(B):  # each concept's word stands somewhere in the prompt
         for place, slot in enumerate(index[row].tolist()):
             if slot >= 0:
@@ -153,9 +162,9 @@ def make(
         "targets": targets.to(wide),
         "metric_targets": metric.metric_targets(targets, C).to(wide),
         "superclasses": superclasses.to(wide),
-        "index": index,
-        "bias": (0.4 + 0.3 * torch.rand(B, J, generator=generator)).to(wide),
-        "temperature": (0.1 + 0.1 * torch.rand(B, J, generator=generator)).to(wide),
+        "index": index.to(drawn_on),
+        "bias": (0.4 + 0.3 * torch.rand(B, J, generator=generator, device=drawn_on)).to(wide),
+        "temperature": (0.1 + 0.1 * torch.rand(B, J, generator=generator, device=drawn_on)).to(wide),
         "query": normal(B, N, H, d).to(dtype),
         "key": (encodings @ key_weight.T).unflatten(-1, (H, d)).to(dtype),
         "value": (encodings @ value_weight.T).unflatten(-1, (H, d)).to(dtype),
@@ -179,12 +188,12 @@ def make(
         if name.endswith(("targets", "outputs", "superclasses")):
             tensor[0] = float("nan")
     for argument in ("bias", "temperature"):
-        tensors[argument][index < 0] = float("nan")
+        tensors[argument][tensors["index"] < 0] = float("nan")
     gates = concept_gates(
         *(tensors[name] for name in ("encodings", "targets", "metric_targets", "index", "bias", "temperature"))
     )
     for argument, values in zip(("gates", "components"), gates):
-        tensors[argument] = torch.where((index >= 0)[:, None], values, float("nan"))
+        tensors[argument] = torch.where((tensors["index"] >= 0)[:, None], values, float("nan"))
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     if views:
         tensors = {name: poisoned_view(tensor) for name, tensor in tensors.items()}
@@ -200,6 +209,11 @@ def mixed_index(B: int, J: int, S: int) -> Tensor:
             if used:
                 index[row, place] = 1 + (row + place) % (S - 1)
     return index
+
+
+def full_index(B: int, J: int, S: int) -> Tensor:
+    """Rows that use all J places, never slot 0, and all different slots if there are enough."""
+    return (1 + torch.arange(B * J, dtype=torch.int32).reshape(B, J) % (S - 1)).int()
 
 
 def poisoned_view(tensor: Tensor) -> Tensor:

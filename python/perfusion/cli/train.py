@@ -66,6 +66,9 @@ def train(
             "--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time. [default: off]", show_default=False
         ),
     ] = None,
+    compile: Annotated[
+        Optional[bool], typer.Option("--compile/--no-compile", help="torch.compile the UNet. [default: off]", show_default=False)
+    ] = None,
     tensorboard: Annotated[
         Optional[bool], typer.Option("--tensorboard/--no-tensorboard", help="Curves beside log.jsonl. [default: on]", show_default=False)
     ] = None,

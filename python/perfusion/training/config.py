@@ -42,7 +42,8 @@ class TrainingConfig:
     mirrored picture; 0 for things with writing or one arm up. key_lock: False also trains the keys (a larger file and a
     weaker prompt; there to compare). resolution: side of the training square in pixels; None is the model's own.
     instance_prompts: captions for pictures without a .txt file beside them, "{}" standing for the concept.
-    seed: fixes everything. gradient_checkpointing: less memory, more time. validation_every, checkpoint_every: steps
+    seed: fixes everything. gradient_checkpointing: less memory, more time. compile: torch.compile the
+    UNet for the steps: a slow start, then less time. validation_every, checkpoint_every: steps
     between grids and checkpoints, 0 for none. checkpoint_limit: how many checkpoints to keep. tensorboard: write curves.
     """
 
@@ -63,6 +64,7 @@ class TrainingConfig:
     instance_prompts: tuple[str, ...] = TEMPLATES
     seed: int = 0
     gradient_checkpointing: bool = False
+    compile: bool = False
     validation_every: int = 100
     validation_prompts: tuple[str, ...] = ("a photo of a {}", "a {}")
     checkpoint_every: int = 100

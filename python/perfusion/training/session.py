@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from perfusion.base import Base, UnsupportedPipeline, cross_attention_layers, te
 from perfusion.concept import Concept
 from perfusion.covariance import Covariance
 from perfusion.editor import Edit, Editor, Tables, make_edit
+from perfusion.hoist import Hoist, obstacle
 from perfusion.masks import masked_loss
 from perfusion.text import TextHook, Word, single_token
 from perfusion.training.config import TrainingConfig
@@ -41,11 +43,23 @@ class Measures:
     superclass_cosine: float
 
 
+@dataclasses.dataclass
+class _Batch:
+    """What a step draws: captions [R], latents and noise [R, C, h, w], timesteps [R], and masks [R, h, w] or None."""
+
+    captions: list[str]
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    mask: Tensor | None
+
+
 class TrainingSession:
     """A context in which a pipeline's `<name>` is learned; leaving it gives the pipeline back as it was, whatever happened.
 
     value_outputs, key_outputs [O] float32 (keys: None under the lock) and `words`, one [width] float32 per text encoder, are
-    what is trained; `target` [D] is i*, the running mean of the word's encoding; `superclass_encoding` [D] is s.
+    what is trained; `target` [D] is i*, the running mean of the word's encoding; `superclass_encoding` [D] is s. `obstacle`
+    says why the layers' projections are called one by one, or is None: then they are two products a step.
     """
 
     def __init__(self, pipe: Any, base: Base, config: TrainingConfig, covariance: Covariance, pictures: list[Picture]):
@@ -69,6 +83,8 @@ class TrainingSession:
             self._start()
             undo.callback(self._editor.remove)
             self._editor.install()
+            # after the hooks, which compiled code would not see otherwise; the pipeline keeps its own
+            self._unet = torch.compile(self.pipe.unet, fullgraph=True) if self.config.compile else self.pipe.unet
             self._undo = undo.pop_all()
         return self
 
@@ -97,6 +113,8 @@ class TrainingSession:
     @torch.no_grad()
     def _start(self) -> None:
         """Every learned vector begins at its superclass; layers are called, not read, so LoRA and offloading stay in charge."""
+        self.obstacle = obstacle(self.pipe.unet)
+        self._hoist = Hoist(self.pipe.unet) if self.obstacle is None else None
         captions = sorted({caption for captions in self.captions for caption in captions})
         self._places = dict(zip(captions, self._find_places(captions)))
         encodings, _ = self._encode(captions)
@@ -120,7 +138,22 @@ class TrainingSession:
     @torch.enable_grad()
     def train_step(self) -> Measures:
         """One optimiser step over `batch_size` draws of picture, mirror image, caption, noise and timestep."""
-        batch, scheduler = self.config.batch_size, self.noise_scheduler
+        batch, scheduler = self._draw(), self.noise_scheduler
+        distinct, rows = self._distinct(batch.captions)
+        encodings, conditions = self._encode(distinct)
+        conditions = {name: value[rows] for name, value in conditions.items()}
+        places = self._places_of(batch.captions)
+        self._move_target(encodings[rows, places])
+        noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(encodings.dtype)
+        with self._editing(encodings, rows) as (text, gates):  # to the end of the backward: a checkpointed layer runs again in there
+            prediction = self._unet(noisy, batch.timesteps, text, added_cond_kwargs=conditions or None, return_dict=False)[0]
+            loss = masked_loss(prediction, self._goal(batch.latents, batch.noise, batch.timesteps), batch.mask).mean()
+            norm = self._optimise(loss, encodings.dtype)
+        self.step += 1
+        return self._measure(loss, norm, gates, places)
+
+    def _draw(self) -> _Batch:
+        batch = self.config.batch_size
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed} {self.step}".encode()))
         pictures = torch.randint(len(self.captions), (batch,), generator=generator)
         mirrored = (torch.rand(batch, generator=generator) < self.config.flip).long()
@@ -130,25 +163,27 @@ class TrainingSession:
         if self.latents.std is not None:
             latents = latents + self.latents.std[pictures, mirrored] * torch.randn(latents.shape, generator=generator).to(latents)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator).to(self.device)
+        timesteps = torch.randint(self.noise_scheduler.config.num_train_timesteps, (batch,), generator=generator).to(self.device)
         mask = None if self.latents.mask is None else self.latents.mask[pictures, mirrored]
+        return _Batch(captions, latents, noise, timesteps, mask)
 
-        distinct = sorted(set(captions))  # each caption is encoded once, however often it was drawn
-        rows = torch.tensor([distinct.index(caption) for caption in captions], device=self.device)
-        encodings, conditions = self._encode(distinct)
-        encodings, places = encodings[rows], self._places_of(captions)
-        self._move_target(_pick(encodings, places))
-        edit = self._edit(encodings, torch.arange(batch, device=self.device), self.config.bias, self.config.temperature)
-        self._editor.forget()
-        self._editor.use(encodings, edit)
+    def _distinct(self, captions: list[str]) -> tuple[list[str], Tensor]:
+        """Each caption once, and which of them every row has: text is encoded and projected once, however often it was drawn."""
+        distinct = sorted(set(captions))
+        return distinct, torch.tensor([distinct.index(caption) for caption in captions], device=self.device)
 
-        noisy = scheduler.add_noise(latents, noise, timesteps).to(encodings.dtype)
-        conditions = {name: value[rows] for name, value in conditions.items()}
-        prediction = self.pipe.unet(noisy, timesteps, encodings, added_cond_kwargs=conditions or None, return_dict=False)[0]
-        loss = masked_loss(prediction, self._goal(latents, noise, timesteps), mask).mean()
-        norm = self._optimise(loss, encodings.dtype)
-        self.step += 1
-        return self._measure(loss, norm, edit, places)
+    @contextlib.contextmanager
+    def _editing(self, encodings: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inside the `with` the layers follow the edit of encodings[rows]. Gives what the UNet is to read, and the gates [R, T, 1]."""
+        bias, temperature = self.config.bias, self.config.temperature
+        if self._hoist is None:
+            edit = self._edit(encodings[rows], torch.arange(len(rows), device=self.device), bias, temperature)
+            gates = edit.gates
+        else:
+            edit, gates = self._hoist.project(encodings, rows, *self._setting(len(encodings), bias, temperature))
+            gates = gates[rows]
+        with self._editor.hold(edit):
+            yield encodings[rows].detach(), gates  # gradients flow through the edit
 
     def _encode(self, captions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Encodings [n, T, D] of captions, and what SDXL's UNet reads beside them: pooled text and sizes."""
@@ -173,6 +208,10 @@ class TrainingSession:
         self.target = torch.lerp(encodings.detach().float().mean(0), self.target, self.config.ema_decay)
 
     def _edit(self, encodings: Tensor, rows: Tensor, bias: float, temperature: float) -> Edit:
+        return make_edit(encodings, rows, *self._setting(len(rows), bias, temperature))
+
+    def _setting(self, count: int, bias: float, temperature: float) -> tuple[Tables, Tensor, Tensor, Tensor, Tensor]:
+        """The tables with this concept alone, and index, bias, temperature and strength of `count` rows that have it."""
         tables = Tables(
             self.target[None],
             self.covariance.metric_targets(self.target[None]),
@@ -181,9 +220,9 @@ class TrainingSession:
             None if self.key_outputs is None else self.key_outputs[None],
             None if self.key_outputs is None else torch.ones(1, dtype=torch.bool, device=self.device),
         )
-        whole = torch.ones(len(rows), 1, device=self.device)
-        index = torch.zeros(len(rows), 1, dtype=torch.int32, device=self.device)
-        return make_edit(encodings, rows, tables, index, whole * bias, whole * temperature, whole)
+        whole = torch.ones(count, 1, device=self.device)
+        index = torch.zeros(count, 1, dtype=torch.int32, device=self.device)
+        return tables, index, whole * bias, whole * temperature, whole
 
     def _goal(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the model predicts."""
@@ -209,8 +248,8 @@ class TrainingSession:
         return norm.item()
 
     @torch.no_grad()
-    def _measure(self, loss: Tensor, norm: float, edit: Edit, places: Tensor) -> Measures:
-        gates = edit.gates[..., 0]
+    def _measure(self, loss: Tensor, norm: float, gates: Tensor, places: Tensor) -> Measures:
+        gates = gates[..., 0]
         on = torch.zeros_like(gates, dtype=torch.bool).scatter_(1, places[:, None], True)
         cosine = torch.cosine_similarity(self.target, self.superclass_encoding, dim=0)
         return Measures(loss.item(), norm, gates[on].mean().item(), gates[~on].mean().item(), cosine.item())

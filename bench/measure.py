@@ -1,0 +1,103 @@
+"""One problem measured: who agrees with the truth is timed against the others who do, and everybody gets a row."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import floors, rows
+from bench.providers import attempt, quiet, with_graphs
+from bench.timing import Contestant, interleave
+from tests.kernels.tolerance import assert_no_worse
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How and what to measure. clock: of a CPU, "wall" or "process", the time that this process had a processor."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quick: bool = False
+    models: tuple[str, ...] = ("toybox", *floors.UNETS)
+    rows: tuple[int, ...] = (1, 2, 8, 16)
+    seconds: float = 1.0
+    rounds: tuple[int, int] = (10, 100)
+    clock: str = "wall"
+
+
+@dataclasses.dataclass
+class Problem:
+    """A case and its contestants. exact, plain: gives the float64 results, and those of the plain formula in the case's dtype."""
+
+    case: str
+    shapes: dict[str, int]
+    dtype: torch.dtype
+    index: Tensor
+    exact: Callable[[], Any]
+    plain: Callable[[], Any]
+    contestants: list[Contestant]
+    work: floors.Work | None = None
+
+
+def measure(suite: str, problem: Problem, options: Options) -> Iterator[dict[str, Any]]:
+    """One row per contestant: times if its results pass the gate of the tests' tolerance in this very run, else the reason."""
+    exact, plain = _tensors(problem.exact()), _tensors(problem.plain())
+    contestants = with_graphs(problem.contestants) if options.device.type == "cuda" else problem.contestants
+    admitted, reasons = [], {}
+    for contestant in contestants:
+        result, reason = attempt(contestant)
+        reason = reason or _refused(_tensors(result), plain, exact, problem.index)
+        if reason:
+            reasons[contestant.provider] = reason
+        else:
+            admitted.append(contestant)
+    del exact, plain
+    clock = {"wall": time.perf_counter, "process": time.process_time}[options.clock]
+    with quiet():
+        timed = interleave(admitted, options.device, seconds=options.seconds * len(admitted), rounds=options.rounds, clock=clock)
+    times = dict(zip((contestant.provider for contestant in admitted), timed))
+
+    common = {
+        "suite": suite, "case": problem.case, "dtype": str(problem.dtype).removeprefix("torch."), "shapes": problem.shapes,
+        **rows.provenance(str(options.device)), "load": rows.load(), "quick": options.quick, **_floor(problem.work),
+    }  # fmt: skip
+    for contestant in contestants:
+        row = {"suite": suite, "case": problem.case, "provider": contestant.provider, **common}
+        mine = times.get(contestant.provider)
+        if mine is None:
+            yield {**row, "gate": "not passed", "reason": reasons[contestant.provider]}
+            continue
+        low, middle, high = (round(1e6 * value, 3) for value in mine.quantiles())
+        ratios = {name: [round(value, 4) for value in mine.ratio(other)] for name, other in times.items() if other is not mine}
+        on_gpu = options.device.type == "cuda"
+        yield {
+            **row, "gate": "passed", "median_us": middle, "p20_us": low, "p80_us": high, "repeats": len(mine.samples),
+            "l2": "cold" if on_gpu else "warm", "clock": "cuda events" if on_gpu else options.clock, "ratios": ratios,
+        }  # fmt: skip
+
+
+def _floor(work: floors.Work | None) -> dict[str, Any]:
+    if work is None:
+        return {}
+    return {"bytes": work.bytes, "flops": work.flops, "floor_us": round(1e6 * work.floor(floors.H200), 4), "floor_of": floors.H200.name}
+
+
+def _tensors(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _refused(results: tuple, plain: tuple[Tensor, ...], exact: tuple[Tensor, ...], index: Tensor) -> str:
+    """Why the results may not be timed, or nothing."""
+    try:
+        for mine, formula, truth in zip(results, plain, exact, strict=True):
+            if not isinstance(mine, Tensor) or mine.shape != truth.shape or mine.dtype != formula.dtype:
+                return f"it gives {getattr(mine, 'dtype', type(mine))} {list(getattr(mine, 'shape', []))}, not {formula.dtype} {list(truth.shape)}"
+            assert_no_worse(mine, formula, truth, index)
+    except AssertionError as error:
+        return f"its result is wrong, {' '.join(str(error).split())}"
+    return ""

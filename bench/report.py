@@ -1,0 +1,96 @@
+"""Tables of ratios, from rows of bench/run.py and nothing else.
+
+    python bench/report.py bench/results/*.jsonl                     # against the expert baseline
+    python bench/report.py --against plain bench/results/training.jsonl
+    python bench/report.py --page docs/benchmarks.md                 # writes the page's tables anew
+
+A cell is the median, over rounds, of a contestant's time divided by the baseline's in the same round: below 1 is faster. A
+case that was measured twice counts as it was the last time. In a page, a table stands between the comments
+`<!-- rows: FILE, against PROVIDER -->` and `<!-- end of rows -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.rows import read  # noqa: E402
+
+
+def tables(rows: list[dict[str, Any]], against: str) -> str:
+    """Markdown, one table per suite, device and dtype."""
+    groups: dict[tuple, dict[tuple[str, str], dict]] = {}
+    for row in rows:
+        group = groups.setdefault((row["suite"], row["device"], row["dtype"]), {})
+        group[row["case"], row["provider"]] = row
+    return "\n\n".join(_table(key, found, against) for key, found in groups.items()) + "\n"
+
+
+def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], against: str) -> str:
+    suite, device, dtype = key
+    if suite == "overhead":
+        return _overheads(list(found.values()))
+    cases = list(dict.fromkeys(case for case, _ in found))
+    # never an empty column: who ran nowhere is named below
+    ran = list(dict.fromkeys(name for (_, name), row in found.items() if row["gate"] == "passed"))
+    what = "CPU ratios" if device == "cpu" else f"Ratios on one {device}, and the baseline's median in µs"
+    lines = [f"**{suite}, {dtype}: {what}; time over that of `{against}`**", ""]
+    timed = [] if device == "cpu" else ["µs", "floor / µs"]
+    lines += ["| case | " + " | ".join([*ran, *timed]) + " |", "|---" * (1 + len(ran) + len(timed)) + "|"]
+    for case in cases:
+        base = found.get((case, against))
+        cells = [_cell(found.get((case, name)), against) for name in ran]
+        if timed and base and base["gate"] == "passed":
+            floor = f"{base['floor_us'] / base['median_us']:.2f}" if "floor_us" in base else ""
+            cells += [f"{base['median_us']:.1f}", floor]
+        elif timed:
+            cells += ["", ""]
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    reasons: dict[str, str] = {name: row["reason"] for (_, name), row in found.items() if name not in ran}
+    lines += ["", *(f"- {name} did not run: {reason}" for name, reason in reasons.items())] if reasons else []
+    return "\n".join(lines)
+
+
+def _overheads(rows: list[dict[str, Any]]) -> str:
+    lines = ["**overhead: µs of an eager call beside the work, on the CPU of these rows**", "", "| operator | overhead | allowed |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {row['case']} | {row['overhead_us']:.1f} | {row['limit_us']:.0f} |" for row in rows])
+
+
+def _cell(row: dict | None, against: str) -> str:
+    if row is None or row["gate"] != "passed":
+        return "–"
+    if row["provider"] == against:
+        return "1"
+    return f"{row['ratios'][against][1]:.2f}" if against in row["ratios"] else "?"
+
+
+PLACE = re.compile(r"(<!-- rows: (?P<file>\S+), against (?P<against>[\w ]+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
+
+
+def refreshed(page: str) -> str:
+    """A page with its tables made anew from the rows that it names."""
+    return PLACE.sub(lambda found: f"{found[1]}\n{tables(read(ROOT / found['file']), found['against'])}\n{found[4]}", page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--against", default="expert", help="the provider that others are divided by")
+    parser.add_argument("--page", type=Path, help="a page whose tables are written anew, instead of printing any")
+    options = parser.parse_args()
+    if options.page:
+        options.page.write_text(refreshed(options.page.read_text(encoding="utf-8")), encoding="utf-8")
+    elif not options.files:
+        parser.error("files of rows are needed, or --page")
+    else:
+        print(tables(read(*options.files), options.against), end="")
+
+
+if __name__ == "__main__":
+    main()

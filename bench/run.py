@@ -1,0 +1,82 @@
+"""Measures our operators against the library's and an expert's, and appends one row per contestant to a file.
+
+    python bench/run.py --suite attention --out bench/results/attention.jsonl      # on a GPU: bfloat16 at the shapes of real UNets
+    python bench/run.py --suite all --quick --out /tmp/rows.jsonl                  # small shapes in seconds, on any computer
+    python bench/report.py /tmp/rows.jsonl                                         # tables of ratios
+
+Nothing is timed that did not agree with the float64 formula in the same run, by the tolerance of the tests. Contestants take
+turns; on a GPU with a cold L2 cache, between CUDA events. On a CPU only ratios between contestants of one run mean
+anything. A contestant that cannot run has a row that says why. Suites: see bench/suites.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "python")]  # the cases of the tests, and the packages as they are here
+
+import torch  # noqa: E402
+
+from bench import floors, rows, suites  # noqa: E402
+from bench.measure import Options  # noqa: E402
+
+MODELS = ("toybox", *floors.UNETS)
+
+
+def main() -> None:
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    chosen = Options(
+        device=torch.device(options.device),
+        dtype=getattr(torch, options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")),
+        quick=options.quick,
+        models=tuple(options.model or MODELS),
+        rows=tuple(options.rows or (1, 2, 8, 16)),
+        seconds=0.05 if options.quick else options.seconds,
+        rounds=(3, 5) if options.quick else (options.rounds, 10 * options.rounds),
+        clock=options.clock,
+    )
+    rows.provenance(options.device)  # the commit is the one whose code was loaded
+    count = 0
+    for suite in suites.NAMES if "all" in options.suite else options.suite:
+        for row in suites.measured(suite, chosen):
+            rows.append(options.out, row)
+            count += 1
+            print(f"{suite}, {row['case']}, {row['provider']}: {_said(row)}", flush=True)
+    print(f"{count} rows in {options.out}. Tables: python bench/report.py {options.out}")
+
+
+def _said(row: dict) -> str:
+    """Times only where they mean something."""
+    if "overhead_us" in row:
+        return f"{row['overhead_us']:.1f} µs beside the work, of {row['limit_us']:.0f} allowed"
+    if row["gate"] != "passed":
+        return row["reason"]
+    return f"passed, {row['repeats']} samples" if row["device"] == "cpu" else f"{row['median_us']:.1f} µs"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", action="append", required=True, choices=[*suites.NAMES, "all"], help="may be repeated")
+    parser.add_argument("--out", type=Path, required=True, help="a .jsonl file; rows are appended")
+    parser.add_argument("--quick", action="store_true", help="small shapes and few samples")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="by default bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated; by default all; toybox is trained only")
+    parser.add_argument("--rows", action="append", type=int, help="batch rows; may be repeated; by default 1, 2, 8 and 16")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each contestant of a case, within the limits of --rounds")
+    parser.add_argument("--rounds", type=int, default=10, help="samples at least; at most ten times as many")
+    parser.add_argument("--clock", choices=["wall", "process"], default="wall", help="process: a CPU's time for this process alone")
+    parser.add_argument("--threads", type=int, help="of a CPU")
+    options = parser.parse_args(arguments)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; leave it out to run on the CPU")
+    return options
+
+
+if __name__ == "__main__":
+    main()

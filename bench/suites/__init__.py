@@ -1,0 +1,23 @@
+"""One file per suite. Cases are those of the tests' factory.
+
+`problems(options)` of a suite gives its cases and, for each, the contestants; a suite that is no contest gives rows itself,
+by `measured(options)`.
+"""
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from bench.measure import Options, measure
+
+NAMES = ("gates", "projection", "attention", "layer", "training", "overhead")
+
+
+def measured(suite: str, options: Options) -> Iterator[dict[str, Any]]:
+    """The rows of a suite, as they come."""
+    module = importlib.import_module(f"bench.suites.{suite}")
+    if hasattr(module, "measured"):
+        yield from module.measured(options)
+    else:
+        for problem in module.problems(options):
+            yield from measure(suite, problem, options)

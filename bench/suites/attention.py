@@ -1,0 +1,31 @@
+"""`edited_attention`: the core of one layer, of keys and values that are edited already (J = 0), or on the way."""
+
+from collections.abc import Iterator
+
+from bench import formulas
+from bench.measure import Options, Problem
+from bench.providers import formula, library, ours
+from bench.suites.draw import T, case, problem, unets
+from tests.kernels import cases
+
+WIDTH = 16  # D: there are keys and values already
+
+
+def problems(options: Options) -> Iterator[Problem]:
+    for model, layers, _, B in unets(options):
+        for layer in layers:
+            N, H, d = layer.N, layer.H, layer.d
+            for J in (0, 1):
+                one = case(options, B=B, D=WIDTH, J=J, H=H, d=d, N=N)
+                arguments = one.arguments("edited_attention")
+                if J == 0:
+                    arguments = {name: tensor if name in ("query", "key", "value") else None for name, tensor in arguments.items()}
+                scale = d**-0.5
+                positional = cases.positional("edited_attention", arguments, scale)
+                contestants = [
+                    *ours("edited_attention", arguments, scale=scale),
+                    *library(lambda positional=positional: formulas.expert_edited_attention(*positional)),
+                    *formula("edited_attention", positional),
+                ]
+                name = f"{model}, {B} rows, N = {N}, d = {d}, J = {J}"
+                yield problem(name, "edited_attention", arguments, scale, one.index, options, contestants, B=B, N=N, T=T, H=H, d=d, J=J)

@@ -1,0 +1,59 @@
+"""What the suites of operators share: cases at the shapes of real UNets, every row with concepts of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from bench import floors
+from bench.measure import Options, Problem
+from bench.timing import Contestant
+from tests.kernels import cases, plain
+
+T = 77
+SMALL = (floors.Layer(48, 32, 4, 2),)  # a UNet for --quick
+
+
+def unets(options: Options) -> Iterator[tuple[str, tuple[floors.Layer, ...], int, int]]:
+    """(model, its layers, text width, rows)."""
+    if options.quick:
+        yield "small", SMALL, 24, 2
+        return
+    for model in filter(floors.UNETS.get, options.models):
+        for rows in options.rows:
+            yield model, floors.UNETS[model], floors.TEXT_WIDTHS[model], rows
+
+
+def places(options: Options) -> tuple[int, ...]:
+    """J: how many concepts a row has."""
+    return (3,) if options.quick else (1, 3)
+
+
+def case(options: Options, *, B: int, D: int, J: int, H: int, d: int, N: int, channels: int = 1) -> cases.Case:
+    return cases.make(
+        B, T, D, J, B * J + 1 if J else 3, H, d, N, channels=channels, dtype=options.dtype, device=str(options.device),
+        full=True, drawn_on=str(options.device),
+    )  # fmt: skip
+
+
+def problem(
+    name: str, operator: str, arguments: dict[str, Tensor | None], scale: float, index: Tensor, options: Options,
+    contestants: list[Contestant], **shapes: int,
+) -> Problem:  # fmt: skip
+    """The plain formula is that of the tests, row by row, and so is the truth, in float64."""
+
+    values = cases.positional(operator, arguments, scale)
+    if operator == "edited_attention" and arguments["index"] is None:
+        values = (*values[:5], index, *values[6:])  # of no places
+
+    def double(value):
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    formula = getattr(plain, operator)
+    return Problem(
+        name, shapes, options.dtype, index,
+        exact=lambda: formula(*map(double, values)), plain=lambda: formula(*values),
+        contestants=contestants, work=floors.of(operator, arguments),
+    )  # fmt: skip
+

@@ -1,0 +1,56 @@
+"""`cross_attention_layer`: to_q to residual, of the keys and values of a prompt; ours also absorbed, diffusers' with its projections."""
+
+from collections.abc import Iterator
+
+import torch
+from diffusers.models.attention_processor import Attention
+
+from bench import formulas
+from bench.measure import Options, Problem
+from bench.providers import formula, library, ours
+from bench.suites.draw import T, case, problem, unets
+from bench.timing import Contestant
+from perfusion_kernels import absorb_projections
+from tests.kernels import cases
+
+
+def problems(options: Options) -> Iterator[Problem]:
+    for model, layers, D, B in unets(options):
+        for layer in layers:
+            N, C, H, d = layer.N, layer.C, layer.H, layer.d
+            one = case(options, B=B, D=D, J=0, H=H, d=d, N=N, channels=C)
+            arguments = one.arguments("cross_attention_layer")
+            scale = d**-0.5
+            positional = cases.positional("cross_attention_layer", arguments, scale)
+            key, value = absorb_projections(one.query_weight, one.key, one.value, one.output_weight, scale=scale)
+            absorbed = {**arguments, "query_weight": None, "output_weight": None, "key": key, "value": value}
+            contestants = [
+                *ours("cross_attention_layer", arguments, scale=scale),
+                *ours("cross_attention_layer", absorbed, " absorbed"),
+                *library(lambda positional=positional: formulas.expert_cross_attention_layer(*positional)),
+                diffusers(one, N),
+                *formula("cross_attention_layer", positional),
+            ]
+            name = f"{model}, {B} rows, N = {N}, C = {C}"
+            yield problem(
+                name, "cross_attention_layer", arguments, scale, one.index, options, contestants, B=B, N=N, C=C, T=T, H=H, d=d, D=D
+            )
+
+
+def diffusers(one: cases.Case, N: int) -> Contestant:
+    """The block that the pipeline has, which projects the text to K and V at every step."""
+    H, d = one.query.shape[2:]
+    with torch.device("meta"):
+        block = Attention(one.hidden_states.shape[-1], one.encodings.shape[-1], heads=H, dim_head=d)
+    weights = {
+        "to_q.weight": one.query_weight, "to_k.weight": one.key_weight, "to_v.weight": one.value_weight,
+        "to_out.0.weight": one.output_weight, "to_out.0.bias": one.output_bias,
+    }  # fmt: skip
+    block.load_state_dict(weights, assign=True)
+    block.eval()
+
+    @torch.no_grad()
+    def call() -> torch.Tensor:
+        return block(one.hidden_states, encoder_hidden_states=one.encodings) + one.residual
+
+    return Contestant("diffusers", call)

@@ -1,0 +1,102 @@
+"""Times of contestants that take turns, so that a busy moment or a clock that falls touches all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+FLUSH = 256 * 2**20  # bytes; more than any GPU's L2
+SHORTEST = 2e-4  # seconds a sample on a CPU should take, so that reading the clock costs nothing beside it
+
+
+@dataclasses.dataclass
+class Contestant:
+    """Something to time: `call` does it once, inside `context`, which is entered outside the clock.
+
+    check: gives what is compared with the truth, if that is not what `call` returns. `reason` says why it cannot run, or is
+    empty. on_graph: whether a CUDA graph of the call is a contestant too, where there is a GPU.
+    """
+
+    provider: str
+    call: Callable[[], object] | None
+    reason: str = ""
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    check: Callable[[], object] | None = None
+    on_graph: bool = False
+
+
+@dataclasses.dataclass
+class Times:
+    """Samples in seconds, one per round; round k of every contestant was taken within the same moment."""
+
+    samples: torch.Tensor  # [rounds], float64
+
+    def quantiles(self) -> tuple[float, float, float]:
+        """The 20th percentile, the median, the 80th percentile."""
+        return quantiles(self.samples)
+
+    def ratio(self, other: Times) -> tuple[float, float, float]:
+        """The same of this time over the other's, round by round."""
+        return quantiles(self.samples / other.samples)
+
+
+def quantiles(samples: torch.Tensor) -> tuple[float, float, float]:
+    return tuple(torch.quantile(samples, torch.tensor([0.2, 0.5, 0.8], dtype=samples.dtype)).tolist())
+
+
+def interleave(
+    contestants: Sequence[Contestant], device: torch.device, *, seconds: float, rounds: tuple[int, int], clock: Callable[[], float]
+) -> list[Times]:
+    """One Times per contestant: rounds in a random order each, as many as `seconds` allow between the limits `rounds`.
+
+    On a GPU a sample is one call between two events, behind a write that empties the L2 cache and keeps the device busy
+    while the call is issued. On a CPU it is as many calls as take a while, by `clock`, with whatever the caches hold.
+    """
+    sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sampler(contestants, clock)
+    for contestant in contestants:  # warm up
+        sample(contestant)
+    samples: list[list[Callable[[], float]]] = [[] for _ in contestants]
+    order, chance, start = list(range(len(contestants))), random.Random(0), time.perf_counter()
+    while len(samples[0]) < rounds[1] and (len(samples[0]) < rounds[0] or time.perf_counter() - start < seconds):
+        chance.shuffle(order)
+        for number in order:
+            samples[number].append(sample(contestants[number]))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return [Times(torch.tensor([read() for read in each], dtype=torch.float64)) for each in samples]
+
+
+def _cuda_sampler(device: torch.device) -> Callable[[Contestant], Callable[[], float]]:
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device=device)
+
+    def sample(contestant: Contestant) -> Callable[[], float]:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with contestant.context():
+            flush.fill_(1)
+            begin.record()
+            contestant.call()
+            end.record()
+        return lambda: begin.elapsed_time(end) * 1e-3
+
+    return sample
+
+
+def _cpu_sampler(contestants: Sequence[Contestant], clock: Callable[[], float]) -> Callable[[Contestant], Callable[[], float]]:
+    calls: dict[str, int] = {}
+
+    def sample(contestant: Contestant) -> Callable[[], float]:
+        count = calls.get(contestant.provider, 1)
+        with contestant.context():
+            start = clock()
+            for _ in range(count):
+                contestant.call()
+            found = (clock() - start) / count
+        calls.setdefault(contestant.provider, max(1, round(SHORTEST / max(found, 1e-9))))
+        return lambda: found
+
+    return sample

@@ -1,0 +1,175 @@
+"""bench/run.py: every suite runs in small on a CPU, its rows say all that a row must, and wrong results are never timed."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import rows, suites
+from bench.measure import Options, Problem, measure
+from bench.report import PLACE, refreshed, tables
+from bench.timing import Contestant, Times, interleave
+from perfusion_kernels.schemas import SCHEMAS
+
+ROOT = Path(__file__).parents[2]
+EVERY = {"suite", "case", "provider", "device", "dtype", "shapes", "torch", "triton", "diffusers", "commit", "date", "gate", "quick"}
+TIMED = {"median_us", "p20_us", "p80_us", "repeats", "l2", "clock", "ratios"}
+CPU = Options(device=torch.device("cpu"), dtype=torch.float32, quick=True, rounds=(3, 3), seconds=0.01)
+
+
+@functools.lru_cache(maxsize=None)
+def quick_rows(suite, folder):
+    """The command itself, as CI runs it."""
+    file = Path(folder) / f"{suite}.jsonl"
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    ran = subprocess.run(
+        [sys.executable, ROOT / "bench/run.py", "--suite", suite, "--quick", "--device", "cpu", "--out", file],
+        cwd=folder, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert (suite == "overhead") == ("µs" in ran.stdout) and f"rows in {file}" in ran.stdout  # of a CPU no time is told
+    return rows.read(file)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("rows"))
+
+
+MUST_RUN = {
+    "gates": {"reference", "eager", "compile", "expert"},
+    "projection": {"reference", "eager", "compile", "expert"},
+    "attention": {"reference", "eager", "compile", "expert", "sdpa flash", "sdpa math"},
+    "layer": {"reference", "reference absorbed", "eager", "compile", "expert", "sdpa flash", "sdpa math", "diffusers"},
+    "training": {"ours", "plain", "expert"},
+}
+
+
+@pytest.mark.parametrize("suite", MUST_RUN)
+def test_every_suite_runs_in_small(suite, folder):
+    found = quick_rows(suite, folder)
+    cases = {row["case"] for row in found}
+    for row in found:
+        assert row.keys() >= EVERY and row["suite"] == suite and row["device"] == "cpu"
+        assert row["torch"] == torch.__version__ and row["processor"] and row["threads"] >= 1
+        if row["gate"] == "passed":
+            assert row.keys() >= TIMED and 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"] and row["repeats"] >= 3
+            assert row["l2"] == "warm"
+        else:
+            assert row["gate"] == "not passed" and len(row["reason"]) > 10 and not row.keys() & TIMED
+        if suite != "training":
+            assert row["bytes"] > 0 and row["flops"] > 0 and row["floor_us"] > 0
+    for case in cases:
+        ran = {row["provider"] for row in found if row["case"] == case and row["gate"] == "passed"}
+        assert ran >= MUST_RUN[suite], f"{case}: {MUST_RUN[suite] - ran} did not run"
+        for row in found:
+            if row["case"] == case and row["gate"] == "passed":
+                assert row["ratios"].keys() == ran - {row["provider"]}
+
+
+def test_overheads_are_rows(folder):
+    found = quick_rows("overhead", folder)
+    assert {row["case"] for row in found} == set(SCHEMAS) and {*MUST_RUN, "overhead"} == set(suites.NAMES)
+    for row in found:
+        assert row.keys() >= EVERY and row["overhead_us"] > 0 and row["limit_us"] == 15
+        assert f"| {row['case']} | {row['overhead_us']:.1f} | 15 |" in tables(found, "expert")
+
+
+def test_reasons_name_what_is_missing(folder):
+    reasons = {row["provider"]: row["reason"] for row in quick_rows("attention", folder) if row["gate"] != "passed"}
+    assert "No viable backend" in reasons["sdpa cudnn"] and "cuda" in reasons
+    assert "need tensors on a GPU" in reasons["triton"] or "Triton" in reasons["triton"]
+
+
+def test_a_table_is_made_of_rows_alone(folder):
+    page = tables(quick_rows("attention", folder), "expert")
+    assert "CPU ratios; time over that of `expert`" in page and "µs" not in page
+    assert "- sdpa cudnn did not run: " in page
+    again = tables([{**row, "device": "H200"} for row in quick_rows("gates", folder)], "expert")
+    assert "Ratios on one H200" in again and "| µs | floor / µs |" in again
+
+
+def test_a_case_measured_twice_counts_as_it_was_last():
+    one = {"suite": "s", "case": "c", "device": "cpu", "dtype": "float32", "gate": "passed"}
+    first = [{**one, "provider": "expert", "ratios": {"ours": [2, 2, 2]}}, {**one, "provider": "ours", "ratios": {"expert": [0.5, 0.5, 0.5]}}]
+    last = [{**one, "provider": "expert", "ratios": {"ours": [4, 4, 4]}}, {**one, "provider": "ours", "ratios": {"expert": [0.25, 0.25, 0.25]}}]
+    assert "| c | 1 | 0.25 |" in tables(first + last, "expert")
+
+
+def test_tables_of_pages_are_those_of_the_rows():
+    pages = [page for page in (ROOT / "docs").glob("*.md") if "<!-- rows: " in page.read_text()]
+    assert ROOT / "docs/benchmarks.md" in pages
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("<!-- rows: ") == len(PLACE.findall(text)) and refreshed(text) == text, f"python bench/report.py --page {page}"
+
+
+# The gate
+
+
+def problem(*contestants):
+    exact = torch.linspace(0, 1, 8, dtype=torch.float64).reshape(2, 4)
+    return Problem("c", {"B": 2}, torch.float32, torch.tensor([[1], [2]]), lambda: exact, lambda: exact.float(), list(contestants))
+
+
+def test_who_is_wrong_is_not_timed():
+    right = torch.linspace(0, 1, 8).reshape(2, 4)
+    slots = torch.stack([right[0], right[1] + 1e-3])
+    calls = []
+
+    def fails():
+        raise RuntimeError("no such kernel")
+
+    found = measure(
+        "s",
+        problem(
+            Contestant("right", lambda: right),
+            Contestant("wrong", lambda: calls.append(1) or slots),
+            Contestant("short", lambda: right[:, :3]),
+            Contestant("other", lambda: right.double()),
+            Contestant("fails", fails),
+            Contestant("absent", None, "it is not here"),
+        ),
+        CPU,
+    )
+    found = {row["provider"]: row for row in found}
+    assert found.pop("right")["gate"] == "passed"
+    assert all("median_us" not in row for row in found.values()) and len(calls) == 1
+    assert "its result is wrong, all rows: error 0.001" in found["wrong"]["reason"]
+    assert found["short"]["reason"] == "it gives torch.float32 [2, 3], not torch.float32 [2, 4]"
+    assert "torch.float64" in found["other"]["reason"]
+    assert found["fails"]["reason"] == "no such kernel" and found["absent"]["reason"] == "it is not here"
+
+
+# Times
+
+
+def test_contestants_take_turns_in_changing_order():
+    calls = []
+    contestants = [Contestant(name, lambda name=name: calls.append(name)) for name in "abc"]
+    clock = iter(range(10**6))
+    times = interleave(contestants, torch.device("cpu"), seconds=0, rounds=(8, 8), clock=lambda: next(clock))
+    assert [len(each.samples) for each in times] == [8, 8, 8] and calls[:3] == ["a", "b", "c"]
+    rounds = ["".join(calls[start : start + 3]) for start in range(3, 27, 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds) and len(set(rounds)) > 1
+
+
+def test_ratios_are_taken_round_by_round():
+    """A slow moment that touches both contestants of a round leaves the ratio alone."""
+    slow = torch.tensor([1.0, 1.0, 9.0, 1.0, 5.0], dtype=torch.float64)
+    assert Times(2 * slow).ratio(Times(slow)) == (2.0, 2.0, 2.0)
+    low, middle, high = Times(torch.arange(1, 102, dtype=torch.float64)).quantiles()
+    assert (low, middle, high) == (21, 51, 81)
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        return
+    ran = subprocess.run(
+        [sys.executable, ROOT / "bench/run.py", "--suite", "gates", "--device", "cuda", "--out", "x"], capture_output=True, text=True
+    )
+    assert ran.returncode == 2 and "torch sees no GPU here" in ran.stderr
