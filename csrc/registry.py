@@ -26,7 +26,8 @@ def kernels(folder: Path) -> list[dict]:
     for file in sorted(folder.rglob("*.ptxas")):
         for part in file.read_text().split("Compiling entry function ")[1:]:
             symbol, arch = re.match(r"'(\S+)' for '(\w+)'", part).groups()
-            stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
+            local = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+            stack, stores, loads = map(int, re.search(local, part).groups())
             registers, shared = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes smem", part)
             row = dict(architecture=arch, registers=int(registers[1]), spills=stores + loads, stack=stack)
             rows.append(dict(kernel=symbol, **row, shared=int(shared[1]) if shared else 0))

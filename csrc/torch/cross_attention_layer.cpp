@@ -3,9 +3,9 @@
 namespace perfusion::border {
 namespace {
 
-Tensor cross_attention_layer(const Tensor& hidden_states, const MaybeTensor& query_weight, const Tensor& key, const Tensor& value,
-                             const MaybeTensor& output_weight, const MaybeTensor& output_bias, const MaybeTensor& residual,
-                             double scale) {
+Tensor cross_attention_layer(const Tensor& hidden_states, const MaybeTensor& query_weight, const Tensor& key,
+                             const Tensor& value, const MaybeTensor& output_weight, const MaybeTensor& output_bias,
+                             const MaybeTensor& residual, double scale) {
   const Call call("cross_attention_layer", hidden_states);
   const auto [B, N, C] = call.sizes<3>("hidden_states", hidden_states);
   const auto keys = call.sizes<4>("key", key);

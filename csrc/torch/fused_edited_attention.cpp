@@ -3,9 +3,10 @@
 namespace perfusion::border {
 namespace {
 
-Tensor fused_edited_attention(const Tensor& query, const Tensor& encodings, const Tensor& key_weight, const Tensor& value_weight,
-                              const Tensor& gates, const Tensor& components, const Tensor& index, const Tensor& key_outputs,
-                              const Tensor& key_targets, const Tensor& value_outputs, const Tensor& value_targets, double scale) {
+Tensor fused_edited_attention(const Tensor& query, const Tensor& encodings, const Tensor& key_weight,
+                              const Tensor& value_weight, const Tensor& gates, const Tensor& components, const Tensor& index,
+                              const Tensor& key_outputs, const Tensor& key_targets, const Tensor& value_outputs,
+                              const Tensor& value_targets, double scale) {
   const Call call("fused_edited_attention", query);
   const auto [B, N, H, d] = call.sizes<4>("query", query);
   const auto text = call.sizes<3>("encodings", encodings);

@@ -82,7 +82,9 @@ class Call {
     return maybe ? tensor(name, *maybe, shape) : perfusion_tensor{};
   }
 
-  Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) const { return torch::stable::new_empty(first, shape, dtype); }
+  Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) const {
+    return torch::stable::new_empty(first, shape, dtype);
+  }
 
   perfusion_stream stream() const {
     void* stream = nullptr;

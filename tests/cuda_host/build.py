@@ -145,4 +145,5 @@ def build_module(changes: tuple[Change, ...] = ()):
 def build_torch_library() -> Path:
     """csrc/torch over the host library: kernels of `perfusion_kernels::<operator>.host` for tensors in host memory."""
     mains = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "torch").glob("*.cpp"))
-    return build("perfusion_torch_host.so", *mains, link=("-shared", "-Wl,-Bsymbolic,--no-as-needed", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"))
+    libraries = (f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10")
+    return build("perfusion_torch_host.so", *mains, link=("-shared", "-Wl,-Bsymbolic,--no-as-needed", *libraries))

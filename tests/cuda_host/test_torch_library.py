@@ -5,6 +5,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -69,9 +70,8 @@ def compiled():
 
 def test_it_loads_and_registers_without_a_gpu(compiled):
     path, content = compiled
-    ran = subprocess.run(
-        [sys.executable, "-c", SCRIPT, path, json.dumps(content)], capture_output=True, text=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))}
-    )
+    command = [sys.executable, "-c", SCRIPT, path, json.dumps(content)]
+    ran = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))})
     assert ran.returncode == 0, ran.stderr
     facts = json.loads(ran.stdout)
     assert facts["not loaded"] is None
@@ -79,7 +79,7 @@ def test_it_loads_and_registers_without_a_gpu(compiled):
     assert facts["fake"] == ["cuda:0", [2, 5, 2, 32], "torch.float16"]
     assert facts["on the host"] == "perfusion_kernels::edited_attention.cuda has no compiled kernel for tensors on cpu"
     schema = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) -> (Tensor, Tensor)"
-    assert f"compiled for another version: its concept_gates is {schema}, here it is (Tensor, Tensor, Tensor, Tensor?," in facts["another schema"]
+    assert f"another version: its concept_gates is {schema}, here it is (Tensor, Tensor, Tensor, Tensor?," in facts["another schema"]
 
 
 def test_the_registry_lists_every_kernel_for_every_architecture(compiled):
@@ -89,7 +89,8 @@ def test_the_registry_lists_every_kernel_for_every_architecture(compiled):
     assert len(rows) == len(content["kernels"])
     for element in ("Half", "BFloat16"):
         for d in (32, 40, 64, 80, 96, 128, 160):
-            assert all((f"edited_attention_kernel<{element}, {d}, {groups}>", arch) in rows for groups in (5, 10, 16) for arch in ("sm_80", "sm_90a"))
+            for groups in (5, 10, 16):
+                assert all((f"edited_attention_kernel<{element}, {d}, {groups}>", arch) in rows for arch in ("sm_80", "sm_90a"))
     assert {name.split("_kernel")[0] for name, _ in rows} >= set(OPERATORS)
     assert all(16 <= row["registers"] <= 255 for row in rows.values())
     assert [row for row in rows.values() if row["spills"] or row["stack"]] == []
@@ -101,8 +102,8 @@ def test_one_binary_for_every_python_and_every_later_torch(compiled):
     symbols = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout.splitlines()
     weak = {line.split()[-1] for line in symbols if line.split()[-2] == "w"}
     needed = {line.split()[-1].split("@")[0] for line in symbols} - weak
-    foreign = [name for name in needed if name.startswith(("_Py", "Py", "_ZN2at", "_ZN3c10", "_ZN5torch", "_ZNK2at", "_ZNK3c10", "_ZNK5torch"))]
-    assert foreign == [] and "aoti_torch_get_current_cuda_stream" in weak
+    foreign = r"_?Py|_ZNK?(2at|3c10|5torch)"  # C++ of torch, and Python
+    assert [name for name in needed if re.match(foreign, name)] == [] and "aoti_torch_get_current_cuda_stream" in weak
     assert any(name.startswith("torch_library_impl") for name in needed)
     dynamic = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
     assert all(f"[{name}]" in dynamic for name in ("libtorch.so", "libtorch_cpu.so", "libc10.so"))
