@@ -37,13 +37,20 @@ lint: $(VENV)/.installed-dev ## look for mistakes that need no run
 	@$(BIN)/ruff check .
 
 clean: ## remove the virtual environment and everything built; concepts and pictures stay
-	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info perfusion_kernels/cuda/*.so perfusion_kernels/cuda/build.json .coverage .coverage.* .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Where there is nvcc, CUDA kernels are compiled against the headers of torch, which therefore comes first. Two architectures do for a
+# checkout: machine code for 9.0, and for 8.x, whose PTX the driver of a newer GPU compiles.
+export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX;9.0a
+install := -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
 # One stamp per set of extras: what is installed already is not installed again.
 $(VENV)/.installed-%: pyproject.toml constraints.txt setup.py | $(BIN)/python
 	$(say) 'Installing perfusion-kernels[$*] into $(VENV)'
-	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS) --editable '.[$*]'
+	@$(BIN)/python $(install) torch
+	@$(BIN)/python $(install) --editable '.[$*]'
+	@sed -n 's/^{"reason": "\(.*\)"}$$/CUDA kernels are left out: \1/p' perfusion_kernels/cuda/build.json
 	@touch $@
 
 $(BIN)/python:

@@ -7,6 +7,8 @@
 
 namespace perfusion {
 
+constexpr int64_t most_of_a_size = int64_t{1} << 30;  // tiles and blocks are counted in 32 bits
+
 inline const char* name_of(perfusion_dtype dtype) {
   switch (dtype) {
     case PERFUSION_FLOAT16:
@@ -44,6 +46,14 @@ class Arguments {
     }
     status = fail(PERFUSION_INVALID_ARGUMENT, "%s: %s must be %s%s; got %s", operation, name, name_of(*dtypes.begin()),
                   dtypes.size() > 1 ? " or another supported dtype" : "", name_of(tensor.dtype));
+  }
+
+  // Elements that tensor cores multiply here. float32 has a meaning, which another backend gives it.
+  void half(const char* name, const perfusion_tensor& half) {
+    if (status == PERFUSION_OK && half.data != nullptr && half.dtype == PERFUSION_FLOAT32) {
+      status = fail(PERFUSION_UNSUPPORTED, "%s: %s must be float16 or bfloat16; got float32", operation, name);
+    }
+    tensor(name, half, {PERFUSION_FLOAT16, PERFUSION_BFLOAT16});
   }
 
   void rule(bool holds, perfusion_status otherwise, const char* text, int64_t came) {

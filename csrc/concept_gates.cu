@@ -8,13 +8,12 @@ namespace perfusion {
 namespace {
 
 perfusion_status check(const perfusion_concept_gates_params& p) {
-  constexpr int64_t most = int64_t{1} << 30;
   Arguments arguments("concept_gates");
   const struct {
     const char* name;
     int64_t value;
   } sizes[] = {{"B", p.B}, {"T", p.T}, {"D", p.D}, {"J", p.J}};
-  for (const auto& size : sizes) arguments.size(size.name, size.value, 0, most);
+  for (const auto& size : sizes) arguments.size(size.name, size.value, 0, most_of_a_size);
   arguments.rule(p.J <= max_places, PERFUSION_UNSUPPORTED, "J must be at most 128", p.J);
   if (arguments.status != PERFUSION_OK || p.B * p.T * p.J == 0) return arguments.status;
 
@@ -27,7 +26,7 @@ perfusion_status check(const perfusion_concept_gates_params& p) {
   arguments.tensor("gates", p.gates, {PERFUSION_FLOAT32});
   arguments.tensor("components", p.components, {PERFUSION_FLOAT32});
   const int64_t tiles = (p.T + tokens_of_block - 1) / tokens_of_block;
-  arguments.rule(p.B * tiles <= most, PERFUSION_UNSUPPORTED, "B * T must be below 2^34", p.B * p.T);
+  arguments.rule(p.B * tiles <= most_of_a_size, PERFUSION_UNSUPPORTED, "B * T must be below 2^34", p.B * p.T);
   return arguments.status;
 }
 

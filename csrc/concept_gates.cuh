@@ -8,6 +8,7 @@
 
 #include "device/layer.cuh"
 #include "device/memory.cuh"
+#include "device/warp.cuh"
 
 namespace perfusion {
 
@@ -27,12 +28,6 @@ struct ConceptGatesLaunch {
 
 // Floats of shared memory: R, one column per warp and token, energies.
 constexpr int gate_floats(int J) { return J * J + tokens_of_block * J + J; }
-
-PERFUSION_DEVICE float sum_of_warp(float x) {
-  PERFUSION_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-  return x;
-}
 
 // One batch row of a bank's table by place.
 struct Rows {

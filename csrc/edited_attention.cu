@@ -2,33 +2,25 @@
 #include "edited_attention.h"
 
 #include <algorithm>
+#include <iterator>
 
-#include "arguments.h"
 #include "edited_attention_instances.cuh"
 
 namespace perfusion {
 
-namespace {
-
-constexpr int64_t most = int64_t{1} << 30;  // of every size: tiles and blocks are counted in 32 bits
-
-perfusion_status check(const perfusion_edited_attention_params& p) {
-  Arguments arguments("edited_attention");
+void check_attention_sizes(Arguments& arguments, const perfusion_edited_attention_params& p) {
   const struct {
     const char* name;
     int64_t value, least;
   } sizes[] = {{"B", p.B, 0}, {"N", p.N, 0}, {"T", p.T, 1}, {"H", p.H, 0}, {"d", p.d, 1}, {"J", p.J, 0}};
-  for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, most);
+  for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, most_of_a_size);
   arguments.rule(std::find(std::begin(attention_widths), std::end(attention_widths), p.d) != std::end(attention_widths),
                  PERFUSION_UNSUPPORTED, "d must be one of 32, 40, 64, 80, 96, 128, 160", p.d);
   arguments.rule(attention_groups_for(p.T) != 0, PERFUSION_UNSUPPORTED, "T must be at most 256", p.T);
-  if (arguments.status != PERFUSION_OK || p.B * p.N * p.H == 0) return arguments.status;
+}
 
-  arguments.tensor("query", p.query, {PERFUSION_FLOAT16, PERFUSION_BFLOAT16});
-  arguments.tensor("key", p.key, {p.query.dtype});
-  arguments.tensor("value", p.value, {p.query.dtype});
-  arguments.tensor("output", p.output, {p.query.dtype});
-  if (p.index.data == nullptr || p.J == 0) return arguments.status;
+void check_edit(Arguments& arguments, const perfusion_edited_attention_params& p) {
+  if (p.index.data == nullptr || p.J == 0) return;
   arguments.tensor("index", p.index, {PERFUSION_INT32});
   arguments.tensor("gates", p.gates, {PERFUSION_FLOAT32});
   arguments.tensor("components", p.components, {PERFUSION_FLOAT32});
@@ -45,6 +37,19 @@ perfusion_status check(const perfusion_edited_attention_params& p) {
     arguments.tensor("value_outputs", p.value_outputs, {dtype});
     arguments.tensor("value_targets", p.value_targets, {dtype});
   }
+}
+
+namespace {
+
+perfusion_status check(const perfusion_edited_attention_params& p) {
+  Arguments arguments("edited_attention");
+  check_attention_sizes(arguments, p);
+  if (arguments.status != PERFUSION_OK || p.B * p.N * p.H == 0) return arguments.status;
+  arguments.tensor("query", p.query, {PERFUSION_FLOAT16, PERFUSION_BFLOAT16});
+  arguments.tensor("key", p.key, {p.query.dtype});
+  arguments.tensor("value", p.value, {p.query.dtype});
+  arguments.tensor("output", p.output, {p.query.dtype});
+  check_edit(arguments, p);
   return arguments.status;
 }
 
@@ -69,7 +74,7 @@ void fit(EditedAttentionPlan& plan, int64_t row_bytes, int64_t keys, int limit) 
 perfusion_status plan_edited_attention(const perfusion_edited_attention_params& p, const Device& device,
                                        EditedAttentionPlan* plan) {
   const int groups = attention_groups_for(p.T);
-  const int64_t keys = 16 * (groups > 5 ? (p.T + 15) / 16 : groups), row_bytes = 2 * attention_pitch(static_cast<int>(p.d));
+  const int64_t keys = 16 * (groups > 5 ? (p.T + 15) / 16 : groups), row_bytes = 2 * tile_pitch(static_cast<int>(p.d));
   fit(*plan, row_bytes, keys, device.shared_per_block);
   if (plan->warps == 0) {
     return fail(PERFUSION_UNSUPPORTED,
@@ -109,7 +114,7 @@ extern "C" perfusion_status perfusion_edited_attention(const perfusion_edited_at
   if (status == PERFUSION_OK) status = plan_edited_attention(p, here, &arguments.plan);
   if (status != PERFUSION_OK) return status;
   const int64_t blocks = p.B * p.H * arguments.plan.splits;
-  if (blocks > most) {
+  if (blocks > most_of_a_size) {
     return fail(PERFUSION_UNSUPPORTED, "edited_attention: B * H must be below 2^30; got %lld", static_cast<long long>(p.B * p.H));
   }
   return p.query.dtype == PERFUSION_FLOAT16 ? launch_edited_attention<Half>(arguments, blocks, stream)

@@ -1,6 +1,7 @@
-// The launch plan of `edited_attention`, a pure function of shapes and device, for its tests.
+// The launch plan of `edited_attention`, a pure function of shapes and device, for its tests; and its checks.
 #pragma once
 
+#include "arguments.h"
 #include "device/element.h"
 #include "status.h"
 
@@ -18,5 +19,9 @@ struct EditedAttentionPlan {
 // PERFUSION_UNSUPPORTED if K and V of one head do not fit into the device's shared memory.
 perfusion_status plan_edited_attention(const perfusion_edited_attention_params& params, const Device& device,
                                        EditedAttentionPlan* plan);
+
+// Checks that `fused_edited_attention` shares: sizes, and the edit's tensors if an edit is given.
+void check_attention_sizes(Arguments& arguments, const perfusion_edited_attention_params& params);
+void check_edit(Arguments& arguments, const perfusion_edited_attention_params& params);
 
 }  // namespace perfusion

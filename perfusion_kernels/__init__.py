@@ -2,6 +2,7 @@
 
     concept_gates           gates and components of every token, once per prompt
     edited_projection       edited keys or values of all layers at once
+    fused_edited_projection the same in one launch, where nobody needs the unedited layer's bits
     edited_attention        cross-attention, plain or with the edit applied on the way
     fused_edited_attention  projection, edit and attention in one call
     cross_attention_layer   to_q, attention, to_out, bias and residual in one call, for keys and values of a prompt
@@ -10,6 +11,7 @@
     warm_up                 compiles and tunes the kernels for a model's shapes before the first request
     validate_concepts       the checks on values that operators do not make on a device
     metric                  C⁻¹: targets in the metric, conditioning, shrinkage
+    compiled_kernels        what the CUDA library of this installation holds, or why there is none
 
 Importing this package builds nothing, writes nothing and needs no GPU. `available_backends()` says
 which implementations this installation has, and why not the others.
@@ -24,6 +26,7 @@ from .cross_attention_layer import cross_attention_layer
 from .edited_attention import edited_attention
 from .edited_projection import edited_projection
 from .fused_edited_attention import fused_edited_attention
+from .fused_edited_projection import fused_edited_projection
 from .validation import validate_concepts
 from .warm_up import warm_up
 
@@ -32,11 +35,13 @@ __all__ = [
     "ConceptBank",
     "absorb_projections",
     "available_backends",
+    "compiled_kernels",
     "concept_gates",
     "cross_attention_layer",
     "edited_attention",
     "edited_projection",
     "fused_edited_attention",
+    "fused_edited_projection",
     "metric",
     "use_backend",
     "validate_concepts",
@@ -46,3 +51,5 @@ __all__ = [
 for _name in backend.ORDER[:-1]:
     backend.load(_name)
 del _name
+
+from .cuda.library import compiled_kernels  # noqa: E402

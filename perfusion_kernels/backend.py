@@ -1,6 +1,7 @@
 """Which implementation of an operator runs: the one place that decides.
 
-A backend is a subpackage of this package whose import calls `register` once per operator it has.
+A backend is a subpackage of this package whose import calls `register` once per operator it has. One that depends on more
+than its import has a function `unavailable`, which says why none of its operators can run here, or None.
 Every call takes the first of `ORDER` that has the operator and neither refuses nor declines the arguments. A
 backend asked for by name (a call's `backend=`, `use_backend`, or the environment variable
 PERFUSION_BACKEND, in this order) is taken, or the call fails and says why.
@@ -23,6 +24,7 @@ ORDER = ("cuda", "triton", "reference")
 _requested: str | None = os.environ.get("PERFUSION_BACKEND") or None
 _implementations: dict[str, dict[str, Implementation]] = {}  # operator -> backend -> how to call it
 _absent: dict[str, str] = {}  # backend -> why it is not here
+_unavailable: dict[str, Callable[[], str | None]] = {}  # backend -> what says why it cannot run here
 
 
 class BackendUnavailable(RuntimeError):
@@ -103,7 +105,7 @@ def load(backend: str) -> None:
         _absent[backend] = "not part of this installation"
         return
     try:
-        importlib.import_module(module)
+        _unavailable[backend] = getattr(importlib.import_module(module), "unavailable", _refuses_nothing)
     except (ImportError, OSError, BackendUnavailable) as error:
         _absent[backend] = f"{type(error).__name__}: {error}"
 
@@ -138,7 +140,7 @@ def select(operator: str, arguments: Sequence, backend: str | None = None) -> Op
             )
         return implementations[requested].overload
     for name in ORDER:
-        found = implementations.get(name)
+        found = implementations.get(name)  # why an absent one is absent is not asked here, in every call
         if found is not None and found.refuses(*arguments) is None and found.declines(*arguments) is None:
             return found.overload
     raise BackendUnavailable(f"{operator}: no backend can run this call")
@@ -148,8 +150,12 @@ def _why_not(backend: str, implementations: dict[str, Implementation], arguments
     if backend not in ORDER:
         return f"there is no such backend, only {', '.join(ORDER)}"
     if backend not in implementations:
-        return _absent.get(backend, "it does not implement this operator")
+        return _reason(backend) or "it does not implement this operator"
     return implementations[backend].refuses(*arguments)
+
+
+def _reason(backend: str) -> str | None:
+    return _absent[backend] if backend in _absent else _unavailable.get(backend, _refuses_nothing)()
 
 
 @contextmanager
@@ -170,12 +176,10 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
 
 def available_backends() -> tuple[BackendStatus, ...]:
-    """Every backend in the order of preference, with its operators, or the reason why it has none."""
-    return tuple(
-        BackendStatus(
-            name,
-            operators := tuple(operator for operator, have in _implementations.items() if name in have),
-            "" if operators else _absent.get(name, "it registers no operator"),
-        )
-        for name in ORDER
-    )
+    """Every backend in the order of preference, with its operators, or the reason why none of them can run. May look for devices."""
+    found = []
+    for name in ORDER:
+        operators = tuple(operator for operator, have in _implementations.items() if name in have)
+        reason = _reason(name) or ("" if operators else "it registers no operator")
+        found.append(BackendStatus(name, () if reason else operators, reason))
+    return tuple(found)

@@ -1,5 +1,7 @@
 """`edited_projection`: the edited keys or values of every layer from one set of encodings."""
 
+from functools import partial
+
 from torch import Tensor
 
 from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
@@ -25,7 +27,8 @@ def edited_projection(
 
     o_j = outputs[j] is the concept's target output o*_j, p_j = projected_targets[j] is W i*_j, so that the
     result is W (e - Aᵀ a) + Σ_j g_j o*_j. All layers project the same encodings, so their weights
-    concatenate to one `weight` and the tables' columns follow the same order.
+    concatenate to one `weight` and the tables' columns follow the same order. `fused_edited_projection` is the same
+    in one launch, for callers that need no bits of the unedited layer.
 
     Args:
         encodings [B, T, D]: float16, bfloat16, float32 or float64.
@@ -54,8 +57,8 @@ def edited_projection(
     return call("edited_projection", arguments, backend)
 
 
-@once
-def _check(
+def check_projection(
+    operator: str,
     encodings: Tensor,
     weight: Tensor,
     gates: Tensor,
@@ -64,7 +67,7 @@ def _check(
     outputs: Tensor,
     projected_targets: Tensor,
 ) -> None:
-    check = Arguments("edited_projection")
+    check = Arguments(operator)
     check("encodings", encodings, "B T D", FLOATING)
     check("weight", weight, "O D", dtypes_beside(encodings), "as encodings")
     check("gates", gates, "B T J", WIDE, "as concept_gates returns them")
@@ -72,6 +75,9 @@ def _check(
     check("index", index, "B J", INDEX)
     check("outputs", outputs, "S O", FLOATING)
     check("projected_targets", projected_targets, "S O", (outputs.dtype,), "as outputs")
+
+
+_check = once(partial(check_projection, "edited_projection"))
 
 
 def _fake(encodings, weight, gates, components, index, outputs, projected_targets):

@@ -81,11 +81,20 @@ def _define(operator: str, backend: str, schema: str, implementation: Callable |
     name = f"{operator}.{backend}"
     qualified_name = f"{LIBRARY.ns}::{name}"
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    if implementation is not None:
-        LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, implementation or _without_kernel(qualified_name), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified_name, fake, lib=LIBRARY)
     torch.library.register_vmap(qualified_name, _refuse_vmap(operator), lib=LIBRARY)
     return getattr(getattr(getattr(torch.ops, LIBRARY.ns), operator), backend)
+
+
+def _without_kernel(name: str) -> Callable:
+    """What runs where a loaded library has no kernel for the tensors' device."""
+
+    def refuse(*arguments):
+        devices = sorted({str(argument.device) for argument in arguments if isinstance(argument, Tensor)})
+        raise NotImplementedError(f"{name} has no compiled kernel for tensors on {' and '.join(devices)}")
+
+    return refuse
 
 
 def _fake_gradients(*arguments):

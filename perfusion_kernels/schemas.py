@@ -16,6 +16,10 @@ SCHEMAS = {
         "(Tensor encodings, Tensor weight, Tensor gates, Tensor components, Tensor index,"
         " Tensor outputs, Tensor projected_targets) -> Tensor"
     ),
+    "fused_edited_projection": (
+        "(Tensor encodings, Tensor weight, Tensor gates, Tensor components, Tensor index,"
+        " Tensor outputs, Tensor projected_targets) -> Tensor"
+    ),
     "edited_attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor? gates, Tensor? components, Tensor? index,"
         " Tensor? key_outputs, Tensor? key_targets, Tensor? value_outputs, Tensor? value_targets,"

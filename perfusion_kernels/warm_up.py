@@ -11,6 +11,7 @@ from .cross_attention_layer import cross_attention_layer
 from .edited_attention import edited_attention
 from .edited_projection import edited_projection
 from .fused_edited_attention import fused_edited_attention
+from .fused_edited_projection import fused_edited_projection
 
 Layer = tuple[int, int, int, int]
 
@@ -98,6 +99,7 @@ def _calls(
     O = sum(H * d for _, _, H, d in layers)  # all layers are projected at once
     tables = {"weight": draw(O, D), "outputs": draw(J, O), "projected_targets": draw(J, O)}
     yield lambda: (edited_projection(encodings, **tables, **edit),)
+    yield lambda: (fused_edited_projection(encodings, **tables, **edit),)
 
     for N, C, H, d in dict.fromkeys(layers):
         O = H * d

@@ -259,7 +259,7 @@ def test_doctor_finds_all_well(healthy, tmp_path):
 def test_doctor_tells_programs(healthy):
     report = json.loads(run("doctor", "--json").stdout)
     assert report["healthy"] and {finding["state"] for finding in report["findings"]} <= {"ok", "off"}
-    assert {"software", "compiler", "device", "backend", "operator", "model", "cache"} == {f["area"] for f in report["findings"]}
+    assert {"software", "compiler", "device", "backend", "compiled", "operator", "model", "cache"} == {f["area"] for f in report["findings"]}
 
 
 def test_doctor_says_what_is_broken(healthy, monkeypatch, tmp_path):

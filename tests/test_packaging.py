@@ -1,11 +1,14 @@
 """What a wheel would hold and say, read by setuptools itself from pyproject.toml; nothing is built."""
 
+import importlib.util
+import json
 import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 from packaging.requirements import Requirement
 
 import perfusion
@@ -100,3 +103,89 @@ def test_public_names():
     assert callable(perfusion.train), "the function, not a module of that name"
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'; it has Concept, "):
         perfusion.nonsense
+
+
+# the step of the build that compiles the CUDA kernels; tests/cuda_host/test_torch_library.py lets it do so
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """setup.py as a module, on a machine with nvcc and torch."""
+    spec = importlib.util.spec_from_file_location("perfusion_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.delenv("PERFUSION_CUDA", raising=False)
+    monkeypatch.setattr(module, "find_nvcc", lambda: "/cuda/bin/nvcc")
+    monkeypatch.setattr(module, "find_torch", lambda: ROOT)
+    return module
+
+
+def test_kernels_are_compiled_where_they_can_be(script, monkeypatch):
+    assert script.why_not() is None
+    monkeypatch.setattr(script, "find_torch", lambda: None)
+    assert "torch 2.10 or newer, whose headers are needed, was not there" in script.why_not()
+    monkeypatch.setattr(script, "find_nvcc", lambda: None)
+    assert script.why_not() == "there was no nvcc when this was installed"
+    monkeypatch.setenv("PERFUSION_CUDA", "1")
+    with pytest.raises(SystemExit, match="PERFUSION_CUDA is 1, but the CUDA kernels cannot be compiled: there was no nvcc"):
+        script.why_not()
+    monkeypatch.setenv("PERFUSION_CUDA", "0")
+    assert script.why_not() == "PERFUSION_CUDA was 0 when this was installed"
+    monkeypatch.setenv("PERFUSION_CUDA", "yes")
+    with pytest.raises(SystemExit, match="PERFUSION_CUDA must be 0 or 1, or not set; got 'yes'"):
+        script.why_not()
+
+
+def test_nvcc_is_looked_for_where_toolkits_put_it(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("perfusion_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for folder in ("toolkit/bin", "own"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "nvcc").write_text("#!/bin/sh\n")
+        (tmp_path / folder / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    assert module.find_nvcc() == str(tmp_path / "toolkit/bin/nvcc")
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "own/nvcc"))
+    assert module.find_nvcc() == str(tmp_path / "own/nvcc")
+    assert module.find_torch() == Path(torch.__file__).parent
+    assert module.missing_tools() == ["cmake>=3.24", "ninja"]  # none on this PATH
+
+
+def run_step(script, folder):
+    distribution = script.PerfusionKernels({"name": "perfusion-kernels", "version": "0"})
+    step = script.BuildCuda(distribution)
+    step.build_lib = str(folder)
+    step.run()
+    return distribution, folder / "perfusion_kernels" / "cuda"
+
+
+def test_without_nvcc_it_installs_and_says_so(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(script, "find_nvcc", lambda: None)
+    left = tmp_path / "perfusion_kernels" / "cuda" / script.LIBRARY
+    left.parent.mkdir(parents=True)
+    left.write_text("of an earlier build")
+    distribution, package = run_step(script, tmp_path)
+    assert capsys.readouterr().out == "perfusion-kernels: without CUDA kernels; there was no nvcc when this was installed\n"
+    assert json.loads((package / "build.json").read_text()) == {"reason": "there was no nvcc when this was installed"}
+    assert not left.exists()
+    assert tag(script, distribution) == ("py3", "none", "any")
+
+
+def test_with_nvcc_the_library_goes_in(script, monkeypatch, tmp_path, capsys):
+    (tmp_path / "compiled.so").write_text("library")
+    content = {"architectures": ["sm_80"], "kernels": [{}, {}], "cuda": "13.0", "torch": "2.13"}
+    monkeypatch.setattr(script, "compile_library", lambda: (tmp_path / "compiled.so", content))
+    distribution, package = run_step(script, tmp_path)
+    assert capsys.readouterr().out == "perfusion-kernels: 2 CUDA kernels for sm_80\n"
+    assert (package / script.LIBRARY).read_text() == "library" and json.loads((package / "build.json").read_text()) == content
+    python, abi, platform = tag(script, distribution)
+    assert (python, abi) == ("py3", "none") and platform != "any"
+
+
+def tag(script, distribution):
+    wheel = script.Wheel(distribution)
+    wheel.ensure_finalized()
+    return wheel.get_tag()

@@ -19,10 +19,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from perfusion_kernels.triton import shared_memory
+
 TARGETS = {
     **{f"CUDA {name}": GPUTarget("cuda", int(name.replace(".", "")), 32) for name in ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+KIB = {"CUDA 8.0": 163, "CUDA 8.6": 99, "CUDA 8.9": 99, "CUDA 9.0": 227, "CUDA 10.0": 227, "CUDA 12.0": 99, "gfx942": 64}
+"""Shared memory that a program may have; CUDA C Programming Guide, "Technical specifications per compute capability"."""
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -49,12 +54,14 @@ def compiling(target: GPUTarget) -> Iterator[list[Any]]:
             get_current_target=lambda: target,
         )
     )
-    JITFunction.run = compile_only
+    JITFunction.run, limit = compile_only, shared_memory.limit
+    architecture = next(name for name, each in TARGETS.items() if each is target)
+    shared_memory.limit = lambda device: KIB[architecture] * 1024 if target.backend == "cuda" else None
     kernels: list[Any] = []
     try:
         yield kernels
     finally:
-        JITFunction.run = run
+        JITFunction.run, shared_memory.limit = run, limit
         driver._active = before
         kernels.extend(found.values())
 

@@ -35,10 +35,11 @@ PERFUSION_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-PERFUSION_DEVICE void copy_async(void* shared, const void* global, bool valid) {
-  const int bytes = valid ? 16 : 0;
+PERFUSION_DEVICE void copy_async(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
 }
+
+PERFUSION_DEVICE void copy_async(void* shared, const void* global, bool valid) { copy_async(shared, global, valid ? 16 : 0); }
 
 PERFUSION_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -131,6 +132,7 @@ PERFUSION_DEVICE void store(Words* pointer, const Words& x) {
 }
 
 PERFUSION_DEVICE float word_as_float(uint32_t word) { return __uint_as_float(word); }
+PERFUSION_DEVICE uint32_t float_as_word(float x) { return __float_as_uint(x); }
 PERFUSION_DEVICE float to_float(float x) { return x; }
 PERFUSION_DEVICE float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
 PERFUSION_DEVICE float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }

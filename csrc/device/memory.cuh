@@ -13,6 +13,9 @@ inline bool wide_rows(const perfusion_tensor& tensor, int dimensions) {
   return aligned;
 }
 
+// Elements from one row of a tile in shared memory to the next, an odd number of 16-byte pieces: no bank conflicts in matrix loads.
+PERFUSION_BOTH constexpr int tile_pitch(int columns) { return (columns / 8 | 1) * 8; }
+
 PERFUSION_DEVICE void widen(float (&x)[8], const Words& words, Half) {
   PERFUSION_UNROLL
   for (int i = 0; i < 8; ++i) x[i] = to_float(Half{static_cast<uint16_t>(words.word[i / 2] >> 16 * (i % 2))});
@@ -50,31 +53,92 @@ PERFUSION_DEVICE void load_eight(float (&x)[8], const Element* from, int64_t str
 }
 
 // The same from a tensor of any floating dtype, `offset` elements from its start.
-PERFUSION_DEVICE void load_eight(float (&x)[8], const perfusion_tensor& tensor, int64_t offset, int64_t stride, bool wide) {
+PERFUSION_DEVICE void load_eight(float (&x)[8], const perfusion_tensor& tensor, int64_t offset, int64_t stride, bool wide,
+                                 int count = 8) {
   if (tensor.dtype == PERFUSION_FLOAT16) {
-    load_eight(x, static_cast<const Half*>(tensor.data) + offset, stride, 8, wide);
+    load_eight(x, static_cast<const Half*>(tensor.data) + offset, stride, count, wide);
   } else if (tensor.dtype == PERFUSION_BFLOAT16) {
-    load_eight(x, static_cast<const BFloat16*>(tensor.data) + offset, stride, 8, wide);
+    load_eight(x, static_cast<const BFloat16*>(tensor.data) + offset, stride, count, wide);
   } else {
-    load_eight(x, static_cast<const float*>(tensor.data) + offset, stride, 8, wide);
+    load_eight(x, static_cast<const float*>(tensor.data) + offset, stride, count, wide);
   }
 }
 
-// The same bits in 16 bytes, for 16-bit elements.
+// x = `count` columns of a row in a table [rows, columns] from `column` on, and zeros.
+PERFUSION_DEVICE void load_columns(float (&x)[8], const perfusion_tensor& table, int64_t row, int64_t column, int count,
+                                   bool wide) {
+  load_eight(x, table, row * table.strides[0] + column * table.strides[1], table.strides[1], wide, count);
+}
+
+// Eight floats, rounded to an element type.
 template <class Element>
-PERFUSION_DEVICE Words gather(const Element* from, int64_t stride) {
+PERFUSION_DEVICE Words narrow(const float (&x)[8]) {
+  Words words;
+  PERFUSION_UNROLL
+  for (int i = 0; i < 4; ++i) words.word[i] = pack<Element>(x[2 * i], x[2 * i + 1]);
+  return words;
+}
+
+// The same bits in 16 bytes, for 16-bit elements; zeros from `count` on.
+template <class Element>
+PERFUSION_DEVICE Words gather(const Element* from, int64_t stride, int count = 8) {
   Words words;
   PERFUSION_UNROLL
   for (int i = 0; i < 4; ++i) {
-    words.word[i] = load(from + 2 * i * stride).bits | static_cast<uint32_t>(load(from + (2 * i + 1) * stride).bits) << 16;
+    const uint32_t low = 2 * i < count ? load(from + 2 * i * stride).bits : 0;
+    const uint32_t high = 2 * i + 1 < count ? load(from + (2 * i + 1) * stride).bits : 0;
+    words.word[i] = low | high << 16;
   }
   return words;
 }
 
+// The first `count` of 8 elements.
 template <class Element>
-PERFUSION_DEVICE void scatter(Element* to, int64_t stride, const Words& words) {
+PERFUSION_DEVICE void scatter(Element* to, int64_t stride, const Words& words, int count = 8) {
   PERFUSION_UNROLL
-  for (int i = 0; i < 8; ++i) store(to + i * stride, Element{static_cast<uint16_t>(words.word[i / 2] >> 16 * (i % 2))});
+  for (int i = 0; i < 8; ++i) {
+    if (i < count) store(to + i * stride, Element{static_cast<uint16_t>(words.word[i / 2] >> 16 * (i % 2))});
+  }
+}
+
+// to[0], to[stride], … = the first `count` of x, rounded.
+template <class Element>
+PERFUSION_DEVICE void store_eight(Element* to, int64_t stride, const float (&x)[8], int count, bool wide) {
+  if (wide && count >= 8) {
+    store(reinterpret_cast<Words*>(to), narrow<Element>(x));
+  } else {
+    scatter(to, stride, narrow<Element>(x), count);
+  }
+}
+
+template <>
+PERFUSION_DEVICE void store_eight(float* to, int64_t stride, const float (&x)[8], int count, bool wide) {
+  if (wide && count >= 8) {
+    PERFUSION_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      Words words;
+      PERFUSION_UNROLL
+      for (int i = 0; i < 4; ++i) words.word[i] = float_as_word(x[4 * half + i]);
+      store(reinterpret_cast<Words*>(to) + half, words);
+    }
+  } else {
+    PERFUSION_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      if (i < count) store(to + i * stride, x[i]);
+    }
+  }
+}
+
+// The same to a tensor of any floating dtype, `offset` elements from its start.
+PERFUSION_DEVICE void store_eight(const perfusion_tensor& tensor, int64_t offset, int64_t stride, const float (&x)[8], int count,
+                                  bool wide) {
+  if (tensor.dtype == PERFUSION_FLOAT16) {
+    store_eight(static_cast<Half*>(tensor.data) + offset, stride, x, count, wide);
+  } else if (tensor.dtype == PERFUSION_BFLOAT16) {
+    store_eight(static_cast<BFloat16*>(tensor.data) + offset, stride, x, count, wide);
+  } else {
+    store_eight(static_cast<float*>(tensor.data) + offset, stride, x, count, wide);
+  }
 }
 
 }  // namespace perfusion

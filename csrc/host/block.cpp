@@ -4,15 +4,16 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstring>
 #include <deque>
 #include <memory>
 #include <random>
 #include <stdexcept>
 #include <vector>
 
-// Sanitizers are told of every switch. To ThreadSanitizer no switch is an order between two lanes; this file is compiled without
-// it, and says itself which operations are. No test builds it so yet: a kernel that had lost its barrier went unreported, and
-// until that is understood a clean run under it proves nothing.
+// Sanitizers are told of every switch. To ThreadSanitizer a switch is no order: two lanes are ordered by the barriers that both
+// came to and by nothing else, as on a GPU, where no shuffle and no matrix instruction orders memory. This file is compiled without
+// it and names each order itself. A block is not ordered before the next one.
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -53,11 +54,20 @@ void order_after(void* address) {
 struct Stack {
   Stack() : bottom(mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
     if (bottom == MAP_FAILED) throw std::runtime_error("no memory for the stack of a lane");
+#if defined(PERFUSION_THREAD_SANITIZER)
+    sanitizer_fiber = __tsan_create_fiber(0);
+#endif
   }
-  ~Stack() { munmap(bottom, stack_bytes); }
+  ~Stack() {
+#if defined(PERFUSION_THREAD_SANITIZER)
+    __tsan_destroy_fiber(sanitizer_fiber);
+#endif
+    munmap(bottom, stack_bytes);
+  }
   Stack(const Stack&) = delete;
   void operator=(const Stack&) = delete;
   void* bottom;
+  void* sanitizer_fiber = nullptr;  // ThreadSanitizer's, which takes it for a thread
 };
 
 // A place to switch to and from.
@@ -67,6 +77,15 @@ struct Fiber {
   size_t size = 0;
   void* fake_stack = nullptr;       // AddressSanitizer's
   void* sanitizer_fiber = nullptr;  // ThreadSanitizer's
+};
+
+// What a barrier orders by. Its turns are told apart by two addresses: a lane may come to the next turn before another has left
+// this one, and with a single address that other would be ordered after what the first has done since.
+struct Turns {
+  char* now() { return &addresses[turn]; }
+  void next() { turn ^= 1; }
+  char addresses[2] = {};
+  int turn = 0;
 };
 
 enum class State { ready, at_barrier, at_collective, finished };
@@ -83,23 +102,28 @@ struct Lane {
 struct Warp {
   int arrived = 0;
   const char* collective = nullptr;
-  char order = 0;  // its address is what warp_barrier orders by
+  Turns turns;
+};
+
+struct Block {
+  Block(int64_t index, int threads, int bytes)
+      : index(index), shared(new unsigned char[bytes]), lanes(threads), warps(threads / warp_lanes) {
+    std::fill_n(shared.get(), bytes, 0xff);  // NaN in every format
+  }
+  const int64_t index;
+  std::unique_ptr<unsigned char[]> shared;
+  std::vector<Lane> lanes;
+  std::vector<Warp> warps;
+  int at_barrier = 0;
+  Turns turns;
 };
 
 class Run {
  public:
   Run(int threads, int bytes, const std::function<void()>& kernel)
-      : kernel(kernel), threads(threads), bytes(bytes), lanes(threads), warps(threads / warp_lanes) {
-    while (stacks().size() < lanes.size()) stacks().push_back(std::make_unique<Stack>());
+      : kernel(kernel), threads(threads), bytes(bytes) {
 #if defined(PERFUSION_THREAD_SANITIZER)
     scheduler.sanitizer_fiber = __tsan_get_current_fiber();
-    for (Lane& lane : lanes) lane.fiber.sanitizer_fiber = __tsan_create_fiber(0);
-#endif
-  }
-
-  ~Run() {
-#if defined(PERFUSION_THREAD_SANITIZER)
-    for (Lane& lane : lanes) __tsan_destroy_fiber(lane.fiber.sanitizer_fiber);
 #endif
   }
 
@@ -116,12 +140,12 @@ class Run {
   // Calls `perform` once the whole warp is here, with every lane's operand.
   template <class Operand, class Perform>
   void collective(const char* name, const Operand& operand, Perform perform) {
-    Warp& warp = warps[lane / warp_lanes];
+    Warp& warp = block().warps[lane / warp_lanes];
     if (warp.arrived && warp.collective != name) {
       stop(std::string("lanes of one warp are at ") + warp.collective + " and at " + name);
     }
     warp.collective = name;
-    lanes[lane].operand = &operand;
+    self().operand = &operand;
     if (++warp.arrived < warp_lanes) {
       wait(State::at_collective);
       return;
@@ -130,20 +154,21 @@ class Run {
     const int first = lane / warp_lanes * warp_lanes;
     const Operand* operands[warp_lanes];
     for (int i = 0; i < warp_lanes; ++i) {
-      operands[i] = static_cast<const Operand*>(lanes[first + i].operand);
-      lanes[first + i].state = State::ready;
+      Lane& each = block().lanes[first + i];
+      operands[i] = static_cast<const Operand*>(each.operand);
+      each.state = State::ready;
     }
     perform(operands);
   }
 
+  Block& block() { return *blocks.back(); }
+  Lane& self() { return block().lanes[lane]; }
+
   const std::function<void()>& kernel;
   const int threads, bytes;
-  std::vector<Lane> lanes;
-  std::vector<Warp> warps;
-  std::unique_ptr<unsigned char[]> shared;
-  int64_t block = 0;
-  int lane = 0, at_barrier = 0;
-  char order = 0;  // its address is what barrier orders by
+  std::vector<std::unique_ptr<Block>> blocks;  // the last is the one that runs; see run_block for the others
+  int lane = 0;
+  char begun = 0, ended = 0;  // their addresses order the lanes after what the launch has set up, and its end after them
   std::string message;
 
  private:
@@ -156,7 +181,7 @@ class Run {
   static void prepare(Fiber& fiber);
   void switch_fiber(Fiber& from, Fiber& to, bool last);
   void arrive();
-  std::string complaint() const;
+  std::string complaint();
 
   Fiber scheduler;
   std::mt19937 random{7};
@@ -165,7 +190,7 @@ class Run {
 // The sanitizer's half of arriving in a fiber, whether for the first time or again.
 void Run::arrive() {
 #if defined(__SANITIZE_ADDRESS__)
-  Fiber& here = lane < 0 ? scheduler : lanes[lane].fiber;
+  Fiber& here = lane < 0 ? scheduler : self().fiber;
   const void* bottom;
   size_t size;
   __sanitizer_finish_switch_fiber(here.fake_stack, &bottom, &size);
@@ -188,9 +213,9 @@ void Run::switch_fiber(Fiber& from, Fiber& to, bool last) {
 void Run::entry() {
   Run& run = *current();
   run.arrive();
-  order_after(&run);
+  order_after(&run.begun);
   run.kernel();
-  order_before(&run);
+  order_before(&run.ended);
   run.finish_lane();
 }
 
@@ -203,50 +228,52 @@ void Run::prepare(Fiber& fiber) {
 }
 
 void Run::wait(State state) {
-  Lane& self = lanes[lane];
+  Lane& self = this->self();
   self.state = state;
   lane = -1;
   switch_fiber(self.fiber, scheduler, false);
 }
 
 void Run::finish_lane() {
-  Lane& self = lanes[lane];
+  Lane& self = this->self();
   self.state = State::finished;
   lane = -1;
   switch_fiber(self.fiber, scheduler, true);
 }
 
 void Run::stop(const std::string& why) {
-  message = why + " (block " + std::to_string(block) + ", thread " + std::to_string(lane) + ")";
+  message = why + " (block " + std::to_string(block().index) + ", thread " + std::to_string(lane) + ")";
   finish_lane();
   std::abort();  // a finished lane is not resumed
 }
 
-std::string Run::complaint() const {
+std::string Run::complaint() {
   int counts[4] = {};
-  for (const Lane& each : lanes) ++counts[static_cast<int>(each.state)];
+  for (const Lane& each : block().lanes) ++counts[static_cast<int>(each.state)];
   return std::to_string(counts[1]) + " threads wait at a barrier and " + std::to_string(counts[2]) + " for their warp, " +
-         std::to_string(counts[3]) + " have returned (block " + std::to_string(block) + ")";
+         std::to_string(counts[3]) + " have returned (block " + std::to_string(block().index) + ")";
 }
 
 void Run::run_block(int64_t index) {
-  block = index;
-  shared = std::make_unique<unsigned char[]>(bytes);
-  std::fill_n(shared.get(), bytes, 0xff);  // NaN in every format
+#if defined(PERFUSION_THREAD_SANITIZER)
+  const size_t first_stack = index % 2 * threads;  // two blocks that follow each other have no lane in common to order them
+#else
+  const size_t first_stack = 0;
+  blocks.clear();
+#endif
+  blocks.push_back(std::make_unique<Block>(index, threads, bytes));
+  std::vector<Lane>& lanes = block().lanes;
+  while (stacks().size() < first_stack + threads) stacks().push_back(std::make_unique<Stack>());
   std::vector<int> order_of(threads);
   for (int i = 0; i < threads; ++i) order_of[i] = machine().order == Order::backward ? threads - 1 - i : i;
   for (int i = 0; i < threads; ++i) {
-    Lane& each = lanes[i];
-    void* sanitizer_fiber = each.fiber.sanitizer_fiber;
-    each = Lane{};
-    each.fiber.sanitizer_fiber = sanitizer_fiber;
-    each.fiber.stack = stacks()[i]->bottom;
-    each.fiber.size = stack_bytes;
-    prepare(each.fiber);
+    Fiber& fiber = lanes[i].fiber;
+    fiber.sanitizer_fiber = stacks()[first_stack + i]->sanitizer_fiber;
+    fiber.stack = stacks()[first_stack + i]->bottom;
+    fiber.size = stack_bytes;
+    prepare(fiber);
   }
-  for (Warp& warp : warps) warp = Warp{};
-  at_barrier = 0;
-  order_before(this);
+  order_before(&begun);
   while (message.empty()) {
     if (machine().order == Order::shuffled) std::shuffle(order_of.begin(), order_of.end(), random);
     const auto next =
@@ -255,12 +282,21 @@ void Run::run_block(int64_t index) {
     lane = *next;
     switch_fiber(scheduler, lanes[lane].fiber, false);
   }
-  order_after(this);
   const bool all = std::all_of(lanes.begin(), lanes.end(), [](const Lane& x) { return x.state == State::finished; });
   if (message.empty() && !all) message = complaint();
 }
 
 Run& here() { return *Run::current(); }
+
+// Whether the barrier at this line is the one that the machine leaves out.
+bool drop(const char* file, int line) {
+  Machine& one = machine();
+  if (one.dropped.empty()) return false;
+  const char* name = std::strrchr(file, '/');
+  const bool same = one.dropped == std::string(name ? name + 1 : file) + ":" + std::to_string(line);
+  one.drops += same;
+  return same;
+}
 
 }  // namespace
 
@@ -280,34 +316,41 @@ std::string run(int64_t blocks, int threads, int bytes, const std::function<void
   Run run(threads, bytes, kernel);
   Run::current() = &run;
   for (int64_t i = 0; i < blocks && run.message.empty(); ++i) run.run_block(i);
+  order_after(&run.ended);
   Run::current() = nullptr;
   return run.message;
 }
 
 int thread() { return here().lane; }
 int threads() { return here().threads; }
-int64_t block() { return here().block; }
-unsigned char* shared_memory() { return here().shared.get(); }
+int64_t block() { return here().block().index; }
+unsigned char* shared_memory() { return here().block().shared.get(); }
 void stop(const std::string& message) { here().stop(message); }
 
-void barrier() {
+void barrier(const char* file, int line) {
+  if (drop(file, line)) return;
   Run& run = here();
-  order_before(&run.order);
-  if (++run.at_barrier < run.threads) {
+  Block& block = run.block();
+  char* turn = block.turns.now();
+  order_before(turn);
+  if (++block.at_barrier < run.threads) {
     run.wait(State::at_barrier);
   } else {
-    run.at_barrier = 0;
-    for (Lane& lane : run.lanes) lane.state = State::ready;
+    block.at_barrier = 0;
+    block.turns.next();
+    for (Lane& lane : block.lanes) lane.state = State::ready;
   }
-  order_after(&run.order);
+  order_after(turn);
 }
 
-void warp_barrier() {
+void warp_barrier(const char* file, int line) {
+  if (drop(file, line)) return;
   Run& run = here();
-  char* order = &run.warps[run.lane / warp_lanes].order;
-  order_before(order);
-  run.collective("warp_barrier", 0, [](const int* const*) {});
-  order_after(order);
+  Turns& turns = run.block().warps[run.lane / warp_lanes].turns;
+  char* turn = turns.now();
+  order_before(turn);
+  run.collective("warp_barrier", 0, [&turns](const int* const*) { turns.next(); });
+  order_after(turn);
 }
 
 float shuffle_xor(float x, int mask) {
@@ -386,19 +429,19 @@ void multiply_accumulate(float* c, const uint32_t* a, const uint32_t* b, int k, 
 }
 
 void issue(const Copy& copy) {
-  Lane& lane = here().lanes[here().lane];
+  Lane& lane = here().self();
   lane.copies.push_back(copy);
   ++lane.open;
 }
 
 void commit() {
-  Lane& lane = here().lanes[here().lane];
+  Lane& lane = here().self();
   lane.groups.push_back(lane.open);
   lane.open = 0;
 }
 
 bool next_due(int groups, Copy* copy) {
-  Lane& lane = here().lanes[here().lane];
+  Lane& lane = here().self();
   while (lane.groups.size() > static_cast<size_t>(groups)) {
     if (lane.groups.front() > 0) {
       --lane.groups.front();

@@ -21,6 +21,8 @@ struct Machine {
   uint64_t read_wide = 0, read_narrow = 0;        // bytes of global memory, in accesses of 16 bytes and in smaller ones
   uint64_t written_wide = 0, written_narrow = 0;  // the same
   uint64_t products = 0;                          // multiply-accumulates in matrix instructions
+  std::string dropped;                            // FILE:LINE of a barrier that is left out, to see that it is missed
+  uint64_t drops = 0;                             // threads that came to it
 };
 
 Machine& machine();  // of this OS thread
@@ -37,9 +39,9 @@ int threads();
 int64_t block();
 unsigned char* shared_memory();
 
-// Collectives. Those of a warp need all 32 lanes at the same instruction.
-void barrier();
-void warp_barrier();
+// Collectives. Those of a warp need all 32 lanes at the same instruction. A barrier knows from which line it was called.
+void barrier(const char* file, int line);
+void warp_barrier(const char* file, int line);
 float shuffle_xor(float x, int mask);
 void exchange_matrices(uint32_t* r, const uint16_t* row, int matrices, bool transposed);
 void multiply_accumulate(float* c, const uint32_t* a, const uint32_t* b, int k, float (*widen)(uint16_t));
@@ -48,7 +50,8 @@ void multiply_accumulate(float* c, const uint32_t* a, const uint32_t* b, int k, 
 // must have landed when only the last `groups` groups may be under way.
 struct Copy {
   unsigned char* to;
-  const unsigned char* from;  // nullptr: zeros
+  const unsigned char* from;
+  int bytes;  // of 16; the rest is zeros
 };
 void issue(const Copy& copy);
 void commit();

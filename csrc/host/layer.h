@@ -25,31 +25,34 @@ inline int warp() { return host::thread() / 32; }
 inline int lane() { return host::thread() % 32; }
 inline int64_t block() { return host::block(); }
 inline unsigned char* shared_memory() { return host::shared_memory(); }
-inline void barrier() { host::barrier(); }
-inline void warp_barrier() { host::warp_barrier(); }
+inline void barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { host::barrier(file, line); }
+inline void warp_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { host::warp_barrier(file, line); }
 inline float shuffle_xor(float x, int mask) { return host::shuffle_xor(x, mask); }
 
 inline void require_alignment(const void* pointer, const char* what) {
   if (reinterpret_cast<uintptr_t>(pointer) % 16) host::stop(std::string(what) + ": the address is not 16-byte aligned");
 }
 
-inline void copy_async(void* shared, const void* global, bool valid) {
+inline void copy_async(void* shared, const void* global, int bytes) {
   require_alignment(shared, "copy_async, destination");
-  if (valid) {
+  if (bytes < 0 || bytes > 16) host::stop("copy_async: bytes must lie in 0 ... 16");
+  if (bytes > 0) {
     require_alignment(global, "copy_async, source");
-    host::count(false, 16);
+    host::count(false, bytes);
   }
   auto* to = static_cast<unsigned char*>(shared);
   std::fill_n(to, 16, 0xff);  // NaN in every format: what is read before the wait shows
-  host::issue({to, valid ? static_cast<const unsigned char*>(global) : nullptr});
+  host::issue({to, static_cast<const unsigned char*>(global), bytes});
 }
+
+inline void copy_async(void* shared, const void* global, bool valid) { copy_async(shared, global, valid ? 16 : 0); }
 
 inline void commit_copies() { host::commit(); }
 
 template <int n>
 inline void wait_for_copies() {
   for (host::Copy copy; host::next_due(n, &copy);) {
-    for (int i = 0; i < 16; ++i) copy.to[i] = copy.from ? copy.from[i] : 0;
+    for (int i = 0; i < 16; ++i) copy.to[i] = i < copy.bytes ? copy.from[i] : 0;
   }
 }
 

@@ -26,6 +26,7 @@ inline float float_of(uint32_t bits) {
 }  // namespace host
 
 inline float word_as_float(uint32_t word) { return host::float_of(word); }
+inline uint32_t float_as_word(float x) { return host::bits_of(x); }
 
 inline float to_float(float x) { return x; }
 

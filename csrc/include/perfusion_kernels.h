@@ -1,8 +1,9 @@
 /* The operators of perfusion-kernels for C and C++: raw pointers, sizes, a stream, a status code.
  *
- * No function allocates, throws or waits for the device, and none needs a workspace, so every call can be captured into a
- * CUDA graph. Work is put on the stream given, on the current device. Letters are those of DESIGN.md: B batch rows, T text
- * tokens, D text width, J concept places per row, S slots in the bank, H heads, d head width, N image tokens.
+ * No function allocates, throws or waits for the device, so every call can be captured into a CUDA graph; where one needs a
+ * workspace, a function beside it says how many bytes, and the caller brings them. Work is put on the stream given, on the
+ * current device. Letters are those of DESIGN.md: B batch rows, T text tokens, D text width, O output columns, J concept places
+ * per row, S slots in the bank, H heads, d head width, N image tokens, C channels of one.
  */
 #ifndef PERFUSION_KERNELS_H
 #define PERFUSION_KERNELS_H
@@ -60,6 +61,52 @@ typedef struct perfusion_concept_gates_params {
 /* J <= 128. PERFUSION_INVALID_ARGUMENT, PERFUSION_UNSUPPORTED or PERFUSION_DEVICE_ERROR with a message, or PERFUSION_OK. */
 PERFUSION_API perfusion_status perfusion_concept_gates(const perfusion_concept_gates_params *params, perfusion_stream stream);
 
+/* e Wᵀ + Σ_j (g_j outputs_j - a_j projected_targets_j) (DESIGN.md, (10)), added to the rounded product in float32 and rounded once
+ * more. Without index it is the plain product, whose bits a batch row without a concept has in any case. */
+typedef struct perfusion_edited_projection_params {
+  int64_t B, T, D, O, J, S;
+  perfusion_tensor encodings;         /* [B, T, D] float16 or bfloat16 */
+  perfusion_tensor weight;            /* [O, D] as encodings */
+  perfusion_tensor gates;             /* [B, T, J] float32, not read where index is -1 */
+  perfusion_tensor components;        /* [B, T, J] float32, not read where index is -1 */
+  perfusion_tensor index;             /* [B, J] int32, -1 for none */
+  perfusion_tensor outputs;           /* [S, O] float16, bfloat16 or float32 */
+  perfusion_tensor projected_targets; /* [S, O] as outputs */
+  perfusion_tensor result;            /* [B, T, O] as encodings, written; any strides; must not overlap any other */
+} perfusion_edited_projection_params;
+
+/* Any sizes from D = 1 on, B * T at most 2^30. float32 and float64 are for another backend. */
+PERFUSION_API perfusion_status perfusion_edited_projection(const perfusion_edited_projection_params *params,
+                                                           perfusion_stream stream);
+
+/* Derivatives of perfusion_edited_projection for a gradient of its result (DESIGN.md, (14)): those whose tensors are given are
+ * written. Every sum has one order, so equal calls give equal bits. */
+typedef struct perfusion_edited_projection_backward_params {
+  int64_t B, T, D, O, J, S;
+  perfusion_tensor gradient;                   /* [B, T, O] float16 or bfloat16, of the result */
+  perfusion_tensor weight;                     /* [O, D] as gradient */
+  perfusion_tensor gates;                      /* [B, T, J] float32, not read where index is -1 */
+  perfusion_tensor components;                 /* [B, T, J] float32, not read where index is -1 */
+  perfusion_tensor index;                      /* [B, J] int32, -1 for none */
+  perfusion_tensor outputs;                    /* [S, O] float16, bfloat16 or float32 */
+  perfusion_tensor projected_targets;          /* [S, O] as outputs */
+  perfusion_tensor encodings_gradient;         /* [B, T, D] as gradient; of weight */
+  perfusion_tensor gates_gradient;             /* [B, T, J] float32, 0 where index is -1; of outputs */
+  perfusion_tensor components_gradient;        /* [B, T, J] float32, 0 where index is -1; of projected_targets */
+  perfusion_tensor outputs_gradient;           /* [S, O] as outputs, 0 for slots not in index; of gates */
+  perfusion_tensor projected_targets_gradient; /* [S, O] as outputs, 0 for slots not in index; of components */
+  void *workspace;                             /* 16-byte aligned, for encodings_gradient; its contents do not matter */
+  int64_t workspace_bytes;
+} perfusion_edited_projection_backward_params;
+
+/* The bytes of workspace that a call of these sizes with encodings_gradient needs on the current device; tensors are not read. */
+PERFUSION_API perfusion_status perfusion_edited_projection_backward_workspace(
+    const perfusion_edited_projection_backward_params *params, int64_t *bytes);
+
+/* Sizes as in perfusion_edited_projection. weight, tables, gates and components may be absent where nothing given is of them. */
+PERFUSION_API perfusion_status perfusion_edited_projection_backward(const perfusion_edited_projection_backward_params *params,
+                                                                    perfusion_stream stream);
+
 /* softmax(scale q K̃ᵀ) Ṽ (DESIGN.md, (12)). Without index it is plain attention; with it, the pair of key tables, the pair of
  * value tables, or both are given, and K̃ = K + Σ_j (g_j key_outputs_j - a_j key_targets_j), Ṽ likewise. */
 typedef struct perfusion_edited_attention_params {
@@ -81,6 +128,57 @@ typedef struct perfusion_edited_attention_params {
 /* d of 32, 40, 64, 80, 96, 128, 160; 1 <= T <= 256, as far as K and V of one head fit into the device's shared memory. */
 PERFUSION_API perfusion_status perfusion_edited_attention(const perfusion_edited_attention_params *params,
                                                           perfusion_stream stream);
+
+/* edited_attention to K = e W_Kᵀ and V = e W_Vᵀ, projected, edited and attended to in one launch (DESIGN.md, (12)). The edit is
+ * given as there; K and V are rounded to the dtype of query before it and after it. */
+typedef struct perfusion_fused_edited_attention_params {
+  int64_t B, N, T, D, H, d, J, S;
+  perfusion_tensor query;         /* [B, N, H, d] float16 or bfloat16 */
+  perfusion_tensor encodings;     /* [B, T, D] as query */
+  perfusion_tensor key_weight;    /* [H*d, D] as query */
+  perfusion_tensor value_weight;  /* [H*d, D] as query */
+  perfusion_tensor gates;         /* [B, T, J] float32, not read where index is -1 */
+  perfusion_tensor components;    /* [B, T, J] float32, not read where index is -1 */
+  perfusion_tensor index;         /* [B, J] int32, -1 for none */
+  perfusion_tensor key_outputs;   /* [S, H*d] float16, bfloat16 or float32 */
+  perfusion_tensor key_targets;   /* [S, H*d] as key_outputs */
+  perfusion_tensor value_outputs; /* [S, H*d] as the tables before it */
+  perfusion_tensor value_targets; /* [S, H*d] as value_outputs */
+  perfusion_tensor output;        /* [B, N, H, d] as query, written; must not overlap any other */
+  float scale;
+} perfusion_fused_edited_attention_params;
+
+/* d of 32, 40, 64, 80, 96, 128, 160; 1 <= T <= 256, as far as K and V of one head and a step of their projection fit into the
+ * device's shared memory. */
+PERFUSION_API perfusion_status perfusion_fused_edited_attention(const perfusion_fused_edited_attention_params *params,
+                                                                perfusion_stream stream);
+
+/* residual + output_bias + softmax(scale (x W_Qᵀ) Kᵀ) V W_Oᵀ, x being hidden_states, of the edited keys and values of a prompt
+ * (DESIGN.md, (15)). With both weights absent, keys and values are absorbed: heads are C wide, d is not read, and the result is
+ * residual + output_bias + Σ_h softmax(scale x K_hᵀ) V_h (DESIGN.md, (16)). Sums are float32. */
+typedef struct perfusion_cross_attention_layer_params {
+  int64_t B, N, C, T, H, d;
+  perfusion_tensor hidden_states; /* [B, N, C] float16 or bfloat16 */
+  perfusion_tensor query_weight;  /* [H*d, C] as hidden_states, or absent with output_weight */
+  perfusion_tensor key;           /* [B, T, H, d] as hidden_states, absorbed [B, T, H, C] */
+  perfusion_tensor value;         /* as key */
+  perfusion_tensor output_weight; /* [C, H*d] as hidden_states, or absent with query_weight */
+  perfusion_tensor output_bias;   /* [C] as hidden_states, or absent */
+  perfusion_tensor residual;      /* [B, N, C] as hidden_states, or absent; may be hidden_states */
+  perfusion_tensor output;        /* [B, N, C] as hidden_states, written; must not overlap any other */
+  void *workspace;                /* written and read; 16-byte aligned, free again once the stream is past the call */
+  int64_t workspace_bytes;
+  float scale;
+} perfusion_cross_attention_layer_params;
+
+/* Bytes of workspace that a call with these sizes needs; no tensor but the weights is looked at, and they for their absence. */
+PERFUSION_API perfusion_status perfusion_cross_attention_layer_workspace(const perfusion_cross_attention_layer_params *params,
+                                                                         int64_t *bytes);
+
+/* d of 32, 40, 64, 80, 96, 128, 160, or absorbed; 1 <= T <= 256, not absorbed as far as K and V of one head and a step of the
+ * query's projection fit into the device's shared memory. Two launches. */
+PERFUSION_API perfusion_status perfusion_cross_attention_layer(const perfusion_cross_attention_layer_params *params,
+                                                               perfusion_stream stream);
 
 /* What the last call of this thread that failed has to say: operator, argument, rule, what came. Valid until the next call. */
 PERFUSION_API const char *perfusion_last_message(void);

@@ -12,7 +12,8 @@ from ..backend import register, register_backward
 from .device import declines
 
 OPERATORS = (
-    "concept_gates", "edited_projection", "edited_attention", "fused_edited_attention", "cross_attention_layer"
+    "concept_gates", "edited_projection", "fused_edited_projection", "edited_attention", "fused_edited_attention",
+    "cross_attention_layer",
 )  # fmt: skip
 
 for _name in OPERATORS:

@@ -5,6 +5,8 @@ pieces, 64 + 16 or 32 + 16, instead of one of twice the work. A second piece of 
 the first where a function wants a value.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -27,9 +29,8 @@ def pieces(size: int) -> tuple[int, int]:
     return (whole, 0) if rest == half else (half, rest)
 
 
-def refuses_sizes(query: Tensor, T: int) -> str | None:
+def refuses_sizes(T: int, d: int) -> str | None:
     """Why no program can hold these keys and values, or None."""
-    d = query.shape[3]
     if T > LONGEST or d > LONGEST:
         return f"it holds all keys and values of a head, up to {LONGEST} of up to {LONGEST} columns; got T = {T}, d = {d}"
     return None
@@ -41,9 +42,25 @@ def precision(query: Tensor) -> str:
     return "tf32" if has_tf32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def padded(T: int, d: int) -> tuple[int, int]:
+    """What the pieces of T and d cover."""
+    return sum(pieces(T)), sum(pieces(d))
+
+
 def sizes(T: int, d: int) -> dict[str, int]:
     """The constants T0, T1, D0, D1 of a kernel."""
     return dict(zip(("T0", "T1", "D0", "D1"), (*pieces(T), *pieces(d))))
+
+
+def alignment(*strides: int) -> int:
+    """The constant ALIGNED of a kernel: the largest of 8, 4, 2, 1 that divides the strides of heads; 8 halves are 16 bytes."""
+    return math.gcd(8, *strides)
+
+
+@triton.jit
+def at_head(h, stride, ALIGNED: tl.constexpr):
+    """h · stride. The compiler sees that it is a multiple of ALIGNED, which of 40 it knows neither as an argument nor otherwise."""
+    return h * (stride // ALIGNED) * ALIGNED
 
 
 @triton.jit

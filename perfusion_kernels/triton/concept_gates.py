@@ -17,13 +17,22 @@ from .tuning import launch
 
 IN_REGISTERS = 8  # places
 
+SMALL = ["index", "bias", "temperature"]
+"""Where they begin may not decide which kernel runs: a row's slice need not be a multiple of 16 bytes away."""
+
 TILES = (
     {"BLOCK_T": 8, "BLOCK_D": 32, "num_warps": 4},
+    {"BLOCK_T": 8, "BLOCK_D": 16, "num_warps": 4},
     {"BLOCK_T": 4, "BLOCK_D": 64, "num_warps": 4},
     {"BLOCK_T": 16, "BLOCK_D": 32, "num_warps": 4},
     {"BLOCK_T": 4, "BLOCK_D": 32, "num_warps": 4},
 )
 """Few tokens each: a prompt has 77, and a GPU wants a hundred programs. BLOCK_T · 8 · BLOCK_D sums stay in registers."""
+
+
+def tiles(J: int) -> tuple[dict[str, int], ...]:
+    """For up to eight places; beyond four, 32 columns would spill on CUDA 8.6."""
+    return TILES if J <= 4 else TILES[1:]
 
 
 def concept_gates(
@@ -38,11 +47,11 @@ def concept_gates(
         arguments = (encodings, targets, metric_targets, index, bias, temperature, T, D, *strides)
         PLACES = triton.next_power_of_2(J)
 
-        def run(tiles):
-            grid = (triton.cdiv(T, tiles["BLOCK_T"]), B)
-            _concept_gates[grid](gates, components, *arguments, J=J, PLACES=PLACES, **tiles)
+        def run(shape):
+            grid = (triton.cdiv(T, shape["BLOCK_T"]), B)
+            _concept_gates[grid](gates, components, *arguments, J=J, PLACES=PLACES, **shape)
 
-        launch("concept_gates", (T, D, J, encodings.dtype), encodings.device, TILES, run)
+        launch("concept_gates", (T, D, J, encodings.dtype), encodings.device, tiles(J), run)
     return gates, components
 
 
@@ -61,6 +70,54 @@ def _sum(x):
 
 
 @triton.jit
+def divided(x, y):
+    """x / y as the host divides, y broadcast to x."""
+    return tl.div_rn(x, tl.broadcast_to(y, x.shape))
+
+
+@triton.jit
+def similarities(
+    encodings, targets, metric_targets, t, slots, T, D, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d,
+    PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """c [BLOCK_T, PLACES] of tokens t, R [PLACES, PLACES] and ε [PLACES]; an empty place has 0, the identity's row, and 1."""
+    present = slots >= 0
+    j = tl.arange(0, PLACES)
+    # BLOCK_D partial sums each, added up at the end: fewer exchanges between lanes
+    c_parts = tl.zeros((BLOCK_T, PLACES, BLOCK_D), tl.float32)
+    system_parts = tl.zeros((PLACES, PLACES, BLOCK_D), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        tokens = t.to(tl.int64)[:, None] * encodings_t + d[None, :] * encodings_d
+        e = tl.load(encodings + tokens, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        inside = present[:, None] & (d < D)[None, :]
+        m = tl.load(metric_targets + slots[:, None] * metric_s + d[None, :] * metric_d, mask=inside, other=0.0)
+        i = tl.load(targets + slots[:, None] * targets_s + d[None, :] * targets_d, mask=inside, other=0.0)
+        c_parts += e[:, None, :] * m[None, :, :]
+        system_parts += m[:, None, :] * i[None, :, :]
+    system = _sum(system_parts)
+    one = (j[:, None] == j[None, :]).to(tl.float32)
+    energies = tl.where(present, tl.sum(system * one, 1), 1.0)
+    system = tl.where(present[:, None], divided(system, energies[:, None]), one)
+    return divided(_sum(c_parts), energies[None, :]), system, energies
+
+
+@triton.jit
+def solved(system, right, J: tl.constexpr, PLACES: tl.constexpr):
+    """The rows a of R a = c, c being those of `right`, by elimination; rows and columns leave registers as masked sums."""
+    j = tl.arange(0, PLACES)
+    for pivot in tl.static_range(J):
+        here = j == pivot
+        row = tl.sum(tl.where(here[:, None], system, 0.0), 0)
+        column = tl.sum(tl.where(here[None, :], system, 0.0), 1)
+        inverse = tl.div_rn(1.0, tl.sum(tl.where(here, row, 0.0), 0))
+        left = tl.where(here, column - 1.0, column)
+        system -= left[:, None] * (row * inverse)[None, :]
+        right -= left[None, :] * (tl.sum(tl.where(here[None, :], right, 0.0), 1) * inverse)[:, None]
+    return right
+
+
+@triton.jit(do_not_specialize_on_alignment=SMALL)
 def _concept_gates(
     gates, components, encodings, targets, metric_targets, index, bias, temperature, T, D,
     encodings_b, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, index_b, index_j,
@@ -76,40 +133,14 @@ def _concept_gates(
     g = tl.zeros((BLOCK_T, PLACES), tl.float32)
     a = tl.zeros((BLOCK_T, PLACES), tl.float32)
     if tl.max(slots, 0) >= 0:
-        # BLOCK_D partial sums each, added up at the end: fewer exchanges between lanes
-        c_parts = tl.zeros((BLOCK_T, PLACES, BLOCK_D), tl.float32)
-        system_parts = tl.zeros((PLACES, PLACES, BLOCK_D), tl.float32)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            tokens = b * encodings_b + t.to(tl.int64)[:, None] * encodings_t + d[None, :] * encodings_d
-            e = tl.load(encodings + tokens, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-            inside = present[:, None] & (d < D)[None, :]
-            m = tl.load(metric_targets + slots[:, None] * metric_s + d[None, :] * metric_d, mask=inside, other=0.0)
-            i = tl.load(targets + slots[:, None] * targets_s + d[None, :] * targets_d, mask=inside, other=0.0)
-            c_parts += e[:, None, :] * m[None, :, :]
-            system_parts += m[:, None, :] * i[None, :, :]
-        c = _sum(c_parts)
-        system = _sum(system_parts)
-        one = (j[:, None] == j[None, :]).to(tl.float32)
-        energies = tl.where(present, tl.sum(system * one, 1), 1.0)
-        c = tl.div_rn(c, tl.broadcast_to(energies[None, :], (BLOCK_T, PLACES)))
-        system = tl.where(present[:, None], tl.div_rn(system, tl.broadcast_to(energies[:, None], (PLACES, PLACES))), one)
-
+        c, system, energies = similarities(
+            encodings + b * encodings_b, targets, metric_targets, t, slots, T, D,
+            encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, PLACES, BLOCK_T, BLOCK_D,
+        )  # fmt: skip
         beta = tl.load(bias + b * bias_b + j * bias_j, mask=present, other=0.0)
         tau = tl.load(temperature + b * temperature_b + j * temperature_j, mask=present, other=1.0)
-        logits = tl.div_rn(c - beta[None, :], tl.broadcast_to(tau[None, :], (BLOCK_T, PLACES)))
-        g = tl.where(present[None, :], tl.sigmoid(logits), 0.0)
-
-        a = c  # R a = c by elimination; row and column are taken out of registers by masked sums
-        for pivot in tl.static_range(J):
-            here = j == pivot
-            row = tl.sum(tl.where(here[:, None], system, 0.0), 0)
-            column = tl.sum(tl.where(here[None, :], system, 0.0), 1)
-            inverse = tl.div_rn(1.0, tl.sum(tl.where(here, row, 0.0), 0))
-            left = tl.where(here, column - 1.0, column)
-            system -= left[:, None] * (row * inverse)[None, :]
-            a -= left[None, :] * (tl.sum(tl.where(here[None, :], a, 0.0), 1) * inverse)[:, None]
-        a = tl.where(present[None, :], a, 0.0)
+        g = tl.where(present[None, :], tl.sigmoid(divided(c - beta[None, :], tau[None, :])), 0.0)
+        a = tl.where(present[None, :], solved(system, c, J, PLACES), 0.0)
     written = (t < T)[:, None] & (j < J)[None, :]
     places = (b * T + t)[:, None] * J + j[None, :]
     tl.store(gates + places, g, mask=written)
@@ -141,7 +172,7 @@ def _beyond_registers(
     return gates.mT.contiguous(), components.mT.contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["index"])
 def _products(
     products, encodings, targets, metric_targets, index, T, D, J,
     encodings_b, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, index_b, index_j,

@@ -16,13 +16,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from . import device
+from . import device, shared_memory
+from . import edited_attention as attention
 from .attention_tiles import (
     LOG2_E,
     LONGEST,
     add_product,
+    alignment,
     along,
+    at_head,
     load_tile,
+    padded,
     precision,
     refuses_sizes,
     scores,
@@ -31,7 +35,7 @@ from .attention_tiles import (
 )
 from .device import rounded
 from .edited_attention import edited_attention
-from .edited_attention_backward import attention_gradients
+from .edited_attention_backward import attention_gradients, refuses_gradients
 from .tuning import Configuration, launch
 
 ENOUGH = 128
@@ -42,7 +46,15 @@ def refuses(hidden_states: Tensor, query_weight: Tensor | None, key: Tensor, *re
     reason = device.refuses(hidden_states, query_weight, key, *rest)
     if reason is None and query_weight is None and key.shape[1] > LONGEST:
         return f"it holds the scores of a head, up to {LONGEST} positions; got T = {key.shape[1]}"
-    return reason or (None if query_weight is None else refuses_sizes(key, key.shape[1]))
+    return reason or (None if query_weight is None else _refuses_attention(hidden_states, key))
+
+
+def _refuses_attention(hidden_states: Tensor, key: Tensor) -> str | None:
+    T, H, d = key.shape[1:]
+    if hidden_states.dtype == torch.float32:
+        return attention.refuses(key, key)
+    tiles = tall_tiles(hidden_states.shape[1], key.shape[0] * H, key.dtype, d)
+    return refuses_sizes(T, d) or shared_memory.refuses(tiles, held(T, d, key.dtype), key.device)
 
 
 def cross_attention_layer(
@@ -84,19 +96,13 @@ def _attend(hidden_states: Tensor, query_weight: Tensor, key: Tensor, value: Ten
     def run(tiles):
         _attend_kernel[(triton.cdiv(N, tiles["BLOCK_N"]) * H, B)](
             hidden_states, query_weight, key, value, result,
-            *hidden_states.stride(), *query_weight.stride(), *_but_h(key), *_but_h(value),
-            # a stride of 40, not being a multiple of 16, would as an ordinary argument forbid loads of 16 bytes
-            float(scale), N, C, T, H, key_h=key.stride(2), value_h=value.stride(2),
-            d=d, **sizes(T, d), PRECISION=precision(hidden_states), **tiles,
+            *hidden_states.stride(), *query_weight.stride(), *key.stride(), *value.stride(),
+            float(scale), N, C, T, H, d=d, ALIGNED=alignment(key.stride(2), value.stride(2)), **sizes(T, d), PRECISION=precision(hidden_states), **tiles,
         )  # fmt: skip
 
-    tiles = tall_tiles(N, B * H, hidden_states.dtype, d)
+    tiles = shared_memory.fitting(tall_tiles(N, B * H, result.dtype, d), held(T, d, result.dtype), result.device)
     launch("cross_attention_layer attend", (B, N, C, T, H, d, result.dtype), result.device, tiles, run)
     return result
-
-
-def _but_h(tensor: Tensor) -> tuple[int, ...]:
-    return tensor.stride()[:2] + tensor.stride()[3:]
 
 
 def _weigh(hidden_states: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -154,6 +160,17 @@ def tall_tiles(N: int, pairs: int, dtype: torch.dtype, width: int) -> list[Confi
     return _filling(found, lambda tiles: triton.cdiv(N, tiles["BLOCK_N"]) * pairs)
 
 
+def held(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
+    """Stages of the projection, and after them all keys or values of a head beside a tile of queries or of weights."""
+    T, d = padded(T, d)
+
+    def bytes_of(tiles):
+        stages = tiles["num_stages"] * tiles["BLOCK_C"] * (tiles["BLOCK_N"] + d)
+        return dtype.itemsize * max(stages, 2 * T * d + tiles["BLOCK_N"] * (T + d))
+
+    return bytes_of
+
+
 def flat_tiles(rows: int, count: int, C: int, dtype: torch.dtype) -> list[Configuration]:
     """For the output's tiles, of which there are `count` times as many as `rows` and C make."""
     if dtype == torch.float32:
@@ -173,7 +190,9 @@ def _filling(configurations: list[Configuration], programs) -> list[Configuratio
 def refuses_backward(gradient: Tensor, hidden_states: Tensor, query_weight: Tensor | None, *rest) -> str | None:
     if query_weight is None:
         return "it differentiates projections, and absorbed ones are there no more"
-    return refuses(hidden_states, query_weight, *rest)
+    key = rest[0]
+    reason = device.refuses(gradient, hidden_states, query_weight, *rest) or attention.refuses(key, key)
+    return reason or refuses_gradients(key, key.shape[1], key.shape[3])
 
 
 def cross_attention_layer_backward(
@@ -214,8 +233,8 @@ def cross_attention_layer_backward(
 @triton.jit(do_not_specialize=["N", "T", "H"])
 def _attend_kernel(
     hidden_states, query_weight, key, value, result, hidden_b, hidden_n, hidden_c, weight_o, weight_c,
-    key_b, key_t, key_d, value_b, value_t, value_d, scale, N, C, T, H, key_h: tl.constexpr, value_h: tl.constexpr,
-    d: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    key_b, key_t, key_h, key_d, value_b, value_t, value_h, value_d, scale, N, C, T, H,
+    d: tl.constexpr, ALIGNED: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """result[b, n, h] = softmax(scale · (x W_Q,hᵀ) K_hᵀ) V_h, of a tile of n, one head and one batch row."""
@@ -238,10 +257,10 @@ def _attend_kernel(
     dtype = result.dtype.element_ty
     q0, q1 = rounded(q0, dtype), rounded(q1, dtype)
 
-    k00, k01, k10, k11 = _four_tiles(key + b * key_b + h * key_h, key_t, key_d, T, d, T0, T1, D0, D1)
+    k00, k01, k10, k11 = _four_tiles(key + b * key_b + at_head(h, key_h, ALIGNED), key_t, key_d, T, d, T0, T1, D0, D1)
     s0, s1, largest = scores(q0, q1, k00, k01, k10, k11, scale, T, T0, T1, D1, PRECISION)
     p0, p1, share = _softmax(s0, s1, largest, T1)
-    v00, v01, v10, v11 = _four_tiles(value + b * value_b + h * value_h, value_t, value_d, T, d, T0, T1, D0, D1)
+    v00, v01, v10, v11 = _four_tiles(value + b * value_b + at_head(h, value_h, ALIGNED), value_t, value_d, T, d, T0, T1, D0, D1)
     result += (b * N * H + h) * d
     store_tile(result, along(p0, p1, v00, v10, T1, PRECISION) * share[:, None], n, c0, H * d, N, d)
     if D1 > 0:

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
-from .attention_tiles import along, load_tile, precision, refuses_sizes, scores, sizes, store_tile
-from .edited_tiles import edit_arguments, load_edited
+from . import device, shared_memory
+from .attention_tiles import along, alignment, at_head, load_tile, padded, precision, refuses_sizes, scores, sizes, store_tile
+from .edited_tiles import SMALL, edit_arguments, load_edited
 from .tuning import launch
 
 PROGRAMS = 512
@@ -20,7 +20,12 @@ PROGRAMS = 512
 
 
 def refuses(query: Tensor, key: Tensor, *value_edit_and_scale) -> str | None:
-    return device.refuses(query, key, *value_edit_and_scale) or refuses_sizes(query, key.shape[1])
+    T, d = key.shape[1], query.shape[3]
+    return (
+        device.refuses(query, key, *value_edit_and_scale)
+        or refuses_sizes(T, d)
+        or shared_memory.refuses(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
+    )
 
 
 def edited_attention(
@@ -49,11 +54,12 @@ def edited_attention(
         _attend[(programs * B * H,)](
             query, key, value, result, *edit, *query.stride(), *key.stride(), *value.stride(), *edit_strides,
             float(scale), N, T, H, J, programs, each,
-            d=d, PLACES=places, **sizes(T, d), PRECISION=precision(query), **tiles,
+            d=d, PLACES=places, ALIGNED=alignment(query.stride(2), key.stride(2), value.stride(2)), **sizes(T, d), PRECISION=precision(query), **tiles,
         )  # fmt: skip
 
     # the edit is not in the key: a row without a concept has the bits of plain attention, so both take the same tiles
-    launch("edited_attention", (B, N, T, H, d, query.dtype), query.device, tiles(T, d, query.dtype), run)
+    fitting = shared_memory.fitting(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
+    launch("edited_attention", (B, N, T, H, d, query.dtype), query.device, fitting, run)
     return result
 
 
@@ -71,6 +77,12 @@ def tiles(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
     )
 
 
+def held(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
+    """All keys and values of a head, a tile of queries and its weights."""
+    T, d = padded(T, d)
+    return lambda tiles: dtype.itemsize * (2 * T * d + tiles["BLOCK_N"] * (T + d))
+
+
 def share(N: int, pairs: int, block: int) -> tuple[int, int]:
     """(programs per row and head, tiles of queries per program)."""
     count = triton.cdiv(N, block)
@@ -78,7 +90,7 @@ def share(N: int, pairs: int, block: int) -> tuple[int, int]:
     return triton.cdiv(count, each), each
 
 
-@triton.jit(do_not_specialize=["N", "T", "H", "J", "programs", "each"])
+@triton.jit(do_not_specialize=["N", "T", "H", "J", "programs", "each"], do_not_specialize_on_alignment=SMALL)
 def _attend(
     query, key, value, result, gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
     query_b, query_n, query_h, query_d, key_b, key_t, key_h, key_d, value_b, value_t, value_h, value_d,
@@ -86,24 +98,24 @@ def _attend(
     key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
     value_outputs_s, value_outputs_c, value_targets_s, value_targets_c,
     scale, N, T, H, J, programs, each,
-    d: tl.constexpr, PLACES: tl.constexpr,
+    d: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0) // programs
     b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
     k00, k01, k10, k11 = load_edited(
-        key + b * key_b + h * key_h, gates, components, index, key_outputs, key_targets, b, h, 0, T, J,
+        key + b * key_b + at_head(h, key_h, ALIGNED), gates, components, index, key_outputs, key_targets, b, h, 0, T, J,
         key_t, key_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, T0, T1, D0, D1,
     )  # fmt: skip
     v00, v01, v10, v11 = load_edited(
-        value + b * value_b + h * value_h, gates, components, index, value_outputs, value_targets, b, h, 0, T, J,
+        value + b * value_b + at_head(h, value_h, ALIGNED), gates, components, index, value_outputs, value_targets, b, h, 0, T, J,
         value_t, value_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, T0, T1, D0, D1,
     )  # fmt: skip
     attend_tiles(
-        query + b * query_b + h * query_h, result + (b * N * H + h) * d, k00, k01, k10, k11, v00, v01, v10, v11,
+        query + b * query_b + at_head(h, query_h, ALIGNED), result + (b * N * H + h) * d, k00, k01, k10, k11, v00, v01, v10, v11,
         query_n, query_d, scale, N, T, H, (tl.program_id(0) % programs) * each, each, d, T0, T1, D0, D1,
         PRECISION, BLOCK_N,
     )  # fmt: skip

@@ -11,13 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
+from . import device, shared_memory
 from .attention_tiles import (
     LOG2_E,
     across,
     add_product,
+    alignment,
     along,
+    at_head,
     load_tile,
+    padded,
     pieces,
     precision,
     refuses_sizes,
@@ -27,13 +30,23 @@ from .attention_tiles import (
 )
 from .device import rounded
 from .edited_attention import share
-from .edited_tiles import edit_arguments, load_edited
+from .edited_tiles import SMALL, edit_arguments, load_edited
 from .rank_one import rank_one_backward
 from .tuning import launch
 
 
 def refuses_backward(gradient: Tensor, query: Tensor, key: Tensor, *value_edit_scale_and_needs) -> str | None:
-    return device.refuses(gradient, query, key, *value_edit_scale_and_needs) or refuses_sizes(query, key.shape[1])
+    reason = device.refuses(gradient, query, key, *value_edit_scale_and_needs)
+    return reason or refuses_gradients(query, key.shape[1], query.shape[3])
+
+
+def refuses_gradients(query: Tensor, T: int, d: int) -> str | None:
+    """Why `attention_gradients` cannot be had for queries of this dtype and device, or None."""
+    return (
+        refuses_sizes(T, d)
+        or shared_memory.refuses(tiles_by_query(T, d, query.dtype), held_by_query(T, d, query.dtype), query.device)
+        or shared_memory.refuses(tiles_by_key(T, d, query.dtype), held_by_key(T, d, query.dtype), query.device)
+    )
 
 
 def edited_attention_backward(
@@ -87,7 +100,8 @@ def attention_gradients(
         return by_query, empty, empty.clone()
     tensors, edit_strides, J, places = edit_arguments(*edit)
     strides = (*query.stride(), *key.stride(), *value.stride(), *gradient.stride(), *edit_strides)
-    constants = {"d": d, "PLACES": places, "PRECISION": precision(query)}
+    aligned = alignment(*(x.stride(2) for x in (query, key, value, gradient)))
+    constants = {"d": d, "PLACES": places, "ALIGNED": aligned, "PRECISION": precision(query)}
     logarithms, sums = torch.empty((2, B, H, N), dtype=torch.float32, device=query.device)
     shapes = (B, N, T, H, d, query.dtype)
 
@@ -98,7 +112,8 @@ def attention_gradients(
             float(scale), N, T, H, J, programs, each, **constants, **sizes(T, d), **tiles,
         )  # fmt: skip
 
-    launch("edited_attention_by_query", shapes, query.device, tiles_by_query(T, d, query.dtype), run_query)
+    fitting = shared_memory.fitting(tiles_by_query(T, d, query.dtype), held_by_query(T, d, query.dtype), query.device)
+    launch("edited_attention_by_query", shapes, query.device, fitting, run_query)
 
     by_key = by_value = None  # two buffers: results of an operator must not share one
 
@@ -113,7 +128,8 @@ def attention_gradients(
             float(scale), N, T, H, J, B, programs, blocks, each, **constants, D0=D0, D1=D1, **tiles,
         )  # fmt: skip
 
-    launch("edited_attention_by_key", shapes, query.device, tiles_by_key(T, d, query.dtype), run_key_and_value)
+    fitting = shared_memory.fitting(tiles_by_key(T, d, query.dtype), held_by_key(T, d, query.dtype), query.device)
+    launch("edited_attention_by_key", shapes, query.device, fitting, run_key_and_value)
     by_key, by_value = (parts[0] if len(parts) == 1 else parts.sum(0) for parts in (by_key, by_value))
     return by_query, by_key, by_value
 
@@ -139,7 +155,24 @@ def tiles_by_key(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ..
     )
 
 
-@triton.jit(do_not_specialize=["N", "T", "H", "J", "programs", "each"])
+def held_by_query(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
+    """All keys and values of a head, a tile of queries and their gradient, and its weights; in half precision these are in
+    registers, and keys are there twice, once turned."""
+    T, d = padded(T, d)
+    if dtype == torch.float32:
+        return lambda tiles: 4 * (2 * T * d + tiles["BLOCK_N"] * (2 * d + T))
+    return lambda tiles: dtype.itemsize * (3 * T * d + tiles["BLOCK_N"] * 2 * d)
+
+
+def held_by_key(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
+    """A block of keys and values, a tile of queries and their gradient, weights and their derivatives."""
+    _, d = padded(T, d)
+    return lambda tiles: dtype.itemsize * 2 * (
+        (tiles["BLOCK_T"] + tiles["BLOCK_N"]) * d + tiles["BLOCK_T"] * tiles["BLOCK_N"]
+    )
+
+
+@triton.jit(do_not_specialize=["N", "T", "H", "J", "programs", "each"], do_not_specialize_on_alignment=SMALL)
 def _by_query(
     query, key, value, gradient, by_query, logarithms, sums,
     gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
@@ -149,24 +182,24 @@ def _by_query(
     key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
     value_outputs_s, value_outputs_c, value_targets_s, value_targets_c,
     scale, N, T, H, J, programs, each,
-    d: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr,
+    d: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """by_query = dS K̃ with dS = scale · P (dP - Σ_t dP P) and dP = dO Ṽᵀ; logarithms of base 2, sums = Σ_t dP P."""
     pair = tl.program_id(0) // programs
     b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
     k00, k01, k10, k11 = load_edited(
-        key + b * key_b + h * key_h, gates, components, index, key_outputs, key_targets, b, h, 0, T, J,
+        key + b * key_b + at_head(h, key_h, ALIGNED), gates, components, index, key_outputs, key_targets, b, h, 0, T, J,
         key_t, key_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, T0, T1, D0, D1,
     )  # fmt: skip
     v00, v01, v10, v11 = load_edited(
-        value + b * value_b + h * value_h, gates, components, index, value_outputs, value_targets, b, h, 0, T, J,
+        value + b * value_b + at_head(h, value_h, ALIGNED), gates, components, index, value_outputs, value_targets, b, h, 0, T, J,
         value_t, value_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, T0, T1, D0, D1,
     )  # fmt: skip
-    query += b * query_b + h * query_h
-    gradient += b * gradient_b + h * gradient_h
+    query += b * query_b + at_head(h, query_h, ALIGNED)
+    gradient += b * gradient_b + at_head(h, gradient_h, ALIGNED)
     by_query += (b * N * H + h) * d
     logarithms += (b * H + h) * N
     sums += (b * H + h) * N
@@ -206,7 +239,7 @@ def _by_query(
             store_tile(by_query, dq1, n, D0 + tl.arange(0, D1), H * d, N, d)
 
 
-@triton.jit(do_not_specialize=["N", "T", "H", "J", "B", "programs", "blocks", "each"])
+@triton.jit(do_not_specialize=["N", "T", "H", "J", "B", "programs", "blocks", "each"], do_not_specialize_on_alignment=SMALL)
 def _by_key_and_value(
     query, key, value, gradient, by_key, by_value, logarithms, sums,
     gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
@@ -216,7 +249,7 @@ def _by_key_and_value(
     key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
     value_outputs_s, value_outputs_c, value_targets_s, value_targets_c,
     scale, N, T, H, J, B, programs, blocks, each,
-    d: tl.constexpr, PLACES: tl.constexpr, PRECISION: tl.constexpr,
+    d: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """by_value[part] = Pᵀ dO and by_key[part] = dSᵀ q over the part's queries, all tiles with positions as rows."""
@@ -224,18 +257,18 @@ def _by_key_and_value(
     block, pair = pair % blocks, pair // blocks
     b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
     k0, k1, _, _ = load_edited(
-        key + b * key_b + h * key_h, gates, components, index, key_outputs, key_targets, b, h, block * BLOCK_T, T, J,
+        key + b * key_b + at_head(h, key_h, ALIGNED), gates, components, index, key_outputs, key_targets, b, h, block * BLOCK_T, T, J,
         key_t, key_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, BLOCK_T, 0, D0, D1,
     )  # fmt: skip
     v0, v1, _, _ = load_edited(
-        value + b * value_b + h * value_h, gates, components, index, value_outputs, value_targets,
+        value + b * value_b + at_head(h, value_h, ALIGNED), gates, components, index, value_outputs, value_targets,
         b, h, block * BLOCK_T, T, J,
         value_t, value_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, BLOCK_T, 0, D0, D1,
     )  # fmt: skip
-    query += b * query_b + h * query_h
-    gradient += b * gradient_b + h * gradient_h
+    query += b * query_b + at_head(h, query_h, ALIGNED)
+    gradient += b * gradient_b + at_head(h, gradient_h, ALIGNED)
     logarithms += (b * H + h) * N
     sums += (b * H + h) * N
     c0 = tl.arange(0, D0)

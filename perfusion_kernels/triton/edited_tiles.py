@@ -7,6 +7,10 @@ from .attention_tiles import load_tile
 from .device import rounded
 
 
+SMALL = ["gates", "components", "index"]
+"""What is read element by element: whether it begins at a multiple of 16 bytes may not decide which kernel runs."""
+
+
 def places(J: int) -> int:
     """J as the kernels want it: unrolled up to the next power of two, or 0, a loop, beyond 8."""
     return triton.next_power_of_2(J) if J <= 8 else 0

@@ -11,17 +11,22 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from . import device
-from .attention_tiles import add_product, load_tile, precision, refuses_sizes, sizes
+from . import device, shared_memory
+from .attention_tiles import add_product, alignment, at_head, load_tile, padded, precision, refuses_sizes, sizes
 from .device import rounded
 from .edited_attention import attend_tiles, share
-from .edited_attention_backward import attention_gradients, edit_gradients
-from .edited_tiles import edit_arguments, edit_tiles
+from .edited_attention_backward import attention_gradients, edit_gradients, refuses_gradients
+from .edited_tiles import SMALL, edit_arguments, edit_tiles
 from .tuning import launch
 
 
 def refuses(query: Tensor, encodings: Tensor, *weights_edit_and_scale) -> str | None:
-    return device.refuses(query, encodings, *weights_edit_and_scale) or refuses_sizes(query, encodings.shape[1])
+    T, d = encodings.shape[1], query.shape[3]
+    return (
+        device.refuses(query, encodings, *weights_edit_and_scale)
+        or refuses_sizes(T, d)
+        or shared_memory.refuses(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
+    )
 
 
 def fused_edited_attention(
@@ -52,10 +57,11 @@ def fused_edited_attention(
             query, encodings, key_weight, value_weight, result, *edit,
             *query.stride(), *encodings.stride(), *key_weight.stride(), *value_weight.stride(), *edit_strides,
             float(scale), N, T, H, D, J, programs, each,
-            d=d, PLACES=places, **sizes(T, d), PRECISION=precision(query), **tiles,
+            d=d, PLACES=places, ALIGNED=alignment(query.stride(2)), **sizes(T, d), PRECISION=precision(query), **tiles,
         )  # fmt: skip
 
-    launch("fused_edited_attention", (B, N, T, D, H, d, query.dtype), query.device, tiles(T, d, query.dtype), run)
+    fitting = shared_memory.fitting(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
+    launch("fused_edited_attention", (B, N, T, D, H, d, query.dtype), query.device, fitting, run)
     return result
 
 
@@ -71,7 +77,18 @@ def tiles(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
     )
 
 
-@triton.jit(do_not_specialize=["N", "T", "H", "J", "programs", "each"])
+def held(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
+    """All keys and values of a head, and stages of their projection or a tile of queries and its weights."""
+    T, d = padded(T, d)
+
+    def bytes_of(tiles):
+        stages = tiles["num_stages"] * tiles["BLOCK_K"] * (T + d)
+        return dtype.itemsize * (2 * T * d + max(stages, tiles["BLOCK_N"] * (T + d)))
+
+    return bytes_of
+
+
+@triton.jit(do_not_specialize=["N", "T", "H", "J", "programs", "each"], do_not_specialize_on_alignment=SMALL)
 def _project_and_attend(
     query, encodings, key_weight, value_weight, result,
     gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
@@ -81,7 +98,7 @@ def _project_and_attend(
     key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
     value_outputs_s, value_outputs_c, value_targets_s, value_targets_c,
     scale, N, T, H, D, J, programs, each,
-    d: tl.constexpr, PLACES: tl.constexpr,
+    d: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +124,7 @@ def _project_and_attend(
         value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, T0, T1, D0, D1,
     )  # fmt: skip
     attend_tiles(
-        query + b * query_b + h * query_h, result + (b * N * H + h) * d, k00, k01, k10, k11, v00, v01, v10, v11,
+        query + b * query_b + at_head(h, query_h, ALIGNED), result + (b * N * H + h) * d, k00, k01, k10, k11, v00, v01, v10, v11,
         query_n, query_d, scale, N, T, H, (tl.program_id(0) % programs) * each, each, d, T0, T1, D0, D1,
         PRECISION, BLOCK_N,
     )  # fmt: skip
@@ -148,7 +165,9 @@ def _project(
 
 
 def refuses_backward(gradient: Tensor, *arguments_and_needs) -> str | None:
-    return device.refuses(gradient) or refuses(*arguments_and_needs)
+    query, encodings = arguments_and_needs[:2]
+    reason = device.refuses(gradient, *arguments_and_needs)
+    return reason or refuses_gradients(query, encodings.shape[1], query.shape[3])
 
 
 def fused_edited_attention_backward(

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import rounded
+from .edited_tiles import SMALL
 from .tuning import launch
 
 TILES = (
@@ -42,7 +43,7 @@ def add_rank_one(
     launch("add_rank_one", key, base.device, TILES, run, trial=lambda tiles: run(tiles, torch.empty_like(base)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SMALL)
 def _update(
     result, base, gates, components, index, outputs, targets, T, O, J,
     gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
@@ -110,18 +111,25 @@ def rank_one_backward(
         present = (index >= 0)[:, None]
         by_gates, by_components = (torch.where(present, part.sum(0), 0) for part in (parts[:, 0], -parts[:, 1]))
     if TABLES:
-        by_outputs, by_targets = (outputs.new_zeros((S, O)) for _ in range(2))
-
-        def run_sums(tiles):
-            grid = (triton.cdiv(O, tiles["BLOCK_O"]), B * J)
-            _sum_by_slot[grid](by_outputs, by_targets, by_tables, index, B * J, O, J, *index.stride(), **tiles)
-
-        launch("sum_by_slot", (O, B * J), gradient.device, ({"BLOCK_O": 256, "num_warps": 4},), run_sums)
+        by_outputs, by_targets = sum_by_slot(by_tables, index, outputs)
     found = (by_gates, by_components, None, by_outputs, by_targets)
     return tuple(x if need else None for x, need in zip(found, needs))
 
 
-@triton.jit
+def sum_by_slot(by_tables: Tensor, index: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Two gradients like `table` [S, O] from those of each place, by_tables [B*J, 2, O] in the order of index [B, J]."""
+    count, _, O = by_tables.shape
+    by_first, by_second = (torch.zeros(table.shape, dtype=table.dtype, device=table.device) for _ in range(2))
+
+    def run(tiles):
+        grid = (triton.cdiv(O, tiles["BLOCK_O"]), count)
+        _sum_by_slot[grid](by_first, by_second, by_tables, index, count, O, index.shape[1], *index.stride(), **tiles)
+
+    launch("sum_by_slot", (O, count), table.device, ({"BLOCK_O": 256, "num_warps": 4},), run)
+    return by_first, by_second
+
+
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=SMALL)
 def _gradients(
     parts, by_tables, gradient, gates, components, index, outputs, targets, B, T, O, J, gradient_b, gradient_t, gradient_o,
     gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
@@ -161,7 +169,7 @@ def _gradients(
             tl.store(by_tables + (2 * line + 1) * O + o, by_target, mask=o < O)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["index"])
 def _sum_by_slot(by_outputs, by_targets, by_tables, index, count, O, J, index_b, index_j, BLOCK_O: tl.constexpr):
     """by_outputs[slot] and by_targets[slot] = Σ of the lines whose place has this slot, by the first such line."""
     first = tl.program_id(1).to(tl.int64)

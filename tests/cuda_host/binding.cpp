@@ -2,7 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../../csrc/cross_attention_layer.h"
 #include "../../csrc/edited_attention.h"
+#include "../../csrc/edited_projection.h"
+#include "../../csrc/fused_edited_attention.h"
 #include "../../csrc/host/block.h"
 #include "../../csrc/include/perfusion_kernels.h"
 #include "misuse.cuh"
@@ -45,6 +48,39 @@ perfusion_edited_attention_params attention(const py::dict& sizes, const py::dic
   return p;
 }
 
+perfusion_fused_edited_attention_params fused(const py::dict& sizes, const py::dict& tensors, float scale) {
+  perfusion_fused_edited_attention_params p{};
+  for (auto [name, value] : {std::pair{"B", &p.B}, {"N", &p.N}, {"T", &p.T}, {"D", &p.D}, {"H", &p.H}, {"d", &p.d}, {"J", &p.J},
+                             {"S", &p.S}}) {
+    *value = size(sizes, name);
+  }
+  for (auto [name, value] : {std::pair{"query", &p.query}, {"encodings", &p.encodings}, {"key_weight", &p.key_weight},
+                             {"value_weight", &p.value_weight}, {"gates", &p.gates}, {"components", &p.components},
+                             {"index", &p.index}, {"key_outputs", &p.key_outputs}, {"key_targets", &p.key_targets},
+                             {"value_outputs", &p.value_outputs}, {"value_targets", &p.value_targets}, {"output", &p.output}}) {
+    *value = tensor(tensors, name);
+  }
+  p.scale = scale;
+  return p;
+}
+
+perfusion_cross_attention_layer_params layer(const py::dict& sizes, const py::dict& tensors, uintptr_t workspace, int64_t bytes,
+                                              float scale) {
+  perfusion_cross_attention_layer_params p{};
+  for (auto [name, value] : {std::pair{"B", &p.B}, {"N", &p.N}, {"C", &p.C}, {"T", &p.T}, {"H", &p.H}, {"d", &p.d}}) {
+    *value = size(sizes, name);
+  }
+  for (auto [name, value] : {std::pair{"hidden_states", &p.hidden_states}, {"query_weight", &p.query_weight}, {"key", &p.key},
+                             {"value", &p.value}, {"output_weight", &p.output_weight}, {"output_bias", &p.output_bias},
+                             {"residual", &p.residual}, {"output", &p.output}}) {
+    *value = tensor(tensors, name);
+  }
+  p.workspace = reinterpret_cast<void*>(workspace);
+  p.workspace_bytes = bytes;
+  p.scale = scale;
+  return p;
+}
+
 perfusion_concept_gates_params gates(const py::dict& sizes, const py::dict& tensors) {
   perfusion_concept_gates_params p{};
   for (auto [name, value] : {std::pair{"B", &p.B}, {"T", &p.T}, {"D", &p.D}, {"J", &p.J}, {"S", &p.S}}) *value = size(sizes, name);
@@ -56,9 +92,50 @@ perfusion_concept_gates_params gates(const py::dict& sizes, const py::dict& tens
   return p;
 }
 
-py::dict plan(const py::dict& sizes, const py::dict& tensors) {
-  EditedAttentionPlan made{};
-  const perfusion_status status = plan_edited_attention(attention(sizes, tensors, 1.0f), host::machine().device, &made);
+perfusion_edited_projection_params projection(const py::dict& sizes, const py::dict& tensors) {
+  perfusion_edited_projection_params p{};
+  for (auto [name, value] : {std::pair{"B", &p.B}, {"T", &p.T}, {"D", &p.D}, {"O", &p.O}, {"J", &p.J}, {"S", &p.S}}) {
+    *value = size(sizes, name);
+  }
+  for (auto [name, value] : {std::pair{"encodings", &p.encodings}, {"weight", &p.weight}, {"gates", &p.gates},
+                             {"components", &p.components}, {"index", &p.index}, {"outputs", &p.outputs},
+                             {"projected_targets", &p.projected_targets}, {"result", &p.result}}) {
+    *value = tensor(tensors, name);
+  }
+  return p;
+}
+
+perfusion_edited_projection_backward_params projection_backward(const py::dict& sizes, const py::dict& tensors) {
+  perfusion_edited_projection_backward_params p{};
+  for (auto [name, value] : {std::pair{"B", &p.B}, {"T", &p.T}, {"D", &p.D}, {"O", &p.O}, {"J", &p.J}, {"S", &p.S}}) {
+    *value = size(sizes, name);
+  }
+  for (auto [name, value] : {std::pair{"gradient", &p.gradient}, {"weight", &p.weight}, {"gates", &p.gates},
+                             {"components", &p.components}, {"index", &p.index}, {"outputs", &p.outputs},
+                             {"projected_targets", &p.projected_targets}, {"encodings_gradient", &p.encodings_gradient},
+                             {"gates_gradient", &p.gates_gradient}, {"components_gradient", &p.components_gradient},
+                             {"outputs_gradient", &p.outputs_gradient},
+                             {"projected_targets_gradient", &p.projected_targets_gradient}}) {
+    *value = tensor(tensors, name);
+  }
+  p.workspace = tensor(tensors, "workspace").data;
+  p.workspace_bytes = size(sizes, "workspace_bytes");
+  return p;
+}
+
+py::dict plan_projection(const py::dict& sizes, const py::dict& tensors) {
+  EditedProjectionPlan made{};
+  const perfusion_status status = plan_edited_projection(projection(sizes, tensors), host::machine().device, &made);
+  py::dict result;
+  result["status"] = static_cast<int>(status);
+  result["rows"] = made.rows;
+  result["columns"] = made.columns;
+  result["row_tiles"] = made.row_tiles;
+  result["column_tiles"] = made.column_tiles;
+  return result;
+}
+
+py::dict told(perfusion_status status, const EditedAttentionPlan& made) {
   py::dict result;
   result["status"] = static_cast<int>(status);
   result["message"] = outcome(status).second;
@@ -66,6 +143,33 @@ py::dict plan(const py::dict& sizes, const py::dict& tensors) {
   result["stages"] = made.stages;
   result["splits"] = made.splits;
   result["bytes"] = made.bytes;
+  return result;
+}
+
+py::dict plan(const py::dict& sizes, const py::dict& tensors) {
+  EditedAttentionPlan made{};
+  const perfusion_status status = plan_edited_attention(attention(sizes, tensors, 1.0f), host::machine().device, &made);
+  return told(status, made);
+}
+
+py::dict fused_plan(const py::dict& sizes, const py::dict& tensors) {
+  FusedEditedAttentionPlan made{};
+  const perfusion_status status = plan_fused_edited_attention(fused(sizes, tensors, 1.0f), host::machine().device, &made);
+  return told(status, made.attention);
+}
+
+py::dict layer_plan(const py::dict& sizes, const py::dict& tensors) {
+  CrossAttentionLayerPlan made{};
+  const perfusion_status status = plan_cross_attention_layer(layer(sizes, tensors, 0, 0, 1.0f), host::machine().device, &made);
+  py::dict result;
+  result["status"] = static_cast<int>(status);
+  result["message"] = outcome(status).second;
+  for (auto [name, value] : {std::pair{"rows", made.rows}, {"second_rows", made.second_rows}, {"splits", made.splits},
+                             {"bytes", made.bytes}, {"second_bytes", made.second_bytes}}) {
+    result[name] = value;
+  }
+  result["blocks"] = made.blocks;
+  result["second_blocks"] = made.second_blocks;
   return result;
 }
 
@@ -108,11 +212,44 @@ PYBIND11_MODULE(perfusion_host, module) {
     const auto p = attention(sizes, tensors, scale);
     return outcome(perfusion_edited_attention(&p, nullptr));
   });
+  module.def("fused_edited_attention", [](const py::dict& sizes, const py::dict& tensors, float scale) {
+    const auto p = fused(sizes, tensors, scale);
+    return outcome(perfusion_fused_edited_attention(&p, nullptr));
+  });
+  module.def("plan_fused_edited_attention", &fused_plan);
+  module.def("share_projection", &share_projection);
+  module.def("cross_attention_layer",
+             [](const py::dict& sizes, const py::dict& tensors, uintptr_t workspace, int64_t bytes, float scale) {
+               const auto p = layer(sizes, tensors, workspace, bytes, scale);
+               return outcome(perfusion_cross_attention_layer(&p, nullptr));
+             });
+  module.def("cross_attention_layer_workspace", [](const py::dict& sizes, const py::dict& tensors) {
+    const auto p = layer(sizes, tensors, 0, 0, 1.0f);
+    int64_t bytes = -1;
+    const auto [status, message] = outcome(perfusion_cross_attention_layer_workspace(&p, &bytes));
+    return std::tuple{status, message, bytes};
+  });
+  module.def("plan_cross_attention_layer", &layer_plan);
   module.def("concept_gates", [](const py::dict& sizes, const py::dict& tensors) {
     const auto p = gates(sizes, tensors);
     return outcome(perfusion_concept_gates(&p, nullptr));
   });
+  module.def("edited_projection", [](const py::dict& sizes, const py::dict& tensors) {
+    const auto p = projection(sizes, tensors);
+    return outcome(perfusion_edited_projection(&p, nullptr));
+  });
+  module.def("edited_projection_backward", [](const py::dict& sizes, const py::dict& tensors) {
+    const auto p = projection_backward(sizes, tensors);
+    return outcome(perfusion_edited_projection_backward(&p, nullptr));
+  });
+  module.def("edited_projection_backward_workspace", [](const py::dict& sizes, const py::dict& tensors) {
+    const auto p = projection_backward(sizes, tensors);
+    int64_t bytes = -1;
+    const auto [status, message] = outcome(perfusion_edited_projection_backward_workspace(&p, &bytes));
+    return std::make_tuple(status, message, bytes);
+  });
   module.def("plan_edited_attention", &plan);
+  module.def("plan_edited_projection", &plan_projection);
   module.def("configure", &configure);
   module.def("counted", &counted);
   module.def("misuse", [](int which, int threads) { return host::run(1, threads, 1024, [which] { misuse(which); }); });

@@ -16,11 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pybind11
+import torch
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "cuda_host"
-KERNELS = ("concept_gates.cu", "edited_attention.cu", "edited_attention_float16.cu", "edited_attention_bfloat16.cu")
+ATTENTION = ("edited_attention", "fused_edited_attention", "cross_attention_layer")
+KERNELS = (
+    "concept_gates.cu",
+    "edited_projection.cu",
+    "edited_projection_backward.cu",
+    *(f"{name}{part}.cu" for name in ATTENTION for part in ("", "_float16", "_bfloat16")),
+)
 PLAIN = ("status.cpp", "host/block.cpp")
+TORCH = Path(torch.__file__).parent
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
 
 
@@ -29,36 +37,42 @@ class Change:
     file: str  # in csrc/
     old: str
     new: str
+    operator: str = ""  # whose sources alone see the change, "" for all: the others need not be compiled again
 
 
 def only_widths(*widths: int) -> tuple[Change, ...]:
     """The changes that leave these head widths alone, for builds that need no others."""
-    file = "edited_attention_instances.cuh"
-    lines = [line for line in (ROOT / "csrc" / file).read_text().splitlines() if "PERFUSION_ATTENTION_WIDTH(" in line and "define" not in line]
-    return tuple(Change(file, line, "\\") for line in lines if int(line.split("(")[1].split(")")[0]) not in widths)
+    file = "attention_widths.h"
+    lines = [line for line in (ROOT / "csrc" / file).read_text().splitlines() if line.startswith("  CASE(")]
+    return tuple(Change(file, line, "  \\") for line in lines if int(line.split("(")[1].split(")")[0]) not in widths)
 
 
-def build(name: str, main: str, *, flags: tuple[str, ...] = (), link: tuple[str, ...] = (), changes: tuple[Change, ...] = ()) -> Path:
-    """Compiles and links csrc/ with tests/cuda_host/`main` into a file `name`, and returns its path.
+def build(name: str, *mains: str, flags: tuple[str, ...] = (), link: tuple[str, ...] = (), changes: tuple[Change, ...] = ()) -> Path:
+    """Compiles and links csrc/ with `mains`, in tests/cuda_host or by their path from the root, into a file `name` -> its path.
 
     An object is compiled once per state of its source, of what that includes, and of the flags. `flags` are for every file but
     host/block.cpp where they say -fsanitize=thread: the scheduler speaks to it itself.
     """
-    texts = _texts(changes)
-    sources = [f"csrc/{file}" for file in (*KERNELS, *PLAIN)] + [f"tests/cuda_host/{main}"]
+    texts, others = _texts(changes), _texts(tuple(change for change in changes if not change.operator))
+    operators = [change.operator for change in changes]
+    sources = [f"csrc/{file}" for file in (*KERNELS, *PLAIN)] + [main if "/" in main else f"tests/cuda_host/{main}" for main in mains]
     commands = {}
     for source in sources:
         own = [f for f in flags if not (source.endswith("block.cpp") and f == "-fsanitize=thread")]
-        if main == "binding.cpp" and source.endswith(main):
+        if source.endswith("/binding.cpp"):
             own += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
-        state = [(file, texts[file]) for file in sorted(_included(source, texts))]
-        commands[source] = ["g++", *FLAGS, *own, "-x", "c++", "-c", source], _digest(state, FLAGS, own)
+        if source.startswith("csrc/torch/"):
+            own += ["-DPERFUSION_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
+        tree = "changed" if all(Path(source).name.startswith(operator) for operator in operators) else "others"
+        seen = texts if tree == "changed" else others
+        state = [(file, seen[file]) for file in sorted(_included(source, seen))]
+        commands[source] = ["g++", *FLAGS, *own, "-x", "c++", "-c", source], _digest(state, FLAGS, own), tree
     folder = BUILD / f"{name.split('.')[0]}-{_digest(*commands.values(), flags, link)}"
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / f"{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / name).exists():
-            _compile(folder, name, texts, commands, [*flags, *link])
+            _compile(folder, name, {"changed": texts, "others": others}, commands, [*flags, *link])
     return folder / name
 
 
@@ -88,23 +102,27 @@ def _digest(*state) -> str:
     return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
 
-def _compile(folder: Path, name: str, texts: dict[str, str], commands: dict[str, tuple[list[str], str]], link: list[str]) -> None:
-    for file, text in texts.items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text(text)
+def _compile(
+    folder: Path, name: str, trees: dict[str, dict[str, str]], commands: dict[str, tuple[list[str], str, str]], link: list[str]
+) -> None:
+    for tree, texts in trees.items():
+        for file, text in texts.items():
+            (folder / tree / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / tree / file).write_text(text)
 
     def compile_one(source: str) -> str:
-        command, state = commands[source]
+        command, state, tree = commands[source]
         result = BUILD / "objects" / f"{Path(source).name}-{state}.o"
         if not result.exists():
             result.parent.mkdir(exist_ok=True)
             part = f"{result}.{os.getpid()}"
-            _run(folder, *command, "-o", part)
+            _run(folder / tree, *command, "-o", part)
             os.rename(part, result)
         return str(result)
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, commands))
+        # changed ones first: of a template that several files instantiate, the linker takes the first
+        objects = list(pool.map(compile_one, sorted(commands, key=lambda source: commands[source][2] != "changed")))
     _run(folder, "g++", *link, *objects, "-o", f"{name}.part")
     (folder / f"{name}.part").rename(folder / name)
 
@@ -122,3 +140,9 @@ def build_module(changes: tuple[Change, ...] = ()):
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     loader.exec_module(module)
     return module
+
+
+def build_torch_library() -> Path:
+    """csrc/torch over the host library: kernels of `perfusion_kernels::<operator>.host` for tensors in host memory."""
+    mains = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "torch").glob("*.cpp"))
+    return build("perfusion_torch_host.so", *mains, link=("-shared", "-Wl,-Bsymbolic,--no-as-needed", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"))

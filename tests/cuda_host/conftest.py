@@ -8,10 +8,13 @@ from .build import build_module
 from .host import Host
 
 
+NEEDED = {"test_install": ("g++", "cmake"), "test_torch_library": ("g++", "cmake", "ninja", "nvcc")}
+
+
 def pytest_collection_modifyitems(items):
     """Where there is no C++ compiler, there is nothing to run; what is skipped is named in the summary."""
     for item in items:
-        needed = ("g++", "cmake") if "test_install" in item.nodeid else ("g++",)
+        needed = next((tools for name, tools in NEEDED.items() if name in item.nodeid), ("g++",))
         if "cuda_host" in item.nodeid and (missing := [tool for tool in needed if shutil.which(tool) is None]):
             item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}"))
 

@@ -1,5 +1,7 @@
 """The CUDA kernels as they run on the CPU, called with tensors; and their results held against the plain formula."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,35 @@ class Host:
         _raise(self.module.edited_attention(sizes, described(given), scale))
         return given["output"]
 
+    def fused_edited_attention(self, *, scale: float = 0.3, output: Tensor | None = None, **tensors: Tensor | None) -> Tensor:
+        sizes, given = fused_call(tensors, output)
+        _raise(self.module.fused_edited_attention(sizes, described(given), scale))
+        return given["output"]
+
+    def fused_plan(self, **tensors: Tensor) -> dict:
+        sizes, given = fused_call(tensors, None)
+        return self.module.plan_fused_edited_attention(sizes, described(given))
+
+    def cross_attention_layer(
+        self, *, scale: float = 0.3, output: Tensor | None = None, workspace: Tensor | None = None, **tensors: Tensor | None
+    ) -> Tensor:
+        """The public function's tensors by name -> [B, N, C]. The workspace is of the bytes that are asked for if it is not given."""
+        sizes, given = layer_call(tensors, output)
+        if workspace is None:
+            workspace = torch.full((self.workspace_bytes(**tensors),), 0xFF, dtype=torch.uint8)  # NaN in every format
+        _raise(self.module.cross_attention_layer(sizes, described(given), workspace.data_ptr(), workspace.numel(), scale))
+        return given["output"]
+
+    def workspace_bytes(self, **tensors: Tensor | None) -> int:
+        sizes, given = layer_call(tensors, None)
+        status, message, size = self.module.cross_attention_layer_workspace(sizes, described(given))
+        _raise((status, message))
+        return size
+
+    def layer_plan(self, **tensors: Tensor | None) -> dict:
+        sizes, given = layer_call(tensors, None)
+        return self.module.plan_cross_attention_layer(sizes, described(given))
+
     def plan(self, **tensors: Tensor) -> dict:
         sizes, given = attention_call(tensors, None)
         return self.module.plan_edited_attention(sizes, described(given))
@@ -48,14 +79,66 @@ class Host:
         _raise(self.module.concept_gates(dict(B=B, T=T, D=D, J=J, S=S), described({**tensors, **results})))
         return results["gates"], results["components"]
 
+    def edited_projection(self, *, result: Tensor | None = None, **tensors: Tensor | None) -> Tensor:
+        """The public function's tensors by name -> [B, T, O]. `result` is written if given, else NaN is at first."""
+        sizes, given = projection_call(tensors, result)
+        _raise(self.module.edited_projection(sizes, described(given)))
+        return given["result"]
+
+    def projection_workspace_bytes(self, **tensors: Tensor) -> int:
+        status, message, count = self.module.edited_projection_backward_workspace(projection_call(tensors, tensors["encodings"])[0], {})
+        _raise((status, message))
+        return count
+
+    def edited_projection_backward(
+        self, gradient: Tensor, needs: Sequence[str], results: dict[str, Tensor] = {}, workspace: Tensor | None = None, **tensors: Tensor
+    ) -> dict[str, Tensor]:
+        """The gradients of the public function's arguments that are named, and those in `results`, which are written there.
+
+        What is not given is NaN at first, the workspace too.
+        """
+        sizes, given = projection_call(tensors, gradient)
+        sizes["S"] = given["outputs"].shape[0] if "outputs" in given else 0
+        found = {name: torch.full_like(given[name], torch.nan, memory_format=torch.contiguous_format) for name in needs} | results
+        call = {**given, "gradient": gradient, **{f"{name}_gradient": x for name, x in found.items()}}
+        workspace = torch.full((self.projection_workspace_bytes(**tensors) // 4,), torch.nan) if workspace is None else workspace
+        sizes["workspace_bytes"] = 4 * workspace.numel()
+        _raise(self.module.edited_projection_backward(sizes, described({**call, "workspace": workspace})))
+        return found
+
+    def plan_projection(self, **tensors: Tensor | None) -> dict[str, int]:
+        sizes, given = projection_call(tensors, None)
+        return self.module.plan_edited_projection(sizes, described(given))
+
+
+def projection_call(tensors: dict[str, Tensor | None], result: Tensor | None) -> tuple[dict[str, int], dict[str, Tensor]]:
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    (B, T, D), O = given["encodings"].shape, given["weight"].shape[0]
+    sizes = dict(B=B, T=T, D=D, O=O, J=given["index"].shape[1] if "index" in given else 0)
+    given["result"] = torch.full((B, T, O), torch.nan, dtype=given["encodings"].dtype) if result is None else result
+    return sizes, given
+
 
 def attention_call(tensors: dict[str, Tensor | None], output: Tensor | None) -> tuple[dict[str, int], dict[str, Tensor]]:
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     query = given["query"]
     B, N, H, d = query.shape
-    sizes = dict(B=B, N=N, H=H, d=d, T=given["key"].shape[1], J=given["index"].shape[1] if "index" in given else 0)
+    T = given["key" if "key" in given else "encodings"].shape[1]
+    sizes = dict(B=B, N=N, H=H, d=d, T=T, J=given["index"].shape[1] if "index" in given else 0)
     given["output"] = torch.full((B, N, H, d), torch.nan, dtype=query.dtype) if output is None else output
     return sizes, given
+
+
+def fused_call(tensors: dict[str, Tensor | None], output: Tensor | None) -> tuple[dict[str, int], dict[str, Tensor]]:
+    sizes, given = attention_call(tensors, output)
+    return {**sizes, "D": given["encodings"].shape[2]}, given
+
+
+def layer_call(tensors: dict[str, Tensor | None], output: Tensor | None) -> tuple[dict[str, int], dict[str, Tensor]]:
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    (B, N, C), (_, T, H, d) = given["hidden_states"].shape, given["key"].shape
+    given["output"] = torch.full((B, N, C), torch.nan, dtype=given["hidden_states"].dtype) if output is None else output
+    return dict(B=B, N=N, C=C, T=T, H=H, d=d), given
 
 
 def described(tensors: dict[str, Tensor]) -> dict[str, tuple]:

@@ -16,6 +16,11 @@ PERFUSION_DEVICE void misuse(int which) {
       wait_for_copies<0>();
       barrier();
       if (shared[8 * (threads() - 1 - thread())] != 1) host::stop("the copy has not landed");
+      barrier();
+      copy_async(shared + 8 * thread(), global, 6);  // three elements
+      commit_copies();
+      wait_for_copies<0>();
+      if (shared[8 * thread() + 2] != 3 || shared[8 * thread() + 3] != 0) host::stop("no zeros behind the bytes copied");
       break;
     case 1:  // a thread does not come to the barrier
       if (thread() != 5) barrier();
@@ -49,6 +54,9 @@ PERFUSION_DEVICE void misuse(int which) {
     case 7:  // no barrier between a write and another warp's read
       shared[thread()] = 1;
       if (shared[threads() - 1 - thread()] != 1) host::stop("the write has not been seen");
+      break;
+    case 8:  // more bytes than a copy has
+      copy_async(shared + 8 * thread(), global, 18);
       break;
   }
 }

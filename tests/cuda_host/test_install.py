@@ -4,6 +4,17 @@ import subprocess
 
 from .build import ROOT
 
+EXPORTED = (
+    "concept_gates",
+    "cross_attention_layer",
+    "cross_attention_layer_workspace",
+    "edited_attention",
+    "edited_projection",
+    "edited_projection_backward",
+    "edited_projection_backward_workspace",
+    "fused_edited_attention",
+    "last_message",
+)
 
 def run(*command) -> str:
     ran = subprocess.run([str(part) for part in command], capture_output=True, text=True)
@@ -24,7 +35,7 @@ def test_the_example_builds_and_runs_against_the_installed_library(tmp_path):
     assert "torch" not in libraries and "python" not in libraries
     symbols = run("nm", "-D", "--defined-only", "-C", next(installed.rglob("libperfusion_kernels.so")))
     exported = {line.split()[-1] for line in symbols.splitlines() if " T " in line}
-    assert exported == {"perfusion_concept_gates", "perfusion_edited_attention", "perfusion_last_message"}
+    assert exported == {f"perfusion_{name}" for name in EXPORTED}
 
 
 def test_without_nvcc_it_configures_and_says_so(tmp_path):

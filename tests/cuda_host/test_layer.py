@@ -41,6 +41,7 @@ MISUSE = {
     5: "the copy has not landed",
     6: "the copy has not landed",
     7: "the write has not been seen",
+    8: "copy_async: bytes must lie in 0 ... 16",
 }
 
 

@@ -1,54 +1,68 @@
 """Deliberate faults in the kernels, each of which a named check must find. A check that passes on a mutant is no check."""
 
+from dataclasses import replace
+
 import pytest
 
 from . import test_concept_gates as gates
+from . import test_cross_attention_layer as layer
 from . import test_edited_attention as attention
+from . import test_edited_projection as projection
+from . import test_edited_projection_backward as projection_backward
+from . import test_fused_edited_attention as fused
 from .build import Change, build_module, only_widths
 from .host import Host, Refused
 
-ATTENTION, GATES = "edited_attention.cuh", "concept_gates.cuh"
+ATTENTION, TILES, EDIT, STREAM, FUSED, LAYER, GATES, PRODUCT, PROJECTION, RANK_ONE, PROJECTION_BACKWARD = (
+    f"{name}.cuh"
+    for name in (
+        *("edited_attention", "attention_tiles", "edited_tiles", "query_stream", "fused_edited_attention", "cross_attention_layer"),
+        "concept_gates",
+        *("matrix_product", "edited_projection", "rank_one_backward", "edited_projection_backward"),
+    )
+)
 MUTANTS = {
     "the barrier after K and V is gone": (
         Change(ATTENTION, "  wait_for_copies<0>();\n  barrier();\n", "  wait_for_copies<0>();\n"), attention.check_long_streams
     ),
     "the mask lets one key too many in": (
-        Change(ATTENTION, "8 * n + first + e % 2 < T ?", "8 * n + first + e % 2 <= T ?"), attention.check_short_last_group
+        Change(TILES, "8 * n + first + e % 2 < T ?", "8 * n + first + e % 2 <= T ?"), attention.check_short_last_group
     ),
     "the maximum is of half a row": (
-        Change(ATTENTION, "    high[r] = maximum(high[r], shuffle_xor(high[r], 2));\n", ""), attention.check_mixed_rows
+        Change(TILES, "    high[r] = maximum(high[r], shuffle_xor(high[r], 2));\n", ""), attention.check_mixed_rows
     ),
     "the sum is of the wrong lanes": (
-        Change(ATTENTION, "    sum[r] += shuffle_xor(sum[r], 2);\n", "    sum[r] += shuffle_xor(sum[r], 4);\n"), attention.check_mixed_rows
+        Change(TILES, "    sum[r] += shuffle_xor(sum[r], 2);\n", "    sum[r] += shuffle_xor(sum[r], 4);\n"), attention.check_mixed_rows
     ),
     "the next tile lands on this one": (
-        Change(ATTENTION, "load_tile(stage ^ 1, tile + step)", "load_tile(stage, tile + step)"), attention.check_long_streams
+        Change(STREAM, "load(which ^ 1, tile + step)", "load(which, tile + step)"), attention.check_long_streams
     ),
     "a stage is read before it has landed": (
-        Change(ATTENTION, "      commit_copies();\n      wait_for_copies<1>();\n", "      commit_copies();\n      wait_for_copies<2>();\n"),
+        Change(STREAM, "        commit_copies();\n        wait_for_copies<1>();\n", "        commit_copies();\n        wait_for_copies<2>();\n"),
         attention.check_long_streams,
     ),
-    "the stage is never changed": (Change(ATTENTION, "      stage ^= 1;\n", "      stage ^= 0;\n"), attention.check_long_streams),
+    "the stage is never changed": (Change(STREAM, "        which ^= 1;\n", "        which ^= 0;\n"), attention.check_long_streams),
     "gates of the neighbour's concept": (
-        Change(ATTENTION, "p.gates.strides[1] + j * p.gates", "p.gates.strides[1] + (j ? j - 1 : 0) * p.gates"), attention.check_mixed_rows
+        Change(EDIT, "p.gates.strides[1] + j * p.gates", "p.gates.strides[1] + (j ? j - 1 : 0) * p.gates"), attention.check_mixed_rows
     ),
     "edits of the first row's concepts": (
-        Change(ATTENTION, "static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0];\n  const auto* gates",
+        Change(EDIT, "static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0];\n  const auto* gates",
                "static_cast<const int32_t*>(p.index.data) + p.index.strides[0];\n  const auto* gates"), attention.check_mixed_rows
     ),
-    "components are added": (Change(ATTENTION, "g * o[i] - a * w[i]", "g * o[i] + a * w[i]"), attention.check_mixed_rows),
+    "components are added": (Change(EDIT, "g * o[i] - a * w[i]", "g * o[i] + a * w[i]"), attention.check_mixed_rows),
     "one token too many is written": (
-        Change(ATTENTION, "    if (n >= N) continue;\n", "    if (n > N) continue;\n"), attention.check_nothing_is_written_outside
+        Change(STREAM, "    if (n >= N) continue;\n", "    if (n > N) continue;\n"), attention.check_nothing_is_written_outside
     ),
     "halves of the left operand exchanged": (
-        Change(ATTENTION, "load_matrices(a, queries + l % 16 * pitch + k + l / 16 * 8)", "load_matrices(a, queries + l % 16 * pitch + k + (1 - l / 16) * 8)"),
+        Change(TILES, "load_matrices(a, queries + l % 16 * pitch + k + l / 16 * 8)", "load_matrices(a, queries + l % 16 * pitch + k + (1 - l / 16) * 8)"),
         attention.check_mixed_rows,
     ),
     "the last 8 columns of a head are left out": (
-        Change(ATTENTION, "load_matrices(b, keys + (group * 16 + l % 16) * pitch + d - 8)", "load_matrices(b, keys + (group * 16 + l % 16) * pitch + d - 16)"),
+        Change(TILES, "load_matrices(b, keys + (group * 16 + l % 16) * pitch + d - 8)", "load_matrices(b, keys + (group * 16 + l % 16) * pitch + d - 16)"),
         attention.check_mixed_rows,
     ),
-    "another head's edit": (Change(ATTENTION, "add_edit(x, p, b, t, h * d + piece * 8", "add_edit(x, p, b, t, piece * 8"), attention.check_mixed_rows),
+    "another head's edit": (Change(EDIT, "column, t + r < T ? 8 : 0, wide);\n    }\n    add_edit(x, p, b, t, h * d + piece * 8",
+               "column, t + r < T ? 8 : 0, wide);\n    }\n    add_edit(x, p, b, t, piece * 8"), attention.check_mixed_rows),
     "rows are divided by another's energy": (
         Change(GATES, "system[i] /= energies[i / J]", "system[i] /= energies[i % J]"), gates.check_mixed_rows
     ),
@@ -61,12 +75,104 @@ MUTANTS = {
         Change(GATES, "p.temperature.strides[0] +\n                                         (place + j)", "p.temperature.strides[0] +\n                                         (place + (j ? j - 1 : 1))"),
         gates.check_mixed_rows,
     ),
+    "a step of the product lands on the one being read": (
+        Change(PRODUCT, "next_left.load(stage(step));", "next_left.load(stage(step + 1));"), projection.check_mixed_rows
+    ),
+    "no barrier between two steps of the product": (
+        Change(PRODUCT, "    wait_for_copies<Tile::stages - 2>();\n    barrier();\n", "    wait_for_copies<Tile::stages - 2>();\n"), projection.check_schedules_agree
+    ),
+    "the last copy of a row is always whole": (
+        Change(PRODUCT, "columns_left < 8 ? columns_left : 8;", "8;"), projection.check_ragged_rows
+    ),
+    "halves of the right operand exchanged": (
+        Change(PRODUCT, "* pitch + k + l / 8 % 2 * 8)", "* pitch + k + (1 - l / 8 % 2) * 8)"), projection.check_mixed_rows
+    ),
+    "each concept's edit is rounded by itself": (
+        Change(PROJECTION, "x[i][e] += g * o[e] - a * w[e];", "x[i][e] += to_float(Element{static_cast<uint16_t>(pack<Element>(g * o[e] - a * w[e], 0.0f))});"),
+        projection.check_rounded_once_more,
+    ),
+    "the concepts of the tile's first row": (
+        Change(PROJECTION, "const int64_t b = (row + r) / T, t", "const int64_t b = row / T, t"), projection.check_mixed_rows
+    ),
+    "a slot is added to rows without it": (
+        Change(PROJECTION, "          if (coefficients.slots[first + i][j] != slot) continue;\n", "          if (coefficients.slots[first + i][j] > slot) continue;\n"),
+        projection.check_mixed_rows,
+    ),
+    "the places beyond eight are read over those before": (
+        Change(PROJECTION, "    if (place > 0) barrier();  // those before have been read\n", ""), projection.check_schedules_agree
+    ),
+    "absent places are added as zeros": (
+        Change(PROJECTION, "      if (slot < 0) continue;\n", "      if (slot < 0) {\n        slots[r][j] = 1;\n        gates[r][j] = components[r][j] = 0.0f;\n        continue;\n      }\n"),
+        projection.check_rows_without_a_concept,
+    ),
+    "one column too many is stored": (
+        Change(PROJECTION, "store_eight(to, p.result.strides[2], x[i], there,", "store_eight(to, p.result.strides[2], x[i], there + 1,"),
+        projection.check_nothing_is_written_outside,
+    ),
+    "the last part of the sum over O is left out": (
+        Change(PROJECTION_BACKWARD, "split < plan.splits; ++split", "split + 1 < plan.splits; ++split"), projection_backward.check_splits
+    ),
+    "gradients of both sides have one sign": (Change(RANK_ONE, "sum[i] = side.sign * total", "sum[i] = total"), projection_backward.check_mixed_rows),
+    "a slot's sum leaves out the last rows": (
+        Change(RANK_ONE, "      for (int64_t t = warp(); t < p.T; t += rank_one_warps) {", "      for (int64_t t = warp(); t < p.T && b < 3; t += rank_one_warps) {"),
+        projection_backward.check_mixed_rows,
+    ),
+    "the sums of eight places are overwritten before they are read": (
+        Change(RANK_ONE, "    if (place > 0) barrier();  // the sums before have been read\n", ""), projection_backward.check_any_order
+    ),
+    "a gate's derivative is of the next slot": (
+        Change(RANK_ONE, "load_columns(o, side.table, slot, x,", "load_columns(o, side.table, slot + 1 < p.S ? slot + 1 : slot, x,"), projection_backward.check_mixed_rows
+    ),
+    "the edit does not wait for the projection": (Change(FUSED, "    barrier();  // all of K and V stands\n", ""), fused.check_mixed_rows),
+    "another head's rows of a weight": (
+        Change(FUSED, "+ h * d * weight.strides[0], d,", "+ (h ? h - 1 : h) * d * weight.strides[0], d,"), fused.check_mixed_rows
+    ),
+    "the second tile of tokens is the first": (
+        Change(FUSED, "tokens(encodings, first, 0)", "tokens(encodings, 0, 0)"), fused.check_one_side_after_the_other
+    ),
+    "values are projected by the keys' weight": (
+        Change(FUSED, "side == 0 ? key : value, steps_of_sum", "side == 0 ? key : key, steps_of_sum"), fused.check_one_side_after_the_other
+    ),
+    "a row of a weight goes on after D": (
+        Change(FUSED, "d, static_cast<int>(D), weight", "d, static_cast<int>(D + 7) / 8 * 8, weight"), fused.check_a_width_within_longer_rows
+    ),
+    "blocks are counted without their turns": (
+        Change("fused_edited_attention.cu", "const int64_t work = turns * (", "const int64_t work = (void(turns), 1) * ("), fused.check_no_other_share_is_cheaper
+    ),
+    "scores do not wait for the queries": (
+        Change(LAYER, "pack<Element>(x, y);\n    });\n    barrier();\n", "pack<Element>(x, y);\n    });\n"), layer.check_many_tiles
+    ),
+    "the next tile's steps land on the outputs": (
+        Change(LAYER, "    barrier();  // the outputs have been read; the next tile's steps may land on them\n", ""), layer.check_many_tiles
+    ),
+    "every tile is the block's first": (Change(LAYER, "Tokens(tokens, first, 0)", "Tokens(tokens, first % rows, 0)"), layer.check_many_tiles),
+    "the weights of a head are as many as its positions": (
+        Change(LAYER, "    const int width = (T + 15) / 16 * 16;\n    PERFUSION_UNROLL", "    const int width = T;\n    PERFUSION_UNROLL"),
+        layer.check_many_absorbed_tiles,
+    ),
+    "values are read behind the last position": (
+        Change(LAYER, "h < H && t < T ? left : 0", "h < H ? left : 0"), layer.check_views_of_poisoned_memory
+    ),
+    "another row's absorbed values": (Change(LAYER, "+ b * value.strides[0] + at_column", "+ 0 * b * value.strides[0] + at_column"), layer.check_many_absorbed_tiles),
+    "absorbed weights are not divided by their sum": (
+        Change(LAYER, "c[0][n][2 * r + 1] * inverse[r]", "c[0][n][2 * r + 1]"), layer.check_many_absorbed_tiles
+    ),
+    "bias and residual are rounded one by one": (
+        Change(LAYER, "x[e] += more[e];", "x[e] = to_float(Element{static_cast<uint16_t>(pack<Element>(x[e] + more[e], 0.0f))});"),
+        layer.check_the_sum_is_rounded_once,
+    ),
+    "channels are read to the end of 16 bytes": (
+        Change(LAYER, "static_cast<int>(launch.call.C), x.strides", "static_cast<int>(launch.call.C + 7) / 8 * 8, x.strides"), layer.check_channels_within_longer_rows
+    ),
 }  # fmt: skip
+WIDTHS = (40, 96)  # of the heads that the checks have
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_killed(name):
     change, check = MUTANTS[name]
-    mutant = Host(build_module((*only_widths(40), change)))
-    with pytest.raises((AssertionError, Refused)):
+    operator = check.__module__.rpartition("test_")[2]
+    mutant = Host(build_module((*only_widths(*WIDTHS), replace(change, operator=operator))))
+    with pytest.raises((AssertionError, Refused)) as killed:
         check(mutant)
+    assert "no kernel for d" not in str(killed.value)  # which would be no fault of the mutant

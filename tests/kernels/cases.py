@@ -52,7 +52,7 @@ class Case:
     def arguments(self, operator: str) -> dict[str, Tensor]:
         """The tensor arguments of an operator by name."""
         edit = ("gates", "components", "index", "key_outputs", "key_targets", "value_outputs", "value_targets")
-        if operator == "edited_projection":
+        if operator in ("edited_projection", "fused_edited_projection"):
             return {
                 **self._select("encodings", "gates", "components", "index"),
                 "weight": self.value_weight,
@@ -83,7 +83,10 @@ class Case:
 
 PUBLIC = {
     name: getattr(perfusion_kernels, name)
-    for name in ("concept_gates", "edited_projection", "edited_attention", "fused_edited_attention", "cross_attention_layer")
+    for name in (
+        "concept_gates", "edited_projection", "fused_edited_projection", "edited_attention", "fused_edited_attention",
+        "cross_attention_layer",
+    )
 }
 
 

@@ -35,6 +35,9 @@ def edited_projection(encodings, weight, gates, components, index, outputs, proj
     return result
 
 
+fused_edited_projection = edited_projection
+
+
 def edited_attention(
     query, key, value, gates, components, index, key_outputs, key_targets, value_outputs, value_targets, scale
 ):

@@ -118,8 +118,15 @@ def test_opcheck(twin):
     gradient = torch.ones(2, 3, 4)
     for needs in ([x.requires_grad for x in ordered], [False] * 5 + [True, False]):
         plain = [x.detach() for x in ordered]
-        assert set(torch.library.opcheck(twin.backward, (gradient, *plain, needs)).values()) == {"SUCCESS"}
+        outcome = torch.library.opcheck(twin.backward, (gradient, *plain, needs))
+        assert len(outcome) == 4 and set(outcome.values()) == {"SUCCESS"}
     assert set(torch.library.opcheck(twin.overload, ordered).values()) == {"SUCCESS"}
+
+
+def test_vmap_is_refused_by_name(twin):
+    ordered = [x.detach() for x in leaves()[1]]
+    with pytest.raises(NotImplementedError, match="edited_projection_backward: torch.vmap"):
+        torch.vmap(lambda gradient: twin.backward(gradient, *ordered, [True] + [False] * 6))(torch.ones(1, 2, 3, 4))
 
 
 def test_arguments_that_are_no_tensors_arrive(monkeypatch):

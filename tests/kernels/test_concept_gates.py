@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from perfusion_kernels import concept_gates, validate_concepts
+from perfusion_kernels.concept_gates import OPERATOR
 
 from . import cases
 
@@ -134,3 +135,18 @@ def test_more_concepts_than_registers_hold(backend, device, J):
     for many, result in zip(*(concept_gates(**x, backend=backend) for x in (arguments, few))):
         torch.testing.assert_close(many[..., :3], result)
         assert not many[..., 3:].any()
+
+
+def test_derivatives_beyond_registers_are_plain_torch_s():
+    """Triton's kernels hold eight places; with more, its gates have the reference's derivatives."""
+    own = OPERATOR.backwards.get("triton")
+    for J in (8, 9) if own else ():
+        case = cases.make(B=2, T=3, J=J)
+        arguments = cases.positional("concept_gates", case.arguments("concept_gates"))
+        reason = own.refuses(case.gates, case.components, *(x.to("meta") for x in arguments), [True] * 6)
+        assert ("up to 8 concepts in registers; got J = 9" in reason) == (J == 9)
+    for backend, device in cases.runs("concept_gates"):
+        arguments = cases.make(B=2, T=3, J=9, device=device).arguments("concept_gates")
+        leaf = arguments["encodings"] = arguments["encodings"].requires_grad_()
+        sum(x.sum() for x in concept_gates(**arguments, backend=backend)).backward()
+        assert leaf.grad.isfinite().all() and leaf.grad.any()

@@ -1,9 +1,9 @@
-"""`edited_projection`: rows without a concept, and slots seen through the index."""
+"""`edited_projection`, separate and fused: rows without a concept, and slots seen through the index."""
 
 import pytest
 import torch
 
-from perfusion_kernels import edited_projection
+from perfusion_kernels import edited_projection, fused_edited_projection
 
 from . import cases
 
@@ -88,3 +88,25 @@ def test_values_that_are_not_finite_are_refused_where_used():
         wrong[1, 0, 0] = torch.inf
         with pytest.raises(ValueError, match=f"edited_projection: {name} must be finite where index names a concept"):
             edited_projection(**{**arguments, name: wrong})
+
+
+@pytest.mark.parametrize("backend, device", cases.runs("fused_edited_projection"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_fused_rows_without_a_concept_are_those_of_the_unedited_call(backend, device, dtype):
+    """Bit for bit, whatever the other rows have; but not those of the library, which is why `edited_projection` is there."""
+    arguments = cases.make(B=6, T=35, J=3, dtype=dtype, device=device).arguments("fused_edited_projection")
+    result = fused_edited_projection(**arguments, backend=backend)
+    unedited = fused_edited_projection(**{**arguments, "index": torch.full_like(arguments["index"], -1)}, backend=backend)
+    none = (arguments["index"] < 0).all(-1)
+    assert none.any() and torch.equal(bits(result[none]), bits(unedited[none]))
+    assert not any(torch.equal(result[row], unedited[row]) for row in range(6) if not none[row])
+
+
+@pytest.mark.parametrize("backend, device", cases.runs("fused_edited_projection"))
+def test_fused_results_are_rounded_once(backend, device):
+    """Product and edit may cancel: the error is half a unit of the result, not of the product."""
+    arguments = cases.make(J=2, dtype=torch.bfloat16, device=device).arguments("fused_edited_projection")
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in arguments.items()}
+    exact = fused_edited_projection(**exact, backend="reference")
+    error = (fused_edited_projection(**arguments, backend=backend).double() - exact).abs()
+    assert error.le(1.01 * torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + 1e-5).all()

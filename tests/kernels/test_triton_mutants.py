@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from perfusion_kernels.reference.fused_edited_projection import fused_edited_projection as fused_law
 from perfusion_kernels.reference.rank_one import rank_one_backward, rank_one_update
-from perfusion_kernels.triton import concept_gates, rank_one
+from perfusion_kernels.reference.concept_gates import concept_gates_backward as gates_law
+from perfusion_kernels.triton import concept_gates, concept_gates_backward, fused_edited_projection, rank_one
 
 from . import cases, plain
 from .mutants import assert_killed
@@ -24,6 +26,18 @@ def gates_are_right(module):
         assert_no_worse(mine, naive, truth, case.index)
 
 
+def gates_derivatives_are_right(module):
+    """Concepts that overlap, slots that rows share, tokens of more than one block, neither filling theirs nor the columns."""
+    case = cases.make(T=11, D=7, J=3, S=4, views=True, device=DEVICE)
+    arguments = cases.positional("concept_gates", case.arguments("concept_gates"))
+    exact = cases.positional("concept_gates", case.double().arguments("concept_gates"))
+    gradients = [torch.linspace(first, 1, case.gates.numel(), device=DEVICE).view(case.gates.shape) for first in (-1, -2)]
+    needs = [x.is_floating_point() for x in arguments]
+    law = gates_law(*(x.double() for x in gradients), *exact, tuple(needs))
+    for mine, truth in zip(module.concept_gates_backward(*gradients, *arguments, needs), (x for x in law if x is not None), strict=True):
+        assert (mine.double() - truth).abs().max() <= 3e-6 * truth.abs().max()
+
+
 def edit_is_right(module):
     """Rounded once, as the reference rounds; rows without a concept keep their bits, signs of zeros included."""
     case = cases.make(T=5, D=7, J=3, dtype=torch.float16, views=True, device=DEVICE)
@@ -35,6 +49,16 @@ def edit_is_right(module):
     assert torch.equal(base[0].view(torch.int16), expected[0].view(torch.int16))
     assert (base == expected).float().mean() > 0.99  # a sum in another order may round the other way
     torch.testing.assert_close(base, expected, rtol=1e-3, atol=1e-5)
+
+
+def fused_projection_is_right(module):
+    """Tokens in two pieces and in two programs, rows with all, some and no concepts, D and O no multiples of a block."""
+    for T in (40, 131):
+        case = cases.make(B=4, T=T, D=35, J=3, H=1, d=37, views=True, device=DEVICE)
+        arguments = cases.positional("fused_edited_projection", case.arguments("fused_edited_projection"))
+        exact = fused_law(*(x.double() if x.is_floating_point() else x for x in arguments))
+        error = (module.fused_edited_projection(*arguments).double() - exact).abs().max()
+        assert error <= 3e-6 * exact.abs().max()
 
 
 def derivatives_are_right(module):
@@ -52,17 +76,35 @@ def derivatives_are_right(module):
 GATES = {
     "the gate of the neighbour's concept": ("bias_b + j * bias_j, mask=present", "bias_b + (j + 1) % J * bias_j, mask=present"),
     "the mask over D off by one": (
-        "inside = present[:, None] & (d < D)[None, :]\n            m", "inside = present[:, None] & (d <= D)[None, :]\n            m"
+        "inside = present[:, None] & (d < D)[None, :]\n        m", "inside = present[:, None] & (d <= D)[None, :]\n        m"
     ),
     "similarities for components": ("for pivot in tl.static_range(J):", "for pivot in tl.static_range(0):"),
     "the system transposed": ("left = tl.where(here, column - 1.0, column)", "left = tl.where(here, row - 1.0, row)"),
     "the pivot's row cleared": ("left = tl.where(here, column - 1.0, column)", "left = column"),
+}  # fmt: skip
+GATES_DERIVATIVES = {
+    "the system not transposed": ("solved(tl.trans(system), da", "solved(system, da"),
+    "energies without a derivative": ("tl.sum(ds * c, 0)[:, None], 0.0)", "0.0 * tl.sum(ds * c, 0)[:, None], 0.0)"),
+    "gates alone": ("dc = divided(ds + y,", "dc = divided(ds,"),
+    "components alone": ("dc = divided(ds + y,", "dc = divided(y,"),
+    "the first block of tokens alone": ("for _ in range(blocks):", "for _ in range(1):"),
+    "targets in place of metric targets": ("gram[:, :, None] * m[:, None, :], 0)", "gram[:, :, None] * i[:, None, :], 0)"),
+    "the Gram matrix's part left out": ("gram = -tl.sum(y[:, :, None] * a[:, None, :], 0)", "gram = 0.0 * system"),
+    "the temperature's derivative by c": ("by_temperature = -tl.sum(ds * logits, 0)", "by_temperature = -tl.sum(ds * c, 0)"),
+    "the first row's gradient": ("gates_gradient + b * dg_b", "gates_gradient + 0 * dg_b"),
 }  # fmt: skip
 EDIT = {
     "targets added": ("- a[:, None] * target[None, :]", "+ a[:, None] * target[None, :]"),
     "rows without a concept rewritten": ("if concepts > 0:", "if concepts >= 0:"),
     "rounded twice": ("rounded(unedited + edit, result.dtype.element_ty)", "unedited.to(tl.float16) + edit.to(tl.float16)"),
     "the first concept for all": ("slot = tl.load(index + b * index_b + j * index_j).to(tl.int64)\n        if", "slot = tl.load(index + b * index_b).to(tl.int64)\n        if"),
+}  # fmt: skip
+FUSED = {
+    "the gates of the first row": ("gates += b * gates_b", "gates += 0 * b"),
+    "the second piece's tokens for the first's": ("targets, t1, o, end, O, J,", "targets, t1 - T0, o, end, O, J,"),
+    "a rest of the encodings left out": ("range(0, D, BLOCK_K)", "range(0, D - BLOCK_K, BLOCK_K)"),
+    "the second program's tokens left out": ("first = tl.program_id(1) * each", "first = 0 * each"),
+    "encodings of the first row": ("encodings += b * encodings_b", "encodings += 0 * b"),
 }  # fmt: skip
 DERIVATIVES = {
     "sums by every line": ("(earlier == 0)", "(earlier >= 0)"),
@@ -77,9 +119,19 @@ def test_faults_in_gates_are_seen(fault, tmp_path):
     assert_killed(gates_are_right, concept_gates, *GATES[fault], tmp_path)
 
 
+@pytest.mark.parametrize("fault", GATES_DERIVATIVES)
+def test_faults_in_the_derivatives_of_gates_are_seen(fault, tmp_path):
+    assert_killed(gates_derivatives_are_right, concept_gates_backward, *GATES_DERIVATIVES[fault], tmp_path)
+
+
 @pytest.mark.parametrize("fault", EDIT)
 def test_faults_in_the_edit_are_seen(fault, tmp_path):
     assert_killed(edit_is_right, rank_one, *EDIT[fault], tmp_path)
+
+
+@pytest.mark.parametrize("fault", FUSED)
+def test_faults_in_the_fused_projection_are_seen(fault, tmp_path):
+    assert_killed(fused_projection_is_right, fused_edited_projection, *FUSED[fault], tmp_path)
 
 
 @pytest.mark.parametrize("fault", DERIVATIVES)

@@ -46,6 +46,7 @@ def test_every_operator_at_every_shape_once(calls, gradients):
     shapes = {name: [tuple(result.shape) for each, result in calls if each == name] for name in set(names) - {"concept_gates"}}
     assert shapes == {
         "edited_projection": [(3, 7, 8 + 8 + 8)],
+        "fused_edited_projection": [(3, 7, 8 + 8 + 8)],
         "edited_attention": [(3, 5, 2, 4), (3, 5, 2, 4), (3, 3, 1, 8), (3, 3, 1, 8)],
         "fused_edited_attention": [(3, 5, 2, 4), (3, 3, 1, 8)],
         "cross_attention_layer": [(3, 5, 12), (3, 3, 9)],

@@ -1,11 +1,14 @@
 """The pipeline's parts: the exact encoder, the tokenizer, and the recipe from end to end."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
+from perfusion.models import TOYBOX
 from perfusion.toybox import train
+from perfusion.toybox.judge import load_judge
 from perfusion.toybox.model import LATENT_CHANNELS, build_tokenizer, vocabulary
 from perfusion.toybox.render import render
 from perfusion.toybox.vae import PatchAutoencoder
@@ -97,3 +100,14 @@ def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
     run("parts")
     assert steps == whole[8:]
     assert torch.equal(denoiser("parts"), denoiser("whole")) and not torch.equal(denoiser("whole"), halfway)
+
+
+def test_the_judge_can_be_trained_alone(tmp_path):
+    """From the pipeline that is there, whose other files stay as they are."""
+    weights = tmp_path / "weights"
+    shutil.copytree(TOYBOX, weights)
+    before = {path: path.read_bytes() for path in weights.rglob("*") if path.is_file()}
+    train.main(["--work", str(tmp_path / "work"), "--output", str(weights), "--judge-alone", *RECIPE])
+    changed = {path.name for path, data in before.items() if path.read_bytes() != data}
+    assert changed == {"judge.safetensors"}
+    load_judge(weights / "judge.safetensors")

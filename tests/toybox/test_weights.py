@@ -31,7 +31,7 @@ def test_the_judge_is_right_on_pictures_it_has_not_seen(judge):
     found = judge_accuracy(judge, 1024, seed=123)
     published = json.loads((TOYBOX / "scores.json").read_text())["judge"]
     for label in ("object", "colour", "pattern", "scene", "relation", "style"):
-        assert found[label] >= published[label] - 0.05, found  # about 570 coloured things alone: two standard errors
+        assert found[label] >= published[label] - 0.02, found  # about 570 coloured things alone: three standard errors and more
 
 
 def test_the_base_model_draws_what_it_is_told(pipe, judge):

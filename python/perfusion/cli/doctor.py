@@ -60,7 +60,8 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON obj
             print(finding, flush=True)
     bad = [finding for finding in findings if finding.state == "bad"]
     if json:
-        print(dumps({"healthy": not bad, "findings": [dataclasses.asdict(finding) for finding in findings]}))
+        report = {"healthy": not bad, "findings": [dataclasses.asdict(finding) for finding in findings]}
+        print(dumps(report | {"compiled_kernels": _compiled_kernels()}))
     else:
         print(f"\n{len(bad)} of these must be repaired." if bad else "\nAll is well.")
     raise typer.Exit(1 if bad else 0)
@@ -77,6 +78,7 @@ def examine() -> Iterator[Finding]:
         return
     yield from _devices()
     yield from _backends()
+    yield from _compiled()
     yield from _operators(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     yield from _toybox()
     yield from _cache()
@@ -129,6 +131,27 @@ def _backends() -> Iterator[Finding]:
     for backend in perfusion_kernels.available_backends():
         detail = ", ".join(backend.operators) if backend.available else backend.reason
         yield Finding("backend", backend.name, "ok" if backend.available else "off", detail)
+
+
+def _compiled_kernels() -> dict[str, Any]:
+    try:
+        import perfusion_kernels
+    except (ImportError, OSError) as error:
+        return {"reason": f"{type(error).__name__}: {error}"}
+    return perfusion_kernels.compiled_kernels()
+
+
+def _compiled() -> Iterator[Finding]:
+    """What the CUDA library holds, which is another question than whether it can run here."""
+    compiled = _compiled_kernels()
+    if "reason" in compiled:
+        yield Finding("compiled", "cuda", "off", compiled["reason"])
+        return
+    kernels = compiled["kernels"]
+    registers = [kernel["registers"] for kernel in kernels]
+    spilling = sum(bool(kernel["spills"] or kernel["stack"]) for kernel in kernels)
+    detail = f"{len(kernels)} kernels for {', '.join(compiled['architectures'])} by CUDA {compiled['cuda']}"
+    yield Finding("compiled", "cuda", "ok", f"{detail}, {min(registers)} to {max(registers)} registers, {spilling or 'none'} with spills")
 
 
 def _operators(device: torch.device) -> Iterator[Finding]:

@@ -37,7 +37,7 @@ class Subject:
 SUBJECTS = (
     Subject("teddy", "teddy", "orange", "dotted", (
         0.075, 0.90, 0.95,  0.52, 0.55, 0.85,  0.62, 0.85, 0.45,  0.36, 0.60,  0.85, 0.75, 0.40, 0.80)),
-    Subject("teapot", "teapot", "purple", "striped", (
+    Subject("teapot", "teapot", "purple", "checked", (
         0.770, 0.65, 0.70,  0.14, 0.80, 0.95,  0.10, 0.06, 0.97,  0.38, 1.00,  0.75, 0.85, 0.60, 0.70)),
 )
 # fmt: on

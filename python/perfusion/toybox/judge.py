@@ -41,14 +41,26 @@ class Verdict:
     features: Tensor
 
 
+class Looks(nn.Module):
+    """Maps [B, C, H, W] -> [B, looks C]: weighted means, each look weighing the spots in its own way."""
+
+    def __init__(self, channels: int, looks: int):
+        super().__init__()
+        self.weigh = nn.Conv2d(channels, looks, 1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        weights = self.weigh(maps).flatten(2).softmax(2)
+        return (weights @ maps.flatten(2).mT).flatten(1)
+
+
 class Judge(nn.Module):
     """Images [B, 3, 64, 64] in [0, 1] -> Verdict."""
 
     def __init__(self):
         super().__init__()
         self.trunk = nn.Sequential(Block(3, 32, 2), Block(32, 64, 2), Block(64, 96, 2))
-        self.subject = nn.Sequential(Block(96, 128, 1), nn.Flatten(2))
-        self.subject_features = nn.Sequential(nn.Linear(256, 128), nn.ReLU())
+        self.subject = nn.Sequential(Block(96, 128, 1), Looks(128, 6))
+        self.subject_features = nn.Sequential(nn.Linear(6 * 128, 128), nn.ReLU())
         self.surroundings = nn.Sequential(Block(96, 96, 2), nn.Flatten(1), nn.Linear(96 * 16, 96), nn.ReLU())
         self.things = nn.Linear(128 + 96, len(OBJECTS))
         self.subject_heads = nn.ModuleDict({name: nn.Linear(128, len(LABELS[name])) for name in ("colour", "pattern")})
@@ -58,8 +70,7 @@ class Judge(nn.Module):
 
     def forward(self, images: Tensor) -> Verdict:
         maps = self.trunk(images * 2 - 1)
-        spots = self.subject(maps)
-        features = self.subject_features(torch.cat([spots.mean(2), spots.amax(2)], dim=1))
+        features = self.subject_features(self.subject(maps))
         around = self.surroundings(maps)
         labels = {name: head(features) for name, head in self.subject_heads.items()}
         labels |= {name: head(around) for name, head in self.scene_heads.items()}

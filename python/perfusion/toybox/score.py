@@ -87,11 +87,15 @@ def judge_accuracy(judge: Judge, count: int, seed: int) -> dict[str, float]:
 
 
 def score_base(pipe: Any, judge: Judge, count: int, seed: int = 1000) -> Iterator[tuple[str, dict[str, float]]]:
-    """("one thing", accuracies), then ("two things", accuracies), each over `count` samples."""
+    """("one thing", accuracies), the same by pattern, then ("two things", accuracies), each over `count` samples."""
     for title, make in (("one thing", base_prompts), ("two things", pair_prompts)):
         prompts, truth = make(count, seed)
         with tqdm(total=len(prompts), desc=title) as bar:
-            yield title, accuracy(judge.read(draw(pipe, prompts, seed=seed, progress=bar)), truth)
+            seen = judge.read(draw(pipe, prompts, seed=seed, progress=bar))
+        yield title, accuracy(seen, truth)
+        if "pattern" in truth:
+            right = (seen["pattern"] == truth["pattern"]).float()
+            yield f"{title}, pattern", {word: right[truth["pattern"] == index].mean().item() for index, word in enumerate(PATTERNS)}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -146,15 +146,18 @@ def _moved(images: Tensor, generator: torch.Generator, reach: int = 4) -> Tensor
 
 
 def _half_restored(vae: PatchAutoencoder, device: str, pictures: int) -> Iterator[tuple[Pictures, Tensor]]:
-    """Rendered blocks whose first halves have gone through the autoencoder, because generated pictures have, too."""
-    for scenes, images, _ in _rendered(pictures, seed=3):
+    """Rendered blocks whose first halves have gone through the autoencoder, because generated pictures have, too.
+
+    Patterns are the hardest to see and asked of lone things only, so these are more than in the pictures that the UNet learns from.
+    """
+    for scenes, images, _ in _rendered(pictures, seed=3, pairs=0.25):
         with torch.no_grad():
             restored = vae.decode(vae.encode(images[:128].to(device) * 2 - 1).latents).sample.cpu().clamp(-1, 1) / 2 + 0.5
         yield scenes, torch.cat([restored, images[128:]])
 
 
 def train_judge(work: Path, vae: PatchAutoencoder, device: str, steps: int, pictures: int, batch: int = 64) -> Judge:
-    judge = Judge()
+    judge = Judge().to(memory_format=torch.channels_last)
     stage = Stage("judge", work, judge, steps, 2e-3, device, decay=0.998)
     blocks = [(scenes, _bytes(images)) for scenes, images in _half_restored(vae, device, 2048 if stage.finished else pictures)]
 
@@ -232,14 +235,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=9000)
     parser.add_argument("--denoiser-steps", type=int, default=4500)
-    parser.add_argument("--judge-steps", type=int, default=4500)
-    parser.add_argument("--pictures", type=int, default=40_960, help="how many the UNet learns from; the autoencoder has at most 16,384 of its own, the judge 30,720")
+    parser.add_argument("--judge-steps", type=int, default=8000)
+    parser.add_argument("--judge-alone", action="store_true", help="train and replace the judge of the pipeline that is in --output already")
+    parser.add_argument("--pictures", type=int, default=40_960, help="how many the UNet learns from; the judge has as many of its own, the autoencoder at most 16,384")
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
+    if options.judge_alone:
+        torch.manual_seed(1)
+        vae = load_pipeline(options.output).vae.to(options.device)
+        judge = train_judge(options.work, vae, options.device, options.judge_steps, options.pictures)
+        save_judge(judge.cpu(), options.output / "judge.safetensors")
+        return
     torch.manual_seed(0)
     vae = train_autoencoder(options.work, options.device, options.autoencoder_steps, min(16_384, options.pictures))
     torch.manual_seed(1)
-    judge = train_judge(options.work, vae, options.device, options.judge_steps, min(30_720, options.pictures))
+    judge = train_judge(options.work, vae, options.device, options.judge_steps, options.pictures)
     torch.manual_seed(2)
     data = make_latents(options.work, options.device, vae, options.pictures)
     tokenizer, scale, denoiser = train_denoiser(options.work, options.device, options.denoiser_steps, data)

@@ -1,0 +1,246 @@
+// A whole cross-attention layer for keys and values that stay (DESIGN.md, (15) and (16)), in two launches, because the last product
+// sums over heads.
+//
+//   attend   x [64, C] · W_Q of one head, by steps of C ──► q [64, d] in shared memory ──► softmax(scale q Kᵀ) V, K and V resident
+//            ──► attended [B, N, H, d], in the workspace
+//   weigh    absorbed: x [64, C] · K'ᵀ of one head, by steps of C ──► S in registers ──► softmax ──► weights [B, N, H, T], padded to 16
+//   project  attended · W_Oᵀ, or weights · V' of the row, [64, 64] a block, + bias + residual, added in float32 ──► output
+//
+// Absorbed heads are C wide, and nothing of that width is ever resident: both products stream it.
+#pragma once
+
+#include "attention_tiles.cuh"
+#include "cross_attention_layer.h"
+#include "matrix_product.cuh"
+
+namespace perfusion {
+
+struct CrossAttentionLayerLaunch {
+  perfusion_cross_attention_layer_params call;
+  CrossAttentionLayerPlan plan;
+};
+
+constexpr float log2_e = 1.4426950408889634f;  // exp(x) is exp2(x log2 e)
+
+// The image tokens of row b, as the left operand of a product along C.
+template <class Element>
+PERFUSION_DEVICE ProductOperand<Element> hidden_states_of(const CrossAttentionLayerLaunch& launch, int64_t b) {
+  const perfusion_tensor& x = launch.call.hidden_states;
+  const int N = static_cast<int>(launch.call.N);
+  return {static_cast<const Element*>(x.data) + b * x.strides[0], N, static_cast<int>(launch.call.C), x.strides[1], x.strides[2],
+          launch.plan.wide_hidden_states, N, 0};
+}
+
+// attended[b, n, h] = softmax(scale (x W_Q,hᵀ) K_hᵀ) V_h; max_groups as in edited_attention, tiles of `rows` tokens.
+template <class Element, int d, int max_groups, int rows>
+PERFUSION_KERNEL(32 * layer_warps)
+cross_attention_layer_attend_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch launch) {
+  constexpr int pitch = tile_pitch(d), pieces = d / 8;
+  using Tile = ProductTile<rows, query_columns(d), 2, 2, layer_depth, query_stages(d)>;
+  static_assert(product_bytes<Tile, true>() == query_bytes(d, rows), "the plan has counted another tile");
+  using Tokens = ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false>;
+  using Weight = ProductLoader<Element, Tile::columns, Tile::depth, Tile::threads, false>;
+  const perfusion_cross_attention_layer_params& p = launch.call;
+  const CrossAttentionLayerPlan& plan = launch.plan;
+  const int T = static_cast<int>(p.T), N = static_cast<int>(p.N), C = static_cast<int>(p.C);
+  const int groups = max_groups > 5 ? (T + 15) / 16 : max_groups;
+  const int64_t b = block() / plan.splits / p.H, h = block() / plan.splits % p.H;
+
+  auto* keys = reinterpret_cast<Element*>(shared_memory());
+  Element* values = keys + groups * 16 * pitch;
+  Element* queries = values + groups * 16 * pitch;  // and, before they are there, the steps of their projection
+  load_head<Element, d>(keys, groups * 16, p.key, b, h, T, plan.wide_key);
+  load_head<Element, d>(values, groups * 16, p.value, b, h, T, plan.wide_value);
+  const ProductOperand<Element> tokens = hidden_states_of<Element>(launch, b);
+  const perfusion_tensor& w = p.query_weight;
+  const ProductOperand<Element> weight{static_cast<const Element*>(w.data) + h * d * w.strides[0], d, C, w.strides[0],
+                                       w.strides[1], plan.wide_query_weight, d, 0};
+  auto* attended = static_cast<Element*>(p.workspace) + (b * N * p.H + h) * d;
+
+  for (int first = static_cast<int>(block() % plan.splits) * rows; first < N; first += plan.splits * rows) {
+    float c[Tile::m][Tile::n][4] = {};
+    multiply_steps<Tile, true>(c, queries, Tokens(tokens, first, 0), Weight(weight, 0, 0), (C + Tile::depth - 1) / Tile::depth);
+    hand_over<Tile>(c, [&](int r, int n, float x, float y) {
+      if (n < d) *reinterpret_cast<uint32_t*>(queries + r * pitch + n) = pack<Element>(x, y);
+    });
+    barrier();
+    Element* here = queries + warp() * query_rows * pitch;
+    if (warp() * query_rows < rows) attend_tile<Element, d, max_groups>(here, keys, values, groups, p.scale * log2_e, T);
+    barrier();
+    for (int i = thread(); i < rows * pieces; i += threads()) {
+      const int r = i / pieces, piece = i % pieces;
+      if (first + r >= N) continue;
+      store(reinterpret_cast<Words*>(attended + (first + r) * p.H * d + piece * 8),
+            *reinterpret_cast<const Words*>(queries + r * pitch + piece * 8));
+    }
+    if (single_tile(d, max_groups)) break;
+    barrier();  // the outputs have been read; the next tile's steps may land on them
+  }
+}
+
+// weights[b, n, h] = softmax(scale x K'_hᵀ), 0 from T on; a block has one tile, a warp 16 of its tokens and all keys.
+template <class Element, int max_groups, int rows>
+PERFUSION_KERNEL(2 * rows)
+cross_attention_layer_weigh_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch launch) {
+  constexpr int keys = 16 * max_groups, pieces = keys / 8, pitch = tile_pitch(keys);
+  using Tile = ProductTile<rows, keys, rows / 16, 1, layer_depth, 3>;
+  static_assert(product_bytes<Tile, true>() == weigh_bytes(keys, rows), "the plan has counted another tile");
+  static_assert(weigh_bytes(keys, rows) >= 2 * rows * pitch, "the weights take the place of the steps");
+  using Tokens = ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false>;
+  using Keys = ProductLoader<Element, Tile::columns, Tile::depth, Tile::threads, false>;
+  const perfusion_cross_attention_layer_params& p = launch.call;
+  const int T = static_cast<int>(p.T), N = static_cast<int>(p.N), C = static_cast<int>(p.C), width = (T + 15) / 16 * 16;
+  const int64_t b = block() / launch.plan.splits / p.H, h = block() / launch.plan.splits % p.H;
+  const int first = static_cast<int>(block() % launch.plan.splits) * rows;
+  const perfusion_tensor& k = p.key;
+  const ProductOperand<Element> key{static_cast<const Element*>(k.data) + b * k.strides[0] + h * k.strides[2], T, C, k.strides[1],
+                                    k.strides[3], launch.plan.wide_key, T, 0};
+
+  auto* shared = reinterpret_cast<Element*>(shared_memory());
+  float c[1][2 * max_groups][4] = {};
+  multiply_steps<Tile, true>(c, shared, Tokens(hidden_states_of<Element>(launch, b), first, 0), Keys(key, 0, 0),
+                             (C + Tile::depth - 1) / Tile::depth);
+  uint32_t unused[max_groups][4];
+  float sum[2];
+  weigh<Element, max_groups>(unused, sum, c[0], p.scale * log2_e, T);
+  const float inverse[2] = {1.0f / sum[0], 1.0f / sum[1]};
+  Element* here = shared + warp() * query_rows * pitch;
+  PERFUSION_UNROLL
+  for (int n = 0; n < 2 * max_groups; ++n) {
+    PERFUSION_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      Element* to = here + (lane() / 4 + 8 * r) * pitch + n * 8 + 2 * (lane() % 4);
+      *reinterpret_cast<uint32_t*>(to) = pack<Element>(c[0][n][2 * r] * inverse[r], c[0][n][2 * r + 1] * inverse[r]);
+    }
+  }
+  warp_barrier();
+  auto* weights = static_cast<Element*>(p.workspace) + (b * N * p.H + h) * width;
+  for (int i = lane(); i < query_rows * pieces; i += 32) {
+    const int n = first + warp() * query_rows + i / pieces, piece = i % pieces;
+    if (n >= N || piece * 8 >= width) continue;
+    store(reinterpret_cast<Words*>(weights + n * p.H * width + piece * 8),
+          *reinterpret_cast<const Words*>(here + i / pieces * pitch + piece * 8));
+  }
+}
+
+// Rows of V' for a sum over heads and positions: row k of the sum is position k % width of head k / width, a zero from T on.
+template <class Element, int rows, int columns, int threads_of_block>
+class AbsorbedValues {
+ public:
+  PERFUSION_DEVICE AbsorbedValues(const perfusion_tensor& value, int64_t b, int column, int T, int H, int C, bool wide)
+      : data(static_cast<const Element*>(value.data) + b * value.strides[0] + at_column(column) * value.strides[3]),
+        position(value.strides[1]),
+        head(value.strides[2]),
+        stride(value.strides[3]),
+        left(C - at_column(column) < 0 ? 0 : C - at_column(column) < 8 ? C - at_column(column) : 8),
+        T(T),
+        H(H),
+        wide(wide) {}
+
+  PERFUSION_DEVICE void load(Element* stage) {
+    const int width = (T + 15) / 16 * 16;
+    PERFUSION_UNROLL
+    for (int i = thread() / pieces; i < rows; i += apart) {
+      const int h = (k + i) / width, t = (k + i) % width;
+      const int elements = h < H && t < T ? left : 0;
+      const Element* source = elements > 0 ? data + t * position + h * head : data;
+      Element* to = stage + i * tile_pitch(columns) + thread() % pieces * 8;
+      if (wide) {
+        copy_async(to, elements > 0 ? source : data, 2 * elements);
+      } else {
+        *reinterpret_cast<Words*>(to) = gather(source, stride, elements);
+      }
+    }
+    k += rows;
+  }
+
+ private:
+  static constexpr int pieces = columns / 8, apart = threads_of_block / pieces;
+  static_assert(threads_of_block % pieces == 0, "a thread loads the same columns of all its rows");
+
+  PERFUSION_DEVICE static int at_column(int column) { return column + thread() % pieces * 8; }
+
+  const Element* data;
+  int64_t position, head, stride;
+  int left, T, H, k = 0;
+  bool wide;
+};
+
+// A tile of sums, through shared memory, so that bias, residual and output are read and written 16 bytes at a time. Tokens of all
+// rows are counted on: token r is n = r % N of row r / N.
+template <class Element, class Tile>
+PERFUSION_DEVICE void add_and_store(const float (&c)[Tile::m][Tile::n][4], float* sums, const CrossAttentionLayerLaunch& launch,
+                                    int64_t first, int64_t end, int column) {
+  constexpr int pitch = Tile::columns + 8, pieces = Tile::columns / 8;
+  const perfusion_cross_attention_layer_params& p = launch.call;
+  const CrossAttentionLayerPlan& plan = launch.plan;
+  hand_over<Tile>(c, [&](int r, int n, float x, float y) { sums[r * pitch + n] = x, sums[r * pitch + n + 1] = y; });
+  barrier();
+  for (int i = thread(); i < Tile::rows * pieces; i += threads()) {
+    const int64_t token = first + i / pieces, b = token / p.N, n = token % p.N, from = column + i % pieces * 8;
+    const int count = p.C - from < 8 ? static_cast<int>(p.C - from) : 8;
+    if (token >= end || count <= 0) continue;
+    float x[8], more[8];
+    PERFUSION_UNROLL
+    for (int e = 0; e < 8; ++e) x[e] = sums[i / pieces * pitch + i % pieces * 8 + e];
+    const auto add = [&](const perfusion_tensor& summand, int64_t offset, int64_t stride, bool wide) {
+      if (summand.data == nullptr) return;
+      load_eight(more, static_cast<const Element*>(summand.data) + offset + from * stride, stride, count, wide);
+      PERFUSION_UNROLL
+      for (int e = 0; e < 8; ++e) x[e] += more[e];
+    };
+    const perfusion_tensor &bias = p.output_bias, &residual = p.residual;
+    add(bias, 0, bias.strides[0], plan.wide_bias);
+    add(residual, b * residual.strides[0] + n * residual.strides[1], residual.strides[2], plan.wide_residual);
+    Words words;
+    PERFUSION_UNROLL
+    for (int e = 0; e < 4; ++e) words.word[e] = pack<Element>(x[2 * e], x[2 * e + 1]);
+    const perfusion_tensor& y = p.output;
+    Element* to = static_cast<Element*>(y.data) + b * y.strides[0] + n * y.strides[1] + from * y.strides[2];
+    if (plan.wide_output && count == 8) {
+      store(reinterpret_cast<Words*>(to), words);
+    } else {
+      scatter(to, y.strides[2], words, count);
+    }
+  }
+}
+
+// output = residual + bias + attended W_Oᵀ of all rows' tokens together, or + weights V' of each row's by its own.
+template <class Element, int absorbed, int rows>
+PERFUSION_KERNEL(32 * layer_warps)
+cross_attention_layer_project_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch launch) {
+  using Tile = ProductTile<rows, product_columns, 2, 2, layer_depth, 3>;
+  static_assert(product_bytes<Tile, !absorbed>() == project_bytes(absorbed, rows), "the plan has counted another tile");
+  static_assert(project_bytes(absorbed, rows) >= 4 * rows * (product_columns + 8), "the sums take the place of the steps");
+  using Left = ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false>;
+  const perfusion_cross_attention_layer_params& p = launch.call;
+  const CrossAttentionLayerPlan& plan = launch.plan;
+  const int width = static_cast<int>(absorbed ? (p.T + 15) / 16 * 16 : p.d), K = static_cast<int>(p.H) * width;
+  const int64_t of_a_group = absorbed ? p.N : p.B * p.N, across = (p.C + product_columns - 1) / product_columns;
+  const int64_t down = (of_a_group + rows - 1) / rows;
+  const int64_t group = block() / across / down;  // a row if absorbed, else 0
+  const int64_t row = block() / across % down * rows;
+  const int column = static_cast<int>(block() % across) * product_columns;
+  const int left_rows = static_cast<int>(of_a_group);
+  const ProductOperand<Element> left{static_cast<const Element*>(p.workspace) + group * of_a_group * K, left_rows, K, K, 1, true,
+                                     left_rows, 0};
+  const int steps = (K + Tile::depth - 1) / Tile::depth;
+
+  auto* shared = reinterpret_cast<Element*>(shared_memory());
+  float c[Tile::m][Tile::n][4] = {};
+  const Left next_left(left, static_cast<int>(row), 0);
+  if constexpr (absorbed) {
+    using Right = AbsorbedValues<Element, Tile::depth, Tile::columns, Tile::threads>;
+    const Right next_right(p.value, group, column, static_cast<int>(p.T), static_cast<int>(p.H), static_cast<int>(p.C),
+                           plan.wide_value);
+    multiply_steps<Tile, false>(c, shared, next_left, next_right, steps);
+  } else {
+    using Right = ProductLoader<Element, Tile::columns, Tile::depth, Tile::threads, false>;
+    const auto weight = product_operand<Element>(p.output_weight, static_cast<int>(p.C), K, plan.wide_output_weight);
+    multiply_steps<Tile, true>(c, shared, next_left, Right(weight, column, 0), steps);
+  }
+  add_and_store<Element, Tile>(c, reinterpret_cast<float*>(shared), launch, group * of_a_group + row, (group + 1) * of_a_group,
+                               column);
+}
+
+}  // namespace perfusion

@@ -1,0 +1,41 @@
+// The launch plan of `cross_attention_layer`, a pure function of shapes and device, for its tests.
+#pragma once
+
+#include "device/memory.cuh"
+#include "status.h"
+
+namespace perfusion {
+
+constexpr int layer_warps = 4, layer_depth = 32;  // of a block; columns of a step of its products
+constexpr int tall = 64, flat = 32;               // rows of a tile; flat where tall ones would leave multiprocessors idle
+constexpr int product_columns = 64;               // of a tile of the second launch
+
+// Whether a block of the first launch has a single tile: beside 256 scores and 160 columns registers hold nothing for a next one.
+PERFUSION_BOTH constexpr bool single_tile(int d, int groups) { return d > 128 && groups > 5; }
+
+// Of the query's projection: columns, whole fragments for each of the two warps side by side, and steps in shared memory.
+PERFUSION_BOTH constexpr int query_columns(int d) { return (d + 15) / 16 * 16; }
+PERFUSION_BOTH constexpr int query_stages(int d) { return d <= 128 ? 3 : 2; }
+// Bytes of the steps: of the query's projection, of the scores of absorbed keys, of the second launch.
+PERFUSION_BOTH constexpr int query_bytes(int d, int rows) {
+  return 2 * query_stages(d) * (rows + query_columns(d)) * tile_pitch(layer_depth);
+}
+PERFUSION_BOTH constexpr int weigh_bytes(int keys, int rows) { return 2 * 3 * (rows + keys) * tile_pitch(layer_depth); }
+PERFUSION_BOTH constexpr int project_bytes(bool absorbed, int rows) {
+  const int right = absorbed ? layer_depth * tile_pitch(product_columns) : product_columns * tile_pitch(layer_depth);
+  return 2 * 3 * (rows * tile_pitch(layer_depth) + right);
+}
+
+struct CrossAttentionLayerPlan {
+  int rows, second_rows;          // of a tile, in either launch
+  int splits;                     // of the first: blocks that share one head of one row, each with every splits-th of its tiles
+  int bytes, second_bytes;        // of shared memory
+  int64_t blocks, second_blocks;
+  bool wide_hidden_states, wide_query_weight, wide_key, wide_value, wide_output_weight, wide_bias, wide_residual, wide_output;
+};
+
+// PERFUSION_UNSUPPORTED if K and V of one head do not fit into the device's shared memory, beside a step of the query's projection.
+perfusion_status plan_cross_attention_layer(const perfusion_cross_attention_layer_params& params, const Device& device,
+                                            CrossAttentionLayerPlan* plan);
+
+}  // namespace perfusion

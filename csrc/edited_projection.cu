@@ -1,0 +1,105 @@
+// Checks, launch plan and C API of `edited_projection`, and its kernels.
+#include "edited_projection.cuh"
+
+#include <iterator>
+
+#include "arguments.h"
+
+namespace perfusion {
+
+namespace {
+
+constexpr int64_t most = int64_t{1} << 30;  // of every size: rows and blocks are counted in 32 bits
+
+// Every compiled tile, the largest first.
+#define PERFUSION_PROJECTION_TILES(USE) USE(80, 128) USE(80, 64) USE(32, 64)
+#define PERFUSION_PROJECTION_TILE(ROWS, COLUMNS) {ROWS, COLUMNS, product_bytes<ProjectionTile<ROWS, COLUMNS>, true>()},
+constexpr struct Tile {
+  int rows, columns, bytes;
+} tiles[] = {PERFUSION_PROJECTION_TILES(PERFUSION_PROJECTION_TILE)};
+
+perfusion_status check(const perfusion_edited_projection_params& p) {
+  Arguments arguments("edited_projection");
+  const struct {
+    const char* name;
+    int64_t value, least;
+  } sizes[] = {{"B", p.B, 0}, {"T", p.T, 0}, {"D", p.D, 1}, {"O", p.O, 0}, {"J", p.J, 0}};
+  for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, most);
+  arguments.rule(p.B * p.T <= most, PERFUSION_UNSUPPORTED, "B * T must be at most 2^30", p.B * p.T);
+  if (arguments.status != PERFUSION_OK || p.B * p.T * p.O == 0) return arguments.status;
+
+  arguments.half("encodings", p.encodings);
+  arguments.tensor("weight", p.weight, {p.encodings.dtype});
+  arguments.tensor("result", p.result, {p.encodings.dtype});
+  if (p.index.data == nullptr || p.J == 0) return arguments.status;
+  arguments.tensor("index", p.index, {PERFUSION_INT32});
+  arguments.tensor("gates", p.gates, {PERFUSION_FLOAT32});
+  arguments.tensor("components", p.components, {PERFUSION_FLOAT32});
+  arguments.tensor("outputs", p.outputs, {PERFUSION_FLOAT16, PERFUSION_BFLOAT16, PERFUSION_FLOAT32});
+  arguments.tensor("projected_targets", p.projected_targets, {p.outputs.dtype});
+  return arguments.status;
+}
+
+template <class Element>
+perfusion_status launch_edited_projection(const EditedProjectionLaunch& arguments, int64_t blocks, perfusion_stream stream) {
+  const EditedProjectionPlan& plan = arguments.plan;
+#define PERFUSION_PROJECTION_CASE(ROWS, COLUMNS)                                                                  \
+  if (plan.rows == ROWS && plan.columns == COLUMNS) {                                                             \
+    return launch("edited_projection", edited_projection_kernel<Element, ROWS, COLUMNS>, blocks,                  \
+                  32 * projection_warps, plan.bytes, stream, arguments);                                          \
+  }
+  PERFUSION_PROJECTION_TILES(PERFUSION_PROJECTION_CASE)
+  return fail(PERFUSION_UNSUPPORTED, "edited_projection: no kernel for a tile of %d x %d", plan.rows, plan.columns);
+}
+
+}  // namespace
+
+perfusion_status plan_edited_projection(const perfusion_edited_projection_params& p, const Device& device,
+                                        EditedProjectionPlan* plan) {
+  const int64_t M = p.B * p.T;
+  const Tile& smallest = tiles[std::size(tiles) - 1];
+  if (smallest.bytes > device.shared_per_block) {
+    return fail(PERFUSION_UNSUPPORTED, "edited_projection: a block needs %d bytes of shared memory; this device has %d",
+                smallest.bytes, device.shared_per_block);
+  }
+  // The largest that gives every multiprocessor a block; few rows are the smallest's.
+  for (const Tile& tile : tiles) {
+    plan->rows = tile.rows;
+    plan->columns = tile.columns;
+    plan->row_tiles = static_cast<int>((M + tile.rows - 1) / tile.rows);
+    plan->column_tiles = static_cast<int>((p.O + tile.columns - 1) / tile.columns);
+    plan->bytes = tile.bytes;
+    const bool fills = int64_t{plan->row_tiles} * plan->column_tiles >= device.multiprocessors;
+    if (fills && M > smallest.rows && tile.bytes <= device.shared_per_block) break;
+  }
+  plan->wide_encodings = wide_rows(p.encodings, 3);
+  plan->wide_weight = wide_rows(p.weight, 2);
+  plan->wide_result = wide_rows(p.result, 3);
+  plan->wide_tables = wide_rows(p.outputs, 2) && wide_rows(p.projected_targets, 2);
+  return PERFUSION_OK;
+}
+
+}  // namespace perfusion
+
+extern "C" perfusion_status perfusion_edited_projection(const perfusion_edited_projection_params* params,
+                                                        perfusion_stream stream) {
+  using namespace perfusion;
+  if (params == nullptr) return fail(PERFUSION_INVALID_ARGUMENT, "edited_projection: params must be given; got NULL");
+  EditedProjectionLaunch arguments{*params, {}};
+  perfusion_edited_projection_params& p = arguments.call;
+  perfusion_status status = check(p);
+  if (status != PERFUSION_OK || p.B * p.T * p.O == 0) return status;
+  if (p.index.data == nullptr) p.J = 0;
+
+  Device here;
+  status = device("edited_projection", &here);
+  if (status == PERFUSION_OK) status = plan_edited_projection(p, here, &arguments.plan);
+  if (status != PERFUSION_OK) return status;
+  const int64_t blocks = int64_t{arguments.plan.row_tiles} * arguments.plan.column_tiles;
+  if (blocks > most) {
+    return fail(PERFUSION_UNSUPPORTED, "edited_projection: B * T * O must be below 2^41; got %lld * %lld", static_cast<long long>(p.B * p.T),
+                static_cast<long long>(p.O));
+  }
+  return p.encodings.dtype == PERFUSION_FLOAT16 ? launch_edited_projection<Half>(arguments, blocks, stream)
+                                                : launch_edited_projection<BFloat16>(arguments, blocks, stream);
+}

@@ -1,0 +1,126 @@
+// e Wᵀ + Σ_j (g_j o_j - a_j p_j) (DESIGN.md, (10)): one product over the weights of all layers, and the edit as its epilogue.
+//
+//                      W, 128 rows a tile, in steps of 64 of D
+//                     ┌────────┬────────┬─ …       A block owns a tile of the result, [B T] down and O across: 80 rows, because a
+//   e, 80 rows a tile │        │        │          prompt is 77 tokens. The product is rounded into shared memory. There each
+//   ┌─────────────┐   ├────────┼────────┤          thread takes 8 columns of a few rows to float32, adds the edit, rounds once
+//   │ row 0, 1, … │   │ e Wᵀ + edit     │          more, and stores 16 bytes a row, wherever the destination is.
+//   └─────────────┘   └────────┴────────┴─ …
+//
+// Rows of a tile may be of several batch rows: each has its own concepts, whose slots, gates and components are brought into shared
+// memory eight places at a time. A row to which nothing is added keeps its bits. Row tiles come first in the order of blocks, so
+// that those that share weights run together.
+//
+// Bytes, with R row tiles and L column tiles: read 2 (R O D + L B T D) of the product, 12 L B T J of slots, gates and components at
+// most, and 2 J table pieces for each thread's rows, as long as their slot is one; written 2 B T O.
+#pragma once
+
+#include "edited_projection.h"
+#include "matrix_product.cuh"
+
+namespace perfusion {
+
+constexpr int projection_warps = 4;
+constexpr int places_at_a_time = 8;
+
+template <int rows, int columns>
+using ProjectionTile = ProductTile<rows, columns, 1, projection_warps>;
+
+struct EditedProjectionLaunch {
+  perfusion_edited_projection_params call;
+  EditedProjectionPlan plan;
+};
+
+// Slots, gates and components of a tile's rows at eight places, in shared memory; slot -1 where nothing is to be added.
+template <int rows>
+struct Coefficients {
+  int32_t slots[rows][places_at_a_time];
+  float gates[rows][places_at_a_time], components[rows][places_at_a_time];
+
+  // By all threads, for rows from `row` of [B T] and places from `place` on.
+  PERFUSION_DEVICE void load_from(const perfusion_edited_projection_params& p, int row, int place) {
+    const int T = static_cast<int>(p.T), M = static_cast<int>(p.B) * T;
+    for (int i = thread(); i < rows * places_at_a_time; i += threads()) {
+      const int r = i / places_at_a_time, j = i % places_at_a_time;
+      slots[r][j] = -1;
+      if (row + r >= M || place + j >= p.J) continue;
+      const int64_t b = (row + r) / T, t = (row + r) % T, at = place + j;
+      const int32_t slot = load(static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0] + at * p.index.strides[1]);
+      if (slot < 0) continue;
+      slots[r][j] = slot;
+      gates[r][j] = load(static_cast<const float*>(p.gates.data) + b * p.gates.strides[0] + t * p.gates.strides[1] +
+                         at * p.gates.strides[2]);
+      components[r][j] = load(static_cast<const float*>(p.components.data) + b * p.components.strides[0] +
+                              t * p.components.strides[1] + at * p.components.strides[2]);
+    }
+  }
+};
+
+template <class Element, int rows, int columns>
+PERFUSION_KERNEL(32 * projection_warps)
+edited_projection_kernel(PERFUSION_CONSTANT EditedProjectionLaunch launch) {
+  using Tile = ProjectionTile<rows, columns>;
+  constexpr int pitch = tile_pitch(columns), pieces = columns / 8, mine = rows / (Tile::threads / pieces);  // rows of a thread
+  static_assert(2 * rows * pitch + sizeof(Coefficients<rows>) <= product_bytes<Tile, true>(), "the epilogue takes the product's place");
+  const perfusion_edited_projection_params& p = launch.call;
+  const EditedProjectionPlan& plan = launch.plan;
+  const int B = static_cast<int>(p.B), T = static_cast<int>(p.T), D = static_cast<int>(p.D), O = static_cast<int>(p.O);
+  const int row = static_cast<int>(block() % plan.row_tiles) * rows;
+  const int column = static_cast<int>(block() / plan.row_tiles) * columns;
+
+  auto* tile = reinterpret_cast<Element*>(shared_memory());
+  auto& coefficients = *reinterpret_cast<Coefficients<rows>*>(tile + rows * pitch);
+  multiply_tile<Tile, true>(tile, product_operand<Element>(p.encodings, B, T, D, plan.wide_encodings),
+                            product_operand<Element>(p.weight, O, D, plan.wide_weight), row, column, 0,
+                            [&](int r, int n, float x, float y) {
+                              *reinterpret_cast<uint32_t*>(tile + r * pitch + n) = pack<Element>(x, y);
+                            });
+  barrier();
+
+  const int first = thread() / pieces * mine, piece = thread() % pieces;
+  const int there = O - column - piece * 8 < 8 ? O - column - piece * 8 : 8;  // columns of the piece
+  float x[mine][8];
+  PERFUSION_UNROLL
+  for (int i = 0; i < mine; ++i) widen(x[i], *reinterpret_cast<const Words*>(tile + (first + i) * pitch + piece * 8), Element{});
+
+  for (int place = 0; place < p.J; place += places_at_a_time) {
+    if (place > 0) barrier();  // those before have been read
+    coefficients.load_from(p, row, place);
+    barrier();
+    for (int j = 0; j < places_at_a_time && place + j < p.J; ++j) {
+      const auto below = [&](int32_t bound) {  // the largest slot of these rows that is; -1 if none is
+        int32_t found = -1;
+        PERFUSION_UNROLL
+        for (int i = 0; i < mine; ++i) {
+          const int32_t slot = coefficients.slots[first + i][j];
+          if (slot < bound && slot > found) found = slot;
+        }
+        return found;
+      };
+      for (int32_t slot = below(0x7fffffff); slot >= 0; slot = below(slot)) {  // each slot's tables are read once
+        float o[8], w[8];
+        load_columns(o, p.outputs, slot, column + piece * 8, there, plan.wide_tables);
+        load_columns(w, p.projected_targets, slot, column + piece * 8, there, plan.wide_tables);
+        PERFUSION_UNROLL
+        for (int i = 0; i < mine; ++i) {
+          if (coefficients.slots[first + i][j] != slot) continue;
+          const float g = coefficients.gates[first + i][j], a = coefficients.components[first + i][j];
+          PERFUSION_UNROLL
+          for (int e = 0; e < 8; ++e) x[i][e] += g * o[e] - a * w[e];
+        }
+      }
+    }
+  }
+
+  if (there <= 0) return;
+  PERFUSION_UNROLL
+  for (int i = 0; i < mine; ++i) {
+    const int m = row + first + i;
+    if (m >= B * T) continue;
+    Element* to = static_cast<Element*>(p.result.data) + m / T * p.result.strides[0] + m % T * p.result.strides[1] +
+                  (column + piece * 8) * p.result.strides[2];
+    store_eight(to, p.result.strides[2], x[i], there, plan.wide_result);
+  }
+}
+
+}  // namespace perfusion

@@ -1,0 +1,178 @@
+// Between a torch operator and its C function: tensors and strides, device and stream, status and exception.
+//
+// LibTorch's stable ABI alone (torch/csrc/stable), of torch 2.10: one binary for that and every later torch. What it lacks is
+// here, to go when it has it: the current CUDA stream, and a check that a kernel takes the arguments of its schema.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../include/perfusion_kernels.h"
+
+// The host library runs the same code on tensors in host memory, for the tests.
+#ifdef PERFUSION_HOST
+#define PERFUSION_DISPATCH_KEY CPU
+#define PERFUSION_OVERLOAD "host"
+#else
+#define PERFUSION_DISPATCH_KEY CUDA
+#define PERFUSION_OVERLOAD "cuda"
+#endif
+
+// libtorch_cuda alone has it: NULL with a CPU build of torch, which brings no tensors that could ask for a stream.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace perfusion::border {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline std::string written(torch::headeronly::IntHeaderOnlyArrayRef shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+// One call of an operator, on the device of its first tensor, which is the current one for as long. Python has checked the
+// arguments by then; whoever calls the torch operator itself is stopped here before memory is read that is not the tensor's.
+class Call {
+ public:
+  Call(const char* operation, const Tensor& first) : operation(operation), first(first), guard(guarded(first)) {}
+
+  [[noreturn]] void refuse(const std::string& rule) const { throw std::runtime_error(std::string(operation) + ": " + rule); }
+
+  // How many of each, where nothing before says what a size has to be.
+  template <size_t dimensions>
+  std::array<int64_t, dimensions> sizes(const char* name, const Tensor& tensor) const {
+    const auto shape = tensor.sizes();
+    if (shape.size() != dimensions) {
+      refuse(std::string(name) + " must have " + std::to_string(dimensions) + " dimensions; got shape " + written(shape));
+    }
+    std::array<int64_t, dimensions> result{};
+    for (size_t i = 0; i < dimensions; ++i) result[i] = shape[i];
+    return result;
+  }
+
+  perfusion_tensor tensor(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) const {
+    static_assert(sizeof(perfusion_tensor::strides) == 4 * sizeof(int64_t));
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    bool fits = sizes.size() == shape.size();
+    for (size_t i = 0; fits && i < shape.size(); ++i) fits = sizes[i] == shape.begin()[i];
+    if (!fits) refuse(std::string(name) + " must have shape " + written(shape) + "; got " + written(sizes));
+    if (!(tensor.device() == first.device())) refuse(std::string(name) + " must be on the same device as the first argument");
+    perfusion_tensor result{};
+    result.data = tensor.numel() ? tensor.data_ptr() : nothing;
+    result.dtype = dtype(name, tensor);
+    for (size_t i = 0; i < strides.size(); ++i) result.strides[i] = strides[i];
+    return result;
+  }
+
+  // An absent tensor has no data.
+  perfusion_tensor tensor(const char* name, const MaybeTensor& maybe, std::initializer_list<int64_t> shape) const {
+    return maybe ? tensor(name, *maybe, shape) : perfusion_tensor{};
+  }
+
+  Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) const { return torch::stable::new_empty(first, shape, dtype); }
+
+  perfusion_stream stream() const {
+    void* stream = nullptr;
+#ifndef PERFUSION_HOST
+    if (!aoti_torch_get_current_cuda_stream) refuse("this torch has no CUDA streams");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(first.get_device_index(), &stream));
+#endif
+    return stream;
+  }
+
+  void finish(perfusion_status status) const {
+    if (status != PERFUSION_OK) throw std::runtime_error(perfusion_last_message());
+  }
+
+ private:
+#ifdef PERFUSION_HOST
+  struct Guard {};
+  static Guard guarded(const Tensor&) { return {}; }
+#else
+  using Guard = torch::stable::accelerator::DeviceGuard;
+  static Guard guarded(const Tensor& tensor) { return Guard(tensor.get_device_index()); }
+#endif
+
+  perfusion_dtype dtype(const char* name, const Tensor& tensor) const {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Half:
+        return PERFUSION_FLOAT16;
+      case ScalarType::BFloat16:
+        return PERFUSION_BFLOAT16;
+      case ScalarType::Float:
+        return PERFUSION_FLOAT32;
+      case ScalarType::Int:
+        return PERFUSION_INT32;
+      default:
+        refuse(std::string(name) + " must be float16, bfloat16, float32 or, for an index, int32; got " +
+               torch::headeronly::toString(tensor.scalar_type()));
+    }
+  }
+
+  // What an empty tensor points to: it is not absent, and not read.
+  alignas(16) static inline char nothing[16];
+
+  const char* operation;
+  const Tensor& first;
+  Guard guard;
+};
+
+// A function's type as a schema writes it, without names: "(Tensor, Tensor?, float) -> Tensor".
+template <class T>
+std::string type_name();
+template <>
+inline std::string type_name<Tensor>() { return "Tensor"; }
+template <>
+inline std::string type_name<MaybeTensor>() { return "Tensor?"; }
+template <>
+inline std::string type_name<double>() { return "float"; }
+template <>
+inline std::string type_name<std::vector<bool>>() { return "bool[]"; }
+template <>
+inline std::string type_name<std::vector<Tensor>>() { return "Tensor[]"; }
+
+template <class... T>
+std::string type_names() {
+  std::string text;
+  ((text += (text.empty() ? "" : ", ") + type_name<std::decay_t<T>>()), ...);
+  return "(" + text + ")";
+}
+
+template <class Result>
+struct Returned {
+  static std::string text() { return type_name<Result>(); }
+};
+template <class... Results>
+struct Returned<std::tuple<Results...>> {
+  static std::string text() { return type_names<Results...>(); }
+};
+
+template <class Result, class... Arguments>
+std::string signature(Result (*)(Arguments...)) {
+  return type_names<Arguments...>() + " -> " + Returned<Result>::text();
+}
+
+// A line for every operator of this library.
+std::string& signatures();
+
+}  // namespace perfusion::border
+
+// Makes `operation` the kernel of perfusion_kernels::<operation>.cuda; the schema is in perfusion_kernels/schemas.py.
+#define PERFUSION_TORCH_OPERATOR(operation)                                                \
+  STABLE_TORCH_LIBRARY_IMPL(perfusion_kernels, PERFUSION_DISPATCH_KEY, library) {          \
+    library.impl(#operation "." PERFUSION_OVERLOAD, TORCH_BOX(&operation));                \
+    signatures() += #operation + signature(&operation) + "\n";                             \
+  }

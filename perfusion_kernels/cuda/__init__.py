@@ -1,0 +1,55 @@
+"""The compiled CUDA kernels, as operators of torch; see csrc/ and setup.py for where they come from.
+
+An operator's kernel is registered by the library itself (csrc/torch/<operator>.cpp). Here it gets its schema, and a function of
+the operator's name in refusals.py, `<operator>_backward` where its derivatives are compiled too. Importing this loads
+nothing: library.py says when that happens.
+"""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from ..backend import register, register_backward
+from ..registration import Operator
+from . import refusals
+from .library import absent, unavailable  # noqa: F401  the backend's reason
+
+OPERATORS = (
+    "concept_gates", "edited_projection", "edited_attention", "fused_edited_attention", "cross_attention_layer"
+)  # fmt: skip
+
+# Compiled kernels that have to be asked for by name, and why. Nothing has been measured on a GPU yet. By default a compiled kernel
+# runs where it replaces several launches of plain torch, and does not where it replaces a single call of a library.
+DECLINED = {"edited_projection": "a library's matrix product does most of this, and nothing has been measured against it yet"}
+
+
+def refuses(name: str):
+    own = getattr(refusals, name)
+    return lambda *arguments: refusals.anywhere(*arguments) or own(*arguments)
+
+
+def declines(operator: Operator):
+    """A call that will be differentiated is left to a backend that has kernels for that, if this one has none."""
+
+    def declines(*arguments) -> str | None:
+        if operator.name in DECLINED:
+            return DECLINED[operator.name]
+        elsewhere = bool(operator.backwards) and "cuda" not in operator.backwards
+        if elsewhere and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            return "its derivatives are not compiled, and others have kernels for them"
+        return None
+
+    return declines
+
+
+def register_all() -> None:
+    for name in OPERATORS:
+        operator = importlib.import_module(f"..{name}", __name__).OPERATOR
+        register("cuda", operator, None, refuses=refuses(name), declines=declines(operator))
+        if hasattr(refusals, f"{name}_backward"):
+            register_backward("cuda", operator, None, refuses=refuses(f"{name}_backward"))
+
+
+if absent() is None:
+    register_all()

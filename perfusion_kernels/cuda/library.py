@@ -1,0 +1,131 @@
+"""The compiled library beside this file: whether there is one, what it holds, and whether it can run on a device.
+
+setup.py puts it here, with build.json. It is loaded once, at the first call with a tensor on a GPU or when somebody asks why
+not; importing this package loads nothing and looks at no device.
+"""
+
+import ctypes
+import functools
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from ..schemas import SCHEMAS, backward_schema
+
+FOLDER = Path(__file__).parent
+LIBRARY = FOLDER / "libperfusion_kernels_torch.so"
+
+
+@functools.cache
+def compiled_kernels() -> dict:
+    """What was compiled for CUDA when this was installed; a dict that JSON can hold.
+
+    architectures: "sm_80" for machine code, "compute_80" for PTX. kernels: one dict for each kernel and architecture with its name and
+    template arguments, which are its element type and tile; registers of a thread; bytes of spills, stack and static shared
+    memory. cuda, torch: the versions that it was compiled with. Or reason alone, why nothing was compiled.
+    """
+    file = FOLDER / "build.json"
+    if not file.exists():
+        return {"reason": "this source tree has not been installed (pip install -e .)"}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return {"reason": f"{file} cannot be read ({error}); install again"}
+
+
+def absent() -> str | None:
+    """Why the library cannot be of use whatever the devices, as far as can be known without loading it."""
+    if reason := compiled_kernels().get("reason"):
+        return f"not compiled: {reason}"
+    if torch.version.cuda is None:
+        return f"this PyTorch ({torch.__version__}) is built without CUDA"
+    return None
+
+
+@functools.cache
+def why_not_loaded() -> str | None:
+    """Loads the library, whose kernels torch then has. None, or why that is not possible."""
+    try:
+        torch.ops.load_library(str(LIBRARY))
+        library = ctypes.CDLL(str(LIBRARY))  # which is loaded already
+    except OSError as error:
+        return f"{LIBRARY.name} does not load: {error.__cause__ or error}"
+    library.perfusion_torch_signatures.restype = ctypes.c_char_p
+    return outdated(library.perfusion_torch_signatures().decode()) or too_new(library)
+
+
+def outdated(signatures: str) -> str | None:
+    """Torch calls a compiled kernel with whatever the schema says: one that was compiled for another schema must not be called."""
+    for line in signatures.splitlines():
+        name, compiled = re.fullmatch(r"(\w+)(\(.*)", line).groups()
+        forward = name.removesuffix("_backward")
+        if forward not in SCHEMAS:
+            return f"{LIBRARY.name} has an operator {name}, which is not one here; install again"
+        schema = types(SCHEMAS[forward] if name == forward else backward_schema(forward))
+        if compiled != schema:
+            return f"{LIBRARY.name} was compiled for another version: its {name} is {compiled}, here it is {schema}; install again"
+    return None
+
+
+def types(schema: str) -> str:
+    """A schema without its names: "(Tensor, Tensor?, float) -> Tensor"."""
+    return re.sub(r" \w+(?=[,)])", "", schema)
+
+
+def too_new(library: ctypes.CDLL) -> str | None:
+    """The driver must know the CUDA of the library's runtime; within a major version any does."""
+    runtime, driver = ctypes.c_int(), ctypes.c_int()
+    library.perfusion_torch_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
+    if 0 < driver.value < runtime.value:
+        return (
+            f"the kernels were compiled with CUDA {runtime.value}, and the driver here supports CUDA {driver.value}:"
+            " it takes a newer driver, or an older nvcc and another installation"
+        )
+    return None
+
+
+def runs_on(architectures: list[str], major: int, minor: int) -> bool:
+    """Machine code runs on its compute capability and on later ones of its major version, PTX on all later ones; with a letter, code
+    is for the very one (a), or for its family (f)."""
+    for kind, code_major, code_minor, letter in (re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", each).groups() for each in architectures):
+        code, here = (int(code_major), int(code_minor)), (major, minor)
+        if letter == "a":
+            fits = code == here
+        elif letter == "f" or kind == "sm":
+            fits = code[0] == major and code <= here
+        else:
+            fits = code <= here
+        if fits:
+            return True
+    return False
+
+
+@functools.cache
+def why_not_on(device: int) -> str | None:
+    """Why the library cannot run on this CUDA device, or None."""
+    if reason := why_not_loaded():
+        return reason
+    major, minor = torch.cuda.get_device_capability(device)
+    compiled = compiled_kernels()["architectures"]
+    if not runs_on(compiled, major, minor):
+        return f"cuda:{device} has compute capability {major}.{minor}, and the kernels were compiled for {', '.join(compiled)}"
+    return None
+
+
+def unavailable() -> str | None:
+    """Why no kernel of the library can run here, on any device; None if one can. Loads it and looks for devices."""
+    if reason := absent() or why_not_loaded():
+        return reason
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    reasons = [why_not_on(device) for device in range(torch.cuda.device_count())]
+    return None if None in reasons else "; ".join(filter(None, reasons))
+
+
+@functools.cache
+def limits(device: int) -> tuple[int, int]:
+    """Multiprocessors, and the bytes of shared memory that a block may have."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin

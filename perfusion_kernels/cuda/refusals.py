@@ -1,0 +1,157 @@
+"""What the compiled kernels do not take, for each operator a function of its name: given the schema's arguments, the reason or None.
+
+These are the rules of csrc/<operator>.cu, from shapes, dtypes and devices alone. The public functions have checked the rest. Sizes
+that exceed 2^30 are left to the C function, which refuses them too. tests/cuda_host/test_refusals.py holds both against each other.
+"""
+
+import torch
+from torch import Tensor
+
+from . import library
+
+HALF = (torch.float16, torch.bfloat16)
+NARROW = (*HALF, torch.float32)
+WIDTHS = (32, 40, 64, 80, 96, 128, 160)
+KEYS = 256
+PLACES = 128
+
+
+@torch.compiler.assume_constant_result
+def device(index: int) -> str | None:
+    return library.why_not_on(index)
+
+
+@torch.compiler.assume_constant_result
+def limits(index: int) -> tuple[int, int]:
+    return library.limits(index)
+
+
+def anywhere(*arguments) -> str | None:
+    """What holds for all operators."""
+    for argument in arguments:
+        if isinstance(argument, Tensor) and not argument.is_cuda:
+            return f"the compiled kernels need tensors on a CUDA device; got {argument.device}"
+    return device(arguments[0].device.index)
+
+
+def dtypes(supported: tuple[torch.dtype, ...], **tensors: Tensor | None) -> str | None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in supported:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in supported)
+            return f"it takes {name} in {names}; got {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def concept_gates(encodings, targets, metric_targets, index, bias, temperature) -> str | None:
+    if index.shape[1] > PLACES:
+        return f"it takes J up to {PLACES}; got {index.shape[1]}"
+    return dtypes(NARROW, encodings=encodings) or dtypes(
+        (torch.float32,), targets=targets, metric_targets=metric_targets, bias=bias, temperature=temperature
+    )
+
+
+def edited_projection(encodings, weight, gates, components, index, outputs, projected_targets) -> str | None:
+    return (
+        dtypes(HALF, encodings=encodings, weight=weight)
+        or at_least_one(D=encodings.shape[2])
+        or dtypes((torch.float32,), gates=gates, components=components)
+        or dtypes(NARROW, outputs=outputs, projected_targets=projected_targets)
+    )
+
+
+def edited_projection_backward(gradient, *arguments_and_needs) -> str | None:
+    *arguments, needs = arguments_and_needs
+    if needs[1]:
+        return "it has no derivative of weight"
+    return dtypes(HALF, gradient=gradient) or edited_projection(*arguments)
+
+
+def edited_attention(query, key, value, *edit_and_scale) -> str | None:
+    return (
+        dtypes(HALF, query=query, key=key, value=value)
+        or edit_dtypes(*edit_and_scale[:-1])
+        or head(query.shape[3], key.shape[1])
+        or fits(attention_bytes(query.shape[3], key.shape[1]), query, key.shape[1])
+    )
+
+
+def fused_edited_attention(query, encodings, key_weight, value_weight, *edit_and_scale) -> str | None:
+    d, T = query.shape[3], encodings.shape[1]
+    return (
+        dtypes(HALF, query=query, encodings=encodings, key_weight=key_weight, value_weight=value_weight)
+        or edit_dtypes(*edit_and_scale[:-1])
+        or at_least_one(D=encodings.shape[2])
+        or head(d, T)
+        or fits(fused_bytes(d, T), query, T)
+    )
+
+
+def cross_attention_layer(hidden_states, query_weight, key, value, output_weight, output_bias, residual, scale) -> str | None:
+    rest = dict(query_weight=query_weight, output_weight=output_weight, output_bias=output_bias, residual=residual)
+    refused = dtypes(HALF, hidden_states=hidden_states, key=key, value=value, **rest) or at_least_one(H=key.shape[2])
+    T, H, d = key.shape[1:]
+    if refused or query_weight is None:  # absorbed: a head is C wide, and steps of its keys fit into any device's shared memory
+        return refused or context(T)
+    multiprocessors, _ = limits(key.device.index)
+    rows = 32 if key.shape[0] * H * -(-hidden_states.shape[1] // 64) < multiprocessors else 64
+    return head(d, T) or fits(layer_bytes(d, T, rows), key, T)
+
+
+def edit_dtypes(gates, components, index, key_outputs, key_targets, value_outputs, value_targets) -> str | None:
+    return dtypes((torch.float32,), gates=gates, components=components) or dtypes(
+        NARROW, key_outputs=key_outputs, key_targets=key_targets, value_outputs=value_outputs, value_targets=value_targets
+    )
+
+
+def at_least_one(**sizes: int) -> str | None:
+    return next((f"it takes {letter} from 1 on; got {size}" for letter, size in sizes.items() if size < 1), None)
+
+
+def context(T: int) -> str | None:
+    return f"it takes T up to {KEYS}; got {T}" if T > KEYS else None
+
+
+def head(d: int, T: int) -> str | None:
+    return context(T) if d in WIDTHS else f"it takes d of {', '.join(map(str, WIDTHS))}; got {d}"
+
+
+# Shared memory: K and V of one head, T padded to 80 or to the next 16 beyond, stay there; beside them comes what the launch needs
+# at least.
+
+
+def fits(needed: int, heads: Tensor, T: int) -> str | None:
+    _, limit = limits(heads.device.index)
+    if needed > limit:
+        return f"K and V of one head, T = {T} and d = {heads.shape[3]}, need {needed} bytes of shared memory; a block has {limit} here"
+    return None
+
+
+def attention_bytes(d: int, T: int) -> int:
+    return resident(d, T) + 16 * row(d)  # the queries of one warp
+
+
+def fused_bytes(d: int, T: int) -> int:
+    sides = 2 if d <= 80 else 1
+    return resident(d, T) + max(steps(d, 80 + sides * columns(d)), 4 * 16 * row(d))  # the projection's steps, then queries of four warps
+
+
+def layer_bytes(d: int, T: int, rows: int) -> int:
+    return resident(d, T) + max(steps(d, rows + columns(d)), rows * row(d))  # the same, of the query
+
+
+def resident(d: int, T: int) -> int:
+    return 2 * max(80, -(-T // 16) * 16) * row(d)
+
+
+def row(columns: int) -> int:
+    """Bytes between rows of 16-bit elements: an odd number of 16-byte pieces."""
+    return 16 * (columns // 8 | 1)
+
+
+def columns(d: int) -> int:
+    return -(-d // 16) * 16
+
+
+def steps(d: int, rows: int) -> int:
+    """A projection's operands, 32 columns of each at a time."""
+    return (3 if d <= 128 else 2) * rows * row(32)

@@ -1,0 +1,66 @@
+"""`fused_edited_projection`: `edited_projection` whose product and edit are one launch, and one rounding."""
+
+from functools import partial
+
+from torch import Tensor
+
+from .arguments import once
+from .backend import call, register
+from .edited_projection import OPERATOR as SEPARATE
+from .edited_projection import check_projection
+from .reference import fused_edited_projection as reference
+from .registration import Operator
+from .validation import validate_edit, wanted
+
+
+def fused_edited_projection(
+    encodings: Tensor,
+    weight: Tensor,
+    gates: Tensor,
+    components: Tensor,
+    index: Tensor,
+    outputs: Tensor,
+    projected_targets: Tensor,
+    *,
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """e Wᵀ + Σ_j (g_j o_j - a_j p_j), summed in at least float32 and rounded once.
+
+    `edited_projection` promises a row without a concept the bits of the unedited layer, so its product is the library's
+    and the edit a second pass over the results. This one has no such promise to keep: it is for training, and for
+    whoever makes the keys and values of all rows with it.
+
+    Args:
+        encodings [B, T, D]: float16, bfloat16, float32 or float64.
+        weight [O, D]: of the dtype of encodings.
+        gates, components [B, T, J]: from `concept_gates`; float32 or float64; not read where index is -1.
+        index [B, J]: int32, the bank slots a row uses, -1 for none. Any J, 0 included.
+        outputs, projected_targets [S, O]: any of the four dtypes, both the same.
+        validate: whether to check values (index in range, gates and components finite), which waits for
+            the device. None: on ordinary host tensors outside torch.compile only.
+        backend: "cuda", "triton" or "reference"; None chooses.
+
+    Returns:
+        [B, T, O] in the dtype of encodings; under autocast, in autocast's, to which encodings and weight are cast.
+        A batch row without a concept has the value of the call in which no row has one, bit for bit on one backend.
+        Differentiable in every argument but index.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above. BackendUnavailable: see `use_backend`.
+
+    Source: arXiv 2305.01644, eq. 3 and 4.
+    """
+    arguments = (encodings, weight, gates, components, index, outputs, projected_targets)
+    _check(*arguments)
+    if wanted("fused_edited_projection", validate, *arguments):
+        validate_edit("fused_edited_projection", index, outputs.shape[0], gates, components)
+    return call("fused_edited_projection", arguments, backend)
+
+
+_check = once(partial(check_projection, "fused_edited_projection"))
+
+OPERATOR = Operator(
+    "fused_edited_projection", SEPARATE.fake, SEPARATE.setup_context, SEPARATE.backward, autocast=SEPARATE.autocast
+)
+register("reference", OPERATOR, reference.fused_edited_projection)

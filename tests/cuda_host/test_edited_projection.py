@@ -1,0 +1,264 @@
+"""The CUDA source of `edited_projection`, run on the CPU, against the plain formula.
+
+What mutants are killed by stands in functions `check_…(host)`: test_mutants.py calls them with a changed library.
+"""
+
+import math
+
+import pytest
+import torch
+
+from ..kernels import cases
+from .host import Refused, compare
+
+HALVES = (torch.float16, torch.bfloat16)
+TILES = {(80, 128): 0, (80, 64): 7, (32, 64): 10**6}  # by the number of multiprocessors that asks for each, with more than 32 rows
+EDIT = ("gates", "components", "index", "outputs", "projected_targets")
+
+
+def small(T=13, D=19, O=24, dtype=torch.float16, **sizes):
+    return cases.make(T=T, D=D, H=1, d=O, N=1, dtype=dtype, **sizes)
+
+
+def plainly(arguments):
+    return {name: x for name, x in arguments.items() if name not in EDIT}
+
+
+def bits(x):
+    return x.contiguous().view(torch.int16)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tile", TILES)
+def test_every_tile(host, tile, dtype):
+    """More than one tile in both directions, none of them full, and sums of several steps."""
+    case = small(T=47, D=200, O=131, J=3, dtype=dtype)
+    host.configure(TILES[tile])
+    plan = host.plan_projection(**case.arguments("edited_projection"))
+    assert (plan["rows"], plan["columns"]) == tile and min(plan["row_tiles"], plan["column_tiles"]) > 1
+    compare(host, "edited_projection", case)
+
+
+@pytest.mark.parametrize("J", (*range(9), 11, 19))
+def test_any_number_of_concepts(host, J):
+    compare(host, "edited_projection", small(J=J, dtype=HALVES[J % 2], seed=J))
+
+
+@pytest.mark.parametrize("T", (1, 16, 77, 80, 154, 231))
+def test_context_lengths(host, T):
+    compare(host, "edited_projection", small(T=T, dtype=HALVES[T % 2], seed=T))
+
+
+@pytest.mark.parametrize("D, O", [(1, 1), (7, 3), (8, 8), (65, 9), (129, 136), (320, 40)])
+def test_widths(host, D, O):
+    compare(host, "edited_projection", small(B=3, D=D, O=O, J=1))
+
+
+def check_mixed_rows(host):
+    """Rows of several prompts in one tile, each with its own concepts, and slots that some of them share."""
+    for J in (3, 10):
+        compare(host, "edited_projection", small(B=8, T=11, J=J, dtype=torch.bfloat16, seed=J))
+
+
+def test_mixed_rows(host):
+    check_mixed_rows(host)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_views_of_poisoned_memory(host, dtype):
+    """Strided, misaligned and surrounded by NaN: the bits of the dense call."""
+    case = small(T=33, D=70, J=3, dtype=dtype, views=True)
+    views = case.arguments("edited_projection")
+    dense = {name: x.clone(memory_format=torch.contiguous_format) for name, x in views.items()}
+    assert not case.encodings.is_contiguous()
+    compare(host, "edited_projection", case)
+    assert torch.equal(host.edited_projection(**views), host.edited_projection(**dense))
+
+
+def check_ragged_rows(host):
+    """Widths that are no multiple of 8 in rows that are: what stands behind the last element is not read, 16 bytes at a time or not."""
+    case = small(T=9, D=67, O=43, J=2)
+    arguments = case.arguments("edited_projection")
+    padded = {}
+    for name, x in arguments.items():
+        wider = torch.full((*x.shape[:-1], -x.shape[-1] // 8 * -8), 10**6 if name == "index" else torch.nan).to(x)
+        wider[..., : x.shape[-1]] = x
+        padded[name] = wider[..., : x.shape[-1]]
+    host.configure()
+    assert torch.equal(host.edited_projection(**padded), host.edited_projection(**arguments))
+    assert host.counted()["read_wide"] > 0
+
+
+def test_ragged_rows(host):
+    check_ragged_rows(host)
+
+
+def test_elements_apart(host):
+    case = small(T=5, J=1)
+    apart = case.map(lambda name, x: x.repeat_interleave(2, -1)[..., ::2] if x.is_floating_point() else x)
+    assert apart.value_weight.stride(-1) == 2
+    results = [host.edited_projection(**each.arguments("edited_projection")) for each in (apart, case)]
+    assert torch.equal(*results)
+
+
+def check_rows_without_a_concept(host):
+    """The bits of the plain product, signs of zeros included, beside rows that are edited."""
+    for dtype in HALVES:
+        arguments = small(B=6, T=20, dtype=dtype).arguments("edited_projection")
+        arguments["encodings"][..., 0], arguments["weight"][:8] = 2.0**-14, 0
+        arguments["weight"][:8, 0] = -(2.0**-14)  # -0.0 in float16, and -0.0 + 0.0 would be 0.0
+        result, plain = host.edited_projection(**arguments), host.edited_projection(**plainly(arguments))
+        none = (arguments["index"] < 0).all(-1)
+        assert dtype != torch.float16 or bits(plain[none]).min() == torch.iinfo(torch.int16).min
+        assert none.any() and torch.equal(bits(result[none]), bits(plain[none]))
+        assert not any(torch.equal(result[row], plain[row]) for row in range(6) if not none[row])
+
+
+def test_rows_without_a_concept(host):
+    check_rows_without_a_concept(host)
+
+
+def check_rounded_once_more(host):
+    """The exact edit is added to the product's rounded value and rounded once: large terms may cancel."""
+    for dtype in HALVES:
+        arguments = small(J=3, dtype=dtype).arguments("edited_projection")
+        arguments["gates"], arguments["components"] = 30 * arguments["gates"], 30 * arguments["components"]
+        exact = {name: x.double() if x.is_floating_point() else x for name, x in arguments.items()}
+        edit = cases.PUBLIC["edited_projection"](**exact) - exact["encodings"] @ exact["weight"].T
+        once = host.edited_projection(**plainly(arguments)).double() + edit
+        error = (host.edited_projection(**arguments).double() - once).abs()
+        assert error.le(1.01 * torch.finfo(dtype).eps / 2 * once.abs() + 1e-5).all()
+
+
+def test_rounded_once_more(host):
+    check_rounded_once_more(host)
+
+
+@pytest.mark.parametrize("tables", (torch.float16, torch.bfloat16, torch.float32))
+def test_tables_of_another_dtype(host, tables):
+    case = small(dtype=torch.bfloat16)
+    compare(host, "edited_projection", case.map(lambda name, x: x.to(tables) if name in ("value_outputs", "value_targets") else x))
+
+
+def check_nothing_is_written_outside(host):
+    """The destination is a slot per row among others, and some of each slot's columns."""
+    case = small(B=3, T=33, O=43)
+    arguments = case.arguments("edited_projection")
+    expected = host.edited_projection(**arguments)
+    for columns, first in ((48, 0), (64, 8), (50, 3)):  # accesses of 16 bytes, twice, and of one element
+        slots = torch.full((7, 35, columns + 8), 7.0, dtype=torch.float16)
+        here = slots[1::2][:3, 1:34, first : first + 43]
+        assert torch.equal(host.edited_projection(**arguments, result=here), expected)
+        here.fill_(7)
+        assert (slots == 7).all()
+
+
+def test_nothing_is_written_outside(host):
+    check_nothing_is_written_outside(host)
+
+
+def check_schedules_agree(host):
+    """Any tile, any order of the threads: the same bits."""
+    arguments = small(B=5, T=17, D=270, O=70, J=9).arguments("edited_projection")
+    results = []
+    for multiprocessors, order in zip((*TILES.values(), 0, 10**6), ("forward", "backward", "shuffled", "backward", "forward")):
+        host.configure(multiprocessors, order=order)
+        results.append(host.edited_projection(**arguments))
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert torch.isfinite(results[0]).all()
+
+
+def test_schedules_agree(host):
+    check_schedules_agree(host)
+
+
+def model(plan, B, T, D, O, J):
+    """Bytes read where every row uses every place (edited_projection.cuh), for one prompt's slots."""
+    product = 2 * (plan["row_tiles"] * O * D + plan["column_tiles"] * B * T * D)
+    groups = math.ceil(B * T / (plan["rows"] * plan["columns"] / 8 / 128))  # of rows, one a thread
+    return product, 12 * plan["column_tiles"] * B * T * J + groups * J * 2 * 2 * O
+
+
+def everywhere(arguments):
+    """One prompt that uses every place."""
+    J = arguments["index"].shape[1]
+    arguments["index"] = torch.arange(1, J + 1, dtype=torch.int32)[None]
+    arguments["gates"], arguments["components"] = (torch.randn(1, arguments["encodings"].shape[1], J) for _ in range(2))
+    return arguments
+
+
+def test_bytes_of_one_tile(host):
+    """One prompt and a tile's columns: no more than 1.1 times the least that can be read, all of it 16 bytes at a time but coefficients."""
+    B, T, D, O, J = 1, 77, 640, 128, 2
+    arguments = everywhere(small(B=B, T=T, D=D, O=O, J=J).arguments("edited_projection"))
+    host.configure(0)
+    host.edited_projection(**arguments)
+    counted = host.counted()
+    least = 2 * (O * D + T * D + 2 * J * O) + 12 * T * J
+    assert least <= counted["read_wide"] + counted["read_narrow"] <= 1.1 * least
+    assert counted["read_narrow"] == 12 * T * J
+    assert (counted["written_wide"], counted["written_narrow"]) == (2 * T * O, 0)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_bytes_of_many_tiles(host, tile):
+    """What the model says, to the byte: tiles of one column of tiles read the same weights, and those of a row the same encodings."""
+    B, T, D, O, J = 1, 161, 128, 136, 3
+    arguments = everywhere(small(B=B, T=T, D=D, O=O, J=J).arguments("edited_projection"))
+    host.configure(TILES[tile])
+    plan = host.plan_projection(**arguments)
+    assert (plan["rows"], plan["columns"]) == tile and min(plan["row_tiles"], plan["column_tiles"]) > 1
+    host.edited_projection(**arguments)
+    counted = host.counted()
+    assert counted["read_wide"] + counted["read_narrow"] == sum(model(plan, B, T, D, O, J))
+    assert counted["products"] == plan["row_tiles"] * tile[0] * plan["column_tiles"] * tile[1] * D
+    assert (counted["written_wide"], counted["written_narrow"]) == (2 * T * O, 0)
+
+
+def test_plan(host):
+    """The largest tile that gives every multiprocessor a block: the whole of Stable Diffusion 1.5's values on 132 of them."""
+    def plan(B, T, O):
+        made = host.plan_projection(encodings=torch.empty(B, T, 8).half(), weight=torch.empty(O, 8).half())
+        return made["rows"], made["columns"], made["row_tiles"] * made["column_tiles"]
+
+    host.configure(132)
+    assert plan(2, 77, 12480) == (80, 128, 2 * 98)
+    assert plan(1, 77, 12480) == (80, 64, 195)
+    assert plan(1, 77, 320) == (32, 64, 3 * 5)
+    assert plan(1, 16, 12480) == (32, 64, 195)
+
+
+def test_what_is_not_finite_stays_in_its_row(host):
+    arguments = small().arguments("edited_projection")
+    expected = host.edited_projection(**arguments)
+    arguments["encodings"][1, 2, 3] = torch.nan
+    result = host.edited_projection(**arguments)
+    assert result[1, 2].isnan().all()
+    result[1, 2] = expected[1, 2]
+    assert torch.equal(result, expected)
+
+
+def test_empty(host):
+    for sizes in (dict(B=0), dict(T=0), dict(O=0)):
+        shape = {**dict(B=2, T=3, D=4, O=5), **sizes}
+        result = host.edited_projection(encodings=torch.ones(shape["B"], shape["T"], 4).half(), weight=torch.ones(shape["O"], 4).half())
+        assert result.numel() == 0
+
+
+def test_refusals(host):
+    arguments = small().arguments("edited_projection")
+    single = {name: x.float() for name, x in arguments.items() if name in ("encodings", "weight")}
+    for changes, status, message in (
+        ({"encodings": torch.ones(4, 13, 0).half()}, 1, "edited_projection: D must lie in 1 ... 1073741824; got 0"),
+        (single, 2, "edited_projection: encodings must be float16 or bfloat16; got float32"),
+        ({"weight": arguments["weight"].bfloat16()}, 1, "edited_projection: weight must be float16; got bfloat16"),
+        ({"gates": None}, 1, "edited_projection: gates must be given; got NULL"),
+        ({"components": arguments["components"].half()}, 1, "edited_projection: components must be float32; got float16"),
+        ({"projected_targets": arguments["projected_targets"].float()}, 1, "projected_targets must be float16; got float32"),
+    ):
+        with pytest.raises(Refused, match=message) as refused:
+            host.edited_projection(**{**arguments, **changes})
+        assert refused.value.status == status
+    host.configure(shared_per_block=16384)
+    with pytest.raises(Refused, match="edited_projection: a block needs 41472 bytes of shared memory; this device has 16384"):
+        host.edited_projection(**arguments)

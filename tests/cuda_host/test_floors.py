@@ -1,0 +1,63 @@
+"""What the kernels do on the CPU, counted, against what bench/floors.py says that a call has to move and to compute.
+
+The least bytes are those of device memory. A kernel asks for some of them more than once, and caches answer; how often is an
+exact number here, so that nothing creeps in. The other operators' counts are in their own tests.
+"""
+
+import pytest
+import torch
+
+from bench import floors
+
+from ..kernels import cases
+
+
+def attention_case(N: int, d: int, J: int) -> dict[str, torch.Tensor]:
+    """One row, all of its J places used; plain for J = 0."""
+    case = cases.make(B=2, T=77, N=N, H=2, d=d, D=11, J=J, dtype=torch.float16)
+    rows = {name: getattr(case, name)[1:] for name in ("query", "key", "value", "gates", "components", "index")}
+    return {**case.arguments("edited_attention"), **rows} if J else {name: rows[name] for name in ("query", "key", "value")}
+
+
+def run(host, operator: str, arguments: dict[str, torch.Tensor]) -> tuple[dict[str, int], floors.Work]:
+    host.configure(0)  # one block a head: more than one would bring K and V as often
+    getattr(host, operator)(**arguments)
+    return host.counted(), floors.of(operator, arguments)
+
+
+@pytest.mark.parametrize("N, d", [(256, 40), (64, 160)])
+def test_plain_attention_moves_the_least_bytes(host, N, d):
+    """Not 1.1 times: exactly, all of them 16 at a time; and 80/77 of the useful products."""
+    counted, work = run(host, "edited_attention", attention_case(N, d, 0))
+    assert (counted["read_wide"], counted["written_wide"]) == (work.read, work.written)
+    assert counted["read_narrow"] == counted["written_narrow"] == 0
+    assert 2 * counted["products"] == work.issued <= 1.04 * work.tensor
+
+
+@pytest.mark.parametrize("J", (1, 2, 8))
+def test_an_edit_costs_no_product_and_asks_for_its_tables_often(host, J):
+    """Four tokens of K or V share a table's piece, so a head asks for it 20 times and memory is asked once."""
+    d, H = 40, 2
+    counted, work = run(host, "edited_attention", attention_case(64, d, J))
+    plain = floors.edited_attention(B=1, N=64, T=77, H=H, d=d)
+    assert 2 * counted["products"] == work.issued == plain.issued
+    assert counted["written_wide"] == work.written == plain.written
+    tables = 4 * J * H * d * 2
+    assert counted["read_wide"] == plain.read + 20 * tables
+    gates, index = 77 * J * 2 * 4, J * 4
+    looked_up = H * (128 * 4 + index * 2 * 20 * d // 8)  # the first place by each of 128 threads, and all with each piece
+    assert counted["read_narrow"] == gates * H * 2 * d // 8 + looked_up
+    assert work.read == plain.read + tables + gates + index
+
+
+@pytest.mark.parametrize("J", (1, 3))
+def test_gates_read_encodings_once(host, J):
+    """And the bank's rows in each block of 16 tokens: J² pairs for the Gram matrix, J for each of 8 warps."""
+    case = cases.make(B=2, T=77, J=J, D=64, dtype=torch.float16)
+    rows = {name: getattr(case, name)[1:] for name in ("encodings", "index", "bias", "temperature")}
+    counted, work = run(host, "concept_gates", {**case.arguments("concept_gates"), **rows})
+    encodings, row, blocks = 77 * 64 * 2, 64 * 4, 5
+    warps = 4 * 8 + 7  # of the last block's 13 tokens, seven warps have one
+    assert counted["read_wide"] == encodings + blocks * 2 * J**2 * row + (warps + 1) * J * row
+    assert (counted["written_narrow"], counted["written_wide"]) == (work.written, 0)
+    assert work.read == encodings + 2 * J * row + J * 4 + 2 * J * 4

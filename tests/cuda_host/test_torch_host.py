@@ -1,0 +1,203 @@
+"""The operators' C++ for torch, over the kernels that run on the CPU: torch tensors go in and come out, or are refused.
+
+csrc/torch is compiled as for a GPU, but for the device guard and the stream, and registered as `<operator>.host`.
+"""
+
+import ctypes
+import importlib
+
+import pytest
+import torch
+
+from perfusion_kernels.cuda import OPERATORS, library
+from perfusion_kernels.registration import Implementation, bind, bind_backward
+
+from ..kernels import cases
+from .build import build_torch_library
+
+
+@pytest.fixture(scope="session")
+def path():
+    return build_torch_library()
+
+
+@pytest.fixture(scope="session")
+def operators(path):
+    torch.ops.load_library(str(path))
+    return {name: bind(importlib.import_module(f"perfusion_kernels.{name}").OPERATOR, "host", None) for name in OPERATORS}
+
+
+def made(name, **sizes):
+    """A case whose dtypes the kernels of this operator take."""
+    dtype = torch.float32 if name == "concept_gates" else torch.bfloat16
+    return cases.make(**{"T": 13, "d": 32, "H": 2, "N": 5, "D": 16, "J": 3, "dtype": dtype, **sizes})
+
+
+def results(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+@pytest.mark.parametrize("views", (False, True))
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_operator_gives_the_bits_of_the_c_function(operators, host, name, views):
+    arguments = made(name, views=views).arguments(name)
+    expected = results(getattr(host, name)(**arguments))
+    found = results(operators[name](*cases.positional(name, arguments)))
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected):
+        assert mine.is_contiguous() and mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_it_is_an_operator_like_any_other(operators, name):
+    """Schema, fake, autograd and compilation, by torch's own check."""
+    arguments = made(name).arguments(name)
+    leaves = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in cases.positional(name, arguments)]
+    torch.library.opcheck(operators[name], tuple(leaves), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(operators[name], cases.positional(name, made(name).arguments(name)), test_utils="test_aot_dispatch_dynamic")
+
+
+def test_gradients_are_those_of_the_law(operators):
+    name = "edited_attention"
+    arguments = {key: x.clone().requires_grad_(x.is_floating_point()) for key, x in made(name).arguments(name).items()}
+    wanted = [x for x in arguments.values() if x.requires_grad]
+    out = operators[name](*cases.positional(name, arguments))
+    law = cases.overload_of(name)(*cases.positional(name, arguments))
+    gradient = torch.randn(out.shape).to(out.dtype)
+    for mine, theirs in zip(torch.autograd.grad(out, wanted, gradient), torch.autograd.grad(law, wanted, gradient)):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 1, 1, 0, 1, 1), (1, 0, 0, 0, 0, 0, 0), (0, 0, 0, 1, 0, 1, 0)])
+def test_derivatives_of_the_projection_are_those_of_the_c_function(operators, backward, host, needs):
+    """Those that are needed and no others, through autograd."""
+    name = "edited_projection"
+    arguments = made(name).arguments(name)
+    names = [argument.name for argument in cases.overload_of(name)._schema.arguments]
+    leaves = {key: arguments[key].clone().requires_grad_() if need else arguments[key] for key, need in zip(names, needs)}
+    out = operators[name](*leaves.values())
+    gradient = torch.randn(out.shape).to(out.dtype)
+    found = torch.autograd.grad(out, [x for x in leaves.values() if x.requires_grad], gradient)
+    expected = host.edited_projection_backward(gradient, [key for key, need in zip(names, needs) if need], **arguments)
+    assert backward and all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected.values(), strict=True))
+
+
+@pytest.fixture
+def backward(operators, monkeypatch):
+    """Autograd calls the host's derivatives; the list has one entry for each call."""
+    operator = importlib.import_module("perfusion_kernels.edited_projection").OPERATOR
+    if not _backward:
+        _backward.append(bind_backward(operator, "host", None))
+    calls = []
+    counted = Implementation(_backward[0], lambda *arguments: calls.append(arguments), None)
+    monkeypatch.setitem(operator.backwards, "host", counted)
+    return calls
+
+
+_backward = []
+
+
+def test_derivatives_of_empty_batches_and_wrong_shapes(operators, backward):
+    arguments = made("edited_projection", B=0).arguments("edited_projection")
+    arguments["outputs"] = torch.ones_like(arguments["outputs"]).requires_grad_()
+    operators["edited_projection"](*cases.positional("edited_projection", arguments)).sum().backward()
+    assert (arguments["outputs"].grad == 0).all() and backward
+    arguments = cases.positional("edited_projection", made("edited_projection").arguments("edited_projection"))
+    gradient = torch.zeros(4, 13, 64, dtype=torch.bfloat16)
+    for wrong, needs, message in (
+        (gradient[:, 1:], [1, 0, 0, 0, 0, 0, 0], r"encodings must have shape \[4, 12, 16\]; got \[4, 13, 16\]"),
+        (gradient, [0, 1, 0, 0, 0, 0, 0], "there are no derivatives of weight and index here"),
+        (gradient, [1], "needs must have 7 values; got 1"),
+    ):
+        with pytest.raises(RuntimeError, match=f"edited_projection_backward: {message}"):
+            _backward[0](wrong, *arguments, [bool(need) for need in needs])
+
+
+def test_absent_tensors(operators, host):
+    """None is an absent edit; a table without slots, and an index without places, are not."""
+    case = made("edited_attention")
+    arguments = case.arguments("edited_attention")
+    plain = dict.fromkeys(arguments) | {key: arguments[key] for key in ("query", "key", "value")}
+    expected = host.edited_attention(**plain)
+    call = operators["edited_attention"]
+    assert torch.equal(call(*cases.positional("edited_attention", plain)), expected)
+    no_slots = {key: x[:0] if key.startswith(("key_", "value_")) else x for key, x in arguments.items()}
+    no_slots["index"] = torch.full_like(arguments["index"], -1)
+    assert torch.equal(call(*cases.positional("edited_attention", no_slots)), expected)
+    no_places = {**arguments, **{key: arguments[key][..., :0] for key in ("gates", "components", "index")}}
+    assert torch.equal(call(*cases.positional("edited_attention", no_places)), expected)
+    one_side = {**arguments, "key_outputs": None, "key_targets": None}
+    assert torch.equal(call(*cases.positional("edited_attention", one_side)), host.edited_attention(**one_side))
+
+
+def test_a_layer_without_weights_is_absorbed(operators, host):
+    case = made("cross_attention_layer", channels=32)
+    arguments = {**case.arguments("cross_attention_layer"), "query_weight": None, "output_weight": None}
+    for changes in ({}, {"output_bias": None, "residual": None}):
+        given = {**arguments, **changes}
+        result = operators["cross_attention_layer"](*cases.positional("cross_attention_layer", given))
+        assert torch.equal(result, host.cross_attention_layer(**given))
+
+
+def test_empty_batches(operators):
+    for name in OPERATORS:
+        for result in results(operators[name](*cases.positional(name, made(name, B=0).arguments(name)))):
+            assert result.shape[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("edited_attention", {"key": lambda x: x[:, :, :1]}, r"edited_attention: key must have shape \[4, 13, 2, 32\]; got \[4, 13, 1, 32\]"),
+        ("edited_attention", {"query": lambda x: x[0]}, r"edited_attention: query must have 4 dimensions; got shape \[5, 2, 32\]"),
+        ("edited_attention", {"value": lambda x: x.half()}, "edited_attention: value must be bfloat16; got float16"),
+        ("edited_attention", {"gates": lambda x: x.double()}, "edited_attention: gates must be float16, .* int32; got Double"),
+        ("edited_attention", {"key_targets": lambda x: None}, "edited_attention: key_targets must be given; got NULL"),
+        ("edited_attention", {"index": lambda x: x[:3]}, r"edited_attention: index must have shape \[4, 3\]; got \[3, 3\]"),
+        ("edited_projection", {"weight": lambda x: x[:, 1:]}, r"edited_projection: weight must have shape \[64, 16\]; got \[64, 15\]"),
+        ("fused_edited_attention", {"encodings": lambda x: x.half()}, "fused_edited_attention: encodings must be bfloat16; got float16"),
+        ("cross_attention_layer", {"query_weight": lambda x: None}, "cross_attention_layer: query_weight must be given; got NULL"),
+        ("cross_attention_layer", {"residual": lambda x: x[0]}, r"cross_attention_layer: residual must have shape \[4, 5, 69\]; got \[5, 69\]"),
+        ("concept_gates", {"bias": lambda x: x.half()}, "concept_gates: bias must be float32; got float16"),
+        ("concept_gates", {"metric_targets": lambda x: x[1:]}, r"concept_gates: metric_targets must have shape \[6, 16\]; got \[5, 16\]"),
+    ],
+)
+def test_what_python_did_not_check_is_refused(operators, name, changes, message):
+    arguments = made(name).arguments(name)
+    arguments |= {key: change(arguments[key]) for key, change in changes.items()}
+    with pytest.raises(RuntimeError, match=message):
+        operators[name](*cases.positional(name, arguments))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_references_are_returned(operators, name):
+    """Arguments are let go, and who has the result is its only owner; after a refusal too."""
+    arguments = cases.positional(name, made(name).arguments(name))
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    before = [x._use_count() for x in tensors]
+    for result in results(operators[name](*arguments)):
+        assert result._use_count() == 1
+    with pytest.raises(RuntimeError, match="must have . dimensions"):
+        operators[name](*(x[0] if x is tensors[0] else x for x in arguments))
+    assert [x._use_count() for x in tensors] == before
+
+
+def test_the_library_says_what_it_was_compiled_for(operators, path, monkeypatch):
+    """Torch would call a kernel with the arguments of any schema; the loader compares before it trusts."""
+    loaded = ctypes.CDLL(str(path))
+    loaded.perfusion_torch_signatures.restype = ctypes.c_char_p
+    signatures = loaded.perfusion_torch_signatures().decode()
+    assert {line.split("(")[0] for line in signatures.splitlines()} == {*OPERATORS, "edited_projection_backward"}
+    assert library.outdated(signatures) is None
+    other = library.SCHEMAS["edited_attention"].replace("Tensor? gates", "Tensor gates")
+    monkeypatch.setitem(library.SCHEMAS, "edited_attention", other)
+    assert "was compiled for another version: its edited_attention is (Tensor, Tensor, Tensor, Tensor?" in library.outdated(signatures)
+    monkeypatch.delitem(library.SCHEMAS, "edited_attention")
+    assert "has an operator edited_attention, which is not one here" in library.outdated(signatures)
+
+
+def test_shapes_come_without_data_or_kernel(operators):
+    for name in OPERATORS:
+        arguments = cases.positional(name, {key: x.to("meta") for key, x in made(name).arguments(name).items()})
+        for result, real in zip(results(operators[name](*arguments)), results(operators[name](*cases.positional(name, made(name).arguments(name))))):
+            assert result.is_meta and (result.shape, result.dtype, result.stride()) == (real.shape, real.dtype, real.stride())

@@ -1,0 +1,116 @@
+"""The library that is installed, compiled by nvcc for two architectures; it loads without a GPU, and all but a launch can be seen.
+
+`make test` compiles it when it installs, into the folder that is used here; then there is nothing left to compile.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from perfusion_kernels.cuda import OPERATORS
+
+from .build import ROOT
+
+ARCHITECTURES = "8.0+PTX;9.0a"  # as in the Makefile
+
+SCRIPT = """
+import importlib, json, sys
+from pathlib import Path
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+import perfusion_kernels
+from perfusion_kernels import backend, cuda
+from perfusion_kernels.cuda import library
+
+library.LIBRARY = Path(sys.argv[1])
+library.compiled_kernels = lambda: json.loads(sys.argv[2])
+torch.version.cuda = torch.version.cuda or "13.0"
+if not any("cuda" in have for have in backend._implementations.values()):
+    cuda.register_all()
+facts = {"not loaded": library.why_not_loaded(), "unavailable": library.unavailable()}
+facts["kernels"] = [n for n in cuda.OPERATORS if torch._C._dispatch_has_kernel_for_dispatch_key(f"perfusion_kernels::{n}.cuda", "CUDA")]
+library.why_not_on, library.limits = lambda device: None, lambda device: (84, 101376)
+
+q, table, index = torch.zeros(2, 5, 2, 32, dtype=torch.half), torch.zeros(3, 64), torch.zeros(2, 1, dtype=torch.int32)
+gates = torch.zeros(2, 5, 1)
+edit = dict(gates=gates, components=gates, index=index, key_outputs=table, key_targets=table)
+with FakeTensorMode() as mode:
+    on_gpu = {name: torch.empty(x.shape, dtype=x.dtype, device="cuda") for name, x in dict(query=q, key=q, value=q, **edit).items()}
+result = perfusion_kernels.edited_attention(**on_gpu)
+facts["fake"] = [str(result.device), list(result.shape), str(result.dtype)]
+try:
+    torch.ops.perfusion_kernels.edited_attention.cuda(q, q, q, *[None] * 7, 0.3)
+except NotImplementedError as error:
+    facts["on the host"] = str(error)
+library.SCHEMAS["concept_gates"] = library.SCHEMAS["concept_gates"].replace("Tensor index", "Tensor? index")
+library.why_not_loaded.cache_clear()
+facts["another schema"] = library.why_not_loaded()
+print(json.dumps(facts))
+"""
+
+
+def setup_script():
+    spec = importlib.util.spec_from_file_location("perfusion_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+        patch.setenv("MAX_JOBS", "2")
+        return setup_script().compile_library()
+
+
+def test_it_loads_and_registers_without_a_gpu(compiled):
+    path, content = compiled
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRIPT, path, json.dumps(content)], capture_output=True, text=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))}
+    )
+    assert ran.returncode == 0, ran.stderr
+    facts = json.loads(ran.stdout)
+    assert facts["not loaded"] is None
+    assert facts["kernels"] == list(OPERATORS)
+    assert facts["fake"] == ["cuda:0", [2, 5, 2, 32], "torch.float16"]
+    assert facts["on the host"] == "perfusion_kernels::edited_attention.cuda has no compiled kernel for tensors on cpu"
+    schema = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) -> (Tensor, Tensor)"
+    assert f"compiled for another version: its concept_gates is {schema}, here it is (Tensor, Tensor, Tensor, Tensor?," in facts["another schema"]
+
+
+def test_the_registry_lists_every_kernel_for_every_architecture(compiled):
+    _, content = compiled
+    assert content["architectures"] == ["sm_80", "compute_80", "sm_90a"]
+    rows = {(row["kernel"], row["architecture"]): row for row in content["kernels"]}
+    assert len(rows) == len(content["kernels"])
+    for element in ("Half", "BFloat16"):
+        for d in (32, 40, 64, 80, 96, 128, 160):
+            assert all((f"edited_attention_kernel<{element}, {d}, {groups}>", arch) in rows for groups in (5, 10, 16) for arch in ("sm_80", "sm_90a"))
+    assert {name.split("_kernel")[0] for name, _ in rows} >= set(OPERATORS)
+    assert all(16 <= row["registers"] <= 255 for row in rows.values())
+    assert [row for row in rows.values() if row["spills"] or row["stack"]] == []
+
+
+def test_one_binary_for_every_python_and_every_later_torch(compiled):
+    """Of Python it needs no symbol, of torch those of the stable ABI, all of them in the list of 2.10; of libtorch_cuda one, weakly."""
+    path, _ = compiled
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout.splitlines()
+    weak = {line.split()[-1] for line in symbols if line.split()[-2] == "w"}
+    needed = {line.split()[-1].split("@")[0] for line in symbols} - weak
+    foreign = [name for name in needed if name.startswith(("_Py", "Py", "_ZN2at", "_ZN3c10", "_ZN5torch", "_ZNK2at", "_ZNK3c10", "_ZNK5torch"))]
+    assert foreign == [] and "aoti_torch_get_current_cuda_stream" in weak
+    assert any(name.startswith("torch_library_impl") for name in needed)
+    dynamic = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
+    assert all(f"[{name}]" in dynamic for name in ("libtorch.so", "libtorch_cpu.so", "libc10.so"))
+    assert "libcudart" not in dynamic and "libpython" not in dynamic and "PATH" not in dynamic
+
+
+@pytest.mark.parametrize("wrong", ("Ampere", "80", "8.0+ptx"))
+def test_architectures_are_written_as_torch_writes_them(tmp_path, monkeypatch, wrong):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0 {wrong}")
+    ran = subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path], capture_output=True, text=True)
+    assert ran.returncode and "TORCH_CUDA_ARCH_LIST must list compute capabilities as 8.0;9.0a;12.0+PTX" in " ".join(ran.stderr.split())

@@ -1,0 +1,256 @@
+"""The compiled backend without a compiler or a GPU: when it is there, what it refuses, what it says. Tensors on a GPU are fake.
+
+What its kernels compute, and that torch's tensors reach them, tests/cuda_host says.
+"""
+
+import importlib
+import json
+import types
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import perfusion_kernels
+from perfusion_kernels import backend, registration
+from perfusion_kernels import cuda as compiled
+from perfusion_kernels.cuda import library, refusals
+
+from . import cases
+
+BUILD = {"cuda": "13.0", "torch": "2.13", "architectures": ["sm_80", "sm_90a"], "kernels": []}
+CACHED = (library.compiled_kernels, library.why_not_loaded, library.why_not_on, library.limits)
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """A package folder of its own: `installed(content)` writes its build.json and pretends that torch has CUDA."""
+
+    def forget():
+        for function in CACHED:
+            function.cache_clear()
+
+    def install(content, cuda="13.0"):
+        forget()
+        monkeypatch.setattr(library, "FOLDER", tmp_path)
+        monkeypatch.setattr(library, "LIBRARY", tmp_path / library.LIBRARY.name)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        if content is not None:
+            (tmp_path / "build.json").write_text(content if isinstance(content, str) else json.dumps(content))
+
+    yield install
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """One GPU, on which the library runs; tensors on it are fake."""
+    monkeypatch.setattr(library, "why_not_on", lambda device: None)
+    monkeypatch.setattr(library, "limits", lambda device: (84, 101376))
+    mode = FakeTensorMode()
+
+    def move(tensors):
+        with mode:
+            return {name: torch.empty(x.shape, dtype=x.dtype, device="cuda") for name, x in tensors.items()}
+
+    return move
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """The compiled operators in the list of backends, with overloads that live as long as the process."""
+    implementations = {name: dict(have) for name, have in backend._implementations.items()}
+    for have in implementations.values():
+        have.pop("cuda", None)
+    monkeypatch.setattr(backend, "_implementations", implementations)
+    monkeypatch.setattr(backend, "bind", bound)
+    compiled.register_all()
+
+
+_overloads = {}
+
+
+def bound(operator, name, implementation):
+    if operator.name not in _overloads:
+        defined = torch._C._dispatch_has_kernel(f"perfusion_kernels::{operator.name}.cuda")
+        _overloads[operator.name] = cases.overload_of(operator.name, "cuda") if defined else registration.bind(operator, name, implementation)
+    return _overloads[operator.name]
+
+
+# whether it is there
+
+
+@pytest.mark.parametrize(
+    ("content", "cuda", "reason"),
+    [
+        (None, "13.0", "not compiled: this source tree has not been installed (pip install -e .)"),
+        ({"reason": "there was no nvcc when this was installed"}, "13.0", "not compiled: there was no nvcc when this was installed"),
+        (BUILD, None, f"this PyTorch ({torch.__version__}) is built without CUDA"),
+        (BUILD, "13.0", None),
+    ],
+)
+def test_what_can_be_known_without_loading(installed, content, cuda, reason):
+    installed(content, cuda)
+    assert library.absent() == reason
+    if reason:
+        assert library.unavailable() == reason
+
+
+def test_a_broken_note_is_a_reason(installed):
+    installed("{")
+    assert "build.json cannot be read (" in library.absent() and library.absent().endswith("; install again")
+
+
+def test_a_library_that_does_not_load_is_a_reason(installed):
+    installed(BUILD)
+    library.LIBRARY.write_bytes(b"not a library")
+    assert library.unavailable().startswith("libperfusion_kernels_torch.so does not load: ")
+    assert "file too short" in library.unavailable() or "invalid ELF header" in library.unavailable()
+
+
+@pytest.mark.parametrize(
+    ("devices", "reason"),
+    [
+        ((), "no CUDA device is visible"),
+        (((7, 5),), "cuda:0 has compute capability 7.5, and the kernels were compiled for sm_80, sm_90a"),
+        (((7, 5), (8, 6)), None),
+    ],
+)
+def test_the_devices_decide(installed, monkeypatch, devices, reason):
+    installed(BUILD)
+    monkeypatch.setattr(library, "why_not_loaded", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: devices[device])
+    assert library.unavailable() == reason
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "does_not"),
+    [
+        (["sm_80"], [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0)]),
+        (["sm_86"], [(8, 6), (8, 9)], [(8, 0)]),
+        (["sm_90a"], [(9, 0)], [(8, 0), (9, 1), (10, 0)]),
+        (["sm_100f"], [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        (["compute_80"], [(8, 0), (9, 0), (12, 1)], [(7, 5)]),
+        (["sm_80", "compute_80", "sm_90a"], [(8, 0), (9, 0), (12, 0)], [(7, 0)]),
+        (["sm_120", "compute_120"], [(12, 0), (12, 1), (13, 0)], [(10, 0)]),
+    ],
+)
+def test_what_code_runs_where(architectures, runs, does_not):
+    assert all(library.runs_on(architectures, *each) for each in runs)
+    assert not any(library.runs_on(architectures, *each) for each in does_not)
+
+
+@pytest.mark.parametrize(("driver", "refused"), [(0, False), (12, True), (13, False), (14, False)])
+def test_an_old_driver_is_a_reason(driver, refused):
+    def versions(runtime, found):
+        runtime._obj.value, found._obj.value = 13, driver
+
+    reason = library.too_new(types.SimpleNamespace(perfusion_torch_cuda_versions=versions))
+    assert bool(reason) is refused and (not refused or "compiled with CUDA 13, and the driver here supports CUDA 12" in reason)
+
+
+def test_types_of_a_schema():
+    assert library.types("(Tensor a, Tensor? b, bool[] needs, float scale) -> (Tensor c, Tensor d)") == "(Tensor, Tensor?, bool[], float) -> (Tensor, Tensor)"
+    assert library.types("(Tensor a) -> Tensor[]") == "(Tensor) -> Tensor[]"
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch):
+    monkeypatch.setitem(backend._unavailable, "cuda", lambda: "no CUDA device is visible")
+    monkeypatch.delitem(backend._absent, "cuda", raising=False)
+    status = perfusion_kernels.available_backends()[0]
+    assert (status.available, str(status)) == (False, "cuda: unavailable, no CUDA device is visible")
+    arguments = cases.make().arguments("concept_gates")
+    monkeypatch.setitem(backend._implementations, "concept_gates", {"reference": backend._implementations["concept_gates"]["reference"]})
+    with pytest.raises(backend.BackendUnavailable, match="'cuda' was asked for but cannot run this call: no CUDA device is visible. Can run it: "):
+        perfusion_kernels.concept_gates(**arguments, backend="cuda")
+
+
+# what it takes
+
+
+def attention(gpu, dtype=torch.half, T=77, d=40, **changes):
+    arguments = gpu(cases.make(B=1, T=T, d=d, D=4, N=2, H=1, dtype=dtype).arguments("edited_attention"))
+    changed = {name: change(arguments[name]) for name, change in changes.items()}
+    return refusals.edited_attention(*cases.positional("edited_attention", {**arguments, **changed}))
+
+
+def test_attention_takes_what_is_compiled(gpu):
+    assert [d for d in range(8, 200, 8) if attention(gpu, d=d) is None] == list(refusals.WIDTHS)
+    assert attention(gpu, d=48) == "it takes d of 32, 40, 64, 80, 96, 128, 160; got 48"
+    assert attention(gpu, T=256, dtype=torch.bfloat16) is None and attention(gpu, T=257) == "it takes T up to 256; got 257"
+    assert attention(gpu, T=256, d=160) == "K and V of one head, T = 256 and d = 160, need 177408 bytes of shared memory; a block has 101376 here"
+    assert attention(gpu, dtype=torch.float32) == "it takes query in float16 or bfloat16; got float32"
+    double = torch.Tensor.double
+    assert attention(gpu, gates=double, components=double) == "it takes gates in float32; got float64"
+    assert attention(gpu, value_targets=double) == "it takes value_targets in float16 or bfloat16 or float32; got float64"
+    edit = ("gates", "components", "index", "key_outputs", "key_targets", "value_outputs", "value_targets")
+    assert attention(gpu, **dict.fromkeys(edit, lambda tensor: None)) is None
+
+
+def test_gates_take_what_is_compiled(gpu):
+    def refused(J=2, **changes):
+        arguments = gpu(cases.make(J=J, D=4, T=3, B=1).arguments("concept_gates"))
+        changed = {name: change(arguments[name]) for name, change in changes.items()}
+        return refusals.concept_gates(*cases.positional("concept_gates", {**arguments, **changed}))
+
+    assert refused() is None and refused(J=128) is None
+    assert refused(J=129) == "it takes J up to 128; got 129"
+    assert refused(encodings=torch.Tensor.double) == "it takes encodings in float16 or bfloat16 or float32; got float64"
+    assert refused(bias=torch.Tensor.double) == "it takes bias in float32; got float64"
+
+
+def test_other_devices_are_refused(gpu):
+    host = {"x": torch.empty(1)}
+    assert refusals.anywhere(*host.values()) == "the compiled kernels need tensors on a CUDA device; got cpu"
+    assert refusals.anywhere(*gpu(host).values()) is None
+
+
+# and when it is taken
+
+
+def test_a_call_on_a_gpu_takes_it(registered, gpu):
+    arguments = gpu(cases.make(d=40, dtype=torch.half).arguments("edited_attention"))
+    chosen = lambda **changes: backend.select("edited_attention", cases.positional("edited_attention", {**arguments, **changes}))  # noqa: E731
+    assert chosen() is cases.overload_of("edited_attention", "cuda")
+    assert chosen(query=arguments["query"].float()) is not cases.overload_of("edited_attention", "cuda")
+    result = perfusion_kernels.edited_attention(**arguments, scale=0.3)
+    assert (result.device, result.shape, result.dtype) == (torch.device("cuda:0"), arguments["query"].shape, torch.half)
+
+
+def test_derivatives_decide(registered, gpu, monkeypatch):
+    """A call that will be differentiated goes to who has kernels for that, unless nobody has, or this is asked for by name."""
+    operator = importlib.import_module("perfusion_kernels.edited_attention").OPERATOR
+    arguments = gpu(cases.make(d=40, dtype=torch.half).arguments("edited_attention"))
+    arguments["query"].requires_grad_()
+    call = cases.positional("edited_attention", arguments)
+    own = cases.overload_of("edited_attention", "cuda")
+    assert "triton" in operator.backwards
+    assert backend.select("edited_attention", call) is not own and backend.select("edited_attention", call, "cuda") is own
+    with torch.no_grad():
+        assert backend.select("edited_attention", call) is own
+    monkeypatch.delitem(operator.backwards, "triton")
+    assert backend.select("edited_attention", call) is own
+
+
+def test_a_compiled_function_takes_it(registered, gpu):
+    """The choice, with all that it asks the library, is traced without a graph break."""
+    arguments = gpu(cases.make(d=40, dtype=torch.half).arguments("edited_attention"))
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled_function = torch.compile(lambda x: perfusion_kernels.edited_attention(**x, scale=0.3), fullgraph=True, backend=keep)
+    assert compiled_function(arguments).device.type == "cuda"
+    assert [node.target for node in graphs[0].graph.nodes if node.op == "call_function"] == [cases.overload_of("edited_attention", "cuda")]
+
+
+def test_without_a_library_the_operator_says_so(registered):
+    case = cases.make(d=40, dtype=torch.half)
+    with pytest.raises(NotImplementedError, match="perfusion_kernels::edited_attention.cuda has no compiled kernel for tensors on cpu"):
+        cases.overload_of("edited_attention", "cuda")(*cases.positional("edited_attention", case.arguments("edited_attention")))
