@@ -68,7 +68,7 @@ def tiles(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
     if dtype == torch.float32:
         return ({"BLOCK_N": 16, "num_warps": 4, "num_stages": 1}, {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1})
     if max(T, d) > 128:
-        return ({"BLOCK_N": 64, "num_warps": 8, "num_stages": 1}, {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1})
+        return tuple({"BLOCK_N": n, "num_warps": warps, "num_stages": 1} for n, warps in ((32, 8), (64, 8), (32, 4)))
     return (
         {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         {"BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
