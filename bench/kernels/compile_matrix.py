@@ -164,10 +164,14 @@ def page(found: list[dict]) -> str:
     kernels = [row for row in found if row["kernel"] != "refused"]
     wrong = [row for row in kernels if row["spills"] or row["local_bytes"]]
     lines = [
-        f"triton {', '.join(sorted({row['triton'] for row in found}))}; {len(kernels)} compiled kernels, of which {len(wrong)} spill"
-        + (": " + "; ".join(dict.fromkeys(f"{r['operator']} {r['kernel']} d = {r['head_dim']} {r['dtype']} on {r['architecture']}" for r in wrong)) if wrong else "")
-        + ". A dash: refused there, for want of shared memory.",
+        f"triton {', '.join(sorted({row['triton'] for row in found}))}; {len(kernels)} compiled kernels, of which {len(wrong)} spill."
+        " A dash: refused there, for want of shared memory."
     ]
+    if wrong:
+        lines += ["", "| spills | d | J | dtype | architecture | instructions | local bytes |", "|---|---|---|---|---|---|---|"]
+    for row in wrong:
+        names = ("kernel", "head_dim", "J", "dtype", "architecture", "spills", "local_bytes")
+        lines.append("| " + " | ".join(str(row[name]).strip("_") for name in names) + " |")
     columns = ["kernel", "dtype", "d", "J", "warps", "shared, KiB", "tensor-core", "16-byte loads", "all loads", *architectures]
     for operator in dict.fromkeys(row["operator"] for row in found):
         lines += ["", f"## {operator}", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device, shared_memory
-from .attention_tiles import along, alignment, at_head, load_tile, padded, precision, refuses_sizes, scores, sizes, store_tile
+from .attention_tiles import alignment, along, at_head, load_tile, padded, precision, refuses_sizes, scores, sizes, store_tile
 from .edited_tiles import SMALL, edit_arguments, load_edited
 from .tuning import launch
 
@@ -54,7 +54,8 @@ def edited_attention(
         _attend[(programs * B * H,)](
             query, key, value, result, *edit, *query.stride(), *key.stride(), *value.stride(), *edit_strides,
             float(scale), N, T, H, J, programs, each,
-            d=d, PLACES=places, ALIGNED=alignment(query.stride(2), key.stride(2), value.stride(2)), **sizes(T, d), PRECISION=precision(query), **tiles,
+            d=d, PLACES=places, ALIGNED=alignment(*(x.stride(2) for x in (query, key, value))), **sizes(T, d),
+            PRECISION=precision(query), **tiles,
         )  # fmt: skip
 
     # the edit is not in the key: a row without a concept has the bits of plain attention, so both take the same tiles
