@@ -16,8 +16,8 @@ python=${PYTHON:-python3} out=$(realpath -m "${1:-build/gpu}") failed=()
 refuse() { echo "bench/gpu.sh: $1" >&2; exit 2; }
 gpu=$(nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader 2> /dev/null | head -n 1) || true
 [[ $gpu == *,* ]] || refuse "no NVIDIA GPU here (nvidia-smi lists none), and nothing that this script does makes sense without one."
-for tool in nvcc cmake compute-sanitizer; do
-  command -v "$tool" > /dev/null || refuse "$tool is not on PATH; it comes with the CUDA toolkit (cmake: pip install cmake)."
+for tool in nvcc compute-sanitizer cmake ninja; do
+  command -v "$tool" > /dev/null || refuse "$tool is not on PATH. The CUDA toolkit brings nvcc and compute-sanitizer, pip cmake and ninja."
 done
 "$python" -c 'import torch; assert torch.cuda.is_available()' 2> /dev/null ||
   refuse "$python has no torch that sees the GPU; PYTHON=... names another one."

@@ -96,7 +96,8 @@ def _refused(results: tuple, plain: tuple[Tensor, ...], exact: tuple[Tensor, ...
     try:
         for mine, formula, truth in zip(results, plain, exact, strict=True):
             if not isinstance(mine, Tensor) or mine.shape != truth.shape or mine.dtype != formula.dtype:
-                return f"it gives {getattr(mine, 'dtype', type(mine))} {list(getattr(mine, 'shape', []))}, not {formula.dtype} {list(truth.shape)}"
+                came = f"{mine.dtype} {list(mine.shape)}" if isinstance(mine, Tensor) else type(mine).__name__
+                return f"it gives {came}, not {formula.dtype} {list(truth.shape)}"
             assert_no_worse(mine, formula, truth, index)
     except AssertionError as error:
         return f"its result is wrong, {' '.join(str(error).split())}"

@@ -58,7 +58,8 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
 
 
 def _overheads(rows: list[dict[str, Any]]) -> str:
-    lines = ["**overhead: µs of an eager call beside the work, on the CPU of these rows**", "", "| operator | overhead | allowed |", "|---|---|---|"]
+    lines = ["**overhead: µs of an eager call beside the work, on the CPU of these rows**", ""]
+    lines += ["| operator | overhead | allowed |", "|---|---|---|"]
     return "\n".join(lines + [f"| {row['case']} | {row['overhead_us']:.1f} | {row['limit_us']:.0f} |" for row in rows])
 
 

@@ -9,6 +9,14 @@ namespace perfusion {
 
 constexpr int64_t most_of_a_size = int64_t{1} << 30;  // tiles and blocks are counted in 32 bits
 
+// Whether a tensor of these sizes has no elements; their product could exceed 64 bits.
+inline bool is_empty(std::initializer_list<int64_t> sizes) {
+  for (int64_t size : sizes) {
+    if (size == 0) return true;
+  }
+  return false;
+}
+
 inline const char* name_of(perfusion_dtype dtype) {
   switch (dtype) {
     case PERFUSION_FLOAT16:

@@ -15,7 +15,7 @@ perfusion_status check(const perfusion_concept_gates_params& p) {
   } sizes[] = {{"B", p.B}, {"T", p.T}, {"D", p.D}, {"J", p.J}};
   for (const auto& size : sizes) arguments.size(size.name, size.value, 0, most_of_a_size);
   arguments.rule(p.J <= max_places, PERFUSION_UNSUPPORTED, "J must be at most 128", p.J);
-  if (arguments.status != PERFUSION_OK || p.B * p.T * p.J == 0) return arguments.status;
+  if (arguments.status != PERFUSION_OK || is_empty({p.B, p.T, p.J})) return arguments.status;
 
   arguments.tensor("encodings", p.encodings, {PERFUSION_FLOAT16, PERFUSION_BFLOAT16, PERFUSION_FLOAT32});
   arguments.tensor("targets", p.targets, {PERFUSION_FLOAT32});
@@ -39,7 +39,7 @@ extern "C" perfusion_status perfusion_concept_gates(const perfusion_concept_gate
   if (params == nullptr) return fail(PERFUSION_INVALID_ARGUMENT, "concept_gates: params must be given; got NULL");
   const perfusion_concept_gates_params& p = *params;
   const perfusion_status status = check(p);
-  if (status != PERFUSION_OK || p.B * p.T * p.J == 0) return status;
+  if (status != PERFUSION_OK || is_empty({p.B, p.T, p.J})) return status;
 
   const int tiles = static_cast<int>((p.T + tokens_of_block - 1) / tokens_of_block);
   const ConceptGatesLaunch arguments{

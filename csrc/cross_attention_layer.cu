@@ -43,7 +43,7 @@ int64_t workspace_bytes(const perfusion_cross_attention_layer_params& p) {
 perfusion_status check(const perfusion_cross_attention_layer_params& p) {
   Arguments arguments("cross_attention_layer");
   check_sizes(arguments, p);
-  if (arguments.status != PERFUSION_OK || p.B * p.N * p.C == 0) return arguments.status;
+  if (arguments.status != PERFUSION_OK || is_empty({p.B, p.N, p.C})) return arguments.status;
   arguments.tensor("hidden_states", p.hidden_states, {PERFUSION_FLOAT16, PERFUSION_BFLOAT16});
   const struct {
     const char* name;
@@ -141,7 +141,7 @@ extern "C" perfusion_status perfusion_cross_attention_layer(const perfusion_cros
   CrossAttentionLayerLaunch arguments{*params, {}};
   const perfusion_cross_attention_layer_params& p = arguments.call;
   perfusion_status status = check(p);
-  if (status != PERFUSION_OK || p.B * p.N * p.C == 0) return status;
+  if (status != PERFUSION_OK || is_empty({p.B, p.N, p.C})) return status;
 
   Device here;
   status = device("cross_attention_layer", &here);

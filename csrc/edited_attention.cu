@@ -44,7 +44,7 @@ namespace {
 perfusion_status check(const perfusion_edited_attention_params& p) {
   Arguments arguments("edited_attention");
   check_attention_sizes(arguments, p);
-  if (arguments.status != PERFUSION_OK || p.B * p.N * p.H == 0) return arguments.status;
+  if (arguments.status != PERFUSION_OK || is_empty({p.B, p.N, p.H})) return arguments.status;
   arguments.tensor("query", p.query, {PERFUSION_FLOAT16, PERFUSION_BFLOAT16});
   arguments.tensor("key", p.key, {p.query.dtype});
   arguments.tensor("value", p.value, {p.query.dtype});
@@ -106,7 +106,7 @@ extern "C" perfusion_status perfusion_edited_attention(const perfusion_edited_at
   EditedAttentionLaunch arguments{*params, {}};
   perfusion_edited_attention_params& p = arguments.call;
   perfusion_status status = check(p);
-  if (status != PERFUSION_OK || p.B * p.N * p.H == 0) return status;
+  if (status != PERFUSION_OK || is_empty({p.B, p.N, p.H})) return status;
   if (p.J == 0) p.index.data = nullptr;
 
   Device here;

@@ -26,7 +26,7 @@ perfusion_status check(const perfusion_edited_projection_params& p) {
   } sizes[] = {{"B", p.B, 0}, {"T", p.T, 0}, {"D", p.D, 1}, {"O", p.O, 0}, {"J", p.J, 0}};
   for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, most);
   arguments.rule(p.B * p.T <= most, PERFUSION_UNSUPPORTED, "B * T must be at most 2^30", p.B * p.T);
-  if (arguments.status != PERFUSION_OK || p.B * p.T * p.O == 0) return arguments.status;
+  if (arguments.status != PERFUSION_OK || is_empty({p.B, p.T, p.O})) return arguments.status;
 
   arguments.half("encodings", p.encodings);
   arguments.tensor("weight", p.weight, {p.encodings.dtype});
@@ -88,7 +88,7 @@ extern "C" perfusion_status perfusion_edited_projection(const perfusion_edited_p
   EditedProjectionLaunch arguments{*params, {}};
   perfusion_edited_projection_params& p = arguments.call;
   perfusion_status status = check(p);
-  if (status != PERFUSION_OK || p.B * p.T * p.O == 0) return status;
+  if (status != PERFUSION_OK || is_empty({p.B, p.T, p.O})) return status;
   if (p.index.data == nullptr) p.J = 0;
 
   Device here;

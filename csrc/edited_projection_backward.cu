@@ -31,7 +31,7 @@ perfusion_status check_sizes(const perfusion_edited_projection_backward_params& 
 
 perfusion_status check(const perfusion_edited_projection_backward_params& p, const EditedProjectionBackwardPlan& plan) {
   Arguments arguments(operation);
-  const bool empty = p.B * p.T * p.O == 0, edited = p.B * p.T * p.J > 0;  // then gradient, or what is of the edit, is not read
+  const bool empty = is_empty({p.B, p.T, p.O}), edited = p.B * p.T * p.J > 0;  // then gradient, or what is of the edit, is not read
   if (!empty) arguments.half("gradient", p.gradient);
   if (p.encodings_gradient.data != nullptr) {
     if (!empty) arguments.tensor("weight", p.weight, {p.gradient.dtype});

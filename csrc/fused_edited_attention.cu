@@ -14,7 +14,7 @@ perfusion_status check(const perfusion_fused_edited_attention_params& p, const p
   Arguments arguments("fused_edited_attention");
   check_attention_sizes(arguments, attention);
   arguments.size("D", p.D, 1, most_of_a_size);
-  if (arguments.status != PERFUSION_OK || p.B * p.N * p.H == 0) return arguments.status;
+  if (arguments.status != PERFUSION_OK || is_empty({p.B, p.N, p.H})) return arguments.status;
   arguments.tensor("query", p.query, {PERFUSION_FLOAT16, PERFUSION_BFLOAT16});
   arguments.tensor("encodings", p.encodings, {p.query.dtype});
   arguments.tensor("key_weight", p.key_weight, {p.query.dtype});
@@ -93,7 +93,7 @@ extern "C" perfusion_status perfusion_fused_edited_attention(const perfusion_fus
   const perfusion_fused_edited_attention_params& p = *params;
   FusedEditedAttentionLaunch arguments{attention_of(p), p.encodings, p.key_weight, p.value_weight, p.D, {}};
   perfusion_status status = check(p, arguments.call);
-  if (status != PERFUSION_OK || p.B * p.N * p.H == 0) return status;
+  if (status != PERFUSION_OK || is_empty({p.B, p.N, p.H})) return status;
 
   Device here;
   status = device("fused_edited_attention", &here);

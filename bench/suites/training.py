@@ -78,10 +78,10 @@ def problem(name: str, make: Callable[[], tuple[Any, Covariance, int]], batch: i
     pipe.set_progress_bar_config(disable=True)
     config = TrainingConfig(superclass=SUPERCLASS, name="mine", batch_size=batch)
     draw = torch.Generator().manual_seed(0)
-    pictures = [
-        Picture(str(number), torch.rand(3, side, side, generator=draw) * 2 - 1, torch.rand(side, side, generator=draw), config.instance_prompts)
-        for number in range(5)
-    ]
+    pictures = []
+    for number in range(5):
+        pixels, mask = torch.rand(3, side, side, generator=draw) * 2 - 1, torch.rand(side, side, generator=draw)
+        pictures.append(Picture(str(number), pixels, mask, config.instance_prompts))
 
     def new(kind: type[TrainingSession], compile: bool = False) -> TrainingSession:
         settings = dataclasses.replace(config, compile=compile)

@@ -191,8 +191,10 @@ perfusion_status launch(const char* operation, void (*kernel)(Arguments), int64_
   cudaError_t error = cudaSuccess;
   if (bytes > 48 * 1024) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(blocks), threads, bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
-    error = cudaGetLastError();
+    // not <<<>>> and cudaGetLastError, which would also give what an earlier call of somebody else has left there
+    void* values[] = {const_cast<Arguments*>(&arguments)};
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(threads), values,
+                             static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
   }
   if (error == cudaSuccess) return PERFUSION_OK;
   return fail(PERFUSION_DEVICE_ERROR, "%s: the launch was refused: %s", operation, cudaGetErrorString(error));

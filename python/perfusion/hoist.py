@@ -56,7 +56,8 @@ class Hoist:
         if reason is not None:
             raise ValueError(f"Hoist: every to_k and to_v must be a frozen Linear without bias or hooks, but {reason}.")
         layers = cross_attention_layers(unet).values()
-        self.key_weight, self.value_weight = (torch.cat([getattr(layer, kind).weight.detach() for layer in layers]) for kind in ("to_k", "to_v"))
+        self.key_weight = torch.cat([layer.to_k.weight.detach() for layer in layers])
+        self.value_weight = torch.cat([layer.to_v.weight.detach() for layer in layers])
 
     def project(
         self, encodings: Tensor, rows: Tensor, tables: Tables, index: Tensor, bias: Tensor, temperature: Tensor, strength: Tensor

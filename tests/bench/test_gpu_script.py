@@ -49,7 +49,7 @@ def test_without_its_tools_it_names_them(tools, tmp_path):
     tools("nvidia-smi", "echo 'NVIDIA H200, 9.0'")
     ran = run(tools, tmp_path)
     assert ran.returncode == 2 and "nvcc is not on PATH" in ran.stderr
-    for name in ("nvcc", "cmake", "compute-sanitizer"):
+    for name in ("nvcc", "cmake", "compute-sanitizer", "ninja"):
         tools(name, "exit 0")
     tools("python3", "exit 1")
     ran = run(tools, tmp_path)
@@ -59,7 +59,7 @@ def test_without_its_tools_it_names_them(tools, tmp_path):
 def test_all_it_calls_is_there(tools, tmp_path):
     log = tmp_path / "calls"
     tools("nvidia-smi", "echo 'NVIDIA H200, 9.0'")
-    for name in ("nvcc", "cmake", "compute-sanitizer", "python3"):
+    for name in ("nvcc", "cmake", "compute-sanitizer", "ninja", "python3"):
         tools(name, f'echo "{name} $*" >> {log}; echo "$TORCH_CUDA_ARCH_LIST" >> {log}.arch')
     example = tmp_path / "out/example/example"
     example.parent.mkdir(parents=True)
@@ -91,7 +91,7 @@ def test_all_it_calls_is_there(tools, tmp_path):
 
 def test_a_stage_that_fails_is_named_and_the_others_run(tools, tmp_path):
     tools("nvidia-smi", "echo 'NVIDIA H200, 9.0'")
-    for name in ("nvcc", "cmake"):
+    for name in ("nvcc", "cmake", "ninja"):
         tools(name, "exit 0")
     tools("compute-sanitizer", '[[ $2 != racecheck ]] || { echo "a race"; exit 9; }')
     tools("python3", "exit 0")
