@@ -24,7 +24,7 @@ class Machine:
     exponentials: float  # per second
 
 
-# 4.8 TB/s and 67 TFLOP/s are NVIDIA's; 790 TFLOP/s is what large bf16 products reach; exponentials: 132 multiprocessors, 16 a clock, 1.7 GHz
+# 4.8 TB/s and 67 TFLOP/s are NVIDIA's, 790 TFLOP/s is what large bf16 products reach; 132 multiprocessors, 16 exponentials a clock
 H200 = Machine("H200", 4.8e12, 790e12, 67e12, 3.6e12)
 
 
@@ -154,7 +154,7 @@ def of(operator: str, arguments: Mapping) -> Work:
     if operator == "concept_gates":
         B, T, D = shape("encodings")
         return concept_gates(B=B, T=T, D=D, size=given["encodings"].element_size(), **edit)
-    if operator == "edited_projection":
+    if operator in ("edited_projection", "fused_edited_projection"):  # which differ in roundings alone
         (B, T, D), O = shape("encodings"), shape("weight")[0]
         return edited_projection(B=B, T=T, D=D, O=O, size=given["encodings"].element_size(), **edit)
     if operator == "cross_attention_layer":
@@ -170,7 +170,7 @@ def of(operator: str, arguments: Mapping) -> Work:
     if operator == "fused_edited_attention":
         _, T, D = shape("encodings")
         return fused_edited_attention(B=B, N=N, T=T, D=D, H=H, d=d, **edit)
-    raise ValueError(f"operator must be one of the five with a model; got {operator}")
+    raise ValueError(f"operator must be one with a model here; got {operator}")
 
 
 def _matrix(flops: int, size: int) -> Work:

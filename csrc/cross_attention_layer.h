@@ -10,6 +10,10 @@ constexpr int layer_warps = 4, layer_depth = 32;  // of a block; columns of a st
 constexpr int tall = 64, flat = 32;               // rows of a tile; flat where tall ones would leave multiprocessors idle
 constexpr int product_columns = 64;               // of a tile of the second launch
 
+// The longest context, in groups of 16 keys, that the first launch has flat tiles for when absorbed: beside 256 scores, registers do
+// not hold the addresses of what a thread of two warps alone loads of 256 keys.
+constexpr int flat_groups = 10;
+
 // Whether a block of the first launch has a single tile: beside 256 scores and 160 columns registers hold nothing for a next one.
 PERFUSION_BOTH constexpr bool single_tile(int d, int groups) { return d > 128 && groups > 5; }
 

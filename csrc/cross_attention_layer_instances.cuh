@@ -36,7 +36,7 @@ LayerKernel weigh_kernel(int64_t T) {
     case 10:
       return cross_attention_layer_weigh_kernel<Element, 10, rows>;
     default:
-      return cross_attention_layer_weigh_kernel<Element, 16, rows>;
+      return cross_attention_layer_weigh_kernel<Element, 16, tall>;
   }
 }
 

@@ -172,7 +172,9 @@ def table(kernels: Sequence[Kernel]) -> str:
     """One row per kernel: counts that differ between architectures as a range, registers for each of them."""
     architectures = list(dict.fromkeys(kernel.arch for kernel in kernels))
     lines = [
-        "| kernel | shared memory | tensor-core | 16-byte loads | 16-byte stores | " + " | ".join(f"registers, {a}" for a in architectures) + " |",
+        "| kernel | shared memory | tensor-core | 16-byte loads | 16-byte stores | "
+        + " | ".join(f"registers, {arch}" for arch in architectures)
+        + " |",
         "|---|---|---|---|---|" + "---|" * len(architectures),
     ]
 

@@ -128,7 +128,10 @@ PERFUSION_DEVICE void store(T* pointer, const T& x) {
 
 template <>
 PERFUSION_DEVICE void store(Words* pointer, const Words& x) {
-  *reinterpret_cast<uint4*>(pointer) = make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]);
+  // said in PTX: of a plain assignment the compiler makes four stores where loops are unrolled
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(pointer)), "r"(x.word[0]), "r"(x.word[1]),
+               "r"(x.word[2]), "r"(x.word[3])
+               : "memory");
 }
 
 PERFUSION_DEVICE float word_as_float(uint32_t word) { return __uint_as_float(word); }

@@ -97,7 +97,8 @@ def _attend(hidden_states: Tensor, query_weight: Tensor, key: Tensor, value: Ten
         _attend_kernel[(triton.cdiv(N, tiles["BLOCK_N"]) * H, B)](
             hidden_states, query_weight, key, value, result,
             *hidden_states.stride(), *query_weight.stride(), *key.stride(), *value.stride(),
-            float(scale), N, C, T, H, d=d, ALIGNED=alignment(key.stride(2), value.stride(2)), **sizes(T, d), PRECISION=precision(hidden_states), **tiles,
+            float(scale), N, C, T, H,
+            d=d, ALIGNED=alignment(key.stride(2), value.stride(2)), **sizes(T, d), PRECISION=precision(hidden_states), **tiles,
         )  # fmt: skip
 
     tiles = shared_memory.fitting(tall_tiles(N, B * H, result.dtype, d), held(T, d, result.dtype), result.device)

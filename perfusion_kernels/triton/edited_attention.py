@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device, shared_memory
-from .attention_tiles import along, alignment, at_head, load_tile, padded, precision, refuses_sizes, scores, sizes, store_tile
+from .attention_tiles import alignment, along, at_head, load_tile, padded, precision, refuses_sizes, scores, sizes, store_tile
 from .edited_tiles import SMALL, edit_arguments, load_edited
 from .tuning import launch
 
@@ -54,7 +54,8 @@ def edited_attention(
         _attend[(programs * B * H,)](
             query, key, value, result, *edit, *query.stride(), *key.stride(), *value.stride(), *edit_strides,
             float(scale), N, T, H, J, programs, each,
-            d=d, PLACES=places, ALIGNED=alignment(query.stride(2), key.stride(2), value.stride(2)), **sizes(T, d), PRECISION=precision(query), **tiles,
+            d=d, PLACES=places, ALIGNED=alignment(*(x.stride(2) for x in (query, key, value))), **sizes(T, d),
+            PRECISION=precision(query), **tiles,
         )  # fmt: skip
 
     # the edit is not in the key: a row without a concept has the bits of plain attention, so both take the same tiles
@@ -68,7 +69,7 @@ def tiles(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
     if dtype == torch.float32:
         return ({"BLOCK_N": 16, "num_warps": 4, "num_stages": 1}, {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1})
     if max(T, d) > 128:
-        return ({"BLOCK_N": 64, "num_warps": 8, "num_stages": 1}, {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1})
+        return tuple({"BLOCK_N": n, "num_warps": warps, "num_stages": 1} for n, warps in ((32, 8), (64, 8), (32, 4)))
     return (
         {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         {"BLOCK_N": 128, "num_warps": 8, "num_stages": 2},

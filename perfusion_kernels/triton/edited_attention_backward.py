@@ -138,21 +138,29 @@ def tiles_by_query(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], 
     """Registers hold scores and their derivatives [BLOCK_N, T], and dq [BLOCK_N, d]."""
     if dtype == torch.float32:
         return ({"BLOCK_N": 16, "num_warps": 8, "num_stages": 1}, {"BLOCK_N": 16, "num_warps": 4, "num_stages": 1})
-    if T > 128 or d > 64:
-        return ({"BLOCK_N": 64, "num_warps": 8, "num_stages": 1}, {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1})
-    return ({"BLOCK_N": 64, "num_warps": 4, "num_stages": 1}, {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1})
+    if d > 96:
+        blocks = ((32, 8), (64, 8), (32, 4))
+    elif T > 128:
+        blocks = ((64, 8), (32, 8))
+    else:
+        blocks = ((64, 4), (32, 4))
+    return tuple({"BLOCK_N": n, "num_warps": warps, "num_stages": 1} for n, warps in blocks)
 
 
 def tiles_by_key(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
-    """Registers hold dK̃ and dṼ [BLOCK_T, d]; blocks of 32 positions waste little of 77 and give three times the programs."""
-    warps = 8 if d > 32 else 4
+    """Registers hold dK̃ and dṼ [BLOCK_T, d]; small blocks waste little of 77 positions, and give more programs.
+
+    Beyond these sizes the compiler spills, most of all where the columns are in two pieces of different widths.
+    """
     if dtype == torch.float32:
-        return ({"BLOCK_T": 16, "BLOCK_N": 16, "num_warps": warps, "num_stages": 1},)
-    return (
-        {"BLOCK_T": 32, "BLOCK_N": 64, "num_warps": warps, "num_stages": 1},
-        {"BLOCK_T": 32, "BLOCK_N": 32, "num_warps": warps, "num_stages": 1},
-        {"BLOCK_T": 16, "BLOCK_N": 64, "num_warps": warps, "num_stages": 1},
-    )
+        return ({"BLOCK_T": 16, "BLOCK_N": 16, "num_warps": 8 if d > 32 else 4, "num_stages": 1},)
+    if d > 96:
+        blocks = ((16, 32, 4), (16, 64, 8))
+    elif d > 64 or pieces(d)[1] > 0:
+        blocks = ((32, 32, 4), (16, 32, 4))
+    else:
+        blocks = ((32, 64, 4), (32, 32, 4), (16, 64, 4))
+    return tuple({"BLOCK_T": t, "BLOCK_N": n, "num_warps": warps, "num_stages": 1} for t, n, warps in blocks)
 
 
 def held_by_query(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:

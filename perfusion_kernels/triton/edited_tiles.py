@@ -6,7 +6,6 @@ import triton.language as tl
 from .attention_tiles import load_tile
 from .device import rounded
 
-
 SMALL = ["gates", "components", "index"]
 """What is read element by element: whether it begins at a multiple of 16 bytes may not decide which kernel runs."""
 

@@ -86,7 +86,7 @@ def rank_one_backward(
     gradient [B, T, O], any strides; the others as `edited_projection` has them, in at most float32.
     """
     B, T, O = gradient.shape
-    S, J = outputs.shape[0], index.shape[1]
+    J = index.shape[1]
     COEFFICIENTS, TABLES = needs[0] or needs[1], needs[3] or needs[4]
     if B * T * O * J == 0:
         arguments = (gates, components, index, outputs, targets)

@@ -8,7 +8,8 @@ from .build import build_module
 from .host import Host
 
 
-NEEDED = {"test_install": ("g++", "cmake"), "test_torch_library": ("g++", "cmake", "ninja", "nvcc")}
+LIBRARY = ("g++", "cmake", "ninja", "nvcc")
+NEEDED = {"test_install": ("g++", "cmake"), "test_torch_library": LIBRARY, "test_nvcc": LIBRARY}
 
 
 def pytest_collection_modifyitems(items):

@@ -55,11 +55,11 @@ class Host:
         """The public function's tensors by name -> [B, N, C]. The workspace is of the bytes that are asked for if it is not given."""
         sizes, given = layer_call(tensors, output)
         if workspace is None:
-            workspace = torch.full((self.workspace_bytes(**tensors),), 0xFF, dtype=torch.uint8)  # NaN in every format
+            workspace = torch.full((self.layer_workspace_bytes(**tensors),), 0xFF, dtype=torch.uint8)  # NaN in every format
         _raise(self.module.cross_attention_layer(sizes, described(given), workspace.data_ptr(), workspace.numel(), scale))
         return given["output"]
 
-    def workspace_bytes(self, **tensors: Tensor | None) -> int:
+    def layer_workspace_bytes(self, **tensors: Tensor | None) -> int:
         sizes, given = layer_call(tensors, None)
         status, message, size = self.module.cross_attention_layer_workspace(sizes, described(given))
         _raise((status, message))

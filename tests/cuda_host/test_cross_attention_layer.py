@@ -180,7 +180,7 @@ def check_nothing_is_written_outside(host):
     """Between the rows of a strided output, and behind the workspace, sentinels stay."""
     for form in (layer, absorbed):
         arguments = form(small(B=2, N=19, T=13, d=32))
-        needed = host.workspace_bytes(**arguments)
+        needed = host.layer_workspace_bytes(**arguments)
         expected = run(host, arguments)
         for room in (8, 3):  # accesses of 16 bytes, and of one element
             memory = torch.full((2, 20, 72 + room), 7.0, dtype=torch.float16)
@@ -294,8 +294,8 @@ def test_empty(host):
 
 def test_workspace(host):
     case = small(N=5, T=77, H=2, d=40)
-    assert host.workspace_bytes(**layer(case)) == 2 * 4 * 5 * 2 * 40
-    assert host.workspace_bytes(**absorbed(case)) == 2 * 4 * 5 * 2 * 80
+    assert host.layer_workspace_bytes(**layer(case)) == 2 * 4 * 5 * 2 * 40
+    assert host.layer_workspace_bytes(**absorbed(case)) == 2 * 4 * 5 * 2 * 80
 
 
 def test_refusals(host):

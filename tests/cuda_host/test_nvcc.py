@@ -4,9 +4,11 @@ They are those of the library that test_torch_library.py looks at: nothing is co
 """
 
 import pytest
+import torch
 
 from bench.kernels import nvcc_matrix
 
+from ..kernels import cases
 from .test_torch_library import compiled  # noqa: F401, a fixture
 
 SASS = """\
@@ -53,8 +55,39 @@ def test_no_kernel_spills_and_all_are_as_wide_as_wanted(kernels):
 
 
 def test_the_committed_table_is_of_these_kernels(kernels, compiled):  # noqa: F811
-    """Every kernel, and with the same nvcc the same registers. Otherwise: python bench/kernels/nvcc_matrix.py"""
+    """Every kernel, and with the same nvcc the same registers; or the page says that there is none. The remedy: nvcc_matrix.py."""
     release, rows = nvcc_matrix.committed()
+    if not rows:
+        assert f"{nvcc_matrix.BEGIN}\nNot written yet.\n{nvcc_matrix.END}" in nvcc_matrix.PAGE.read_text()
+        return
     assert sorted(rows) == sorted({kernel.name for kernel in kernels})
     if compiled[1]["cuda"] == release:
         assert {(k.name, k.arch): rows[k.name].get(k.arch) for k in kernels} == {(k.name, k.arch): k.registers for k in kernels}
+
+
+def test_a_written_table_is_read_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(nvcc_matrix, "PAGE", tmp_path / "page.md")
+    nvcc_matrix.PAGE.write_text(f"before\n{nvcc_matrix.BEGIN}\nNot written yet.\n{nvcc_matrix.END}\nafter\n")
+    assert nvcc_matrix.committed() == ("", {})
+    kernels = [
+        nvcc_matrix.Kernel(name, arch, registers=registers, tensor=tensor, wide_loads=4)
+        for name in ("concept_gates, float32", "edited_attention, float16, 40, 5")
+        for arch, registers, tensor in (("sm_80", 96, 30), ("sm_90a", 90, 31))
+    ]
+    nvcc_matrix.write(kernels, "13.0")
+    assert nvcc_matrix.committed() == ("13.0", {kernel.name: {"sm_80": 96, "sm_90a": 90} for kernel in kernels})
+    text = nvcc_matrix.PAGE.read_text()
+    assert "| edited_attention, float16, 40, 5 | 23,040 | 30–31 | 4 | 0 | 96 | 90 |" in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "Not written" not in text
+
+
+@pytest.mark.parametrize("d, groups", [(40, 5), (64, 16), (128, 10), (160, 5)])
+def test_shared_memory_is_that_of_the_plans(host, d, groups):
+    case = cases.make(B=1, T=16 * groups, N=129, H=1, d=d, D=11, J=1, dtype=torch.float16)
+    host.configure(1)
+    plans = {"edited_attention": host.plan, "fused_edited_attention": host.fused_plan}
+    for operator, plan in plans.items():
+        assert nvcc_matrix.shared_memory(f"{operator}, float16, {d}, {groups}") == plan(**case.arguments(operator))["bytes"]
+    plan = host.layer_plan(**case.arguments("cross_attention_layer"))
+    assert nvcc_matrix.shared_memory(f"cross_attention_layer_attend, float16, {d}, {groups}, {plan['rows']}") == plan["bytes"]
+    assert nvcc_matrix.shared_memory(f"cross_attention_layer_project, float16, 0, {plan['second_rows']}") == plan["second_bytes"]

@@ -10,7 +10,6 @@ from perfusion_kernels.concept_gates import OPERATOR
 
 from . import cases
 
-
 each_run = pytest.mark.parametrize("backend, device", cases.runs("concept_gates"))
 
 

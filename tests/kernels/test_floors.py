@@ -112,7 +112,8 @@ def test_a_call_without_edit_or_weights():
     case = cases.make(dtype=torch.float16)
     plain = {name: getattr(case, name) for name in ("query", "key", "value")}
     assert floors.of("edited_attention", plain | {"index": None}) == floors.edited_attention(B=4, N=17, T=13, H=3, d=8)
-    hidden = {"hidden_states": case.hidden_states, "key": torch.empty(4, 13, 3, 29), "value": None, "query_weight": None}
-    assert floors.of("cross_attention_layer", hidden) == floors.cross_attention_layer(B=4, N=17, C=29, T=13, H=3, bias=False, residual=False)
-    with pytest.raises(ValueError, match="one of the five"):
+    absorbed = {"hidden_states": case.hidden_states, "key": torch.empty(4, 13, 3, 29), "value": None, "query_weight": None}
+    alone = floors.cross_attention_layer(B=4, N=17, C=29, T=13, H=3, bias=False, residual=False)
+    assert floors.of("cross_attention_layer", absorbed) == alone
+    with pytest.raises(ValueError, match="one with a model"):
         floors.of("edited_convolution", plain)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from perfusion_kernels.reference.concept_gates import concept_gates_backward as gates_law
 from perfusion_kernels.reference.fused_edited_projection import fused_edited_projection as fused_law
 from perfusion_kernels.reference.rank_one import rank_one_backward, rank_one_update
-from perfusion_kernels.reference.concept_gates import concept_gates_backward as gates_law
 from perfusion_kernels.triton import concept_gates, concept_gates_backward, fused_edited_projection, rank_one
 
 from . import cases, plain
