@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 MUST_RUN = {
     "gates": {"reference", "eager", "compile", "expert"},
-    "projection": {"reference", "eager", "compile", "expert"},
+    "projection": {"reference", "reference fused", "eager", "compile", "expert"},
     "attention": {"reference", "eager", "compile", "expert", "sdpa flash", "sdpa math"},
     "layer": {"reference", "reference absorbed", "eager", "compile", "expert", "sdpa flash", "sdpa math", "diffusers"},
     "training": {"ours", "plain", "expert"},
