@@ -1,8 +1,8 @@
 """Keys and values of all cross-attention layers in one product each, for UNets whose layers are nothing but their weights.
 
 All layers read the same encodings, so the weights of every `to_k` stand above one another as one matrix, and those of every
-`to_v` as another. The edit of the values (DESIGN.md, H2) is then one `edited_projection` for the whole model, forward and
-backward, where hooks on the layers would make as many products and sums as there are layers, and read the encodings of
+`to_v` as another. The edit of the values (DESIGN.md, H2) is then one `fused_edited_projection` for the whole model, forward
+and backward, where hooks on the layers would make as many products and sums as there are layers, and read the encodings of
 every row, while here rows that are equal are projected once. Weights are read, which is right only where a layer gives
 W e and nothing else happens when it is called: `obstacle` says what does. Such layers are called, one by one.
 """
@@ -81,4 +81,4 @@ class Hoist:
 def _project(encodings: Tensor, weight: Tensor, gates: Tensor, index: Tensor, outputs: Tensor) -> Tensor:
     """e Wᵀ + Σ_j g_j o_j. Edited encodings have no component along a target, so there is none to subtract."""
     nothing = torch.zeros_like(gates)
-    return perfusion_kernels.edited_projection(encodings, weight, gates, nothing, index, outputs, outputs.detach())
+    return perfusion_kernels.fused_edited_projection(encodings, weight, gates, nothing, index, outputs, outputs.detach())

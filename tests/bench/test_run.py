@@ -21,7 +21,7 @@ TIMED = {"median_us", "p20_us", "p80_us", "repeats", "l2", "clock", "ratios"}
 CPU = Options(device=torch.device("cpu"), dtype=torch.float32, quick=True, rounds=(3, 3), seconds=0.01)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def quick_rows(suite, folder):
     """The command itself, as CI runs it."""
     file = Path(folder) / f"{suite}.jsonl"
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 MUST_RUN = {
     "gates": {"reference", "eager", "compile", "expert"},
-    "projection": {"reference", "eager", "compile", "expert"},
+    "projection": {"reference", "reference fused", "eager", "compile", "expert"},
     "attention": {"reference", "eager", "compile", "expert", "sdpa flash", "sdpa math"},
     "layer": {"reference", "reference absorbed", "eager", "compile", "expert", "sdpa flash", "sdpa math", "diffusers"},
     "training": {"ours", "plain", "expert"},
