@@ -67,8 +67,7 @@ def edited_attention(
 def tiles(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
     """Queries per tile: as many as the registers take beside scores [BLOCK_N, T] and results [BLOCK_N, d]."""
     if dtype == torch.float32:
-        few = {"BLOCK_N": 16, "num_warps": 8 if max(T, d) > 128 else 4, "num_stages": 1}
-        return (few, {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1})
+        return ({"BLOCK_N": 16, "num_warps": 4, "num_stages": 1}, {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1})
     if max(T, d) > 128:
         return tuple({"BLOCK_N": n, "num_warps": warps, "num_stages": 1} for n, warps in ((32, 8), (64, 8), (32, 4)))
     return (
