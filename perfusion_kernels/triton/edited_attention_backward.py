@@ -156,10 +156,10 @@ def tiles_by_key(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ..
         return ({"BLOCK_T": 16, "BLOCK_N": 16, "num_warps": 8 if d > 32 else 4, "num_stages": 1},)
     if d > 96:
         blocks = ((16, 32, 4), (16, 64, 8))
-    elif d > 64 or pieces(d)[1] > 0:
+    elif d > 64:
         blocks = ((32, 32, 4), (16, 32, 4))
     else:
-        blocks = ((32, 64, 4), (32, 32, 4), (16, 64, 4))
+        blocks = ((32, 32, 4), (32, 64, 4), (16, 64, 4))
     return tuple({"BLOCK_T": t, "BLOCK_N": n, "num_warps": warps, "num_stages": 1} for t, n, warps in blocks)
 
 
