@@ -97,7 +97,7 @@ perfusion_status plan_cross_attention_layer(const perfusion_cross_attention_laye
   // may as well have blocks of their own.
   const int64_t places = int64_t{device.multiprocessors} * std::max(1, device.shared_per_multiprocessor / (plan->bytes + 1024));
   const int64_t tiles = in_tiles(p.N, plan->rows), wanted = std::max<int64_t>(1, in_tiles(places, heads));
-  plan->splits = static_cast<int>(absorbed || single_tile(d, groups) ? tiles : std::min(tiles, wanted));
+  plan->splits = static_cast<int>(absorbed || single_tile(groups) ? tiles : std::min(tiles, wanted));
   plan->blocks = heads * plan->splits;
 
   const int64_t sums = absorbed ? p.B : 1, tokens = absorbed ? p.N : p.B * p.N, across = in_tiles(p.C, product_columns);

@@ -73,7 +73,7 @@ cross_attention_layer_attend_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch
       store(reinterpret_cast<Words*>(attended + (first + r) * p.H * d + piece * 8),
             *reinterpret_cast<const Words*>(queries + r * pitch + piece * 8));
     }
-    if (single_tile(d, max_groups)) break;
+    if (single_tile(max_groups)) break;
     barrier();  // the outputs have been read; the next tile's steps may land on them
   }
 }

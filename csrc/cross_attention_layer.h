@@ -14,8 +14,8 @@ constexpr int product_columns = 64;               // of a tile of the second lau
 // not hold the addresses of what a thread of two warps alone loads of 256 keys.
 constexpr int flat_groups = 10;
 
-// Whether a block of the first launch has a single tile: beside 256 scores and 160 columns registers hold nothing for a next one.
-PERFUSION_BOTH constexpr bool single_tile(int d, int groups) { return d > 128 && groups > 5; }
+// Whether a block of the first launch has a single tile: beside 256 scores registers hold nothing for a next one.
+PERFUSION_BOTH constexpr bool single_tile(int groups) { return groups > 5; }
 
 // Of the query's projection: columns, whole fragments for each of the two warps side by side, and steps in shared memory.
 PERFUSION_BOTH constexpr int query_columns(int d) { return (d + 15) / 16 * 16; }

@@ -61,8 +61,8 @@ PERFUSION_DEVICE void project_keys(Element* keys, Element* values, Element* step
   const perfusion_tensor& e = launch.encodings;
   const ProductOperand<Element> encodings{static_cast<const Element*>(e.data) + b * e.strides[0], T, D, e.strides[1],
                                           e.strides[2], launch.plan.wide_encodings, T, 0};
-  const Side key(head_of<Element>(launch.key_weight, h, d, D, launch.plan.wide_key_weight), 0, 0);
-  const Side value(head_of<Element>(launch.value_weight, h, d, D, launch.plan.wide_value_weight), 0, 0);
+  const auto key_side = [&] { return Side(head_of<Element>(launch.key_weight, h, d, D, launch.plan.wide_key_weight), 0, 0); };
+  const auto value_side = [&] { return Side(head_of<Element>(launch.value_weight, h, d, D, launch.plan.wide_value_weight), 0, 0); };
   const int steps_of_sum = (D + Tile::depth - 1) / Tile::depth;
 
   for (int first = 0; first < 16 * groups; first += projected_tokens) {
@@ -70,10 +70,10 @@ PERFUSION_DEVICE void project_keys(Element* keys, Element* values, Element* step
     for (int side = 0; side < 3 - sides; ++side) {
       float c[Tile::m][Tile::n][4] = {};
       if constexpr (sides == 2) {
-        const BothSides<Side> both{key, value, columns * tile_pitch(Tile::depth)};
+        const BothSides<Side> both{key_side(), value_side(), columns * tile_pitch(Tile::depth)};
         multiply_steps<Tile, true>(c, steps, tokens, both, steps_of_sum);
       } else {
-        multiply_steps<Tile, true>(c, steps, tokens, side == 0 ? key : value, steps_of_sum);
+        multiply_steps<Tile, true>(c, steps, tokens, side == 0 ? key_side() : value_side(), steps_of_sum);
       }
       hand_over<Tile>(c, [&](int r, int n, float x, float y) {
         Element* tile = side + n / columns == 0 ? keys : values;

@@ -66,20 +66,22 @@ PERFUSION_BOTH constexpr int product_bytes() {
   return 2 * Tile::stages * (left + right);
 }
 
-// Brings an operand into shared memory, [rows, columns] a step. The sum runs along its columns, or, if `down`, along its rows.
-template <class Element, int rows, int columns, int threads_of_block, bool down>
+// Brings an operand into shared memory, [rows, columns] a step. The sum runs along its columns, or, if `down`, along its rows. Unless
+// its rows are `grouped`, one address stands for all of a thread's rows, which spares registers.
+template <class Element, int rows, int columns, int threads_of_block, bool down, bool grouped = false>
 class ProductLoader {
  public:
   PERFUSION_DEVICE ProductLoader(const ProductOperand<Element>& from, int row, int column)
       : data(from.data),
         stride(from.column),
+        row_stride(from.row),
         step(down ? rows * from.row : columns * from.column),
         to(thread() / pieces * tile_pitch(columns) + thread() % pieces * 8),
         rows_left(from.rows - row - thread() / pieces),
         columns_left(from.columns - column - thread() % pieces * 8),
         wide(from.wide) {
     PERFUSION_UNROLL
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < lines; ++i) {
       line[i] = from.at(row + thread() / pieces + i * apart) + (column + thread() % pieces * 8) * from.column;
     }
   }
@@ -88,34 +90,35 @@ class ProductLoader {
   PERFUSION_DEVICE void load(Element* stage) {
     const int most = columns_left < 0 ? 0 : columns_left < 8 ? columns_left : 8;
     const auto elements = [&](int i) { return i * apart < rows_left ? most : 0; };
+    const auto source = [&](int i) { return grouped ? line[i % lines] : line[0] + i * apart * row_stride; };
     const auto beyond = [&](int i) { return rows % apart != 0 && thread() / pieces + i * apart >= rows; };  // of the step
     Element* target = stage + to;
     if (wide) {
       PERFUSION_UNROLL
       for (int i = 0; i < count; ++i) {
         if (beyond(i)) continue;
-        copy_async(target + i * apart * tile_pitch(columns), elements(i) > 0 ? line[i] : data, 2 * elements(i));
+        copy_async(target + i * apart * tile_pitch(columns), elements(i) > 0 ? source(i) : data, 2 * elements(i));
       }
     } else {
       PERFUSION_UNROLL
       for (int i = 0; i < count; ++i) {
         if (beyond(i)) continue;
-        *reinterpret_cast<Words*>(target + i * apart * tile_pitch(columns)) = gather(line[i], stride, elements(i));
+        *reinterpret_cast<Words*>(target + i * apart * tile_pitch(columns)) = gather(source(i), stride, elements(i));
       }
     }
     PERFUSION_UNROLL
-    for (int i = 0; i < count; ++i) line[i] += step;
+    for (int i = 0; i < lines; ++i) line[i] += step;
     (down ? rows_left : columns_left) -= down ? rows : columns;
   }
 
  private:
   static constexpr int pieces = columns / 8;               // of 16 bytes in a row
   static constexpr int apart = threads_of_block / pieces;  // rows that the block loads at a time
-  static constexpr int count = (rows + apart - 1) / apart;
+  static constexpr int count = (rows + apart - 1) / apart, lines = grouped ? count : 1;
   static_assert(threads_of_block % pieces == 0, "a thread loads the same columns of all its rows");
 
-  const Element *data, *line[count];
-  int64_t stride, step;
+  const Element *data, *line[lines];
+  int64_t stride, row_stride, step;
   int to, rows_left, columns_left;
   bool wide;
 };
@@ -206,7 +209,7 @@ PERFUSION_DEVICE void hand_over(const float (&c)[Tile::m][Tile::n][4], Epilogue 
 template <class Tile, bool transposed, class Element, class Epilogue>
 PERFUSION_DEVICE void multiply_tile(Element* shared, const ProductOperand<Element>& left, const ProductOperand<Element>& right,
                                     int row, int column, int k, Epilogue epilogue) {
-  ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false> next_left(left, row, k);
+  ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false, true> next_left(left, row, k);
   ProductLoader<Element, transposed ? Tile::columns : Tile::depth, transposed ? Tile::depth : Tile::columns, Tile::threads,
                 !transposed>
       next_right(right, transposed ? column : k, transposed ? k : column);
