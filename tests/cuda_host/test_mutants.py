@@ -85,7 +85,8 @@ MUTANTS = {
         Change(PRODUCT, "columns_left < 8 ? columns_left : 8;", "8;"), projection.check_ragged_rows
     ),
     "halves of the right operand exchanged": (
-        Change(PRODUCT, "* pitch + k + l / 8 % 2 * 8)", "* pitch + k + (1 - l / 8 % 2) * 8)"), projection.check_mixed_rows
+        Change(PRODUCT, "l / 16 * 8 + l % 8) * pitch + k + l / 8 % 2 * 8)", "l / 16 * 8 + l % 8) * pitch + k + (1 - l / 8 % 2) * 8)"),
+        projection.check_mixed_rows
     ),
     "each concept's edit is rounded by itself": (
         Change(PROJECTION, "x[i][e] += g * o[e] - a * w[e];", "x[i][e] += to_float(Element{static_cast<uint16_t>(pack<Element>(g * o[e] - a * w[e], 0.0f))});"),

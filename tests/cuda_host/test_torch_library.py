@@ -91,7 +91,7 @@ def test_the_registry_lists_every_kernel_for_every_architecture(compiled):
         for d in (32, 40, 64, 80, 96, 128, 160):
             for groups in (5, 10, 16):
                 assert all((f"edited_attention_kernel<{element}, {d}, {groups}>", arch) in rows for arch in ("sm_80", "sm_90a"))
-    assert {name.split("_kernel")[0] for name, _ in rows} >= set(OPERATORS)
+    assert all(any(name.startswith(operator) for name, _ in rows) for operator in OPERATORS)
     assert all(16 <= row["registers"] <= 255 for row in rows.values())
     assert [row for row in rows.values() if row["spills"] or row["stack"]] == []
 
