@@ -87,10 +87,10 @@ cross_attention_layer_weigh_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch 
   static_assert(product_bytes<Tile, true>() == weigh_bytes(keys, rows), "the plan has counted another tile");
   static_assert(weigh_bytes(keys, rows) >= 2 * rows * pitch, "the weights take the place of the steps");
   using Tokens = ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false>;
-  using Keys = ProductLoader<Element, Tile::columns, Tile::depth, Tile::threads, false>;
+  using Keys = ProductLoader<Element, Tile::columns, Tile::depth, Tile::threads, false, true>;
   const perfusion_cross_attention_layer_params& p = launch.call;
-  const int T = static_cast<int>(p.T), N = static_cast<int>(p.N), C = static_cast<int>(p.C), width = (T + 15) / 16 * 16;
-  const int64_t b = block() / launch.plan.splits / p.H, h = block() / launch.plan.splits % p.H;
+  const int T = static_cast<int>(p.T), N = static_cast<int>(p.N), C = static_cast<int>(p.C);
+  const int head = static_cast<int>(block() / launch.plan.splits), H = static_cast<int>(p.H), b = head / H, h = head % H;
   const int first = static_cast<int>(block() % launch.plan.splits) * rows;
   const perfusion_tensor& k = p.key;
   const ProductOperand<Element> key{static_cast<const Element*>(k.data) + b * k.strides[0] + h * k.strides[2], T, C, k.strides[1],
@@ -114,7 +114,8 @@ cross_attention_layer_weigh_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch 
     }
   }
   warp_barrier();
-  auto* weights = static_cast<Element*>(p.workspace) + (b * N * p.H + h) * width;
+  const int width = (T + 15) / 16 * 16;
+  auto* weights = static_cast<Element*>(p.workspace) + (int64_t{b} * N * p.H + h) * width;
   for (int i = lane(); i < query_rows * pieces; i += 32) {
     const int n = first + warp() * query_rows + i / pieces, piece = i % pieces;
     if (n >= N || piece * 8 >= width) continue;

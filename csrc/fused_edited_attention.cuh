@@ -61,19 +61,19 @@ PERFUSION_DEVICE void project_keys(Element* keys, Element* values, Element* step
   const perfusion_tensor& e = launch.encodings;
   const ProductOperand<Element> encodings{static_cast<const Element*>(e.data) + b * e.strides[0], T, D, e.strides[1],
                                           e.strides[2], launch.plan.wide_encodings, T, 0};
-  const auto key_side = [&] { return Side(head_of<Element>(launch.key_weight, h, d, D, launch.plan.wide_key_weight), 0, 0); };
-  const auto value_side = [&] { return Side(head_of<Element>(launch.value_weight, h, d, D, launch.plan.wide_value_weight), 0, 0); };
+  // Loaders are made where they are used, so that none is kept in registers beside the sums.
+  const auto key = [&] { return Side(head_of<Element>(launch.key_weight, h, d, D, launch.plan.wide_key_weight), 0, 0); };
+  const auto value = [&] { return Side(head_of<Element>(launch.value_weight, h, d, D, launch.plan.wide_value_weight), 0, 0); };
   const int steps_of_sum = (D + Tile::depth - 1) / Tile::depth;
 
   for (int first = 0; first < 16 * groups; first += projected_tokens) {
-    const Tokens tokens(encodings, first, 0);
     for (int side = 0; side < 3 - sides; ++side) {
       float c[Tile::m][Tile::n][4] = {};
       if constexpr (sides == 2) {
-        const BothSides<Side> both{key_side(), value_side(), columns * tile_pitch(Tile::depth)};
-        multiply_steps<Tile, true>(c, steps, tokens, both, steps_of_sum);
+        const BothSides<Side> both{key(), value(), columns * tile_pitch(Tile::depth)};
+        multiply_steps<Tile, true>(c, steps, Tokens(encodings, first, 0), both, steps_of_sum);
       } else {
-        multiply_steps<Tile, true>(c, steps, tokens, side == 0 ? key_side() : value_side(), steps_of_sum);
+        multiply_steps<Tile, true>(c, steps, Tokens(encodings, first, 0), side == 0 ? key() : value(), steps_of_sum);
       }
       hand_over<Tile>(c, [&](int r, int n, float x, float y) {
         Element* tile = side + n / columns == 0 ? keys : values;
@@ -92,7 +92,7 @@ fused_edited_attention_kernel(PERFUSION_CONSTANT FusedEditedAttentionLaunch laun
   const perfusion_edited_attention_params& p = launch.call;
   const EditedAttentionPlan& plan = launch.plan.attention;
   const int groups = max_groups > 5 ? (static_cast<int>(p.T) + 15) / 16 : max_groups;
-  const int64_t b = block() / plan.splits / p.H, h = block() / plan.splits % p.H;
+  const int head = static_cast<int>(block() / plan.splits), H = static_cast<int>(p.H), b = head / H, h = head % H;
 
   auto* keys = reinterpret_cast<Element*>(shared_memory());
   Element* values = keys + groups * 16 * pitch;

@@ -75,7 +75,6 @@ class ProductLoader {
       : data(from.data),
         stride(from.column),
         row_stride(from.row),
-        step(down ? rows * from.row : columns * from.column),
         to(thread() / pieces * tile_pitch(columns) + thread() % pieces * 8),
         rows_left(from.rows - row - thread() / pieces),
         columns_left(from.columns - column - thread() % pieces * 8),
@@ -107,7 +106,7 @@ class ProductLoader {
       }
     }
     PERFUSION_UNROLL
-    for (int i = 0; i < lines; ++i) line[i] += step;
+    for (int i = 0; i < lines; ++i) line[i] += down ? rows * row_stride : columns * stride;
     (down ? rows_left : columns_left) -= down ? rows : columns;
   }
 
@@ -118,7 +117,7 @@ class ProductLoader {
   static_assert(threads_of_block % pieces == 0, "a thread loads the same columns of all its rows");
 
   const Element *data, *line[lines];
-  int64_t stride, row_stride, step;
+  int64_t stride, row_stride;
   int to, rows_left, columns_left;
   bool wide;
 };
@@ -211,7 +210,7 @@ PERFUSION_DEVICE void multiply_tile(Element* shared, const ProductOperand<Elemen
                                     int row, int column, int k, Epilogue epilogue) {
   ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false, true> next_left(left, row, k);
   ProductLoader<Element, transposed ? Tile::columns : Tile::depth, transposed ? Tile::depth : Tile::columns, Tile::threads,
-                !transposed>
+                !transposed, true>
       next_right(right, transposed ? column : k, transposed ? k : column);
   float c[Tile::m][Tile::n][4] = {};
   multiply_steps<Tile, transposed>(c, shared, next_left, next_right, (left.columns - k + Tile::depth - 1) / Tile::depth);
