@@ -129,10 +129,10 @@ MUTANTS = {
         Change(FUSED, "+ h * d * weight.strides[0], d,", "+ (h ? h - 1 : h) * d * weight.strides[0], d,"), fused.check_mixed_rows
     ),
     "the second tile of tokens is the first": (
-        Change(FUSED, "tokens(encodings, first, 0)", "tokens(encodings, 0, 0)"), fused.check_one_side_after_the_other
+        Change(FUSED, "Tokens(encodings, first, 0), side", "Tokens(encodings, 0, 0), side"), fused.check_one_side_after_the_other
     ),
     "values are projected by the keys' weight": (
-        Change(FUSED, "side == 0 ? key : value, steps_of_sum", "side == 0 ? key : key, steps_of_sum"), fused.check_one_side_after_the_other
+        Change(FUSED, "side == 0 ? key() : value(), steps_of_sum", "side == 0 ? key() : key(), steps_of_sum"), fused.check_one_side_after_the_other
     ),
     "a row of a weight goes on after D": (
         Change(FUSED, "d, static_cast<int>(D), weight", "d, static_cast<int>(D + 7) / 8 * 8, weight"), fused.check_a_width_within_longer_rows
