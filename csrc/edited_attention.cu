@@ -53,41 +53,42 @@ perfusion_status check(const perfusion_edited_attention_params& p) {
   return arguments.status;
 }
 
-// The deepest pipeline and the most warps that fit; 0 warps if none does.
-void fit(EditedAttentionPlan& plan, int64_t row_bytes, int64_t keys, int limit) {
-  for (int warps = max_attention_warps; warps > 0; warps /= 2) {
-    for (int stages = 2; stages > 0; --stages) {
-      const int64_t bytes = row_bytes * (2 * keys + warps * stages * query_rows);
-      if (bytes <= limit) {
-        plan.warps = warps;
-        plan.stages = stages;
-        plan.bytes = static_cast<int>(bytes);
-        return;
+}  // namespace
+
+void fit_queries(EditedAttentionPlan* plan, const perfusion_edited_attention_params& p, int keys, int scratch, int most_warps,
+                 int least_warps, int limit) {
+  const int d = static_cast<int>(p.d), row_bytes = 2 * tile_pitch(d), tile = query_rows * row_bytes;
+  const int sides = (p.key_outputs.data != nullptr) + (p.value_outputs.data != nullptr);
+  const int most_places = p.index.data == nullptr ? 0 : static_cast<int>(std::min<int64_t>(p.J, edit_places));
+  for (int warps = most_warps; warps >= least_warps; warps /= 2) {
+    for (int places = most_places;; places = (places + 1) / 2) {
+      for (int stages = 2; stages > 0; --stages) {
+        const int behind = std::max((stages - 1) * warps * tile, edit_bytes(places, sides, d, keys));
+        const int bytes = 2 * keys * row_bytes + std::max(scratch, warps * tile + behind);
+        plan->warps = warps, plan->stages = stages, plan->places = places, plan->bytes = bytes;
+        if (bytes <= limit) return;
       }
+      if (places <= 1) break;
     }
   }
-  plan.warps = 0;
+  plan->warps = 0;
 }
-
-}  // namespace
 
 perfusion_status plan_edited_attention(const perfusion_edited_attention_params& p, const Device& device,
                                        EditedAttentionPlan* plan) {
-  const int groups = attention_groups_for(p.T);
-  const int64_t keys = 16 * (groups > 5 ? (p.T + 15) / 16 : groups), row_bytes = 2 * tile_pitch(static_cast<int>(p.d));
-  fit(*plan, row_bytes, keys, device.shared_per_block);
+  fit_queries(plan, p, keys_of(p.T), 0, max_attention_warps, 1, device.shared_per_block);
   if (plan->warps == 0) {
     return fail(PERFUSION_UNSUPPORTED,
                 "edited_attention: K and V of one head must fit into shared memory, %d bytes a block on this device; got T = %lld"
                 " and d = %lld, which need %lld",
                 device.shared_per_block, static_cast<long long>(p.T), static_cast<long long>(p.d),
-                static_cast<long long>(row_bytes * (2 * keys + query_rows)));
+                static_cast<long long>(plan->bytes));
   }
-  // A block for every place on the chip, while there are tiles to share out: each block loads K and V once more.
-  const int64_t places = int64_t{device.multiprocessors} * std::max(1, device.shared_per_multiprocessor / (plan->bytes + 1024));
+  // A block for every seat on the chip, while there are tiles to share out: each block loads K and V once more.
+  const int64_t seats = int64_t{device.multiprocessors} * std::max(1, device.shared_per_multiprocessor / (plan->bytes + 1024));
   const int64_t tiles = (p.N + query_rows - 1) / query_rows, heads = p.B * p.H;
   const int64_t useful = (tiles + plan->warps - 1) / plan->warps;
-  plan->splits = static_cast<int>(std::max<int64_t>(1, std::min(useful, (places + heads - 1) / heads)));
+  plan->splits = static_cast<int>(std::max<int64_t>(1, std::min(useful, (seats + heads - 1) / heads)));
 
   plan->wide_query = wide_rows(p.query, 4);
   plan->wide_key = wide_rows(p.key, 4);

@@ -1,6 +1,6 @@
 // softmax(scale q K̃ᵀ) Ṽ over a short context, in one pass, K̃ and Ṽ being K and V or their edits (DESIGN.md, (12)).
 //
-// A block owns one head of one batch row. It brings that head's K and V into shared memory, edited on the way if the row has a
+// A block owns one head of one batch row. It brings that head's K and V into shared memory, edits them there if the row has a
 // concept, and then each of its warps streams tiles of 16 image tokens past them, on its own, with no more barriers. What a warp
 // does with a tile is in attention_tiles.cuh.
 #pragma once
@@ -31,14 +31,18 @@ edited_attention_kernel(PERFUSION_CONSTANT EditedAttentionLaunch launch) {
   Element* values = keys + groups * 16 * pitch;
   QueryStream<Element, d> stream(p, plan, b, h, static_cast<int>(block() % plan.splits), values + groups * 16 * pitch);
   stream.load_first();
-  const bool edited = has_concept(p, b);
-  load_keys<Element, d>(keys, groups * 16, p, b, h, p.key, plan.wide_key, edited, p.key_outputs, p.key_targets,
-                        plan.wide_key_tables);
-  load_keys<Element, d>(values, groups * 16, p, b, h, p.value, plan.wide_value, edited, p.value_outputs, p.value_targets,
-                        plan.wide_value_tables);
+  load_head<Element, d>(keys, groups * 16, p.key, b, h, static_cast<int>(p.T), plan.wide_key);
+  load_head<Element, d>(values, groups * 16, p.value, b, h, static_cast<int>(p.T), plan.wide_value);
   commit_copies();
+  const HeadEdit<Element, d> edit(p, plan, b, h, groups * 16, stream.behind_first());
+  const bool edited = has_concept(p, b);
+  if (edited) edit.load_places(0);
   wait_for_copies<0>();
   barrier();
+  if (edited) {
+    edit.apply(keys, values);
+    barrier();
+  }
   stream.template attend<max_groups>(keys, values, groups);
 }
 

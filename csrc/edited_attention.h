@@ -11,10 +11,27 @@ struct EditedAttentionPlan {
   int warps;   // per block
   int stages;  // of query tiles per warp: 2 overlaps a load with the tile before
   int splits;  // blocks that share one head of one row
+  int places;  // of the edit in shared memory at once; 0 without one
   int bytes;   // of shared memory
   bool wide_query, wide_key, wide_value, wide_output;  // accesses of 16 bytes
   bool wide_key_tables, wide_value_tables;
 };
+
+constexpr int edit_places = 8;  // at once, if there are as many and they fit
+
+// Of shared memory, for an edit: slots, o and t of the sides, gates and components of the keys.
+constexpr int edit_bytes(int places, int sides, int d, int keys) {
+  return places == 0 ? 0 : 4 * (edit_places + places * 2 * (sides * d + keys));
+}
+
+// Warps from most_warps to least_warps, places of the edit and stages of queries: the most, in this order, that fit into `limit`
+// bytes behind `resident` ones. The edit lies behind each warp's first stage, and gives way to the second; `scratch` bytes lie where
+// all of them do, before. Where nothing fits plan->warps is 0 and plan->bytes what the least would take.
+void fit_queries(EditedAttentionPlan* plan, const perfusion_edited_attention_params& params, int keys, int scratch, int most_warps,
+                 int least_warps, int limit);
+
+// Keys in shared memory: T, padded to 80 or to the next 16 beyond.
+constexpr int keys_of(int64_t T) { return T <= 80 ? 80 : static_cast<int>((T + 15) / 16 * 16); }
 
 // PERFUSION_UNSUPPORTED if K and V of one head do not fit into the device's shared memory.
 perfusion_status plan_edited_attention(const perfusion_edited_attention_params& params, const Device& device,

@@ -1,90 +1,145 @@
-// One head's keys or values in shared memory, with the edit x + Σ_j (g_j o_j - a_j t_j) of the row's concepts (DESIGN.md, (11)).
+// The edit x + Σ_j (g_j o_j - a_j t_j) of one head's keys and values where they stand in shared memory (DESIGN.md, (11)).
+//
+//   tables [S, H d], columns of head h        gates, components [T, J] of row b        K, V [keys, d]
+//              │ once                                     │ once                            │
+//              ▼                                          ▼                                 ▼
+//   o, t of `places` concepts, [2 sides, d]      g, a  [places, keys]      a thread: 4 tokens x 8 columns, in float32,
+//              └───────────── scratch memory ─────────────┘ ───────────►   all of its concepts, then rounded once
+//
+// More concepts than scratch memory has places for take turns, and are read again for each of a thread's pieces.
 #pragma once
 
 #include "attention_tiles.cuh"
+#include "device/warp.cuh"
+#include "edited_attention.h"
 
 namespace perfusion {
 
-// Whether row b names any concept. Without one its keys and values stay as they are, to the last bit.
+// Whether row b names any concept, asked by whole warps. Without one its keys and values stay as they are, to the last bit.
 PERFUSION_DEVICE bool has_concept(const perfusion_edited_attention_params& p, int64_t b) {
-  bool any = false;
-  if (p.index.data != nullptr) {
-    const auto* index = static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0];
-    for (int64_t j = 0; j < p.J; ++j) any = any || load(index + j * p.index.strides[1]) >= 0;
-  }
-  return any;
-}
-
-// x[4][8] += Σ_j (g_j o_j - a_j t_j) for 4 tokens from t on and 8 columns from `column` on.
-PERFUSION_DEVICE void add_edit(float (&x)[4][8], const perfusion_edited_attention_params& p, int64_t b, int t, int64_t column,
-                               const perfusion_tensor& outputs, const perfusion_tensor& targets, bool wide) {
+  if (p.index.data == nullptr) return false;
   const auto* index = static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0];
-  const auto* gates = static_cast<const float*>(p.gates.data) + b * p.gates.strides[0];
-  const auto* components = static_cast<const float*>(p.components.data) + b * p.components.strides[0];
-  for (int64_t j = 0; j < p.J; ++j) {
-    const int64_t slot = load(index + j * p.index.strides[1]);
-    if (slot < 0) continue;
-    float o[8], w[8];
-    load_eight(o, outputs, slot * outputs.strides[0] + column * outputs.strides[1], outputs.strides[1], wide);
-    load_eight(w, targets, slot * targets.strides[0] + column * targets.strides[1], targets.strides[1], wide);
-    PERFUSION_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      if (t + r >= p.T) continue;
-      const float g = load(gates + (t + r) * p.gates.strides[1] + j * p.gates.strides[2]);
-      const float a = load(components + (t + r) * p.components.strides[1] + j * p.components.strides[2]);
+  bool any = false;
+  for (int64_t j = lane(); j < p.J; j += 32) any = any || load(index + j * p.index.strides[1]) >= 0;
+  return sum_of_warp(any ? 1.0f : 0.0f) > 0.0f;
+}
+
+template <class Element, int d>
+class HeadEdit {
+ public:
+  // The edit of `keys` keys and values of head h of row b; scratch: plan.places's edit_bytes().
+  PERFUSION_DEVICE HeadEdit(const perfusion_edited_attention_params& p, const EditedAttentionPlan& plan, int64_t b, int64_t h,
+                            int keys, void* scratch)
+      : p(p),
+        plan(plan),
+        b(b),
+        column(h * d),
+        keys(keys),
+        T(static_cast<int>(p.T)),
+        J(static_cast<int>(p.J)),
+        first_side(p.key_outputs.data == nullptr ? 1 : 0),
+        sides((p.key_outputs.data != nullptr ? 1 : 0) + (p.value_outputs.data != nullptr ? 1 : 0)),
+        slots(static_cast<int*>(scratch)),
+        tables(reinterpret_cast<float*>(slots + edit_places)),
+        coefficients(tables + plan.places * sides * 2 * d) {}
+
+  // Concepts from `place` on into scratch memory, which nobody may be reading. They can be used after a barrier.
+  PERFUSION_DEVICE void load_places(int place) const {
+    const int places = J - place < plan.places ? J - place : plan.places;
+    const auto* index = static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0];
+    if (thread() < places) slots[thread()] = load(index + (place + thread()) * p.index.strides[1]);
+    barrier();
+    const int of_tables = places * sides * 2 * pieces;
+    for (int i = thread(); i < of_tables + places * keys / 4; i += threads()) {
+      if (i < of_tables) {
+        load_table(i / pieces, i % pieces * 8);
+      } else {
+        load_coefficients(place, (i - of_tables) % places, (i - of_tables) / places * 4);
+      }
+    }
+  }
+
+  // Behind load_places(0), and a barrier since, behind which keys and values stand too.
+  PERFUSION_DEVICE void apply(Element* key, Element* value) const {
+    const int of_side = keys / 4 * pieces, all = sides * of_side;
+    for (int turn = 0; turn < all; turn += threads()) {
+      const int i = turn + thread(), side = first_side + i / of_side, t = i % of_side / pieces * 4, piece = i % pieces * 8;
+      Element* at = (side == 0 ? key : value) + t * pitch + piece;
+      float x[4][8];
       PERFUSION_UNROLL
-      for (int i = 0; i < 8; ++i) x[r][i] += g * o[i] - a * w[i];
+      for (int r = 0; r < 4; ++r) {
+        if (i < all) widen(x[r], *reinterpret_cast<const Words*>(at + r * pitch), Element{});
+      }
+      for (int place = 0; place < J; place += plan.places) {
+        if (J > plan.places && turn + place > 0) {
+          barrier();  // those before have been read
+          load_places(place);
+          barrier();
+        }
+        if (i < all) add(x, J - place < plan.places ? J - place : plan.places, side - first_side, t, piece);
+      }
+      PERFUSION_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        if (i < all) *reinterpret_cast<Words*>(at + r * pitch) = narrow<Element>(x[r]);
+      }
     }
   }
-}
 
-// Four tokens from t on, rounded once, into columns 8 piece … 8 piece + 7 of the tile.
-template <class Element, int d>
-PERFUSION_DEVICE void store_four(Element* tile, int t, int piece, const float (&x)[4][8]) {
-  PERFUSION_UNROLL
-  for (int r = 0; r < 4; ++r) {
-    Words words;
-    PERFUSION_UNROLL
-    for (int k = 0; k < 4; ++k) words.word[k] = pack<Element>(x[r][2 * k], x[r][2 * k + 1]);
-    *reinterpret_cast<Words*>(tile + (t + r) * tile_pitch(d) + piece * 8) = words;
+ private:
+  static constexpr int pieces = d / 8, pitch = tile_pitch(d);
+
+  // Row `which` of scratch: o and t of a side of a place.
+  PERFUSION_DEVICE void load_table(int which, int first) const {
+    const int slot = slots[which / 2 / sides], side = first_side + which / 2 % sides;
+    if (slot < 0) return;
+    const perfusion_tensor& table = side == 0 ? (which % 2 == 0 ? p.key_outputs : p.key_targets)
+                                              : (which % 2 == 0 ? p.value_outputs : p.value_targets);
+    float x[8];
+    load_columns(x, table, slot, column + first, 8, side == 0 ? plan.wide_key_tables : plan.wide_value_tables);
+    write_floats(tables + which * d + first, x);
   }
-}
 
-// K or V of head h of row b into tile[keys][d], edited if `outputs` is there; zeros from T on.
-template <class Element, int d>
-PERFUSION_DEVICE void load_keys(Element* tile, int keys, const perfusion_edited_attention_params& p, int64_t b, int64_t h,
-                                const perfusion_tensor& base, bool wide, bool edited, const perfusion_tensor& outputs,
-                                const perfusion_tensor& targets, bool wide_tables) {
-  const int T = static_cast<int>(p.T);
-  if (!edited || outputs.data == nullptr) return load_head<Element, d>(tile, keys, base, b, h, T, wide);
-  constexpr int pieces = d / 8;
-  const auto* from = static_cast<const Element*>(base.data) + b * base.strides[0] + h * base.strides[2];
-  const int64_t row = base.strides[1], column = base.strides[3];
-  for (int i = thread(); i < keys / 4 * pieces; i += threads()) {
-    const int t = i / pieces * 4, piece = i % pieces;
-    float x[4][8];
+  PERFUSION_DEVICE void load_coefficients(int place, int j, int t) const {
+    if (slots[j] < 0) return;
+    const auto* gates = static_cast<const float*>(p.gates.data) + b * p.gates.strides[0];
+    const auto* components = static_cast<const float*>(p.components.data) + b * p.components.strides[0];
+    float g[4], a[4];
     PERFUSION_UNROLL
     for (int r = 0; r < 4; ++r) {
-      load_eight(x[r], t + r < T ? from + (t + r) * row + piece * 8 * column : from, column, t + r < T ? 8 : 0, wide);
+      const bool inside = t + r < T;
+      g[r] = inside ? load(gates + (t + r) * p.gates.strides[1] + (place + j) * p.gates.strides[2]) : 0.0f;
+      a[r] = inside ? load(components + (t + r) * p.components.strides[1] + (place + j) * p.components.strides[2]) : 0.0f;
     }
-    add_edit(x, p, b, t, h * d + piece * 8, outputs, targets, wide_tables);
-    store_four<Element, d>(tile, t, piece, x);
+    write_floats(coefficients + 2 * j * keys + t, g);
+    write_floats(coefficients + (2 * j + 1) * keys + t, a);
   }
-}
 
-// The same edit of a tile that stands in shared memory already.
-template <class Element, int d>
-PERFUSION_DEVICE void edit_keys(Element* tile, int keys, const perfusion_edited_attention_params& p, int64_t b, int64_t h,
-                                const perfusion_tensor& outputs, const perfusion_tensor& targets, bool wide_tables) {
-  constexpr int pieces = d / 8, pitch = tile_pitch(d);
-  for (int i = thread(); i < keys / 4 * pieces; i += threads()) {
-    const int t = i / pieces * 4, piece = i % pieces;
-    float x[4][8];
-    PERFUSION_UNROLL
-    for (int r = 0; r < 4; ++r) widen(x[r], *reinterpret_cast<const Words*>(tile + (t + r) * pitch + piece * 8), Element{});
-    add_edit(x, p, b, t, h * d + piece * 8, outputs, targets, wide_tables);
-    store_four<Element, d>(tile, t, piece, x);
+  // x += Σ_j (g_j o_j - a_j t_j) for 4 tokens from t on and 8 columns from `first` on. What is not finite in a table stays out of
+  // the zeros from T on.
+  PERFUSION_DEVICE void add(float (&x)[4][8], int places, int side, int t, int first) const {
+    for (int j = 0; j < places; ++j) {
+      if (slots[j] < 0) continue;
+      float o[8], w[8], g[4], a[4];
+      read_floats(o, tables + (j * sides + side) * 2 * d + first);
+      read_floats(w, tables + ((j * sides + side) * 2 + 1) * d + first);
+      read_floats(g, coefficients + 2 * j * keys + t);
+      read_floats(a, coefficients + (2 * j + 1) * keys + t);
+      PERFUSION_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        if (t + r >= T) continue;
+        PERFUSION_UNROLL
+        for (int e = 0; e < 8; ++e) x[r][e] += g[r] * o[e] - a[r] * w[e];
+      }
+    }
   }
-}
+
+  const perfusion_edited_attention_params& p;
+  const EditedAttentionPlan& plan;
+  int64_t b, column;
+  int keys, T, J, first_side, sides;
+  int* slots;           // [edit_places]
+  float* tables;        // [places, sides, 2, d]
+  float* coefficients;  // [places, 2, keys]
+};
 
 }  // namespace perfusion

@@ -55,22 +55,18 @@ int share_projection(int64_t heads, int64_t tiles, int64_t projection, int64_t u
 perfusion_status plan_fused_edited_attention(const perfusion_fused_edited_attention_params& p, const Device& device,
                                              FusedEditedAttentionPlan* plan) {
   EditedAttentionPlan& attention = plan->attention;
-  const int d = static_cast<int>(p.d), groups = p.T <= 80 ? 5 : static_cast<int>((p.T + 15) / 16);
-  const int resident = 2 * 16 * groups * 2 * tile_pitch(d), stage = max_attention_warps * query_rows * 2 * tile_pitch(d);
-  const int fewest = resident + std::max(projection_bytes(d), stage);
-  if (fewest > device.shared_per_block) {
+  const int d = static_cast<int>(p.d), keys = keys_of(p.T);
+  fit_queries(&attention, attention_of(p), keys, projection_bytes(d), max_attention_warps, max_attention_warps,
+              device.shared_per_block);
+  if (attention.warps == 0) {
     return fail(PERFUSION_UNSUPPORTED,
                 "fused_edited_attention: K and V of one head and a step of their projection must fit into shared memory, %d bytes a"
                 " block on this device; got T = %lld and d = %d, which need %d",
-                device.shared_per_block, static_cast<long long>(p.T), d, fewest);
+                device.shared_per_block, static_cast<long long>(p.T), d, attention.bytes);
   }
-  const int deeper = resident + std::max(projection_bytes(d), 2 * stage);
-  attention.warps = max_attention_warps;
-  attention.stages = deeper <= device.shared_per_block ? 2 : 1;
-  attention.bytes = attention.stages == 2 ? deeper : fewest;
 
-  const int64_t tiles = (p.N + query_rows - 1) / query_rows, unit = int64_t{2} * query_rows * 16 * groups * d;
-  const int64_t tokens = (16 * groups + projected_tokens - 1) / projected_tokens * projected_tokens;
+  const int64_t tiles = (p.N + query_rows - 1) / query_rows, unit = int64_t{2} * query_rows * keys * d;
+  const int64_t tokens = (keys + projected_tokens - 1) / projected_tokens * projected_tokens;
   attention.splits = share_projection(p.B * p.H, tiles, tokens * p.D * 2 * projection_columns(d), unit, device.multiprocessors);
 
   attention.wide_query = wide_rows(p.query, 4);

@@ -103,13 +103,10 @@ fused_edited_attention_kernel(PERFUSION_CONSTANT FusedEditedAttentionLaunch laun
   stream.load_first();
   commit_copies();
   if (has_concept(p, b)) {
+    const HeadEdit<Element, d> edit(p, plan, b, h, groups * 16, stream.behind_first());
+    edit.load_places(0);
     barrier();  // all of K and V stands
-    if (p.key_outputs.data != nullptr) {
-      edit_keys<Element, d>(keys, groups * 16, p, b, h, p.key_outputs, p.key_targets, plan.wide_key_tables);
-    }
-    if (p.value_outputs.data != nullptr) {
-      edit_keys<Element, d>(values, groups * 16, p, b, h, p.value_outputs, p.value_targets, plan.wide_value_tables);
-    }
+    edit.apply(keys, values);
   }
   wait_for_copies<0>();
   barrier();

@@ -45,7 +45,7 @@ template <class Element, int d>
 struct QueryStream {
   const Element* query;
   Element* output;
-  Element* stages;  // in shared memory, of this warp
+  Element* own;  // this warp's tile of the first stage; those of all warps are neighbours
   const perfusion_edited_attention_params& p;
   const EditedAttentionPlan& plan;
   int tile, tiles, step;
@@ -54,14 +54,16 @@ struct QueryStream {
                                int split, Element* stages)
       : query(static_cast<const Element*>(p.query.data) + b * p.query.strides[0] + h * p.query.strides[2]),
         output(static_cast<Element*>(p.output.data) + b * p.output.strides[0] + h * p.output.strides[2]),
-        stages(stages + warp() * plan.stages * query_rows * tile_pitch(d)),
+        own(stages + warp() * query_rows * tile_pitch(d)),
         p(p),
         plan(plan),
         tile(split * plan.warps + warp()),
         tiles((static_cast<int>(p.N) + query_rows - 1) / query_rows),
         step(plan.splits * plan.warps) {}
 
-  PERFUSION_DEVICE Element* stage(int which) const { return stages + which * query_rows * tile_pitch(d); }
+  PERFUSION_DEVICE Element* stage(int which) const {
+    return own + which * plan.warps * query_rows * tile_pitch(d);
+  }
 
   PERFUSION_DEVICE void load(int which, int tile) const {
     load_queries<Element, d>(stage(which), query, p.query.strides[1], p.query.strides[3], tile * query_rows,
@@ -71,6 +73,9 @@ struct QueryStream {
   PERFUSION_DEVICE void load_first() const {
     if (tile < tiles) load(0, tile);
   }
+
+  // What lies in shared memory behind all warps' first stages: free until attend is called.
+  PERFUSION_DEVICE void* behind_first() const { return own + (plan.warps - warp()) * query_rows * tile_pitch(d); }
 
   // After load_first, its commit, and a barrier behind which all keys and values stand.
   template <int max_groups>

@@ -142,7 +142,8 @@ def pitch(columns: int) -> int:
 
 
 def shared_memory(name: str) -> int | None:
-    """Bytes that a launch asks for: with two stages of queries, where there are any, and the longest T of the instance. None: by J."""
+    """Bytes that a launch without an edit asks for: two stages of queries, where there are any, and the longest T of the instance. None:
+    by J. An edit takes the place of the second stage, and more where that is too small for its concepts."""
     operator, _, *rest = name.split(", ")
     sizes = [int(argument) for argument in rest if argument.isdigit()]
     steps_pitch = pitch(32)  # of the steps of a product inside an attention kernel

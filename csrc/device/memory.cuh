@@ -70,6 +70,28 @@ PERFUSION_DEVICE void load_columns(float (&x)[8], const perfusion_tensor& table,
   load_eight(x, table, row * table.strides[0] + column * table.strides[1], table.strides[1], wide, count);
 }
 
+// Floats of shared memory, whose addresses are multiples of 16 bytes.
+template <int n>
+PERFUSION_DEVICE void read_floats(float (&x)[n], const float* from) {
+  PERFUSION_UNROLL
+  for (int i = 0; i < n; i += 4) {
+    const Words words = *reinterpret_cast<const Words*>(from + i);
+    PERFUSION_UNROLL
+    for (int k = 0; k < 4; ++k) x[i + k] = word_as_float(words.word[k]);
+  }
+}
+
+template <int n>
+PERFUSION_DEVICE void write_floats(float* to, const float (&x)[n]) {
+  PERFUSION_UNROLL
+  for (int i = 0; i < n; i += 4) {
+    Words words;
+    PERFUSION_UNROLL
+    for (int k = 0; k < 4; ++k) words.word[k] = float_as_word(x[i + k]);
+    *reinterpret_cast<Words*>(to + i) = words;
+  }
+}
+
 // Eight floats, rounded to an element type.
 template <class Element>
 PERFUSION_DEVICE Words narrow(const float (&x)[8]) {

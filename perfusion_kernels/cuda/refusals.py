@@ -71,7 +71,7 @@ def edited_attention(query, key, value, *edit_and_scale) -> str | None:
         dtypes(HALF, query=query, key=key, value=value)
         or edit_dtypes(*edit_and_scale[:-1])
         or head(query.shape[3], key.shape[1])
-        or fits(attention_bytes(query.shape[3], key.shape[1]), query, key.shape[1])
+        or fits(attention_bytes(query.shape[3], key.shape[1], sides(*edit_and_scale)), query, key.shape[1])
     )
 
 
@@ -82,7 +82,7 @@ def fused_edited_attention(query, encodings, key_weight, value_weight, *edit_and
         or edit_dtypes(*edit_and_scale[:-1])
         or at_least_one(D=encodings.shape[2])
         or head(d, T)
-        or fits(fused_bytes(d, T), query, T)
+        or fits(fused_bytes(d, T, sides(*edit_and_scale)), query, T)
     )
 
 
@@ -126,21 +126,36 @@ def fits(needed: int, heads: Tensor, T: int) -> str | None:
     return None
 
 
-def attention_bytes(d: int, T: int) -> int:
-    return resident(d, T) + 16 * row(d)  # the queries of one warp
+def attention_bytes(d: int, T: int, sides: int) -> int:
+    return resident(d, T) + 16 * row(d) + edit_bytes(d, T, sides)  # the queries of one warp
 
 
-def fused_bytes(d: int, T: int) -> int:
-    sides = 2 if d <= 80 else 1
-    return resident(d, T) + max(steps(d, 80 + sides * columns(d)), 4 * 16 * row(d))  # the projection's steps, then queries of four warps
+def fused_bytes(d: int, T: int, sides: int) -> int:
+    projected = 80 + (2 if d <= 80 else 1) * columns(d)
+    queries = 4 * 16 * row(d) + edit_bytes(d, T, sides)
+    return resident(d, T) + max(steps(d, projected), queries)  # the projection's steps, then queries of four warps
 
 
 def layer_bytes(d: int, T: int, rows: int) -> int:
     return resident(d, T) + max(steps(d, rows + columns(d)), rows * row(d))  # the same, of the query
 
 
+def edit_bytes(d: int, T: int, sides: int) -> int:
+    """One concept at a time: two rows of float32 for each side, gates and components."""
+    return 4 * (8 + 2 * (sides * d + keys(T))) if sides else 0
+
+
+def sides(gates, components, index, key_outputs, key_targets, value_outputs, value_targets, scale) -> int:
+    """How many of K and V are edited."""
+    return 0 if index is None or index.shape[1] == 0 else sum(outputs is not None for outputs in (key_outputs, value_outputs))
+
+
 def resident(d: int, T: int) -> int:
-    return 2 * max(80, -(-T // 16) * 16) * row(d)
+    return 2 * keys(T) * row(d)
+
+
+def keys(T: int) -> int:
+    return max(80, -(-T // 16) * 16)
 
 
 def row(columns: int) -> int:

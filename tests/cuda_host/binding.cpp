@@ -142,6 +142,7 @@ py::dict told(perfusion_status status, const EditedAttentionPlan& made) {
   result["warps"] = made.warps;
   result["stages"] = made.stages;
   result["splits"] = made.splits;
+  result["places"] = made.places;
   result["bytes"] = made.bytes;
   return result;
 }

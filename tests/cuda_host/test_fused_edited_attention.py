@@ -228,6 +228,19 @@ def test_bytes(host, d, passes):
         assert counted["written_wide"] == 2 * case.query.numel()
 
 
+@pytest.mark.parametrize("J", (1, 3, 8))
+def test_bytes_of_an_edit(host, J):
+    """A block reads its head's columns of each table once, the coefficients of its row once."""
+    case = small(B=2, H=2, N=20, T=77, D=32, d=40, J=J)
+    arguments = case.arguments(OPERATOR) | {"index": torch.arange(2 * J, dtype=torch.int32).view(2, J) % case.value_outputs.shape[0]}
+    arguments |= {name: torch.ones_like(arguments[name]) for name in ("gates", "components")}
+    host.configure(0)
+    host.fused_edited_attention(**arguments)
+    counted, blocks = host.counted(), 4
+    assert counted["read_wide"] == least_bytes(case) + blocks * J * 4 * 40 * 2
+    assert counted["read_narrow"] == blocks * (77 * J * 2 * 4 + 5 * J * 4)
+
+
 @pytest.mark.parametrize("d, columns", [(32, 64), (40, 96), (80, 160), (160, 320)])
 def test_products(host, d, columns):
     """80 tokens, and both sides' columns to the next 16: only heads of 40 are multiplied by more than there is."""

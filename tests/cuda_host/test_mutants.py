@@ -43,13 +43,12 @@ MUTANTS = {
     ),
     "the stage is never changed": (Change(STREAM, "        which ^= 1;\n", "        which ^= 0;\n"), attention.check_long_streams),
     "gates of the neighbour's concept": (
-        Change(EDIT, "p.gates.strides[1] + j * p.gates", "p.gates.strides[1] + (j ? j - 1 : 0) * p.gates"), attention.check_mixed_rows
+        Change(EDIT, "p.gates.strides[1] + (place + j) * p.gates", "p.gates.strides[1] + (j ? j - 1 : 0) * p.gates"), attention.check_mixed_rows
     ),
     "edits of the first row's concepts": (
-        Change(EDIT, "static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0];\n  const auto* gates",
-               "static_cast<const int32_t*>(p.index.data) + p.index.strides[0];\n  const auto* gates"), attention.check_mixed_rows
+        Change(EDIT, "+ b * p.index.strides[0];\n    if (thread()", "+ p.index.strides[0];\n    if (thread()"), attention.check_mixed_rows
     ),
-    "components are added": (Change(EDIT, "g * o[i] - a * w[i]", "g * o[i] + a * w[i]"), attention.check_mixed_rows),
+    "components are added": (Change(EDIT, "g[r] * o[e] - a[r] * w[e]", "g[r] * o[e] + a[r] * w[e]"), attention.check_mixed_rows),
     "one token too many is written": (
         Change(STREAM, "    if (n >= N) continue;\n", "    if (n > N) continue;\n"), attention.check_nothing_is_written_outside
     ),
@@ -61,8 +60,17 @@ MUTANTS = {
         Change(TILES, "load_matrices(b, keys + (group * 16 + l % 16) * pitch + d - 8)", "load_matrices(b, keys + (group * 16 + l % 16) * pitch + d - 16)"),
         attention.check_mixed_rows,
     ),
-    "another head's edit": (Change(EDIT, "column, t + r < T ? 8 : 0, wide);\n    }\n    add_edit(x, p, b, t, h * d + piece * 8",
-               "column, t + r < T ? 8 : 0, wide);\n    }\n    add_edit(x, p, b, t, piece * 8"), attention.check_mixed_rows),
+    "another head's edit": (Change(EDIT, "column(h * d)", "column(0 * h)"), attention.check_mixed_rows),
+    "values are edited by the keys' tables": (Change(EDIT, "table = side == 0 ?", "table = side >= 0 ?"), attention.check_mixed_rows),
+    "concepts are edited before they are there": (
+        Change(EDIT, "          load_places(place);\n          barrier();\n", "          load_places(place);\n"), attention.check_schedules_agree
+    ),
+    "concepts give way before they are edited": (
+        Change(EDIT, "          barrier();  // those before have been read\n", ""), attention.check_schedules_agree
+    ),
+    "queries land on an edit that is being read": (
+        Change(ATTENTION, "    edit.apply(keys, values);\n    barrier();\n", "    edit.apply(keys, values);\n"), attention.check_long_streams
+    ),
     "rows are divided by another's energy": (
         Change(GATES, "system[i] /= energies[i / J]", "system[i] /= energies[i % J]"), gates.check_mixed_rows
     ),
