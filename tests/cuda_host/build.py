@@ -27,7 +27,7 @@ KERNELS = (
     "edited_projection_backward.cu",
     *(f"{name}{part}.cu" for name in ATTENTION for part in ("", "_float16", "_bfloat16")),
 )
-PLAIN = ("status.cpp", "host/block.cpp")
+PLAIN = ("status.cpp", "host/block.cpp", "host/copies.cpp", "host/fiber.cpp", "host/warp.cpp")
 TORCH = Path(torch.__file__).parent
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
 
@@ -50,15 +50,15 @@ def only_widths(*widths: int) -> tuple[Change, ...]:
 def build(name: str, *mains: str, flags: tuple[str, ...] = (), link: tuple[str, ...] = (), changes: tuple[Change, ...] = ()) -> Path:
     """Compiles and links csrc/ with `mains`, in tests/cuda_host or by their path from the root, into a file `name` -> its path.
 
-    An object is compiled once per state of its source, of what that includes, and of the flags. `flags` are for every file but
-    host/block.cpp where they say -fsanitize=thread: the scheduler speaks to it itself.
+    An object is compiled once per state of its source, of what that includes, and of the flags. `flags` are for every file, but for
+    csrc/host/ not -fsanitize=thread: the scheduler speaks to it itself.
     """
     texts, others = _texts(changes), _texts(tuple(change for change in changes if not change.operator))
     operators = [change.operator for change in changes]
     sources = [f"csrc/{file}" for file in (*KERNELS, *PLAIN)] + [main if "/" in main else f"tests/cuda_host/{main}" for main in mains]
     commands = {}
     for source in sources:
-        own = [f for f in flags if not (source.endswith("block.cpp") and f == "-fsanitize=thread")]
+        own = [f for f in flags if not (source.startswith("csrc/host/") and f == "-fsanitize=thread")]
         if source.endswith("/binding.cpp"):
             own += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
         if source.startswith("csrc/torch/"):
