@@ -6,15 +6,15 @@
 // A row without a concept writes its zeros and is done. Absent places have c = 0 and the identity's row and column in R.
 #pragma once
 
-#include "gate_products.cuh"
+#include "concept_gates_products.cuh"
 
 namespace perfusion {
 
-constexpr int max_places = 128;  // the factors of more would not fit into shared memory
+constexpr int max_places = 128;  // the factors of many more would not fit into shared memory
 
 struct ConceptGatesPlan {
   int tiles;  // of tokens_of_block tokens in T
-  bool wide_encodings, wide_targets, wide_metric_targets;
+  bool wide;  // rows of encodings, targets and metric targets can be read in accesses of 16 bytes
 };
 
 struct ConceptGatesLaunch {
@@ -25,7 +25,10 @@ struct ConceptGatesLaunch {
 PERFUSION_BOTH constexpr int places_in_steps(int J) { return (J + gate_places - 1) / gate_places * gate_places; }
 
 // Floats of shared memory: the warps' slices; R and a column per token; energies, biases and temperatures; slots.
-constexpr int gate_floats(int J) { return gate_warps * slice_floats + J * J + tokens_of_block * J + 3 * J + places_in_steps(J); }
+constexpr int gate_floats(int J) {
+  return gate_warps * slice_floats + J * J + tokens_of_block * J + 3 * J + places_in_steps(J);
+}
+static_assert(sizeof(float) * gate_floats(max_places) <= 99 * 1024, "as much as every supported device has");
 
 template <class Element>
 PERFUSION_KERNEL(32 * gate_warps)
@@ -46,10 +49,10 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
   float* temperatures = biases + J;                          // [J]
   auto* slots = reinterpret_cast<int*>(temperatures + J);    // [places_in_steps(J)]
 
-  const int place_here = thread() < J ? thread() : -1;  // whose slot, bias and temperature this thread reads
-  int slot_here = -1;
-  if (place_here >= 0) slot_here = load(static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0] + place_here * p.index.strides[1]);
-  if (thread() < places_in_steps(J)) slots[thread()] = slot_here;
+  // thread j reads what place j has
+  int slot = -1;
+  if (thread() < J) slot = load(static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0] + thread() * p.index.strides[1]);
+  if (thread() < places_in_steps(J)) slots[thread()] = slot;
   barrier();
   bool any = false;
   for (int j = 0; j < J; ++j) any = any || slots[j] >= 0;
@@ -62,20 +65,18 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
     }
     return;
   }
-  float bias_here = 0.0f, temperature_here = 1.0f;  // in registers, so that nobody waits for them yet
-  if (slot_here >= 0) {
-    bias_here = load(static_cast<const float*>(p.bias.data) + b * p.bias.strides[0] + place_here * p.bias.strides[1]);
-    temperature_here =
-        load(static_cast<const float*>(p.temperature.data) + b * p.temperature.strides[0] + place_here * p.temperature.strides[1]);
-  }
+  const auto of_place = [&](const perfusion_tensor& x) {
+    return load(static_cast<const float*>(x.data) + b * x.strides[0] + thread() * x.strides[1]);
+  };
+  float bias = 0.0f, temperature = 1.0f;  // in registers for now: stored, they would be waited for
+  if (slot >= 0) bias = of_place(p.bias), temperature = of_place(p.temperature);
 
   const GateProducts<Element> products{
-      {static_cast<const Element*>(p.encodings.data) + b * p.encodings.strides[0], p.encodings.strides[1], p.encodings.strides[2],
-       plan.wide_encodings},
-      {static_cast<const float*>(p.targets.data), p.targets.strides[0], p.targets.strides[1], plan.wide_targets},
-      {static_cast<const float*>(p.metric_targets.data), p.metric_targets.strides[0], p.metric_targets.strides[1],
-       plan.wide_metric_targets},
-      slots, first, T, static_cast<int>(p.D), J};
+      {static_cast<const Element*>(p.encodings.data) + b * p.encodings.strides[0], p.encodings.strides[1],
+       p.encodings.strides[2]},
+      {static_cast<const float*>(p.targets.data), p.targets.strides[0], p.targets.strides[1]},
+      {static_cast<const float*>(p.metric_targets.data), p.metric_targets.strides[0], p.metric_targets.strides[1]},
+      slots, first, T, static_cast<int>(p.D), J, plan.wide};
   for (int place = 0; place < J; place += gate_places) {
     for (int other = 0; other < J; other += gate_places) {
       products.multiply(slices + warp() * slice_floats, place, other);
@@ -95,7 +96,7 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
       barrier();
     }
   }
-  if (place_here >= 0) biases[place_here] = bias_here, temperatures[place_here] = temperature_here;
+  if (thread() < J) biases[thread()] = bias, temperatures[thread()] = temperature;
   for (int i = thread(); i < J * J; i += threads()) system[i] /= energies[i / J];
   for (int i = thread(); i < tokens_of_block * J; i += threads()) columns[i] /= energies[i % J];
   barrier();

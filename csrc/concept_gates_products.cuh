@@ -1,14 +1,14 @@
 // Products of eight metric targets with a block's 16 tokens and with eight targets; each element of all of them is read once.
 //
 //               64 columns of D a slice
-//               ┌──────┬──────┬─   ─┬──────┬──────┬─     A warp takes every eighth slice, and nobody waits for another's. Its
+//               ┌──────┬──────┬─   ─┬──────┬──────┬─     A warp takes every eighth slice, and waits for no other warp. Its
 //   8 metric    │ warp │ warp │  …  │ warp │ warp │  …   metric targets go through shared memory, for all of its lanes need
-//   targets     │  0   │  1   │     │  7   │  0   │      them. Of the other 24 rows each of its four groups of eight lanes has
-//               ├──────┼──────┼─   ─┼──────┼──────┼─     six in registers, eight columns a lane, and all their 48 products.
+//   targets     │  0   │  1   │     │  7   │  0   │      them. Of the other 24 rows each of its four groups of eight lanes
+//               ├──────┼──────┼─   ─┼──────┼──────┼─     has six in registers, eight columns a lane, and their 48 sums.
 //   16 tokens,  │      │      │     │      │      │
-//   8 targets   └──────┴──────┴─   ─┴──────┴──────┴─     A slice is brought into registers under the products of the one before.
+//   8 targets   └──────┴──────┴─   ─┴──────┴──────┴─     A slice comes into registers under the products of the one before.
 //
-// The sums stay in registers to the end. Then they are added over the lanes of a group, and over the warps in order.
+// Sums stay in registers to the end. Then they are added over the lanes of a group, and by the caller over the warps, in order.
 #pragma once
 
 #include "device/layer.cuh"
@@ -19,9 +19,10 @@ namespace perfusion {
 
 constexpr int gate_warps = 8, tokens_of_block = 16;
 constexpr int gate_places = 8;  // of metric targets, and of targets, that are multiplied at a time
-constexpr int group_lanes = 8, groups = 32 / group_lanes;
+constexpr int group_lanes = 8, warp_groups = 32 / group_lanes;
 constexpr int slice_columns = 8 * group_lanes;
-constexpr int group_tokens = tokens_of_block / groups, group_places = gate_places / groups, group_rows = group_tokens + group_places;
+constexpr int group_tokens = tokens_of_block / warp_groups, group_places = gate_places / warp_groups;
+constexpr int group_rows = group_tokens + group_places;
 constexpr int product_rows = tokens_of_block + gate_places;
 constexpr int slice_floats = gate_places * slice_columns;  // of shared memory for each warp
 static_assert(product_rows * gate_places <= slice_floats, "a warp's sums take the place of its metric targets");
@@ -51,27 +52,31 @@ PERFUSION_DEVICE void widen(float (&x)[8], const Eight<Element>& from) {
   widen(x, from.piece[0], Element{});
 }
 
-// A matrix of D columns in global memory. Row -1 is zeros.
+// A matrix in global memory.
 template <class Element>
 struct Rows {
   const Element* data;
   int64_t row, column;  // strides
-  bool wide;
 
-  PERFUSION_DEVICE void load_eight(Eight<Element>& x, int r, int first, int D) const {
-    const int count = r < 0 ? 0 : D - first;
-    const Element* from = count > 0 ? data + r * row + first * column : data;
-    PERFUSION_UNROLL
-    for (int i = 0; i < Eight<Element>::pieces; ++i) {
+  // Row r from `first` on; none for r < 0.
+  PERFUSION_DEVICE const Element* at(int r, int first) const { return r < 0 ? nullptr : data + r * row + first * column; }
+};
+
+// Eight elements of a row, `first` columns on; zeros from `count` on, and of no row. If `wide`, they are all there or none is.
+template <class Element>
+PERFUSION_DEVICE void load_eight(Eight<Element>& x, const Element* row, int64_t stride, int first, int count, bool wide) {
+  PERFUSION_UNROLL
+  for (int i = 0; i < Eight<Element>::pieces; ++i) {
+    x.piece[i] = Words{};
+    if (row == nullptr || count <= 0) continue;
+    if (wide) {
+      x.piece[i] = load(reinterpret_cast<const Words*>(row + first) + i);
+    } else {
       constexpr int in_piece = Eight<Element>::in_piece;
-      if (wide && count >= 8) {
-        x.piece[i] = load(reinterpret_cast<const Words*>(from) + i);
-      } else {
-        x.piece[i] = gather(from + i * in_piece * column, column, count - i * in_piece);
-      }
+      x.piece[i] = gather(row + (first + i * in_piece) * stride, stride, count - i * in_piece);
     }
   }
-};
+}
 
 // What a lane has of a slice.
 template <class Element>
@@ -86,31 +91,43 @@ struct GateProducts {
   Rows<float> targets, metric_targets;
   const int* slots;  // by place, in shared memory: -1 where there is none, and up to a multiple of gate_places
   int first, T, D, J;
+  bool wide;  // rows of all three
 
-  // This warp's share of the products of metric targets from `place` on: sums[row][place] with a block's tokens, if `other` is 0,
-  // and with targets from `other` on. Takes slice_floats of shared memory.
+  // This warp's share of the products of metric targets from `place` on: sums[row][place], rows being the block's tokens, where
+  // `other` is 0, and targets from `other` on. Takes slice_floats of shared memory.
   PERFUSION_DEVICE void multiply(float* sums, int place, int other) const {
     const int group = lane() / group_lanes, mine = lane() % group_lanes;
     auto* shared = reinterpret_cast<Words*>(sums) + mine;  // [place][half of eight][lane]: no bank conflicts
-    int token[group_tokens], target[group_places], metric_target[group_places];
+    const Element* token[group_tokens];
+    const float *target[group_places], *metric_target[group_places];
     PERFUSION_UNROLL
     for (int i = 0; i < group_tokens; ++i) {
-      const int t = first + i * groups + group;
-      token[i] = other == 0 && t < T ? t : -1;
+      const int t = first + i * warp_groups + group;
+      token[i] = encodings.at(other == 0 && t < T ? t : -1, 8 * mine);
     }
     PERFUSION_UNROLL
     for (int i = 0; i < group_places; ++i) {
-      target[i] = slots[other + i * groups + group];
-      metric_target[i] = slots[place + i * groups + group];
+      target[i] = targets.at(slots[other + i * warp_groups + group], 8 * mine);
+      metric_target[i] = metric_targets.at(slots[place + i * warp_groups + group], 8 * mine);
     }
-    const auto bring = [&](GateSlice<Element>& slice, int column) {
+    const auto bring_as = [&](GateSlice<Element>& slice, int column, int count, bool as_wide) {
       PERFUSION_UNROLL
       for (int i = 0; i < group_places; ++i) {
-        metric_targets.load_eight(slice.metric_target[i], metric_target[i], column + 8 * mine, D);
-        targets.load_eight(slice.target[i], target[i], column + 8 * mine, D);
+        load_eight(slice.metric_target[i], metric_target[i], metric_targets.column, column, count, as_wide);
+        load_eight(slice.target[i], target[i], targets.column, column, count, as_wide);
       }
       PERFUSION_UNROLL
-      for (int i = 0; i < group_tokens; ++i) encodings.load_eight(slice.token[i], token[i], column + 8 * mine, D);
+      for (int i = 0; i < group_tokens; ++i) {
+        load_eight(slice.token[i], token[i], encodings.column, column, count, as_wide);
+      }
+    };
+    const auto bring = [&](GateSlice<Element>& slice, int column) {
+      const int count = D - column - 8 * mine;
+      if (wide && (count >= 8 || count <= 0)) {  // one question for all, so that nothing stands between the loads
+        bring_as(slice, column, count, true);
+      } else {
+        bring_as(slice, column, count, false);
+      }
     };
 
     float c[group_rows][gate_places] = {};
@@ -124,7 +141,7 @@ struct GateProducts {
       PERFUSION_UNROLL
       for (int i = 0; i < group_places; ++i) {
         widen(x[group_tokens + i], next.target[i]);
-        Words* to = shared + (i * groups + group) * 2 * group_lanes;
+        Words* to = shared + (i * warp_groups + group) * 2 * group_lanes;
         to[0] = next.metric_target[i].piece[0];
         to[group_lanes] = next.metric_target[i].piece[1];
       }
@@ -144,7 +161,7 @@ struct GateProducts {
       warp_barrier();  // all have read the metric targets
     }
     PERFUSION_UNROLL
-    for (int r = 0; r < group_rows; ++r) sums[(r * groups + group) * gate_places + mine] = sum_of_eight_lanes(c[r]);
+    for (int r = 0; r < group_rows; ++r) sums[(r * warp_groups + group) * gate_places + mine] = sum_of_eight_lanes(c[r]);
   }
 };
 
