@@ -120,7 +120,8 @@ def test_a_block_reads_each_byte_once(host, J, T, D, dtype, wide):
     assert (counted["written_wide"], counted["written_narrow"]) == (0, 2 * T * J * 4)
 
 
-def test_absent_places_and_rows_without_a_concept_are_not_read(host):
+def check_nothing_else_is_read(host):
+    """No absent place's rows, no row without a concept, no token behind the last."""
     case = cases.make(B=4, T=20, J=4, D=64, dtype=torch.float16)
     host.configure()
     host.concept_gates(**case.arguments("concept_gates"))
@@ -128,6 +129,10 @@ def test_absent_places_and_rows_without_a_concept_are_not_read(host):
     assert 0 < rows < 4 and rows < used < 4 * rows
     assert host.counted()["read_wide"] == rows * 20 * 64 * 2 + 2 * used * 2 * 64 * 4
     assert host.counted()["read_narrow"] == 2 * (4 * 4 * 4 + used * 2 * 4)
+
+
+def test_nothing_else_is_read(host):
+    check_nothing_else_is_read(host)
 
 
 def test_dependent_concepts_stay_in_their_row(host):
