@@ -104,7 +104,10 @@ def apart(x):
 
 
 @pytest.mark.parametrize("wide", (True, False), ids=("wide", "narrow"))
-@pytest.mark.parametrize("J, T, D, dtype", [(1, 16, 64, torch.float16), (3, 77, 96, torch.bfloat16), (8, 40, 600, torch.float16), (8, 5, 64, torch.float32)])
+@pytest.mark.parametrize(
+    "J, T, D, dtype",
+    [(1, 16, 64, torch.float16), (3, 77, 96, torch.bfloat16), (8, 40, 600, torch.float16), (8, 5, 64, torch.float32)],
+)
 def test_a_block_reads_each_byte_once(host, J, T, D, dtype, wide):
     """Its tokens, J rows of both tables, index, bias and temperature; rows 16 bytes at a time where their layout allows it."""
     case = cases.make(B=2, T=T, J=J, D=D, dtype=dtype)
