@@ -42,8 +42,8 @@ extern "C" perfusion_status perfusion_concept_gates(const perfusion_concept_gate
   if (status != PERFUSION_OK || is_empty({p.B, p.T, p.J})) return status;
 
   const int tiles = static_cast<int>((p.T + tokens_of_block - 1) / tokens_of_block);
-  const ConceptGatesLaunch arguments{
-      p, {tiles, wide_rows(p.encodings, 3), wide_rows(p.targets, 2), wide_rows(p.metric_targets, 2)}};
+  const bool wide = wide_rows(p.encodings, 3) && wide_rows(p.targets, 2) && wide_rows(p.metric_targets, 2);
+  const ConceptGatesLaunch arguments{p, {tiles, wide}};
   const int bytes = static_cast<int>(sizeof(float)) * gate_floats(static_cast<int>(p.J));
   auto* kernel = p.encodings.dtype == PERFUSION_FLOAT16    ? concept_gates_kernel<Half>
                  : p.encodings.dtype == PERFUSION_BFLOAT16 ? concept_gates_kernel<BFloat16>

@@ -12,4 +12,18 @@ PERFUSION_DEVICE float sum_of_warp(float x) {
   return x;
 }
 
+// x[i] of eight neighbouring lanes, for each of them the i that is its number among the eight.
+PERFUSION_DEVICE float sum_of_eight_lanes(float (&x)[8]) {
+  PERFUSION_UNROLL
+  for (int half = 4; half > 0; half /= 2) {
+    const bool upper = lane() & half;
+    PERFUSION_UNROLL
+    for (int i = 0; i < half; ++i) {
+      const float given = upper ? x[i] : x[i + half];
+      x[i] = (upper ? x[i + half] : x[i]) + shuffle_xor(given, half);
+    }
+  }
+  return x[0];
+}
+
 }  // namespace perfusion

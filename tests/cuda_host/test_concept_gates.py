@@ -44,10 +44,22 @@ def test_mixed_rows(host):
     check_mixed_rows(host)
 
 
+def check_many_slices(host):
+    """More columns than the warps of a block take in one turn: the next slice comes while this one is multiplied."""
+    for order in ("forward", "backward"):
+        host.configure(order=order)
+        compare_exactly_absent(host, cases.make(B=2, T=17, J=3, D=1100))
+        compare_exactly_absent(host, cases.make(B=2, T=5, J=8, D=1088, dtype=torch.float16))
+
+
+def test_many_slices(host):
+    check_many_slices(host)
+
+
 def check_any_order(host):
     """The order in which threads run changes nothing."""
-    for J in (5, 11):
-        case = cases.make(J=J, D=40, T=18)
+    for J, D in ((5, 40), (11, 40), (3, 600), (9, 600)):
+        case = cases.make(J=J, D=D, T=18)
         results = []
         for order in ("forward", "backward", "shuffled"):
             host.configure(order=order)
@@ -64,14 +76,66 @@ def test_views_of_poisoned_memory(host, dtype):
     compare_exactly_absent(host, cases.make(J=3, dtype=dtype, views=True))
 
 
-def test_rows_are_read_16_bytes_at_a_time(host):
-    """But for index, bias and temperature."""
-    case = cases.make(B=1, T=16, D=64, J=1, dtype=torch.float16)
+def within_longer_rows(x, length):
+    """The same values, in rows of `length` elements that go on with NaN."""
+    return torch.cat([x, x.new_full((*x.shape[:-1], length - x.shape[-1]), torch.nan)], -1)[..., : x.shape[-1]]
+
+
+def check_a_width_within_longer_rows(host):
+    """Read 16 bytes at a time, but for the last columns."""
+    for D, dtype in ((50, torch.float16), (70, torch.float32)):
+        case = cases.make(J=3, D=D, dtype=dtype)
+        arguments = case.arguments("concept_gates")
+        expected = host.concept_gates(**arguments)
+        host.configure()
+        rows = {name: within_longer_rows(arguments[name], 80) for name in ("encodings", "targets", "metric_targets")}
+        found = host.concept_gates(**{**arguments, **rows})
+        assert all(torch.equal(*pair) for pair in zip(found, expected))
+        assert host.counted()["read_wide"] > 4 * host.counted()["read_narrow"]
+
+
+def test_a_width_within_longer_rows(host):
+    check_a_width_within_longer_rows(host)
+
+
+def apart(x):
+    """The same values, every second element of rows twice as long."""
+    return torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2]
+
+
+@pytest.mark.parametrize("wide", (True, False), ids=("wide", "narrow"))
+@pytest.mark.parametrize(
+    "J, T, D, dtype",
+    [(1, 16, 64, torch.float16), (3, 77, 96, torch.bfloat16), (8, 40, 600, torch.float16), (8, 5, 64, torch.float32)],
+)
+def test_a_block_reads_each_byte_once(host, J, T, D, dtype, wide):
+    """Its tokens, J rows of both tables, index, bias and temperature; rows 16 bytes at a time where their layout allows it."""
+    case = cases.make(B=2, T=T, J=J, D=D, dtype=dtype)
+    arguments = {name: x[1:] if name not in ("targets", "metric_targets") else x for name, x in case.arguments("concept_gates").items()}
+    if not wide:
+        arguments |= {name: apart(arguments[name]) for name in ("encodings", "targets", "metric_targets")}
+    assert (arguments["index"] >= 0).all()
     host.configure()
-    host.concept_gates(**{**case.arguments("concept_gates"), "index": torch.ones(1, 1, dtype=torch.int32), "bias": torch.ones(1, 1), "temperature": torch.ones(1, 1)})
-    counted = host.counted()
-    assert counted["read_wide"] == 16 * 64 * 2 + 64 * 4 * 2 + 8 * 64 * 4  # encodings, the Gram matrix, m once per warp
-    assert counted["written_narrow"] == 2 * 16 * 4
+    host.concept_gates(**arguments)
+    counted, blocks = host.counted(), -(-T // 16)
+    rows, places = T * D * arguments["encodings"].element_size() + blocks * 2 * J * D * 4, blocks * J * 3 * 4
+    assert (counted["read_wide"], counted["read_narrow"]) == ((rows, places) if wide else (0, rows + places))
+    assert (counted["written_wide"], counted["written_narrow"]) == (0, 2 * T * J * 4)
+
+
+def check_nothing_else_is_read(host):
+    """No absent place's rows, no row without a concept, no token behind the last."""
+    case = cases.make(B=4, T=20, J=4, D=64, dtype=torch.float16)
+    host.configure()
+    host.concept_gates(**case.arguments("concept_gates"))
+    rows, used = (case.index >= 0).any(1).sum().item(), (case.index >= 0).sum().item()
+    assert 0 < rows < 4 and rows < used < 4 * rows
+    assert host.counted()["read_wide"] == rows * 20 * 64 * 2 + 2 * used * 2 * 64 * 4
+    assert host.counted()["read_narrow"] == 2 * (4 * 4 * 4 + used * 2 * 4)
+
+
+def test_nothing_else_is_read(host):
+    check_nothing_else_is_read(host)
 
 
 def test_dependent_concepts_stay_in_their_row(host):

@@ -13,11 +13,11 @@ from . import test_fused_edited_attention as fused
 from .build import Change, build_module, only_widths
 from .host import Host, Refused
 
-ATTENTION, TILES, EDIT, STREAM, FUSED, LAYER, GATES, PRODUCT, PROJECTION, RANK_ONE, PROJECTION_BACKWARD = (
+ATTENTION, TILES, EDIT, STREAM, FUSED, LAYER, GATES, GATE_PRODUCTS, PRODUCT, PROJECTION, RANK_ONE, PROJECTION_BACKWARD = (
     f"{name}.cuh"
     for name in (
         *("edited_attention", "attention_tiles", "edited_tiles", "query_stream", "fused_edited_attention", "cross_attention_layer"),
-        "concept_gates",
+        *("concept_gates", "concept_gates_products"),
         *("matrix_product", "edited_projection", "rank_one_backward", "edited_projection_backward"),
     )
 )
@@ -74,14 +74,49 @@ MUTANTS = {
     "rows are divided by another's energy": (
         Change(GATES, "system[i] /= energies[i / J]", "system[i] /= energies[i % J]"), gates.check_mixed_rows
     ),
-    "approximate components": (Change(GATES, "if (j < J) c[t][j] -= system[j * J + k] * c[t][k];", "(void)k;"), gates.check_mixed_rows),
+    "approximate components": (
+        Change(GATES, "      for (int k = 0; k < j; ++k) c[j] -= system[j * J + k] * c[k];\n", "      for (int k = 0; k < j; ++k) (void)k;\n"), gates.check_mixed_rows
+    ),
     "the factors are read too early": (
         Change(GATES, "      system[i * J + k] -= system[i * J + j] * system[j * J + k];\n    }\n    barrier();\n",
                "      system[i * J + k] -= system[i * J + j] * system[j * J + k];\n    }\n"), gates.check_any_order
     ),
-    "another place's temperature": (
-        Change(GATES, "p.temperature.strides[0] +\n                                         (place + j)", "p.temperature.strides[0] +\n                                         (place + (j ? j - 1 : 1))"),
+    "another place's temperature": (Change(GATES, "/ temperatures[j]", "/ temperatures[j ? j - 1 : 1]"), gates.check_mixed_rows),
+    "biases are read before they stand there": (
+        Change(GATES, "columns[i] /= energies[i % J];\n  barrier();\n", "columns[i] /= energies[i % J];\n"), gates.check_any_order
+    ),
+    "slots are read before they stand there": (
+        Change(GATES, "slots[thread()] = slot;\n  barrier();\n", "slots[thread()] = slot;\n"), gates.check_any_order
+    ),
+    "the sum of seven warps": (Change(GATES, "for (int w = 0; w < gate_warps; ++w)", "for (int w = 0; w + 1 < gate_warps; ++w)"), gates.check_many_slices),
+    "sums are added before all warps have theirs": (
+        Change(GATES, "place, other);\n      barrier();\n", "place, other);\n"), gates.check_any_order
+    ),
+    "the next places' products land on sums that are still to be added": (
+        Change(GATES, "      }\n      barrier();\n    }\n  }\n", "      }\n    }\n  }\n"), gates.check_any_order
+    ),
+    "products with targets that are not there": (
+        Change(GATES, "slots[j] >= 0 && slots[k] >= 0 ? sum : j == k ? 1.0f : 0.0f", "sum"), gates.check_mixed_rows
+    ),
+    "metric targets are read before they stand there": (
+        Change(GATE_PRODUCTS, "      warp_barrier();\n      bring(", "      bring("), gates.check_many_slices
+    ),
+    "the next slice's metric targets land on those being read": (
+        Change(GATE_PRODUCTS, "      warp_barrier();  // all have read the metric targets\n", ""), gates.check_many_slices
+    ),
+    "the next slice is the one after": (
+        Change(GATE_PRODUCTS, "bring(next, column + step);", "bring(next, column + 2 * step);"), gates.check_many_slices
+    ),
+    "halves of a metric target exchanged": (
+        Change(GATE_PRODUCTS, "{{shared[j * 2 * group_lanes], shared[(j * 2 + 1) * group_lanes]}}", "{{shared[(j * 2 + 1) * group_lanes], shared[j * 2 * group_lanes]}}"),
         gates.check_mixed_rows,
+    ),
+    "the last columns of a slice are read to the end of 16 bytes": (
+        Change(GATE_PRODUCTS, "count >= 8 || count <= 0", "true"), gates.check_a_width_within_longer_rows
+    ),
+    "tokens behind the last": (Change(GATE_PRODUCTS, "other == 0 && t < T ? t : -1", "other == 0 && t <= T ? t : -1"), gates.check_nothing_else_is_read),
+    "the sum of a neighbour's place": (
+        Change("device/warp.cuh", "(upper ? x[i + half] : x[i]) + shuffle_xor(given, half)", "(upper ? x[i] : x[i + half]) + shuffle_xor(given, half)"), gates.check_mixed_rows
     ),
     "a step of the product lands on the one being read": (
         Change(PRODUCT, "next_left.load(stage(step));", "next_left.load(stage(step + 1));"), projection.check_mixed_rows

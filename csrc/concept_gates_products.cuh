@@ -1,0 +1,168 @@
+// Products of eight metric targets with a block's 16 tokens and with eight targets; each element of all of them is read once.
+//
+//               64 columns of D a slice
+//               ┌──────┬──────┬─   ─┬──────┬──────┬─     A warp takes every eighth slice, and waits for no other warp. Its
+//   8 metric    │ warp │ warp │  …  │ warp │ warp │  …   metric targets go through shared memory, for all of its lanes need
+//   targets     │  0   │  1   │     │  7   │  0   │      them. Of the other 24 rows each of its four groups of eight lanes
+//               ├──────┼──────┼─   ─┼──────┼──────┼─     has six in registers, eight columns a lane, and their 48 sums.
+//   16 tokens,  │      │      │     │      │      │
+//   8 targets   └──────┴──────┴─   ─┴──────┴──────┴─     A slice comes into registers under the products of the one before.
+//
+// Sums stay in registers to the end. Then they are added over the lanes of a group, and by the caller over the warps, in order.
+#pragma once
+
+#include "device/layer.cuh"
+#include "device/memory.cuh"
+#include "device/warp.cuh"
+
+namespace perfusion {
+
+constexpr int gate_warps = 8, tokens_of_block = 16;
+constexpr int gate_places = 8;  // of metric targets, and of targets, that are multiplied at a time
+constexpr int group_lanes = 8, warp_groups = 32 / group_lanes;
+constexpr int slice_columns = 8 * group_lanes;
+constexpr int group_tokens = tokens_of_block / warp_groups, group_places = gate_places / warp_groups;
+constexpr int group_rows = group_tokens + group_places;
+constexpr int product_rows = tokens_of_block + gate_places;
+constexpr int slice_floats = gate_places * slice_columns;  // of shared memory for each warp
+static_assert(product_rows * gate_places <= slice_floats, "a warp's sums take the place of its metric targets");
+
+// Four elements in 16 bytes; zeros from `count` on.
+PERFUSION_DEVICE Words gather(const float* from, int64_t stride, int count) {
+  Words words;
+  PERFUSION_UNROLL
+  for (int i = 0; i < 4; ++i) words.word[i] = i < count ? float_as_word(load(from + i * stride)) : 0;
+  return words;
+}
+
+// Eight elements as memory has them. They are widened where they are used, for that waits until they are there.
+template <class Element>
+struct Eight {
+  static constexpr int pieces = sizeof(Element) / 2, in_piece = 8 / pieces;
+  Words piece[pieces];
+};
+
+PERFUSION_DEVICE void widen(float (&x)[8], const Eight<float>& from) {
+  PERFUSION_UNROLL
+  for (int i = 0; i < 8; ++i) x[i] = word_as_float(from.piece[i / 4].word[i % 4]);
+}
+
+template <class Element>
+PERFUSION_DEVICE void widen(float (&x)[8], const Eight<Element>& from) {
+  widen(x, from.piece[0], Element{});
+}
+
+// A matrix in global memory.
+template <class Element>
+struct Rows {
+  const Element* data;
+  int64_t row, column;  // strides
+
+  // Row r from `first` on; none for r < 0.
+  PERFUSION_DEVICE const Element* at(int r, int first) const { return r < 0 ? nullptr : data + r * row + first * column; }
+};
+
+// Eight elements of a row, `first` columns on; zeros from `count` on, and of no row. If `wide`, they are all there or none is.
+template <class Element>
+PERFUSION_DEVICE void load_eight(Eight<Element>& x, const Element* row, int64_t stride, int first, int count, bool wide) {
+  PERFUSION_UNROLL
+  for (int i = 0; i < Eight<Element>::pieces; ++i) {
+    x.piece[i] = Words{};
+    if (row == nullptr || count <= 0) continue;
+    if (wide) {
+      x.piece[i] = load(reinterpret_cast<const Words*>(row + first) + i);
+    } else {
+      constexpr int in_piece = Eight<Element>::in_piece;
+      x.piece[i] = gather(row + (first + i * in_piece) * stride, stride, count - i * in_piece);
+    }
+  }
+}
+
+// What a lane has of a slice.
+template <class Element>
+struct GateSlice {
+  Eight<Element> token[group_tokens];
+  Eight<float> target[group_places], metric_target[group_places];
+};
+
+template <class Element>
+struct GateProducts {
+  Rows<Element> encodings;  // of the batch row
+  Rows<float> targets, metric_targets;
+  const int* slots;  // by place, in shared memory: -1 where there is none, and up to a multiple of gate_places
+  int first, T, D, J;
+  bool wide;  // rows of all three
+
+  // This warp's share of the products of metric targets from `place` on: sums[row][place], rows being the block's tokens, where
+  // `other` is 0, and targets from `other` on. Takes slice_floats of shared memory.
+  PERFUSION_DEVICE void multiply(float* sums, int place, int other) const {
+    const int group = lane() / group_lanes, mine = lane() % group_lanes;
+    auto* shared = reinterpret_cast<Words*>(sums) + mine;  // [place][half of eight][lane]: no bank conflicts
+    const Element* token[group_tokens];
+    const float *target[group_places], *metric_target[group_places];
+    PERFUSION_UNROLL
+    for (int i = 0; i < group_tokens; ++i) {
+      const int t = first + i * warp_groups + group;
+      token[i] = encodings.at(other == 0 && t < T ? t : -1, 8 * mine);
+    }
+    PERFUSION_UNROLL
+    for (int i = 0; i < group_places; ++i) {
+      target[i] = targets.at(slots[other + i * warp_groups + group], 8 * mine);
+      metric_target[i] = metric_targets.at(slots[place + i * warp_groups + group], 8 * mine);
+    }
+    const auto bring_as = [&](GateSlice<Element>& slice, int column, int count, bool as_wide) {
+      PERFUSION_UNROLL
+      for (int i = 0; i < group_places; ++i) {
+        load_eight(slice.metric_target[i], metric_target[i], metric_targets.column, column, count, as_wide);
+        load_eight(slice.target[i], target[i], targets.column, column, count, as_wide);
+      }
+      PERFUSION_UNROLL
+      for (int i = 0; i < group_tokens; ++i) {
+        load_eight(slice.token[i], token[i], encodings.column, column, count, as_wide);
+      }
+    };
+    const auto bring = [&](GateSlice<Element>& slice, int column) {
+      const int count = D - column - 8 * mine;
+      if (wide && (count >= 8 || count <= 0)) {  // one question for all, so that nothing stands between the loads
+        bring_as(slice, column, count, true);
+      } else {
+        bring_as(slice, column, count, false);
+      }
+    };
+
+    float c[group_rows][gate_places] = {};
+    constexpr int step = gate_warps * slice_columns;
+    GateSlice<Element> next;
+    bring(next, warp() * slice_columns);
+    for (int column = warp() * slice_columns; column < D; column += step) {
+      float x[group_rows][8];
+      PERFUSION_UNROLL
+      for (int i = 0; i < group_tokens; ++i) widen(x[i], next.token[i]);
+      PERFUSION_UNROLL
+      for (int i = 0; i < group_places; ++i) {
+        widen(x[group_tokens + i], next.target[i]);
+        Words* to = shared + (i * warp_groups + group) * 2 * group_lanes;
+        to[0] = next.metric_target[i].piece[0];
+        to[group_lanes] = next.metric_target[i].piece[1];
+      }
+      warp_barrier();
+      bring(next, column + step);
+      PERFUSION_UNROLL
+      for (int j = 0; j < gate_places; ++j) {
+        if (place + j >= J) continue;
+        float m[8];
+        widen(m, Eight<float>{{shared[j * 2 * group_lanes], shared[(j * 2 + 1) * group_lanes]}});
+        PERFUSION_UNROLL
+        for (int r = 0; r < group_rows; ++r) {
+          PERFUSION_UNROLL
+          for (int e = 0; e < 8; ++e) c[r][j] += x[r][e] * m[e];
+        }
+      }
+      warp_barrier();  // all have read the metric targets
+    }
+    PERFUSION_UNROLL
+    for (int r = 0; r < group_rows; ++r) sums[(r * warp_groups + group) * gate_places + mine] = sum_of_eight_lanes(c[r]);
+  }
+};
+
+}  // namespace perfusion
