@@ -70,11 +70,13 @@ PERFUSION_DEVICE void multiply_by_keys(float (&s)[2 * max_groups][4], const Elem
   }
 }
 
-// Scores to weights exp2(scale s - max), 0 from key T on, packed as left operands; `sum` of the rows lane / 4 and 8 below.
+// Scores to weights exp2(scale s - high), 0 from key T on, packed as left operands; `high`, the largest of scale s, and `sum` are
+// of the rows lane / 4 and 8 below.
 template <class Element, int max_groups>
-PERFUSION_DEVICE void weigh(uint32_t (&p)[max_groups][4], float (&sum)[2], float (&s)[2 * max_groups][4], float scale, int T) {
+PERFUSION_DEVICE void weigh(uint32_t (&p)[max_groups][4], float (&high)[2], float (&sum)[2], float (&s)[2 * max_groups][4],
+                            float scale, int T) {
   const int first = 2 * (lane() % 4);  // column of this lane's first element within 8 keys
-  float high[2] = {-infinity(), -infinity()};
+  high[0] = high[1] = -infinity();
   PERFUSION_UNROLL
   for (int n = 0; n < 2 * max_groups; ++n) {
     const bool whole = 8 * n + 8 <= T;
@@ -141,8 +143,8 @@ PERFUSION_DEVICE void attend_tile(Element* tile, const Element* keys, const Elem
   float s[2 * max_groups][4];
   multiply_by_keys<Element, d, max_groups>(s, tile, keys, groups);
   uint32_t weights[max_groups][4];
-  float sum[2];
-  weigh<Element, max_groups>(weights, sum, s, scale, T);
+  float high[2], sum[2];
+  weigh<Element, max_groups>(weights, high, sum, s, scale, T);
   float o[d / 8][4];
   multiply_by_values<Element, d, max_groups>(o, weights, values, groups);
 

@@ -10,9 +10,11 @@ constexpr int layer_warps = 4, layer_depth = 32;  // of a block; columns of a st
 constexpr int tall = 64, flat = 32;               // rows of a tile; flat where tall ones would leave multiprocessors idle
 constexpr int product_columns = 64;               // of a tile of the second launch
 
-// The longest context, in groups of 16 keys, that the first launch has flat tiles for when absorbed: beside 256 scores, registers do
-// not hold the addresses of what a thread of two warps alone loads of 256 keys.
-constexpr int flat_groups = 10;
+// Of the first launch when absorbed: warps that share 16 rows, since 256 scores of each would take half a thread's registers; threads
+// of a block; and blocks that a multiprocessor's registers must hold beside each other. Flat tiles have one to themselves.
+PERFUSION_BOTH constexpr int weigh_across(int groups) { return groups > 5 ? 2 : 1; }
+PERFUSION_BOTH constexpr int weigh_threads(int groups, int rows) { return 2 * rows * weigh_across(groups); }
+PERFUSION_BOTH constexpr int weigh_beside(int groups, int rows) { return rows == tall ? weigh_across(groups) : 1; }
 
 // Whether a block of the first launch has a single tile: beside 256 scores registers hold nothing for a next one.
 PERFUSION_BOTH constexpr bool single_tile(int groups) { return groups > 5; }
