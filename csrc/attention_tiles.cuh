@@ -70,13 +70,13 @@ PERFUSION_DEVICE void multiply_by_keys(float (&s)[2 * max_groups][4], const Elem
   }
 }
 
-// Scores to weights exp2(scale s - high), 0 from key T on, packed as left operands; `high`, the largest of scale s, and `sum` are
-// of the rows lane / 4 and 8 below.
+// Scores to weights exp2(scale s - max), 0 from key T on, packed as left operands; `highest` scale s and `sum` of the rows lane / 4
+// and 8 below.
 template <class Element, int max_groups>
-PERFUSION_DEVICE void weigh(uint32_t (&p)[max_groups][4], float (&high)[2], float (&sum)[2], float (&s)[2 * max_groups][4],
+PERFUSION_DEVICE void weigh(uint32_t (&p)[max_groups][4], float (&highest)[2], float (&sum)[2], float (&s)[2 * max_groups][4],
                             float scale, int T) {
   const int first = 2 * (lane() % 4);  // column of this lane's first element within 8 keys
-  high[0] = high[1] = -infinity();
+  float high[2] = {-infinity(), -infinity()};
   PERFUSION_UNROLL
   for (int n = 0; n < 2 * max_groups; ++n) {
     const bool whole = 8 * n + 8 <= T;
@@ -106,6 +106,7 @@ PERFUSION_DEVICE void weigh(uint32_t (&p)[max_groups][4], float (&high)[2], floa
   for (int r = 0; r < 2; ++r) {
     sum[r] += shuffle_xor(sum[r], 1);
     sum[r] += shuffle_xor(sum[r], 2);
+    highest[r] = high[r];
   }
 }
 
