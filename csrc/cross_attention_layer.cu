@@ -83,7 +83,7 @@ perfusion_status plan_cross_attention_layer(const perfusion_cross_attention_laye
     plan->bytes = weigh_bytes(16 * attention_groups_for(p.T), plan->rows);
   } else {
     const int row = 2 * tile_pitch(d);
-    plan->bytes = 2 * 16 * groups * row + std::max(query_bytes(d, plan->rows), plan->rows * row);
+    plan->bytes = 2 * 16 * groups * row + std::max(query_bytes(d, groups, plan->rows), plan->rows * row);
   }
   if (plan->bytes > device.shared_per_block) {
     return fail(PERFUSION_UNSUPPORTED,

@@ -37,8 +37,8 @@ template <class Element, int d, int max_groups, int rows>
 PERFUSION_KERNEL(32 * layer_warps)
 cross_attention_layer_attend_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch launch) {
   constexpr int pitch = tile_pitch(d), pieces = d / 8;
-  using Tile = ProductTile<rows, query_columns(d), 2, 2, layer_depth, query_stages(d)>;
-  static_assert(product_bytes<Tile, true>() == query_bytes(d, rows), "the plan has counted another tile");
+  using Tile = ProductTile<rows, query_columns(d), 2, 2, layer_depth, query_stages(d, max_groups, rows)>;
+  static_assert(product_bytes<Tile, true>() == query_bytes(d, max_groups, rows), "the plan has counted another tile");
   using Tokens = ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false>;
   using Weight = ProductLoader<Element, Tile::columns, Tile::depth, Tile::threads, false>;
   const perfusion_cross_attention_layer_params& p = launch.call;

@@ -19,12 +19,15 @@ PERFUSION_BOTH constexpr int weigh_beside(int groups, int rows) { return rows ==
 // Whether a block of the first launch has a single tile: beside 256 scores registers hold nothing for a next one.
 PERFUSION_BOTH constexpr bool single_tile(int groups) { return groups > 5; }
 
-// Of the query's projection: columns, whole fragments for each of the two warps side by side, and steps in shared memory.
+// Of the query's projection: columns, whole fragments for each of the two warps side by side, and steps in shared memory. Wide heads
+// have two, so that K and V of a long context fit beside them; flat tiles, few on a chip, wait for memory, and have three if they can.
 PERFUSION_BOTH constexpr int query_columns(int d) { return (d + 15) / 16 * 16; }
-PERFUSION_BOTH constexpr int query_stages(int d) { return d <= 128 ? 3 : 2; }
+PERFUSION_BOTH constexpr int query_stages(int d, int groups, int rows) {
+  return d <= 128 || (groups <= 5 && rows == flat) ? 3 : 2;
+}
 // Bytes of the steps: of the query's projection, of the scores of absorbed keys, of the second launch.
-PERFUSION_BOTH constexpr int query_bytes(int d, int rows) {
-  return 2 * query_stages(d) * (rows + query_columns(d)) * tile_pitch(layer_depth);
+PERFUSION_BOTH constexpr int query_bytes(int d, int groups, int rows) {
+  return 2 * query_stages(d, groups, rows) * (rows + query_columns(d)) * tile_pitch(layer_depth);
 }
 PERFUSION_BOTH constexpr int weigh_bytes(int keys, int rows) { return 2 * 3 * (rows + keys) * tile_pitch(layer_depth); }
 PERFUSION_BOTH constexpr int project_bytes(bool absorbed, int rows) {

@@ -155,7 +155,7 @@ def shared_memory(name: str) -> int | None:
         return 2 * 16 * groups * pitch(d) + max(steps_pitch * stages * (80 + sides * -(-d // 16) * 16), 4 * 2 * 16 * pitch(d))
     if operator == "cross_attention_layer_attend":
         d, groups, rows = sizes
-        stages = 3 if d <= 128 else 2
+        stages = 3 if d <= 128 or (groups, rows) == (5, 32) else 2
         return 2 * 16 * groups * pitch(d) + max(steps_pitch * stages * (rows + -(-d // 16) * 16), rows * pitch(d))
     if operator == "cross_attention_layer_weigh":
         groups, rows = sizes
