@@ -235,7 +235,7 @@ PERFUSION_DEVICE void add_and_store(const float (&c)[Tile::m][Tile::n][4], float
 template <class Element, int absorbed, int rows>
 PERFUSION_KERNEL(32 * layer_warps)
 cross_attention_layer_project_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch launch) {
-  using Tile = ProductTile<rows, product_columns, 2, 2, layer_depth, 3>;
+  using Tile = ProductTile<rows, product_columns, 2, 2, layer_depth, project_stages(rows)>;
   static_assert(product_bytes<Tile, !absorbed>() == project_bytes(absorbed, rows), "the plan has counted another tile");
   static_assert(project_bytes(absorbed, rows) >= 4 * rows * (product_columns + 8), "the sums take the place of the steps");
   using Left = ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false>;

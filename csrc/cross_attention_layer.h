@@ -30,9 +30,10 @@ PERFUSION_BOTH constexpr int query_bytes(int d, int groups, int rows) {
   return 2 * query_stages(d, groups, rows) * (rows + query_columns(d)) * tile_pitch(layer_depth);
 }
 PERFUSION_BOTH constexpr int weigh_bytes(int keys, int rows) { return 2 * 3 * (rows + keys) * tile_pitch(layer_depth); }
+PERFUSION_BOTH constexpr int project_stages(int rows) { return rows == flat ? 6 : 3; }  // flat ones wait for memory
 PERFUSION_BOTH constexpr int project_bytes(bool absorbed, int rows) {
   const int right = absorbed ? layer_depth * tile_pitch(product_columns) : product_columns * tile_pitch(layer_depth);
-  return 2 * 3 * (rows * tile_pitch(layer_depth) + right);
+  return 2 * project_stages(rows) * (rows * tile_pitch(layer_depth) + right);
 }
 
 struct CrossAttentionLayerPlan {

@@ -162,7 +162,8 @@ def shared_memory(name: str) -> int | None:
         return steps_pitch * 3 * (rows + 16 * groups)
     if operator == "cross_attention_layer_project":
         absorbed, rows = sizes
-        return 3 * (steps_pitch * rows + (32 * pitch(64) if absorbed else 64 * steps_pitch))
+        stages = 6 if rows == 32 else 3
+        return stages * (steps_pitch * rows + (32 * pitch(64) if absorbed else 64 * steps_pitch))
     if operator == "edited_projection":
         return 3 * pitch(64) * sum(sizes)
     return {"encodings_gradient": 86784, "coefficients_gradient": 512, "tables_gradient": 8192, "sum_of_splits": 0}.get(operator)
