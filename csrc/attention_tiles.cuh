@@ -70,8 +70,8 @@ PERFUSION_DEVICE void multiply_by_keys(float (&s)[2 * max_groups][4], const Elem
   }
 }
 
-// Scores to weights exp2(scale s - max), 0 from key T on, packed as left operands; `highest` scale s and `sum` of the rows lane / 4
-// and 8 below.
+// Scores to weights exp2(scale s - max), 0 from key T on, packed as left operands; `highest` scale s and `sum` of the rows
+// lane / 4 and 8 below.
 template <class Element, int max_groups>
 PERFUSION_DEVICE void weigh(uint32_t (&p)[max_groups][4], float (&highest)[2], float (&sum)[2], float (&s)[2 * max_groups][4],
                             float scale, int T) {

@@ -79,8 +79,8 @@ cross_attention_layer_attend_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch
   }
 }
 
-// Of two warps that share 16 rows, each with the largest score and the sum of its half of the keys: the factor that makes weights of
-// a row out of this half's exponentials. `halves` has 4 floats for every row. Neither half may be without a key.
+// Of two warps that share 16 rows, each with the largest score and the sum of its half of the keys: the factor that makes
+// weights of a row out of this half's exponentials. `halves` has 4 floats for every row. Neither half may be without a key.
 PERFUSION_DEVICE void join_halves(float (&factor)[2], const float (&high)[2], const float (&sum)[2], float* halves) {
   const int half = warp() % 2, row = warp() / 2 * query_rows + lane() / 4;
   if (lane() % 4 == 0) {
@@ -99,7 +99,8 @@ PERFUSION_DEVICE void join_halves(float (&factor)[2], const float (&high)[2], co
   }
 }
 
-// weights[b, n, h] = softmax(scale x K'_hᵀ), 0 from T on; a block has one tile, a warp 16 of its tokens and all or half of the keys.
+// weights[b, n, h] = softmax(scale x K'_hᵀ), 0 from T on; a block has one tile, a warp 16 of its tokens and all or half of the
+// keys.
 template <class Element, int max_groups, int rows>
 PERFUSION_KERNEL_BESIDE(weigh_threads(max_groups, rows), weigh_beside(max_groups, rows))
 cross_attention_layer_weigh_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch launch) {
@@ -107,7 +108,7 @@ cross_attention_layer_weigh_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch 
   using Tile = ProductTile<rows, keys, rows / 16, across, layer_depth, 3>;
   static_assert(Tile::threads == weigh_threads(max_groups, rows), "the launch has counted other warps");
   static_assert(product_bytes<Tile, true>() == weigh_bytes(keys, rows), "the plan has counted another tile");
-  static_assert(weigh_bytes(keys, rows) >= 2 * rows * pitch + 16 * rows, "weights, maxima and sums take the place of the steps");
+  static_assert(weigh_bytes(keys, rows) >= 2 * rows * pitch + 16 * rows, "weights, maxima and sums take the steps' place");
   using Tokens = ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false>;
   // an address a row spills less, but not beside another block
   using Keys = ProductLoader<Element, Tile::columns, Tile::depth, Tile::threads, false, weigh_beside(max_groups, rows) == 1>;

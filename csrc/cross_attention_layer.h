@@ -10,8 +10,9 @@ constexpr int layer_warps = 4, layer_depth = 32;  // of a block; columns of a st
 constexpr int tall = 64, flat = 32;               // rows of a tile; flat where tall ones would leave multiprocessors idle
 constexpr int product_columns = 64;               // of a tile of the second launch
 
-// Of the first launch when absorbed: warps that share 16 rows, since 256 scores of each would take half a thread's registers; threads
-// of a block; and blocks that a multiprocessor's registers must hold beside each other. Flat tiles have one to themselves.
+// Of the first launch when absorbed: warps that share 16 rows, since 256 scores of each would take half a thread's registers;
+// threads of a block; and blocks that a multiprocessor's registers must hold beside each other. Flat tiles have it to
+// themselves.
 PERFUSION_BOTH constexpr int weigh_across(int groups) { return groups > 5 ? 2 : 1; }
 PERFUSION_BOTH constexpr int weigh_threads(int groups, int rows) { return 2 * rows * weigh_across(groups); }
 PERFUSION_BOTH constexpr int weigh_beside(int groups, int rows) { return rows == tall ? weigh_across(groups) : 1; }
@@ -19,8 +20,9 @@ PERFUSION_BOTH constexpr int weigh_beside(int groups, int rows) { return rows ==
 // Whether a block of the first launch has a single tile: beside 256 scores registers hold nothing for a next one.
 PERFUSION_BOTH constexpr bool single_tile(int groups) { return groups > 5; }
 
-// Of the query's projection: columns, whole fragments for each of the two warps side by side, and steps in shared memory. Wide heads
-// have two, so that K and V of a long context fit beside them; flat tiles, few on a chip, wait for memory, and have three if they can.
+// Of the query's projection: columns, whole fragments for each of the two warps side by side, and steps in shared memory. Wide
+// heads have two, so that K and V of a long context fit beside them; flat tiles, few on a chip, wait for memory, and have three
+// if they can.
 PERFUSION_BOTH constexpr int query_columns(int d) { return (d + 15) / 16 * 16; }
 PERFUSION_BOTH constexpr int query_stages(int d, int groups, int rows) {
   return d <= 128 || (groups <= 5 && rows == flat) ? 3 : 2;
