@@ -70,9 +70,11 @@ PERFUSION_DEVICE void multiply_by_keys(float (&s)[2 * max_groups][4], const Elem
   }
 }
 
-// Scores to weights exp2(scale s - max), 0 from key T on, packed as left operands; `sum` of the rows lane / 4 and 8 below.
+// Scores to weights exp2(scale s - max), 0 from key T on, packed as left operands; `highest` scale s and `sum` of the rows
+// lane / 4 and 8 below.
 template <class Element, int max_groups>
-PERFUSION_DEVICE void weigh(uint32_t (&p)[max_groups][4], float (&sum)[2], float (&s)[2 * max_groups][4], float scale, int T) {
+PERFUSION_DEVICE void weigh(uint32_t (&p)[max_groups][4], float (&highest)[2], float (&sum)[2], float (&s)[2 * max_groups][4],
+                            float scale, int T) {
   const int first = 2 * (lane() % 4);  // column of this lane's first element within 8 keys
   float high[2] = {-infinity(), -infinity()};
   PERFUSION_UNROLL
@@ -104,6 +106,7 @@ PERFUSION_DEVICE void weigh(uint32_t (&p)[max_groups][4], float (&sum)[2], float
   for (int r = 0; r < 2; ++r) {
     sum[r] += shuffle_xor(sum[r], 1);
     sum[r] += shuffle_xor(sum[r], 2);
+    highest[r] = high[r];
   }
 }
 
@@ -141,8 +144,8 @@ PERFUSION_DEVICE void attend_tile(Element* tile, const Element* keys, const Elem
   float s[2 * max_groups][4];
   multiply_by_keys<Element, d, max_groups>(s, tile, keys, groups);
   uint32_t weights[max_groups][4];
-  float sum[2];
-  weigh<Element, max_groups>(weights, sum, s, scale, T);
+  float high[2], sum[2];
+  weigh<Element, max_groups>(weights, high, sum, s, scale, T);
   float o[d / 8][4];
   multiply_by_values<Element, d, max_groups>(o, weights, values, groups);
 

@@ -78,13 +78,12 @@ perfusion_status plan_cross_attention_layer(const perfusion_cross_attention_laye
   const bool absorbed = is_absorbed(p);
   const int d = static_cast<int>(absorbed ? 0 : p.d), groups = p.T <= 80 ? 5 : static_cast<int>(in_tiles(p.T, 16));
   const int64_t heads = p.B * p.H;
-  const bool flat_ones = !absorbed || attention_groups_for(p.T) <= flat_groups;
-  plan->rows = flat_ones && heads * in_tiles(p.N, tall) < device.multiprocessors ? flat : tall;
+  plan->rows = heads * in_tiles(p.N, tall) < device.multiprocessors ? flat : tall;
   if (absorbed) {
     plan->bytes = weigh_bytes(16 * attention_groups_for(p.T), plan->rows);
   } else {
     const int row = 2 * tile_pitch(d);
-    plan->bytes = 2 * 16 * groups * row + std::max(query_bytes(d, plan->rows), plan->rows * row);
+    plan->bytes = 2 * 16 * groups * row + std::max(query_bytes(d, groups, plan->rows), plan->rows * row);
   }
   if (plan->bytes > device.shared_per_block) {
     return fail(PERFUSION_UNSUPPORTED,

@@ -4,6 +4,7 @@
 //   attend   x [64, C] · W_Q of one head, by steps of C ──► q [64, d] in shared memory ──► softmax(scale q Kᵀ) V, K and V resident
 //            ──► attended [B, N, H, d], in the workspace
 //   weigh    absorbed: x [64, C] · K'ᵀ of one head, by steps of C ──► S in registers ──► softmax ──► weights [B, N, H, T], padded to 16
+//            (of more than 80 keys two warps have half each, and exchange maxima and sums through shared memory)
 //   project  attended · W_Oᵀ, or weights · V' of the row, [64, 64] a block, + bias + residual, added in float32 ──► output
 //
 // Absorbed heads are C wide, and nothing of that width is ever resident: both products stream it.
@@ -36,8 +37,8 @@ template <class Element, int d, int max_groups, int rows>
 PERFUSION_KERNEL(32 * layer_warps)
 cross_attention_layer_attend_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch launch) {
   constexpr int pitch = tile_pitch(d), pieces = d / 8;
-  using Tile = ProductTile<rows, query_columns(d), 2, 2, layer_depth, query_stages(d)>;
-  static_assert(product_bytes<Tile, true>() == query_bytes(d, rows), "the plan has counted another tile");
+  using Tile = ProductTile<rows, query_columns(d), 2, 2, layer_depth, query_stages(d, max_groups, rows)>;
+  static_assert(product_bytes<Tile, true>() == query_bytes(d, max_groups, rows), "the plan has counted another tile");
   using Tokens = ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false>;
   using Weight = ProductLoader<Element, Tile::columns, Tile::depth, Tile::threads, false>;
   const perfusion_cross_attention_layer_params& p = launch.call;
@@ -78,16 +79,39 @@ cross_attention_layer_attend_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch
   }
 }
 
-// weights[b, n, h] = softmax(scale x K'_hᵀ), 0 from T on; a block has one tile, a warp 16 of its tokens and all keys.
+// Of two warps that share 16 rows, each with the largest score and the sum of its half of the keys: the factor that makes
+// weights of a row out of this half's exponentials. `halves` has 4 floats for every row. Neither half may be without a key.
+PERFUSION_DEVICE void join_halves(float (&factor)[2], const float (&high)[2], const float (&sum)[2], float* halves) {
+  const int half = warp() % 2, row = warp() / 2 * query_rows + lane() / 4;
+  if (lane() % 4 == 0) {
+    PERFUSION_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float* of_row = halves + 4 * (row + 8 * r);
+      of_row[half] = high[r], of_row[2 + half] = sum[r];
+    }
+  }
+  barrier();  // both halves stand
+  PERFUSION_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const float* of_row = halves + 4 * (row + 8 * r);
+    const float other_high = of_row[1 - half], highest = maximum(high[r], other_high), mine = exp2(high[r] - highest);
+    factor[r] = mine / (mine * sum[r] + exp2(other_high - highest) * of_row[3 - half]);
+  }
+}
+
+// weights[b, n, h] = softmax(scale x K'_hᵀ), 0 from T on; a block has one tile, a warp 16 of its tokens and all or half of the
+// keys.
 template <class Element, int max_groups, int rows>
-PERFUSION_KERNEL(2 * rows)
+PERFUSION_KERNEL_BESIDE(weigh_threads(max_groups, rows), weigh_beside(max_groups, rows))
 cross_attention_layer_weigh_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch launch) {
-  constexpr int keys = 16 * max_groups, pieces = keys / 8, pitch = tile_pitch(keys);
-  using Tile = ProductTile<rows, keys, rows / 16, 1, layer_depth, 3>;
+  constexpr int keys = 16 * max_groups, across = weigh_across(max_groups), mine = keys / across, pitch = tile_pitch(keys);
+  using Tile = ProductTile<rows, keys, rows / 16, across, layer_depth, 3>;
+  static_assert(Tile::threads == weigh_threads(max_groups, rows), "the launch has counted other warps");
   static_assert(product_bytes<Tile, true>() == weigh_bytes(keys, rows), "the plan has counted another tile");
-  static_assert(weigh_bytes(keys, rows) >= 2 * rows * pitch, "the weights take the place of the steps");
+  static_assert(weigh_bytes(keys, rows) >= 2 * rows * pitch + 16 * rows, "weights, maxima and sums take the steps' place");
   using Tokens = ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false>;
-  using Keys = ProductLoader<Element, Tile::columns, Tile::depth, Tile::threads, false, true>;
+  // an address a row spills less, but not beside another block
+  using Keys = ProductLoader<Element, Tile::columns, Tile::depth, Tile::threads, false, weigh_beside(max_groups, rows) == 1>;
   const perfusion_cross_attention_layer_params& p = launch.call;
   const int T = static_cast<int>(p.T), N = static_cast<int>(p.N), C = static_cast<int>(p.C);
   const int head = static_cast<int>(block() / launch.plan.splits), H = static_cast<int>(p.H), b = head / H, h = head % H;
@@ -97,30 +121,32 @@ cross_attention_layer_weigh_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch 
                                     k.strides[3], launch.plan.wide_key, T, 0};
 
   auto* shared = reinterpret_cast<Element*>(shared_memory());
-  float c[1][2 * max_groups][4] = {};
+  float c[1][Tile::n][4] = {};
   multiply_steps<Tile, true>(c, shared, Tokens(hidden_states_of<Element>(launch, b), first, 0), Keys(key, 0, 0),
                              (C + Tile::depth - 1) / Tile::depth);
-  uint32_t unused[max_groups][4];
-  float sum[2];
-  weigh<Element, max_groups>(unused, sum, c[0], p.scale * log2_e, T);
-  const float inverse[2] = {1.0f / sum[0], 1.0f / sum[1]};
-  Element* here = shared + warp() * query_rows * pitch;
+  const int row = warp() / across * query_rows, column = warp() % across * mine;  // of this warp's first score
+  uint32_t unused[Tile::n / 2][4];
+  float high[2], sum[2];
+  weigh<Element, Tile::n / 2>(unused, high, sum, c[0], p.scale * log2_e, T - column);
+  float factor[2] = {1.0f / sum[0], 1.0f / sum[1]};
+  if constexpr (across == 2) join_halves(factor, high, sum, reinterpret_cast<float*>(shared + rows * pitch));
   PERFUSION_UNROLL
-  for (int n = 0; n < 2 * max_groups; ++n) {
+  for (int n = 0; n < Tile::n; ++n) {
     PERFUSION_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      Element* to = here + (lane() / 4 + 8 * r) * pitch + n * 8 + 2 * (lane() % 4);
-      *reinterpret_cast<uint32_t*>(to) = pack<Element>(c[0][n][2 * r] * inverse[r], c[0][n][2 * r + 1] * inverse[r]);
-    }
+    for (int e = 0; e < 4; ++e) c[0][n][e] *= factor[e / 2];
   }
+  hand_over<Tile>(c, [&](int r, int n, float x, float y) {
+    *reinterpret_cast<uint32_t*>(shared + r * pitch + n) = pack<Element>(x, y);
+  });
   warp_barrier();
+  constexpr int pieces = mine / 8;
   const int width = (T + 15) / 16 * 16;
   auto* weights = static_cast<Element*>(p.workspace) + (int64_t{b} * N * p.H + h) * width;
   for (int i = lane(); i < query_rows * pieces; i += 32) {
-    const int n = first + warp() * query_rows + i / pieces, piece = i % pieces;
-    if (n >= N || piece * 8 >= width) continue;
-    store(reinterpret_cast<Words*>(weights + n * p.H * width + piece * 8),
-          *reinterpret_cast<const Words*>(here + i / pieces * pitch + piece * 8));
+    const int r = row + i / pieces, n = first + r, position = column + i % pieces * 8;
+    if (n >= N || position >= width) continue;
+    store(reinterpret_cast<Words*>(weights + n * p.H * width + position),
+          *reinterpret_cast<const Words*>(shared + r * pitch + position));
   }
 }
 
@@ -210,7 +236,7 @@ PERFUSION_DEVICE void add_and_store(const float (&c)[Tile::m][Tile::n][4], float
 template <class Element, int absorbed, int rows>
 PERFUSION_KERNEL(32 * layer_warps)
 cross_attention_layer_project_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch launch) {
-  using Tile = ProductTile<rows, product_columns, 2, 2, layer_depth, 3>;
+  using Tile = ProductTile<rows, product_columns, 2, 2, layer_depth, project_stages(rows)>;
   static_assert(product_bytes<Tile, !absorbed>() == project_bytes(absorbed, rows), "the plan has counted another tile");
   static_assert(project_bytes(absorbed, rows) >= 4 * rows * (product_columns + 8), "the sums take the place of the steps");
   using Left = ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false>;

@@ -10,24 +10,32 @@ constexpr int layer_warps = 4, layer_depth = 32;  // of a block; columns of a st
 constexpr int tall = 64, flat = 32;               // rows of a tile; flat where tall ones would leave multiprocessors idle
 constexpr int product_columns = 64;               // of a tile of the second launch
 
-// The longest context, in groups of 16 keys, that the first launch has flat tiles for when absorbed: beside 256 scores, registers do
-// not hold the addresses of what a thread of two warps alone loads of 256 keys.
-constexpr int flat_groups = 10;
+// Of the first launch when absorbed: warps that share 16 rows, since 256 scores of each would take half a thread's registers;
+// threads of a block; and blocks that a multiprocessor's registers must hold beside each other. Flat tiles have it to
+// themselves.
+PERFUSION_BOTH constexpr int weigh_across(int groups) { return groups > 5 ? 2 : 1; }
+PERFUSION_BOTH constexpr int weigh_threads(int groups, int rows) { return 2 * rows * weigh_across(groups); }
+PERFUSION_BOTH constexpr int weigh_beside(int groups, int rows) { return rows == tall ? weigh_across(groups) : 1; }
 
 // Whether a block of the first launch has a single tile: beside 256 scores registers hold nothing for a next one.
 PERFUSION_BOTH constexpr bool single_tile(int groups) { return groups > 5; }
 
-// Of the query's projection: columns, whole fragments for each of the two warps side by side, and steps in shared memory.
+// Of the query's projection: columns, whole fragments for each of the two warps side by side, and steps in shared memory. Wide
+// heads have two, so that K and V of a long context fit beside them; flat tiles, few on a chip, wait for memory, and have three
+// if they can.
 PERFUSION_BOTH constexpr int query_columns(int d) { return (d + 15) / 16 * 16; }
-PERFUSION_BOTH constexpr int query_stages(int d) { return d <= 128 ? 3 : 2; }
+PERFUSION_BOTH constexpr int query_stages(int d, int groups, int rows) {
+  return d <= 128 || (groups <= 5 && rows == flat) ? 3 : 2;
+}
 // Bytes of the steps: of the query's projection, of the scores of absorbed keys, of the second launch.
-PERFUSION_BOTH constexpr int query_bytes(int d, int rows) {
-  return 2 * query_stages(d) * (rows + query_columns(d)) * tile_pitch(layer_depth);
+PERFUSION_BOTH constexpr int query_bytes(int d, int groups, int rows) {
+  return 2 * query_stages(d, groups, rows) * (rows + query_columns(d)) * tile_pitch(layer_depth);
 }
 PERFUSION_BOTH constexpr int weigh_bytes(int keys, int rows) { return 2 * 3 * (rows + keys) * tile_pitch(layer_depth); }
+PERFUSION_BOTH constexpr int project_stages(int rows) { return rows == flat ? 6 : 3; }  // flat ones wait for memory
 PERFUSION_BOTH constexpr int project_bytes(bool absorbed, int rows) {
   const int right = absorbed ? layer_depth * tile_pitch(product_columns) : product_columns * tile_pitch(layer_depth);
-  return 2 * 3 * (rows * tile_pitch(layer_depth) + right);
+  return 2 * project_stages(rows) * (rows * tile_pitch(layer_depth) + right);
 }
 
 struct CrossAttentionLayerPlan {

@@ -36,7 +36,7 @@ LayerKernel weigh_kernel(int64_t T) {
     case 10:
       return cross_attention_layer_weigh_kernel<Element, 10, rows>;
     default:
-      return cross_attention_layer_weigh_kernel<Element, 16, tall>;
+      return cross_attention_layer_weigh_kernel<Element, 16, rows>;
   }
 }
 
@@ -56,7 +56,7 @@ perfusion_status launch_both(const CrossAttentionLayerLaunch& arguments, perfusi
                       : plan.rows == tall ? weigh_kernel<Element, tall>(p.T)
                                           : weigh_kernel<Element, flat>(p.T);
   if (first == nullptr) return fail(PERFUSION_UNSUPPORTED, "%s: no kernel for d = %lld", name, static_cast<long long>(p.d));
-  const int threads = absorbed ? 2 * plan.rows : 32 * layer_warps;
+  const int threads = absorbed ? weigh_threads(attention_groups_for(p.T), plan.rows) : 32 * layer_warps;
   const perfusion_status status = launch(name, first, plan.blocks, threads, plan.bytes, stream, arguments);
   if (status != PERFUSION_OK) return status;
   return launch(name, absorbed ? project_kernel<Element, 1>(plan.second_rows) : project_kernel<Element, 0>(plan.second_rows),

@@ -156,14 +156,15 @@ def shared_memory(name: str) -> int | None:
         return 2 * 16 * groups * pitch(d) + max(steps_pitch * stages * (80 + sides * -(-d // 16) * 16), 4 * 2 * 16 * pitch(d))
     if operator == "cross_attention_layer_attend":
         d, groups, rows = sizes
-        stages = 3 if d <= 128 else 2
+        stages = 3 if d <= 128 or (groups, rows) == (5, 32) else 2
         return 2 * 16 * groups * pitch(d) + max(steps_pitch * stages * (rows + -(-d // 16) * 16), rows * pitch(d))
     if operator == "cross_attention_layer_weigh":
         groups, rows = sizes
         return steps_pitch * 3 * (rows + 16 * groups)
     if operator == "cross_attention_layer_project":
         absorbed, rows = sizes
-        return 3 * (steps_pitch * rows + (32 * pitch(64) if absorbed else 64 * steps_pitch))
+        stages = 6 if rows == 32 else 3
+        return stages * (steps_pitch * rows + (32 * pitch(64) if absorbed else 64 * steps_pitch))
     if operator == "edited_projection":
         return 3 * pitch(64) * sum(sizes)
     return {"encodings_gradient": 86784, "coefficients_gradient": 512, "tables_gradient": 8192, "sum_of_splits": 0}.get(operator)

@@ -9,8 +9,10 @@
 
 #define PERFUSION_DEVICE __device__ __forceinline__
 #define PERFUSION_BOTH __host__ __device__
-// With the 1 ptxas takes the registers that it needs; without, it spills a few to fit more blocks.
-#define PERFUSION_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+// `blocks` are those that a multiprocessor must hold. With 1 ptxas takes the registers that it needs; without, it spills a few
+// to fit more.
+#define PERFUSION_KERNEL(threads) PERFUSION_KERNEL_BESIDE(threads, 1)
+#define PERFUSION_KERNEL_BESIDE(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define PERFUSION_CONSTANT const __grid_constant__
 #define PERFUSION_UNROLL _Pragma("unroll")
 

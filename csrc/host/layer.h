@@ -14,6 +14,7 @@
 #define PERFUSION_DEVICE inline
 #define PERFUSION_BOTH
 #define PERFUSION_KERNEL(threads) void
+#define PERFUSION_KERNEL_BESIDE(threads, blocks) void
 #define PERFUSION_CONSTANT const
 #define PERFUSION_UNROLL
 

@@ -101,6 +101,34 @@ def test_many_absorbed_tiles(host):
     check_many_absorbed_tiles(host)
 
 
+def check_halves_of_the_keys(host):
+    """Contexts of which two warps have half each: in tall tiles and in flat ones, in both orders of the threads, the same bits."""
+    for T, dtype in ((81, torch.float16), (154, torch.bfloat16), (231, torch.float16)):
+        case = small(B=2, H=2, N=19, T=T, dtype=dtype)
+        rows, results = set(), []
+        for multiprocessors, order in ((0, "forward"), (64, "backward")):
+            host.configure(multiprocessors, order=order)
+            rows.add(host.layer_plan(**absorbed(case))["rows"])
+            compare_absorbed(host, case)
+            results.append(run(host, absorbed(case)))
+        assert rows == {64, 32} and torch.equal(*results)
+
+
+def test_halves_of_the_keys(host):
+    check_halves_of_the_keys(host)
+
+
+@pytest.mark.parametrize("T", (5, 77, 81, 154, 161, 256))
+def test_absorbed_weights(host, T):
+    """In the workspace: those of a head and token sum up to 1, and are exactly 0 from T on."""
+    arguments = absorbed(small(B=2, H=2, N=19, T=T, d=32))
+    workspace = torch.full((host.layer_workspace_bytes(**arguments),), 0xFF, dtype=torch.uint8)
+    run(host, arguments, workspace=workspace)
+    weights = workspace.view(torch.float16).view(2, 19, 2, (T + 15) // 16 * 16).double()
+    assert (weights[..., :T] >= 0).all() and (weights[..., T:] == 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 19, 2, dtype=torch.float64), rtol=0, atol=1e-3)
+
+
 def check_views_of_poisoned_memory(host, dtype=torch.float16, form=absorbed):
     """Strided, misaligned and surrounded by NaN: the bits of the dense call."""
     case = small(N=5, B=2, channels=43, dtype=dtype)

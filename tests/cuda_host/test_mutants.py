@@ -199,7 +199,20 @@ MUTANTS = {
     ),
     "another row's absorbed values": (Change(LAYER, "+ b * value.strides[0] + at_column", "+ 0 * b * value.strides[0] + at_column"), layer.check_many_absorbed_tiles),
     "absorbed weights are not divided by their sum": (
-        Change(LAYER, "c[0][n][2 * r + 1] * inverse[r]", "c[0][n][2 * r + 1]"), layer.check_many_absorbed_tiles
+        Change(LAYER, "c[0][n][e] *= factor[e / 2];", "c[0][n][e] *= e % 2 ? 1.0f : factor[e / 2];"), layer.check_many_absorbed_tiles
+    ),
+    "half of the keys is joined with what is not there yet": (
+        Change(LAYER, "  barrier();  // both halves stand\n", ""), layer.check_halves_of_the_keys
+    ),
+    "each half of the keys is divided by its own sum": (
+        Change(LAYER, "mine * sum[r] + exp2(other_high - highest) * of_row[3 - half]", "mine * sum[r] + exp2(other_high - highest) * 0.0f"),
+        layer.check_halves_of_the_keys,
+    ),
+    "halves of the keys keep their own maximum": (
+        Change(LAYER, "mine = exp2(high[r] - highest);", "mine = 1.0f;"), layer.check_halves_of_the_keys
+    ),
+    "both halves of the keys end with the context": (
+        Change(LAYER, "p.scale * log2_e, T - column)", "p.scale * log2_e, T)"), layer.check_halves_of_the_keys
     ),
     "bias and residual are rounded one by one": (
         Change(LAYER, "x[e] += more[e];", "x[e] = to_float(Element{static_cast<uint16_t>(pack<Element>(x[e] + more[e], 0.0f))});"),

@@ -90,6 +90,13 @@ def test_shared_memory_is_that_of_the_plans(host, d, groups):
         plain = ("query", "key", "value", "encodings", "key_weight", "value_weight")
         arguments = {name: tensor for name, tensor in case.arguments(operator).items() if name in plain}
         assert nvcc_matrix.shared_memory(f"{operator}, float16, {d}, {groups}") == plan(**arguments)["bytes"]
-    plan = host.layer_plan(**case.arguments("cross_attention_layer"))
-    assert nvcc_matrix.shared_memory(f"cross_attention_layer_attend, float16, {d}, {groups}, {plan['rows']}") == plan["bytes"]
-    assert nvcc_matrix.shared_memory(f"cross_attention_layer_project, float16, 0, {plan['second_rows']}") == plan["second_bytes"]
+    layer = case.arguments("cross_attention_layer")
+    absorbed = {**layer, "query_weight": None, "output_weight": None}
+    for multiprocessors in (1, 64):  # tall tiles and flat ones
+        host.configure(multiprocessors)
+        for arguments, first, second in ((layer, f"attend, float16, {d}, {groups}", 0), (absorbed, f"weigh, float16, {groups}", 1)):
+            plan = host.layer_plan(**arguments)
+            assert plan["rows"] == plan["second_rows"] == (64 if multiprocessors == 1 else 32)
+            assert nvcc_matrix.shared_memory(f"cross_attention_layer_{first}, {plan['rows']}") == plan["bytes"]
+            second = f"cross_attention_layer_project, float16, {second}, {plan['second_rows']}"
+            assert nvcc_matrix.shared_memory(second) == plan["second_bytes"]
