@@ -1,7 +1,7 @@
 """Whether tensors are the very ones of before, and not written since.
 
-Writes are those that torch's version counter sees, which a tensor shares with its views. It does not see what is written through
-`.data`, numpy, DLPack, a pointer or a fused optimiser, nor what another process writes.
+Writes are those that torch's version counter sees, which a tensor shares with its views. It does not see what is
+written through `.data`, numpy, DLPack, a pointer or a fused optimiser, nor what another process writes.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ Marks = tuple[tuple[ref, int], ...]
 
 
 def marks(tensors: Sequence[Tensor]) -> Marks | None:
-    """What to recognise the tensors by, which keeps none alive; None if one is an inference tensor, whose writes nobody counts."""
+    """What to recognise the tensors by, keeping none alive; None if an inference tensor, which counts no writes, is one."""
     if any(tensor.is_inference() for tensor in tensors):
         return None
     return tuple((ref(tensor), tensor._version) for tensor in tensors)

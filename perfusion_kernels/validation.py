@@ -1,11 +1,12 @@
 """Checks that must look at values. They synchronise with the device, so no operator makes them.
 
-The public functions make them when `validate` is True, in every call; and when it is None and every tensor is an ordinary one
-in host memory, outside `torch.compile`. There, one that passed is not made again while its tensors are the same objects and
-torch's version counter says that they, and what they are views of, were not written. Writes that it does not see are overlooked:
-through `.data`, numpy, DLPack or a fused optimiser, or in another process; after these, call with `validate=True`. Nor can
-`torch.utils.swap_tensors` exchange a tensor that is remembered, because a weak reference to it exists.
-On another device call `validate_concepts` once, where a wait is cheap.
+The public functions make them when `validate` is True, in every call; and when it is None and every tensor is an
+ordinary one in host memory, outside `torch.compile`. There, one that passed is not made again while its tensors are
+the same objects and torch's version counter says that neither they nor what they are views of was written. Writes that
+it does not see are overlooked: through `.data`, numpy, DLPack, a fused optimiser or another process; after these, call
+with `validate=True`. On another device call `validate_concepts` once, where a wait is cheap.
+
+A tensor is remembered by a weak reference, and `torch.utils.swap_tensors` refuses tensors that have one.
 """
 
 from collections.abc import Callable, Sequence
