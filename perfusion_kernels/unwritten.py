@@ -13,7 +13,7 @@ Marks = tuple[tuple[ref, int], ...]
 
 
 def marks(tensors: Sequence[Tensor]) -> Marks | None:
-    """What to recognise the tensors by, keeping none alive; None if one is an inference tensor, which counts no writes."""
+    """What to recognise the tensors by, keeping none alive; None with an inference tensor, which counts no writes."""
     if any(tensor.is_inference() for tensor in tensors):
         return None
     return tuple((ref(tensor), tensor._version) for tensor in tensors)
