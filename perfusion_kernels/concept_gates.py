@@ -6,7 +6,7 @@ from .arguments import FLOATING, INDEX, WIDE, Arguments, once
 from .backend import call, register
 from .reference import concept_gates as reference
 from .registration import Operator
-from .validation import validate_concepts, wanted
+from .validation import check_values, validate_concepts
 
 
 def concept_gates(
@@ -33,7 +33,8 @@ def concept_gates(
         bias, temperature [B, J]: β and τ per row and place; float32 or float64, both the same; not read
             where index is -1.
         validate: whether to check values (`validate_concepts`), which waits for the device. None: on
-            ordinary host tensors outside torch.compile only.
+            ordinary host tensors outside torch.compile only, and not again until one is written in place as torch
+            counts it, so not through `.data` or numpy.
         backend: "cuda", "triton" or "reference"; None chooses.
 
     Returns:
@@ -50,16 +51,7 @@ def concept_gates(
     """
     arguments = (encodings, targets, metric_targets, index, bias, temperature)
     _check(*arguments)
-    if wanted("concept_gates", validate, *arguments):
-        validate_concepts(
-            targets,
-            metric_targets,
-            index,
-            encodings=encodings,
-            bias=bias,
-            temperature=temperature,
-            operator="concept_gates",
-        )
+    check_values(_check_concepts, "concept_gates", validate, arguments, arguments)
     return call("concept_gates", arguments, backend)
 
 
@@ -74,6 +66,11 @@ def _check(
     check("index", index, "B J", INDEX)
     check("bias", bias, "B J", WIDE)
     check("temperature", temperature, "B J", (bias.dtype,), "as bias")
+
+
+def _check_concepts(operator, encodings, targets, metric_targets, index, bias, temperature):
+    values = {"encodings": encodings, "bias": bias, "temperature": temperature}
+    validate_concepts(targets, metric_targets, index, **values, operator=operator)
 
 
 def _fake(encodings, targets, metric_targets, index, bias, temperature):

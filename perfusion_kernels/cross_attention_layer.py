@@ -7,7 +7,7 @@ from .arguments import FLOATING, Arguments, dtypes_beside, once
 from .backend import call, register
 from .reference import cross_attention_layer as reference
 from .registration import Operator
-from .validation import wanted
+from .validation import check_values
 
 
 def cross_attention_layer(
@@ -37,7 +37,8 @@ def cross_attention_layer(
         residual [B, N, C]: added at the end, or None. All tensors are of the dtype of hidden_states.
         scale: None means d ** -0.5, and 1 for absorbed keys, which contain it.
         validate: whether to check that key and value are finite, which waits for the device. None: on ordinary
-            host tensors outside torch.compile only.
+            host tensors outside torch.compile only, and not again until one is written in place as torch counts it,
+            so not through `.data` or numpy.
         backend: "cuda", "triton" or "reference"; None chooses.
 
     Returns:
@@ -51,8 +52,7 @@ def cross_attention_layer(
     """
     tensors = (hidden_states, query_weight, key, value, output_weight, output_bias, residual)
     _check(*tensors)
-    if wanted("cross_attention_layer", validate, hidden_states, key, value):
-        _validate_finite(key=key, value=value)
+    check_values(_check_finite, "cross_attention_layer", validate, (hidden_states, key, value), (key, value))
     if scale is None:
         scale = 1.0 if query_weight is None else key.shape[-1] ** -0.5
     arguments = (*tensors, float(scale))
@@ -98,10 +98,10 @@ def _check_both(query_weight: Tensor | None, output_weight: Tensor | None) -> No
             )
 
 
-def _validate_finite(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
+def _check_finite(operator: str, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("key", key), ("value", value)):
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"cross_attention_layer: {name} must be finite; got another value")
+            raise ValueError(f"{operator}: {name} must be finite; got another value")
 
 
 def _fake(hidden_states, *rest):

@@ -6,7 +6,7 @@ from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
 from .backend import call, register
 from .reference import edited_attention as reference
 from .registration import Operator
-from .validation import validate_edit, wanted
+from .validation import check_values, validate_edit
 
 
 def edited_attention(
@@ -40,7 +40,8 @@ def edited_attention(
             order of key.flatten(2); any of the four dtypes, all the same.
         scale: None means d ** -0.5.
         validate: whether to check values (index in range, gates and components finite), which waits for
-            the device. None: on ordinary host tensors outside torch.compile only.
+            the device. None: on ordinary host tensors outside torch.compile only, and not again until one is written
+            in place as torch counts it, so not through `.data` or numpy.
         backend: "cuda", "triton" or "reference"; None chooses.
 
     Returns:
@@ -55,9 +56,9 @@ def edited_attention(
     """
     tensors = (query, key, value, gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
     _check(*tensors)
-    if index is not None and wanted("edited_attention", validate, *tensors):
+    if index is not None:
         slots = (value_outputs if key_outputs is None else key_outputs).shape[0]
-        validate_edit("edited_attention", index, slots, gates, components)
+        check_values(validate_edit, "edited_attention", validate, tensors, (index, gates, components), slots)
     arguments = (*tensors, query.shape[-1] ** -0.5 if scale is None else float(scale))
     return call("edited_attention", arguments, backend)
 

@@ -8,7 +8,7 @@ from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
 from .backend import call, register
 from .reference import edited_projection as reference
 from .registration import Operator
-from .validation import validate_edit, wanted
+from .validation import check_values, validate_edit
 
 
 def edited_projection(
@@ -37,7 +37,8 @@ def edited_projection(
         index [B, J]: int32, the bank slots a row uses, -1 for none. Any J, 0 included.
         outputs, projected_targets [S, O]: any of the four dtypes, both the same.
         validate: whether to check values (index in range, gates and components finite), which waits for
-            the device. None: on ordinary host tensors outside torch.compile only.
+            the device. None: on ordinary host tensors outside torch.compile only, and not again until one is written
+            in place as torch counts it, so not through `.data` or numpy.
         backend: "cuda", "triton" or "reference"; None chooses.
 
     Returns:
@@ -52,8 +53,8 @@ def edited_projection(
     """
     arguments = (encodings, weight, gates, components, index, outputs, projected_targets)
     _check(*arguments)
-    if wanted("edited_projection", validate, *arguments):
-        validate_edit("edited_projection", index, outputs.shape[0], gates, components)
+    read = (index, gates, components)
+    check_values(validate_edit, "edited_projection", validate, arguments, read, outputs.shape[0])
     return call("edited_projection", arguments, backend)
 
 

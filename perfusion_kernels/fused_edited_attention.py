@@ -6,7 +6,7 @@ from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
 from .backend import call, register
 from .reference import fused_edited_attention as reference
 from .registration import Operator
-from .validation import validate_edit, wanted
+from .validation import check_values, validate_edit
 
 
 def fused_edited_attention(
@@ -40,7 +40,8 @@ def fused_edited_attention(
             the four dtypes, all the same.
         scale: None means d ** -0.5.
         validate: whether to check values (index in range, gates and components finite), which waits for
-            the device. None: on ordinary host tensors outside torch.compile only.
+            the device. None: on ordinary host tensors outside torch.compile only, and not again until one is written
+            in place as torch counts it, so not through `.data` or numpy.
         backend: "cuda", "triton" or "reference"; None chooses.
 
     Returns:
@@ -56,8 +57,8 @@ def fused_edited_attention(
     edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
     tensors = (query, encodings, key_weight, value_weight, *edit)
     _check(*tensors)
-    if wanted("fused_edited_attention", validate, *tensors):
-        validate_edit("fused_edited_attention", index, key_outputs.shape[0], gates, components)
+    read = (index, gates, components)
+    check_values(validate_edit, "fused_edited_attention", validate, tensors, read, key_outputs.shape[0])
     arguments = (*tensors, query.shape[-1] ** -0.5 if scale is None else float(scale))
     return call("fused_edited_attention", arguments, backend)
 

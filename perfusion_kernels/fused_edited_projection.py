@@ -10,7 +10,7 @@ from .edited_projection import OPERATOR as SEPARATE
 from .edited_projection import check_projection
 from .reference import fused_edited_projection as reference
 from .registration import Operator
-from .validation import validate_edit, wanted
+from .validation import check_values, validate_edit
 
 
 def fused_edited_projection(
@@ -38,7 +38,8 @@ def fused_edited_projection(
         index [B, J]: int32, the bank slots a row uses, -1 for none. Any J, 0 included.
         outputs, projected_targets [S, O]: any of the four dtypes, both the same.
         validate: whether to check values (index in range, gates and components finite), which waits for
-            the device. None: on ordinary host tensors outside torch.compile only.
+            the device. None: on ordinary host tensors outside torch.compile only, and not again until one is written
+            in place as torch counts it, so not through `.data` or numpy.
         backend: "cuda", "triton" or "reference"; None chooses.
 
     Returns:
@@ -53,8 +54,8 @@ def fused_edited_projection(
     """
     arguments = (encodings, weight, gates, components, index, outputs, projected_targets)
     _check(*arguments)
-    if wanted("fused_edited_projection", validate, *arguments):
-        validate_edit("fused_edited_projection", index, outputs.shape[0], gates, components)
+    read = (index, gates, components)
+    check_values(validate_edit, "fused_edited_projection", validate, arguments, read, outputs.shape[0])
     return call("fused_edited_projection", arguments, backend)
 
 

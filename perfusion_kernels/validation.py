@@ -1,34 +1,71 @@
 """Checks that must look at values. They synchronise with the device, so no operator makes them.
 
-The public functions make them when `validate` is True, or None and every tensor is an ordinary one in
-host memory, outside `torch.compile`. On another device call `validate_concepts` once, where a wait is cheap.
+The public functions make them when `validate` is True, in every call; and when it is None and every tensor is an
+ordinary one in host memory, outside `torch.compile`. There, one that passed is not made again while its tensors are
+the same objects and torch's version counter says that neither they nor what they are views of was written. Writes that
+it does not see are overlooked: through `.data`, numpy, DLPack, a fused optimiser or another process; after these, call
+with `validate=True`. On another device call `validate_concepts` once, where a wait is cheap.
+
+A tensor is remembered by a weak reference, and `torch.utils.swap_tensors` refuses tensors that have one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .unwritten import Marks, marks, unwritten
+
 MAX_CONDITION = 1e3
 """Largest accepted condition number of a row's Gram matrix: components in float32 are then right to about 5e-5."""
 
+REMEMBERED = 4096
+"""Checks that passed and are remembered: more than a step of any model makes, a few megabytes at most."""
 
-def wanted(operator: str, validate: bool | None, *tensors: Tensor | None) -> bool:
-    """Whether this call checks values."""
+_passed: dict[tuple, Marks] = {}
+
+
+def check_values(
+    check: Callable[..., None],
+    operator: str,
+    validate: bool | None,
+    arguments: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+    *sizes: int,
+) -> None:
+    """Makes `check(operator, *tensors, *sizes)` if this call wants it, and by default if it has not passed already.
+
+    arguments: all of the call's, which must be ordinary ones.
+    tensors, sizes: all that the check looks at.
+    """
     if validate is None:
-        return not torch.compiler.is_compiling() and all(_is_plain(tensor) for tensor in tensors if tensor is not None)
-    if validate and torch.compiler.is_compiling():
-        raise ValueError(
-            f"{operator}: validate=True looks at values, which torch.compile cannot; call validate_concepts before"
-        )
-    return validate
+        if torch.compiler.is_compiling():
+            return
+        key = (operator, sizes, *map(id, tensors))
+        passed = _passed.get(key)
+        if passed is not None and unwritten(tensors, passed):
+            return
+        if not all(_is_plain(tensor) for tensor in arguments if tensor is not None):
+            return
+        before = marks(tensors)  # so that another thread's write during the check counts as one after it
+        check(operator, *tensors, *sizes)
+        if before is not None:
+            if len(_passed) >= REMEMBERED:
+                _passed.clear()
+            _passed[key] = before
+    elif validate:
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"{operator}: validate=True looks at values, which torch.compile cannot; call validate_concepts before"
+            )
+        check(operator, *tensors, *sizes)
 
 
 def _is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor) in (Tensor, Parameter)
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
@@ -98,7 +135,7 @@ def validate_concepts(
             )
 
 
-def validate_edit(operator: str, index: Tensor, slots: int, gates: Tensor, components: Tensor) -> None:
+def validate_edit(operator: str, index: Tensor, gates: Tensor, components: Tensor, slots: int) -> None:
     """Refuses an index out of range, and gates or components that are used but not finite."""
     validate_index(operator, index, slots)
     present = index >= 0

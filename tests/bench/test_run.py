@@ -76,7 +76,9 @@ def test_overheads_are_rows(folder):
     assert {row["case"] for row in found} == set(SCHEMAS) and {*MUST_RUN, "overhead"} == set(suites.NAMES)
     for row in found:
         assert row.keys() >= EVERY and row["overhead_us"] > 0 and row["limit_us"] == 15
-        assert f"| {row['case']} | {row['overhead_us']:.1f} | 15 |" in tables(found, "expert")
+        assert row["fresh_us"] > row["overhead_us"] and row["fresh_us"] > row["unvalidated_us"] > 0
+        numbers = f"{row['overhead_us']:.1f} | 15 | {row['unvalidated_us']:.1f} | {row['fresh_us']:.1f}"
+        assert f"| {row['case']} | {numbers} |" in tables(found, "expert")
 
 
 def test_reasons_name_what_is_missing(folder):
