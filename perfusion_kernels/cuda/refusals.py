@@ -133,11 +133,12 @@ def attention_bytes(d: int, T: int, sides: int) -> int:
 def fused_bytes(d: int, T: int, sides: int) -> int:
     projected = 80 + (2 if d <= 80 else 1) * columns(d)
     queries = 4 * 16 * row(d) + edit_bytes(d, T, sides)
-    return resident(d, T) + max(steps(d, projected), queries)  # the projection's steps, then queries of four warps
+    return resident(d, T) + max(steps(of_sum(d), projected), queries)  # the projection's steps, then queries of four warps
 
 
 def layer_bytes(d: int, T: int, rows: int) -> int:
-    return resident(d, T) + max(steps(d, rows + columns(d)), rows * row(d))  # the same, of the query
+    stages = 3 if T <= 80 and rows == 32 else of_sum(d)
+    return resident(d, T) + max(steps(stages, rows + columns(d)), rows * row(d))  # the same, of the query
 
 
 def edit_bytes(d: int, T: int, sides: int) -> int:
@@ -167,6 +168,11 @@ def columns(d: int) -> int:
     return -(-d // 16) * 16
 
 
-def steps(d: int, rows: int) -> int:
+def of_sum(d: int) -> int:
+    """Steps of a projection that are in shared memory at once."""
+    return 3 if d <= 128 else 2
+
+
+def steps(stages: int, rows: int) -> int:
     """A projection's operands, 32 columns of each at a time."""
-    return (3 if d <= 128 else 2) * rows * row(32)
+    return stages * rows * row(32)

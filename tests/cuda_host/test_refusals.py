@@ -10,7 +10,7 @@ from perfusion_kernels.cuda import library, refusals
 from ..kernels import cases
 from .host import Refused
 
-DEVICES = ((108, 166912), (84, 101376), (132, 232448), (2, 49152))  # multiprocessors, bytes of shared memory a block
+DEVICES = ((108, 166912), (84, 101376), (132, 232448), (84, 90112), (2, 49152))  # multiprocessors, bytes of shared memory a block
 PLANS = {"edited_attention": "plan", "fused_edited_attention": "fused_plan", "cross_attention_layer": "layer_plan"}
 
 
