@@ -19,6 +19,7 @@ help: ## this list
 	@echo 'Variables:'
 	@echo '  PYTHON=$(PYTHON)  3.10 or newer; $(VENV) is made with it'
 	@echo '  JOBS=$(JOBS)          tests at a time, about 1 GB of memory each'
+	@echo '  PERFUSION_CUDA  0 leaves the CUDA kernels out, which nvcc compiles for some minutes; 1 insists on them'
 	@echo '  PIP_ARGS=...    for pip. Without an NVIDIA GPU, --extra-index-url with the address of the CPU'
 	@echo '                  builds of PyTorch (pytorch.org, "Get started") saves gigabytes'
 
@@ -49,7 +50,14 @@ install := -m pip install --disable-pip-version-check --constraint constraints.t
 $(VENV)/.installed-%: pyproject.toml constraints.txt setup.py | $(BIN)/python
 	$(say) 'Installing perfusion-kernels[$*] into $(VENV)'
 	@$(BIN)/python $(install) torch
-	@$(BIN)/python $(install) --editable '.[$*]'
+	@if [ -z "$$PERFUSION_CUDA" ] && [ '$*' != test ] && [ ! -e perfusion_kernels/cuda/libperfusion_kernels_torch.so ] && \
+		! $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
+		echo 'This PyTorch is built without CUDA, so the CUDA kernels are left out. PERFUSION_CUDA=1 compiles them all the same.'; \
+		export PERFUSION_CUDA=0; \
+	elif command -v nvcc > /dev/null && [ "$$PERFUSION_CUDA" != 0 ]; then \
+		echo 'Compiling the CUDA kernels too, which takes some minutes. PERFUSION_CUDA=0 leaves them out.'; \
+	fi; \
+	$(BIN)/python $(install) --editable '.[$*]'
 	@sed -n 's/^{"reason": "\(.*\)"}$$/CUDA kernels are left out: \1/p' perfusion_kernels/cuda/build.json
 	@touch $@
 
