@@ -48,9 +48,9 @@ def test_an_edit_costs_no_product_and_moves_the_least_bytes(host, J):
     assert work.read == plain.read + tables + coefficients + index
 
 
-@pytest.mark.parametrize("layer", floors.UNETS["sd15"], ids=lambda layer: f"N={layer.N}")
-def test_edited_attention_of_a_model_moves_at_most_a_tenth_more(host, layer):
-    """Eight concepts in every layer of Stable Diffusion 1.5, by the counts of the test before: asked for, against the least."""
+@pytest.mark.parametrize("layer", sum(floors.UNETS.values(), ()), ids=lambda layer: f"N={layer.N}, d={layer.d}")
+def test_edited_attention_of_a_model_moves_at_most_a_tenth_more(layer):
+    """Eight concepts in every layer of the three UNets, by the counts of the test before: asked for, against the least."""
     J, T, H = 8, 77, layer.H
     least = floors.edited_attention(B=1, N=layer.N, T=T, H=H, d=layer.d, J=J).bytes
     assert least + (H - 1) * T * J * 2 * 4 + (5 * H - 1) * J * 4 <= 1.1 * least
