@@ -22,7 +22,6 @@ import json
 import math
 import os
 import re
-import secrets
 import stat
 import struct
 from collections.abc import Mapping
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from perfusion.base import Base
 from perfusion.concept import Concept
+from perfusion.files import whole
 
 __all__ = ["ConceptFileError", "decode_layers", "encode_layers", "read", "write"]
 
@@ -239,16 +239,10 @@ def write(concept: Concept, path: str | os.PathLike[str], dtype: torch.dtype = t
     data = encode(concept, dtype)
     decode(data, source=str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole(path) as draft, open(draft, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # Reading

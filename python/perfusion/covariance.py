@@ -21,7 +21,6 @@ import hashlib
 import itertools
 import logging
 import os
-import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -29,12 +28,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from perfusion.base import fingerprints_match, text_encoder_fingerprint, text_encoders
 from perfusion.captions import EVERYDAY_COUNT, everyday_captions, everyday_source, read_captions
+from perfusion.files import whole
 from perfusion_kernels.metric import MetricSolver, condition_number, shrink
 
 __all__ = [
@@ -47,7 +47,7 @@ __all__ = [
     "real_encodings",
 ]
 
-# Above this, rounding an encoding to half precision moves gates by more than a percent: docs/covariance.md, section 3.
+# Above this, rounding an encoding to half precision moves gates by more than a percent: docs/covariance.md, "How large a condition number may be".
 MAX_CONDITION = 1e6
 FORMAT = "covariance-1"
 FILE_NAME = "covariance.safetensors"
@@ -108,12 +108,9 @@ class Covariance:
         metadata = {name: str(getattr(self, name)) for name in _METADATA}
         metadata |= {"format": FORMAT, "fingerprint": self.fingerprint}
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            save_file({"covariance": self.matrix.contiguous()}, draft, {f"perfusion.{k}": v for k, v in metadata.items()})
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        data = to_bytes({"covariance": self.matrix.contiguous()}, {f"perfusion.{k}": v for k, v in metadata.items()})
+        with whole(path) as draft:
+            draft.write_bytes(data)  # safetensors' own errors name the draft, in words
         return replace(self, path=path)
 
     @staticmethod
