@@ -52,7 +52,7 @@ def test_help_names_every_command():
     assert result.exit_code == 0
     for name in cli.COMMANDS:
         assert re.search(rf"^\W*{name}\s", result.stdout, re.MULTILINE), name
-    assert run().stdout.strip() == result.stdout.strip()
+    assert run().output.strip() == result.stdout.strip()
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -159,7 +159,7 @@ def test_generate_says_what_is_wrong(draw, folder, tmp_path):
     teddy = ("--concept", folder / "my-teddy.safetensors")
     (tmp_path / "torn.safetensors").write_bytes((folder / "my-teddy.safetensors").read_bytes()[:-1])
     for result, code, text in (
-        (draw("a cup", output=tmp_path / "a.jpg"), 2, "--output must end in .png"),
+        (draw("a cup", output=tmp_path / "a.jpg"), 2, "--output must be NAME.png, got "),
         (draw("a <my-cup>", *teddy), 2, "no concept <my-cup> is loaded; loaded are: <my-teddy>"),
         (draw("a cup", "--negative-prompt", "<x>"), 2, "loaded are: none"),
         (draw("a cup", *teddy, "--bias", "high"), 2, "--bias must be a number or NAME=NUMBER, got 'high'"),

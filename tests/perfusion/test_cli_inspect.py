@@ -1,4 +1,4 @@
-"""`perfusion inspect` and `perfusion convert`, run through an app of their own."""
+"""`perfusion inspect` and `perfusion convert`."""
 
 import dataclasses
 import json
@@ -7,23 +7,17 @@ import types
 
 import pytest
 import torch
-import typer
 from tests.perfusion.test_convert import Truth, chendaryen, package, save
 from tests.perfusion.tiny import tiny_sd
 from typer.testing import CliRunner
 
+from perfusion import cli
 from perfusion.base import describe_base
-from perfusion.cli.convert import convert
-from perfusion.cli.inspect import inspect
 from perfusion.concept import Concept
-
-app = typer.Typer(pretty_exceptions_enable=False)
-app.command()(inspect)
-app.command()(convert)
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], prog_name="perfusion")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +120,7 @@ def test_inspect_shows_keys_of_their_own_and_what_is_not_stated(concept, tmp_pat
 
 def test_inspect_exit_codes(file, tmp_path):
     missing = run("inspect", tmp_path / "none.safetensors")
-    assert missing.exit_code == 2 and "cannot read" in missing.stderr and "No such file" in missing.stderr
+    assert missing.exit_code == 2 and "none.safetensors: No such file" in missing.stderr
     assert run("inspect").exit_code == 2
     assert run("inspect", "--nonsense", file).exit_code == 2
     torch.save({"a": torch.ones(3)}, tmp_path / "x.pt")

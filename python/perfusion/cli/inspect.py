@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from perfusion.cli.strict_json import strict_json
+
 if TYPE_CHECKING:
     from perfusion.concept import Concept
 
-BAD_INPUT = 2  # no such file
-REFUSED = 3  # there is a file, and it is not a concept
-
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A concept file, such as my-teddy.safetensors.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A concept file, such as my-teddy.safetensors.", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every number unrounded.")] = False,
 ) -> None:
     """Check a concept file and say what is in it.
 
     Shows what the concept is called and what it is one of, the base model it needs, how wide its gate opens, how it was
     trained, and how large its vectors are. Nothing in the file is executed, so files from strangers are safe to look at.
+
     Exit codes: 0 a sound concept, 2 no such file, 3 a file that is refused.
     """
     from perfusion.concept import Concept
-    from perfusion.concept_file import ConceptFileError
 
-    try:
-        concept, size = Concept.load(file), file.stat().st_size
-    except ConceptFileError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(REFUSED) from None
-    except OSError as error:
-        print(f"error: cannot read {file}: {error.strerror or error}", file=sys.stderr)
-        raise typer.Exit(BAD_INPUT) from None
+    concept, size = Concept.load(file), file.stat().st_size
     facts = describe(concept, file, size)
-    print(dumps(facts, ensure_ascii=False) if json else "\n".join(_lines(facts, concept)))
+    print(strict_json(facts) if json else "\n".join(_lines(facts, concept)))
 
 
 def describe(concept: Concept, file: Path, size: int) -> dict[str, Any]:
