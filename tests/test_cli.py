@@ -155,6 +155,9 @@ def test_generate_makes_the_folder_and_needs_no_concept(draw, tmp_path):
     assert (tmp_path / "new" / "a.png").exists()
 
 
+UNUSABLE = ("nan", "inf", "1e30", "-1")
+
+
 def test_generate_says_what_is_wrong(draw, folder, tmp_path):
     teddy = ("--concept", folder / "my-teddy.safetensors")
     (tmp_path / "torn.safetensors").write_bytes((folder / "my-teddy.safetensors").read_bytes()[:-1])
@@ -172,11 +175,16 @@ def test_generate_says_what_is_wrong(draw, folder, tmp_path):
         (draw("a cup", "--concept", folder / "foreign.safetensors"), 2, "cannot be used with this pipeline"),
         (draw("a cup", model=folder), 2, "has no model_index.json"),
         (draw("a cup", "--device", "nonsense"), 2, "--device nonsense cannot be used"),
+        (draw("a cup", output=".png"), 2, "--output must be NAME.png, got .png"),
+        (draw("a cup", output=""), 2, "--output must be NAME.png, got no name"),
+        *((draw("a cup", "--guidance-scale", scale), 2, "--guidance-scale must be a number from 0 to 100, got") for scale in UNUSABLE),
     ):
         assert result.exit_code == code, result.output
         assert text in result.stderr.splitlines()[-1] and not result.stdout, result.output
         assert result.stderr.splitlines()[-1].startswith("error: ")
     assert draw("a cup", "--count", 0).exit_code == 2
+    beyond = draw("a cup", "--seed", 10**23)
+    assert beyond.exit_code == 2 and "'--seed'" in beyond.stderr and "9223372036854775807" in beyond.stderr
     assert os.listdir(tmp_path) == ["torn.safetensors"]
 
 
@@ -187,6 +195,27 @@ def test_generate_with_the_built_in_model(tmp_path):
 
 
 # errors
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "generate", "covariance", "convert"])
+def test_a_file_where_a_folder_is_needed_is_named(command, folder, tmp_path, monkeypatch):
+    """One sentence for every command: it is made of the file system's error alone."""
+    file = tmp_path / "q1.png"
+    file.write_bytes(b"mine")
+    monkeypatch.setattr("perfusion.demo.run_demo", lambda output, **_: output.mkdir(exist_ok=True))
+    monkeypatch.setattr("perfusion.training.train", lambda *_, output, **__: output.mkdir(parents=True, exist_ok=True))
+    model = ("--model", folder / "model", "--device", "cpu")
+    result = run(
+        *{
+            "demo": ("demo", "--output", file),
+            "train": ("train", tmp_path, "--superclass", "teddy", "--name", "x", "--output", file / "a" / "b", *model),
+            "generate": ("generate", "a cup", "--steps", 1, "--output", file / "x.png", *model),
+            "covariance": ("covariance", "--count", 50, "--output", file / "x", *model),
+            "convert": ("convert", file / "x", "--name", "x", "--model", folder / "model"),
+        }[command]
+    )
+    told = f"error: {file} is a file, and a folder is needed there. Choose another path, or move that file away."
+    assert (result.exit_code, result.stderr.splitlines()[-1], file.read_bytes()) == (2, told, b"mine")
 
 
 def fail_with(error, monkeypatch):

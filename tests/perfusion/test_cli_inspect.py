@@ -171,7 +171,7 @@ def test_convert_exit_codes(pipe, tmp_path):
         return run("convert", path, *(part for pair in options.items() for part in pair))
 
     for result, code, text in (
-        (call(path=tmp_path / "none.pt"), 2, "there is no file"),
+        (call(path=tmp_path / "none.pt"), 2, "none.pt: No such file"),
         (call(name="My Teddy"), 2, "name must be 1 to 32 characters"),
         (call(model="none"), 2, "none is not a model folder"),
         (call(temperature=0), 2, "temperature must be a number from"),

@@ -56,8 +56,7 @@ def convert(
     check_name(name)
     output = Path(f"{name}.safetensors") if output is None else output
     refuse_existing([output], overwrite)
-    if not checkpoint.exists():
-        raise FileNotFoundError(f"there is no file {checkpoint}.")
+    checkpoint.stat()  # what is not there is named before a model is loaded
     concept, notes = converter.convert(
         checkpoint,
         load_pipeline(model, device="cpu"),

@@ -23,7 +23,9 @@ def covariance(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it is there.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Captions encoded at once.")] = 64,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps; by default CUDA where there is one.")] = None,
-    max_condition: Annotated[float, typer.Option(help="Shrink a covariance whose condition number exceeds this.")] = 1e6,
+    max_condition: Annotated[
+        float, typer.Option(help="Shrink a covariance whose condition number exceeds this. [default: 1e6]", show_default=False)
+    ] = 1e6,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Second moment of a model's text encodings, found or computed, and what it is like.

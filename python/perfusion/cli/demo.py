@@ -18,6 +18,8 @@ def demo(
 
     Uses toybox, the model that comes with the package: nothing is downloaded, and two CPU cores take a few minutes. Writes two concept
     files, the pictures, and report.md and report.html with scores of what was learned.
+
+    Exit codes: 0 done, 2 bad input, 130 interrupted.
     """
     from perfusion.demo import run_demo
 

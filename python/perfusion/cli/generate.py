@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from perfusion.concept import Concept
     from perfusion.handle import Handle
 
-PER_CONCEPT = "VALUE for every concept, or NAME=VALUE for one."
+PER_CONCEPT = "VALUE for every concept, or NAME=VALUE for one; by default as the concept's file says."
 
 
 def generate(
@@ -38,7 +38,10 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     guidance_scale: Annotated[float, typer.Option(help="How far to follow the prompt, 0 to 100; 1 switches guidance off.")] = 6.0,
     negative_prompt: Annotated[str, typer.Option(help="What not to draw.")] = "",
-    strength: Annotated[Optional[list[str]], typer.Option(metavar="VALUE", help=f"0 to 4, 1 as learned. {PER_CONCEPT}")] = None,
+    strength: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="VALUE", help="0 to 4. VALUE for every concept, or NAME=VALUE for one. [default: 1, as learned]"),
+    ] = None,
     bias: Annotated[
         Optional[list[str]], typer.Option(metavar="VALUE", help=f"Lower: more of the concept; higher: more of the prompt. {PER_CONCEPT}")
     ] = None,

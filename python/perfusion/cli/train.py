@@ -38,7 +38,9 @@ def train(
     ] = None,
     instance_prompt: Annotated[
         Optional[list[str]],
-        typer.Option(help='Caption for pictures without a .txt: "a photo of a {}". May be repeated.', show_default=False),
+        typer.Option(
+            help='Caption for pictures without a .txt: "a photo of a {}". May be repeated. [default: 8 short ones]', show_default=False
+        ),
     ] = None,
     clipseg: Annotated[
         Optional[Path], typer.Option(help="Folder with CLIPSeg weights, to find the thing in pictures without a mask.")
@@ -46,7 +48,10 @@ def train(
     covariance: Annotated[Optional[Path], typer.Option(help="A file by `perfusion covariance`; by default found or computed.")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Fixes everything that is random. [default: 0]", show_default=False)] = None,
     validation_prompt: Annotated[
-        Optional[list[str]], typer.Option(help='Drawn as it learns: "a {} on the beach". May be repeated.', show_default=False)
+        Optional[list[str]],
+        typer.Option(
+            help='Drawn as it learns: "a {} on the beach". May be repeated. [default: "a photo of a {}" and "a {}"]', show_default=False
+        ),
     ] = None,
     validation_every: Annotated[Optional[int], typer.Option(help="Steps between them; 0 never. [default: 100]", show_default=False)] = None,
     checkpoint_every: Annotated[
