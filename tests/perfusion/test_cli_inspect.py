@@ -83,14 +83,16 @@ def test_inspect_tells_people(file):
         "recipe       steps 400, lr 0.03",
         "created      2025-01-31T12:00:00Z, by Ada [red]L[/red], licence CC0-1.0",
         "cosines      target with superclass 1.000, with metric target 1.000",
-        "opening      88% at the concept word; at the plain superclass word",
-        "             21% (similarity 0.500)",
+        "opening      88% at the concept word",
+        "             21% at the plain superclass word (similarity 0.500)",
         "value outputs  layers  outputs     norm  per output",
         "down_blocks.0       1        8    11.83       4.183",
         "up_blocks.1         2       16    64.68       16.17",
         "mid_block           1       16    127.3       31.84",
     ):
         assert line in lines, f"{line!r} not in\n{result.stdout}"
+    blocks = [line.split()[0] for line in lines[-3:]]
+    assert blocks == ["down_blocks.0", "mid_block", "up_blocks.1"]  # as a picture passes them
 
 
 def test_inspect_tells_programs(file, concept):
@@ -183,6 +185,15 @@ def test_convert_exit_codes(pipe, tmp_path):
         assert result.exit_code == code and text in result.stderr, result.output
     assert run("convert", checkpoint).exit_code == 2
     assert not output.exists()
+
+
+def test_convert_looks_at_what_a_file_is_and_not_at_its_ending(pipe, file, tmp_path):
+    disguised = save(tmp_path, package(Truth(pipe))).rename(tmp_path / "old.safetensors")
+    arguments = ("--name", "mine", "--model", "tiny", "--superclass", "teddy", "--output", tmp_path / "new.safetensors")
+    assert "perfusion convert" in run("inspect", disguised).stderr
+    assert run("convert", disguised, *arguments).exit_code == 0
+    finished = run("convert", file, *arguments, "--overwrite")
+    assert (finished.exit_code, finished.stderr) == (3, f"error: {file} is a concept already, and needs no conversion: use it as it is.\n")
 
 
 # help

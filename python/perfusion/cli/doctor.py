@@ -169,7 +169,7 @@ def _operators(device: torch.device) -> Iterator[Finding]:
             try:
                 error = _difference(_run(name, inputs, backend.name), _run(name, exact_inputs, "reference"))
             except perfusion_kernels.BackendUnavailable as reason:  # here, this way: kernels for a GPU, where there is none
-                yield Finding("operator", name, "off", str(reason))
+                yield Finding("operator", name, "off", str(reason).removeprefix(f"{name}: "))
                 continue
             except Exception as reason:  # whatever it is, it is what the doctor was called for
                 yield Finding("operator", name, "bad", f"{backend.name} on {device.type}: {type(reason).__name__}: {reason}")

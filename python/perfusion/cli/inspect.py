@@ -99,12 +99,17 @@ def _groups(concept: Concept) -> list[dict[str, Any]]:
     for layer in concept.base.layers:
         members.setdefault(layer.split(".attentions.")[0], []).append(layer)
     groups = []
-    for block, layers in members.items():
+    for block, layers in sorted(members.items(), key=lambda member: _place(member[0])):
         outputs = sum(concept.base.layers[layer] for layer in layers)
         norm = sum(_norm(concept.value_output(layer)) ** 2 for layer in layers) ** 0.5
         rms = norm / outputs**0.5
         groups.append({"block": block, "layers": len(layers), "outputs": outputs, "norm": norm, "rms": rms})
     return groups
+
+
+def _place(block: str) -> int:
+    """Where a block stands in the UNet: down, middle, up; blocks of one kind keep their order."""
+    return next((place for place, kind in enumerate(("down_blocks", "mid_block", "up_blocks")) if block.startswith(kind)), -1)
 
 
 def _lines(facts: dict[str, Any], concept: Concept) -> Iterable[str]:
@@ -131,8 +136,8 @@ def _lines(facts: dict[str, Any], concept: Concept) -> Iterable[str]:
         f"with metric target {cosines['target_metric_target']:.3f}"
     )
     yield f"energy       {facts['energy']:.4g} (target . metric target, its largest entry being 1)"
-    yield f"opening      {facts['target_gate']:.0%} at the concept word; at the plain superclass word"
-    yield f"             {facts['superclass_gate']:.0%} (similarity {facts['superclass_similarity']:.3f})"
+    yield f"opening      {facts['target_gate']:.0%} at the concept word"
+    yield f"             {facts['superclass_gate']:.0%} at the plain superclass word (similarity {facts['superclass_similarity']:.3f})"
     yield ""
     width = max(len(group["block"]) for group in facts["groups"])
     yield f"{'value outputs':{width}}  layers  outputs     norm  per output"
