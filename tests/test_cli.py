@@ -163,13 +163,15 @@ def test_generate_says_what_is_wrong(draw, folder, tmp_path):
     (tmp_path / "torn.safetensors").write_bytes((folder / "my-teddy.safetensors").read_bytes()[:-1])
     for result, code, text in (
         (draw("a cup", output=tmp_path / "a.jpg"), 2, "--output must be NAME.png, got "),
-        (draw("a <my-cup>", *teddy), 2, "no concept <my-cup> is loaded; loaded are: <my-teddy>"),
+        (draw("a <my-cup>", *teddy), 2, "no concept <my-cup> is loaded; loaded are: <my-teddy>. Give its file with --concept FILE."),
         (draw("a cup", "--negative-prompt", "<x>"), 2, "loaded are: none"),
         (draw("a cup", *teddy, "--bias", "high"), 2, "--bias must be a number or NAME=NUMBER, got 'high'"),
         (draw("a cup", *teddy, "--bias", "cup=1"), 2, "--bias: there is no concept cup; loaded are: my-teddy"),
         (draw("a cup", "--bias", "1"), 2, "--bias: there is no concept to set"),
         (draw("a cup", *teddy, "--strength", "9"), 2, "strength must"),
-        (draw("a cup", *teddy, *teddy), 2, "is loaded already"),
+        (draw("a cup", *teddy, *teddy), 2, "is loaded already. Give this one another name with --concept NAME=FILE."),
+        (draw("a <my-teddy> and a <twin>", *teddy, "--concept", f"twin={teddy[1]}"), 2, "error: 'my-teddy', 'twin' cannot share a prompt"),
+        (draw("a <my-teddy> and a <twin>", *teddy, "--concept", f"twin={teddy[1]}"), 2, "Write only one of them in a prompt."),
         (draw("a cup", "--concept", "none.safetensors"), 2, "none.safetensors: No such file"),
         (draw("a cup", "--concept", tmp_path / "torn.safetensors"), 3, "cut short"),
         (draw("a cup", "--concept", folder / "foreign.safetensors"), 2, "cannot be used with this pipeline"),

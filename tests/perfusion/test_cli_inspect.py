@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import sys
-import types
 
 import pytest
 import torch
@@ -14,6 +12,8 @@ from typer.testing import CliRunner
 from perfusion import cli
 from perfusion.base import describe_base
 from perfusion.concept import Concept
+from perfusion.covariance import Covariance
+from perfusion.models import TOYBOX
 
 
 def run(*arguments):
@@ -34,7 +34,7 @@ def models(monkeypatch, pipe):
             raise OSError(f"{model} is not a model folder")
         return pipe
 
-    monkeypatch.setitem(sys.modules, "perfusion.models", types.SimpleNamespace(load_pipeline=load_pipeline))
+    monkeypatch.setattr("perfusion.models.load_pipeline", load_pipeline)
 
 
 @pytest.fixture
@@ -93,6 +93,12 @@ def test_inspect_tells_people(file):
         assert line in lines, f"{line!r} not in\n{result.stdout}"
     blocks = [line.split()[0] for line in lines[-3:]]
     assert blocks == ["down_blocks.0", "mid_block", "up_blocks.1"]  # as a picture passes them
+
+
+def test_inspect_knows_toybox(concept, tmp_path):
+    encoder = Covariance.load(TOYBOX / "covariance.safetensors").text_encoder
+    dataclasses.replace(concept, base=dataclasses.replace(concept.base, text_encoder=encoder)).save(tmp_path / "a.safetensors")
+    assert "\nbase         toybox (text width 16, 4 cross" in run("inspect", tmp_path / "a.safetensors").stdout
 
 
 def test_inspect_tells_programs(file, concept):
@@ -174,10 +180,10 @@ def test_convert_exit_codes(pipe, tmp_path):
 
     for result, code, text in (
         (call(path=tmp_path / "none.pt"), 2, "none.pt: No such file"),
-        (call(name="My Teddy"), 2, "name must be 1 to 32 characters"),
+        (call(name="My Teddy"), 2, "error: a concept's name must be 1 to 32 characters"),
         (call(model="none"), 2, "none is not a model folder"),
         (call(temperature=0), 2, "temperature must be a number from"),
-        (call(author="x" * 65), 2, "author must be at most 64 bytes"),
+        (call(author="x" * 85), 2, f"error: a concept's author must be at most 64 bytes as JSON text in UTF-8, got 85: '{78 * 'x'}…\n"),
         (call(index=4), 3, "index must be 0 to 0, got 4"),
         (call(path=save(tmp_path, {"a": 1})), 3, "not a checkpoint of a known port"),
         (call(covariance=tmp_path / "none"), 2, "none"),

@@ -441,7 +441,7 @@ def test_command_json_and_shrinkage(command):
     "arguments, code, message",
     [
         (["--model", "nowhere"], 2, "error: no such model: nowhere"),
-        (["--captions", "nowhere.txt"], 2, "error: read_captions: no such file: nowhere.txt"),
+        (["--captions", "nowhere.txt"], 2, "error: no such file of captions: nowhere.txt\n"),
         (["--max-condition", "0"], 2, "error: --max-condition must be above 1 and at most 1e12, got 0\n"),
         (["--max-condition", "nan"], 2, "error: --max-condition must be"),
         (["--device", "nonsense"], 2, "error: --device nonsense cannot be used: "),

@@ -68,7 +68,9 @@ def _command(name: str) -> Any:
 
 def _explain(error: Exception) -> tuple[int, str]:
     """Exit code and message of an error that came out of a command."""
-    text = " ".join(str(error).split())
+    from perfusion.advice import for_command_line
+
+    text = " ".join(for_command_line(error).split())
     if isinstance(error, OSError) and error.filename is not None:
         text = _file_for_folder(error) or f"{error.filename}: {error.strerror}"
     from perfusion.base import UnsupportedPipeline

@@ -11,6 +11,7 @@ import typer
 from perfusion.cli.strict_json import strict_json
 
 if TYPE_CHECKING:
+    from perfusion.base import Base
     from perfusion.concept import Concept
 
 
@@ -107,6 +108,19 @@ def _groups(concept: Concept) -> list[dict[str, Any]]:
     return groups
 
 
+def _base(base: Base) -> str:
+    """The base in words; of the custom ones, toybox has a name here."""
+    from safetensors import safe_open
+
+    from perfusion.base import fingerprints_match
+    from perfusion.covariance import FILE_NAME
+    from perfusion.models import TOYBOX
+
+    with safe_open(TOYBOX / FILE_NAME, "pt") as file:
+        toybox = file.metadata()["perfusion.text_encoder"]
+    return str(base).replace("a custom model", "toybox" if fingerprints_match(base.text_encoder, toybox) else "a custom model")
+
+
 def _place(block: str) -> int:
     """Where a block stands in the UNet: down, middle, up; blocks of one kind keep their order."""
     return next((place for place, kind in enumerate(("down_blocks", "mid_block", "up_blocks")) if block.startswith(kind)), -1)
@@ -123,7 +137,7 @@ def _lines(facts: dict[str, Any], concept: Concept) -> Iterable[str]:
     yield ""
     yield f"name         {facts['name']}; write <{facts['name']}> in a prompt"
     yield f"superclass   {facts['superclass']}"
-    yield f"base         {concept.base}"
+    yield f"base         {_base(concept.base)}"
     yield f"gate         bias {facts['bias']:g}, temperature {facts['temperature']:g}; both can be set at every use"
     yield "keys         " + ("locked to the superclass" if facts["keys"] == "locked" else "its own, trained without the key lock")
     yield f"covariance   {facts['covariance'] or 'not stated'}"
