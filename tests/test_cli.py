@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 import perfusion
+import perfusion_kernels
 from perfusion import cli, models
 from perfusion.cli import doctor
+from perfusion.cli.strict_json import strict_json
 from tests.stand_in import save_concept, save_model
 
 
@@ -262,6 +266,28 @@ def test_ctrl_c_ends_in_one_line(draw, tmp_path, monkeypatch):
     assert (result.exit_code, result.stderr, os.listdir(tmp_path)) == (130, "interrupted\n", [])
 
 
+@pytest.mark.parametrize("command", ["demo", "train", "generate", "covariance", "warmup"])
+@pytest.mark.parametrize("device", ["nonsense", "cpu:x"])
+def test_a_device_that_is_none_is_a_usage_error(command, device, tmp_path):
+    needed = {"generate": ("a cup",), "train": (tmp_path, "--superclass", "teddy", "--name", "x")}.get(command, ())
+    result = run(command, *needed, "--device", device)
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: --device {device} cannot be used: "), result.output
+    assert result.stderr.count("\n") == 1
+
+
+# JSON
+
+
+def test_what_json_cannot_say_is_null():
+    value = {"a": [1.5, float("inf"), (float("nan"), "é", None, True)], 2: -float("inf")}
+    assert strict_json(value) == '{"a": [1.5, null, [null, "é", null, true]], "2": null}'
+
+
+def test_every_command_writes_its_json_so():
+    for path in Path(cli.__file__).parent.glob("*.py"):
+        assert path.name == "strict_json.py" or "dumps" not in path.read_text(encoding="utf-8"), path
+
+
 # doctor
 
 
@@ -288,14 +314,20 @@ def test_doctor_finds_all_well(healthy, tmp_path):
 
 
 def test_doctor_tells_programs(healthy):
-    report = json.loads(run("doctor", "--json").stdout)
+    report = json.loads(run("doctor", "--json").stdout, parse_constant=pytest.fail)
     assert report["healthy"] and {finding["state"] for finding in report["findings"]} <= {"ok", "off"}
     assert {"software", "compiler", "device", "backend", "compiled", "operator", "model", "cache"} == {f["area"] for f in report["findings"]}
 
 
-def test_doctor_says_what_is_broken(healthy, monkeypatch, tmp_path):
-    import perfusion_kernels
+def test_doctor_says_an_operators_name_once(monkeypatch):
+    def unavailable(name, *_):
+        raise perfusion_kernels.BackendUnavailable(f"{name}: kernels need a GPU")
 
+    monkeypatch.setattr(doctor, "_run", unavailable)
+    assert {finding.detail for finding in doctor._operators(torch.device("cpu"))} == {"kernels need a GPU"}
+
+
+def test_doctor_says_what_is_broken(healthy, monkeypatch, tmp_path):
     exact = perfusion_kernels.concept_gates
 
     @functools.wraps(exact)

@@ -7,6 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from perfusion.cli.checks import check_device
+
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("perfusion-demo"),
@@ -23,6 +25,7 @@ def demo(
     """
     from perfusion.demo import run_demo
 
+    check_device(device)
     report = run_demo(output, steps=steps, samples=samples, device=device)
     files = sorted(path for path in output.glob("*") if path.is_file())
     print("Wrote " + ", ".join(str(path) for path in files) + ".")
