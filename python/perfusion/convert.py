@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from perfusion.advice import advise
 from perfusion.base import Base, cross_attention_layers, describe_base, text_encoders
 from perfusion.concept import DEFAULT_BIAS, DEFAULT_TEMPERATURE, Concept, check_name
 from perfusion.concept_file import ConceptFileError
@@ -121,7 +122,11 @@ def convert(
     notes = [f"Checkpoint of {found.port}.", *found.notes]
     superclass = superclass or found.superclass
     if not superclass:
-        raise ConversionError("the checkpoint does not say its superclass. Give it, for example superclass='teddy'.")
+        raise advise(
+            ConversionError("the checkpoint does not say its superclass."),
+            python="Give it, for example superclass='teddy'.",
+            command="Give it, for example --superclass teddy.",
+        )
 
     metric_target, fingerprint = _metric_target(found, covariance, base)
     reader = _Reader(pipe)
@@ -513,7 +518,11 @@ def _metric_target(found: _Found, covariance: Covariance | None, base: Base) -> 
     elif covariance is not None:
         metric, fingerprint = covariance.metric_targets(found.target).double(), covariance.fingerprint
     else:
-        raise ConversionError("the checkpoint holds no C^-1. Give the text encoder's covariance; `perfusion covariance` computes it.")
+        raise advise(
+            ConversionError("the checkpoint holds no C^-1."),
+            python="Give the text encoder's covariance; get_covariance(pipe) of perfusion.covariance finds or computes it.",
+            command="Give the text encoder's with --covariance FILE; `perfusion covariance --output FILE` finds or computes it.",
+        )
     if not torch.dot(found.target, metric) > 0:
         raise ConversionError("the energy i* . C^-1 i* is not positive: C^-1 is not the inverse of a covariance.")
     return metric, fingerprint

@@ -172,6 +172,7 @@ def test_convert_writes_beside_and_never_over(pipe, tmp_path, monkeypatch):
 
 def test_convert_exit_codes(pipe, tmp_path):
     checkpoint, output = save(tmp_path, package(Truth(pipe))), tmp_path / "c.safetensors"
+    no_inverse = {**package(Truth(pipe)), "C_inv": None}
     good = {"--name": "my-teddy", "--model": "tiny", "--superclass": "teddy", "--output": output}
 
     def call(path=checkpoint, **changes):
@@ -184,8 +185,10 @@ def test_convert_exit_codes(pipe, tmp_path):
         (call(model="none"), 2, "none is not a model folder"),
         (call(temperature=0), 2, "temperature must be a number from"),
         (call(author="x" * 85), 2, f"error: a concept's author must be at most 64 bytes as JSON text in UTF-8, got 85: '{78 * 'x'}…\n"),
+        (call(superclass=""), 3, "does not say its superclass. Give it, for example --superclass teddy.\n"),
         (call(index=4), 3, "index must be 0 to 0, got 4"),
         (call(path=save(tmp_path, {"a": 1})), 3, "not a checkpoint of a known port"),
+        (call(path=save(tmp_path, no_inverse)), 3, "holds no C^-1. Give the text encoder's with --covariance FILE; "),
         (call(covariance=tmp_path / "none"), 2, "none"),
     ):
         assert result.exit_code == code and text in result.stderr, result.output
