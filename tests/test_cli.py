@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 import perfusion
+import perfusion_kernels
 from perfusion import cli, models
 from perfusion.cli import doctor
+from perfusion.cli.strict_json import strict_json
 from tests.stand_in import save_concept, save_model
 
 
@@ -52,7 +56,7 @@ def test_help_names_every_command():
     assert result.exit_code == 0
     for name in cli.COMMANDS:
         assert re.search(rf"^\W*{name}\s", result.stdout, re.MULTILINE), name
-    assert run().stdout.strip() == result.stdout.strip()
+    assert run().output.strip() == result.stdout.strip()
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -155,28 +159,38 @@ def test_generate_makes_the_folder_and_needs_no_concept(draw, tmp_path):
     assert (tmp_path / "new" / "a.png").exists()
 
 
+UNUSABLE = ("nan", "inf", "1e30", "-1")
+
+
 def test_generate_says_what_is_wrong(draw, folder, tmp_path):
     teddy = ("--concept", folder / "my-teddy.safetensors")
     (tmp_path / "torn.safetensors").write_bytes((folder / "my-teddy.safetensors").read_bytes()[:-1])
     for result, code, text in (
-        (draw("a cup", output=tmp_path / "a.jpg"), 2, "--output must end in .png"),
-        (draw("a <my-cup>", *teddy), 2, "no concept <my-cup> is loaded; loaded are: <my-teddy>"),
+        (draw("a cup", output=tmp_path / "a.jpg"), 2, "--output must be NAME.png, got "),
+        (draw("a <my-cup>", *teddy), 2, "no concept <my-cup> is loaded; loaded are: <my-teddy>. Give its file with --concept FILE."),
         (draw("a cup", "--negative-prompt", "<x>"), 2, "loaded are: none"),
         (draw("a cup", *teddy, "--bias", "high"), 2, "--bias must be a number or NAME=NUMBER, got 'high'"),
         (draw("a cup", *teddy, "--bias", "cup=1"), 2, "--bias: there is no concept cup; loaded are: my-teddy"),
         (draw("a cup", "--bias", "1"), 2, "--bias: there is no concept to set"),
         (draw("a cup", *teddy, "--strength", "9"), 2, "strength must"),
-        (draw("a cup", *teddy, *teddy), 2, "is loaded already"),
+        (draw("a cup", *teddy, *teddy), 2, "is loaded already. Give this one another name with --concept NAME=FILE."),
+        (draw("a <my-teddy> and a <twin>", *teddy, "--concept", f"twin={teddy[1]}"), 2, "error: 'my-teddy', 'twin' cannot share a prompt"),
+        (draw("a <my-teddy> and a <twin>", *teddy, "--concept", f"twin={teddy[1]}"), 2, "Write only one of them in a prompt."),
         (draw("a cup", "--concept", "none.safetensors"), 2, "none.safetensors: No such file"),
         (draw("a cup", "--concept", tmp_path / "torn.safetensors"), 3, "cut short"),
         (draw("a cup", "--concept", folder / "foreign.safetensors"), 2, "cannot be used with this pipeline"),
         (draw("a cup", model=folder), 2, "has no model_index.json"),
         (draw("a cup", "--device", "nonsense"), 2, "--device nonsense cannot be used"),
+        (draw("a cup", output=".png"), 2, "--output must be NAME.png, got .png"),
+        (draw("a cup", output=""), 2, "--output must be NAME.png, got no name"),
+        *((draw("a cup", "--guidance-scale", scale), 2, "--guidance-scale must be a number from 0 to 100, got") for scale in UNUSABLE),
     ):
         assert result.exit_code == code, result.output
         assert text in result.stderr.splitlines()[-1] and not result.stdout, result.output
         assert result.stderr.splitlines()[-1].startswith("error: ")
     assert draw("a cup", "--count", 0).exit_code == 2
+    beyond = draw("a cup", "--seed", 10**23)
+    assert beyond.exit_code == 2 and "'--seed'" in beyond.stderr and "9223372036854775807" in beyond.stderr
     assert os.listdir(tmp_path) == ["torn.safetensors"]
 
 
@@ -187,6 +201,27 @@ def test_generate_with_the_built_in_model(tmp_path):
 
 
 # errors
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "generate", "covariance", "convert"])
+def test_a_file_where_a_folder_is_needed_is_named(command, folder, tmp_path, monkeypatch):
+    """One sentence for every command: it is made of the file system's error alone."""
+    file = tmp_path / "q1.png"
+    file.write_bytes(b"mine")
+    monkeypatch.setattr("perfusion.demo.run_demo", lambda output, **_: output.mkdir(exist_ok=True))
+    monkeypatch.setattr("perfusion.training.train", lambda *_, output, **__: output.mkdir(parents=True, exist_ok=True))
+    model = ("--model", folder / "model", "--device", "cpu")
+    result = run(
+        *{
+            "demo": ("demo", "--output", file),
+            "train": ("train", tmp_path, "--superclass", "teddy", "--name", "x", "--output", file / "a" / "b", *model),
+            "generate": ("generate", "a cup", "--steps", 1, "--output", file / "x.png", *model),
+            "covariance": ("covariance", "--count", 50, "--output", file / "x", *model),
+            "convert": ("convert", file / "x", "--name", "x", "--model", folder / "model"),
+        }[command]
+    )
+    told = f"error: {file} is a file, and a folder is needed there. Choose another path, or move that file away."
+    assert (result.exit_code, result.stderr.splitlines()[-1], file.read_bytes()) == (2, told, b"mine")
 
 
 def fail_with(error, monkeypatch):
@@ -231,6 +266,28 @@ def test_ctrl_c_ends_in_one_line(draw, tmp_path, monkeypatch):
     assert (result.exit_code, result.stderr, os.listdir(tmp_path)) == (130, "interrupted\n", [])
 
 
+@pytest.mark.parametrize("command", ["demo", "train", "generate", "covariance", "warmup"])
+@pytest.mark.parametrize("device", ["nonsense", "cpu:x"])
+def test_a_device_that_is_none_is_a_usage_error(command, device, tmp_path):
+    needed = {"generate": ("a cup",), "train": (tmp_path, "--superclass", "teddy", "--name", "x")}.get(command, ())
+    result = run(command, *needed, "--device", device)
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: --device {device} cannot be used: "), result.output
+    assert result.stderr.count("\n") == 1
+
+
+# JSON
+
+
+def test_what_json_cannot_say_is_null():
+    value = {"a": [1.5, float("inf"), (float("nan"), "é", None, True)], 2: -float("inf")}
+    assert strict_json(value) == '{"a": [1.5, null, [null, "é", null, true]], "2": null}'
+
+
+def test_every_command_writes_its_json_so():
+    for path in Path(cli.__file__).parent.glob("*.py"):
+        assert path.name == "strict_json.py" or "dumps" not in path.read_text(encoding="utf-8"), path
+
+
 # doctor
 
 
@@ -257,14 +314,20 @@ def test_doctor_finds_all_well(healthy, tmp_path):
 
 
 def test_doctor_tells_programs(healthy):
-    report = json.loads(run("doctor", "--json").stdout)
+    report = json.loads(run("doctor", "--json").stdout, parse_constant=pytest.fail)
     assert report["healthy"] and {finding["state"] for finding in report["findings"]} <= {"ok", "off"}
     assert {"software", "compiler", "device", "backend", "compiled", "operator", "model", "cache"} == {f["area"] for f in report["findings"]}
 
 
-def test_doctor_says_what_is_broken(healthy, monkeypatch, tmp_path):
-    import perfusion_kernels
+def test_doctor_says_an_operators_name_once(monkeypatch):
+    def unavailable(name, *_):
+        raise perfusion_kernels.BackendUnavailable(f"{name}: kernels need a GPU")
 
+    monkeypatch.setattr(doctor, "_run", unavailable)
+    assert {finding.detail for finding in doctor._operators(torch.device("cpu"))} == {"kernels need a GPU"}
+
+
+def test_doctor_says_what_is_broken(healthy, monkeypatch, tmp_path):
     exact = perfusion_kernels.concept_gates
 
     @functools.wraps(exact)

@@ -538,9 +538,9 @@ def read_captions(path: str | Path) -> Iterator[str]:
     path = Path(path)
     readers = {".txt": _text_lines, ".jsonl": _json_lines, ".csv": _csv_rows}
     if path.suffix.lower() not in readers:
-        raise ValueError(f"read_captions: {path} is not one of {', '.join(readers)}")
+        raise ValueError(f"{path} is not one of {', '.join(readers)}")
     if not path.is_file():
-        raise FileNotFoundError(f"read_captions: no such file: {path}")
+        raise FileNotFoundError(f"no such file of captions: {path}")
     return _captions_of(path, readers[path.suffix.lower()])
 
 
@@ -552,7 +552,7 @@ def _captions_of(path: Path, reader) -> Iterator[str]:
                 empty = False
                 yield caption
     if empty:
-        raise ValueError(f"read_captions: {path} holds no caption")
+        raise ValueError(f"{path} holds no caption")
 
 
 def _decoded(path: Path, file) -> Iterator[str]:
@@ -562,7 +562,7 @@ def _decoded(path: Path, file) -> Iterator[str]:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             at = f"byte {error.start + 1} of the line is 0x{line[error.start]:02x}"
-            raise ValueError(f"read_captions: {path}, line {number} is not UTF-8 text ({at}); save it as UTF-8") from error
+            raise ValueError(f"{path}, line {number} is not UTF-8 text ({at}); save it as UTF-8") from error
 
 
 def _text_lines(path: Path, lines: Iterator[str]) -> Iterator[str]:
@@ -576,10 +576,10 @@ def _json_lines(path: Path, lines: Iterator[str]) -> Iterator[str]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"read_captions: {path}, line {number} is not JSON: {error}") from error
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
         caption = row.get("text", row.get("caption")) if isinstance(row, dict) else None
         if not isinstance(caption, str):
-            raise ValueError(f'read_captions: {path}, line {number} has no string under "text" or "caption"')
+            raise ValueError(f'{path}, line {number} has no string under "text" or "caption"')
         yield caption
 
 
@@ -589,8 +589,8 @@ def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[str]:
         columns = {(name or "").strip().lower(): name for name in rows.fieldnames or ()}
         column = columns.get("caption", columns.get("text"))
         if column is None:
-            raise ValueError(f'read_captions: {path} has no column "caption" or "text", only {sorted(columns)}')
+            raise ValueError(f'{path} has no column "caption" or "text", only {sorted(columns)}')
         for row in rows:
             yield row[column] or ""
     except csv.Error as error:
-        raise ValueError(f"read_captions: {path}, line {rows.line_num}: {error}") from error
+        raise ValueError(f"{path}, line {rows.line_num}: {error}") from error

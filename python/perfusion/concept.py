@@ -94,7 +94,7 @@ class Concept:
         _check_number("bias", self.bias, -2, 2)
         _check_number("temperature", self.temperature, 1e-3, 10)
         if not isinstance(self.base, Base):
-            raise ValueError(f"Concept: base must be a perfusion.base.Base, got {type(self.base).__name__}")
+            raise ValueError(f"a concept's base must be a perfusion.base.Base, got {type(self.base).__name__}")
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -105,18 +105,18 @@ class Concept:
         for field in ("target", "metric_target", "superclass_encoding"):
             self._set(field, _vector(field, getattr(self, field), width))
         if isinstance(self.word_embeddings, Tensor) or len(self.word_embeddings) != len(self.base.text_widths):
-            raise ValueError(f"Concept: word_embeddings must be a tuple of {len(self.base.text_widths)}, one per text encoder")
+            raise ValueError(f"a concept's word_embeddings must be a tuple of {len(self.base.text_widths)}, one per text encoder")
         words = zip(self.word_embeddings, self.base.text_widths)
         self._set("word_embeddings", tuple(_vector(f"word_embeddings[{i}]", w, size) for i, (w, size) in enumerate(words)))
 
         largest = self.metric_target.abs().max()
         if largest == 0:
-            raise ValueError("Concept: metric_target must not be all zero")
+            raise ValueError("a concept's metric_target must not be all zero")
         if largest != 1:  # idempotent, so that saving and loading changes no bit
             self._set("metric_target", self.metric_target / largest)
         if not self.energy > 0:
             raise ValueError(
-                f"Concept: the energy target . metric_target must be positive, got {self.energy:.3g}. "
+                f"a concept's energy target . metric_target must be positive, got {self.energy:.3g}. "
                 "C^-1 is positive definite, so the two vectors do not belong together."
             )
 
@@ -184,11 +184,17 @@ class Concept:
         )
 
 
+def _short(value: Any, size: int = 80) -> str:
+    """A value in quotes, and where it is too long for a message, a sign that it goes on."""
+    text = repr(value)
+    return text if len(text) <= size else text[: size - 1] + "…"
+
+
 def check_name(name: Any) -> None:
     """ValueError unless `name` can be a concept's name."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
-            f"Concept: name must be 1 to 32 characters of a-z, 0-9, '-' and '_', the first a letter or digit, got {name!r:.80}"
+            f"a concept's name must be 1 to 32 characters of a-z, 0-9, '-' and '_', the first a letter or digit, got {_short(name)}"
         )
 
 
@@ -198,12 +204,12 @@ def _json_bytes(value: Any) -> int:
 
 def _check_text(field: str, value: Any, limit: int, *, required: bool = False) -> None:
     if not isinstance(value, str) or not value.isprintable():
-        raise ValueError(f"Concept: {field} must be printable text on one line, got {value!r:.80}")
+        raise ValueError(f"a concept's {field} must be printable text on one line, got {_short(value)}")
     if value != value.strip() or (required and not value):
-        raise ValueError(f"Concept: {field} must not be empty or begin or end with a space, got {value!r:.80}")
+        raise ValueError(f"a concept's {field} must not be empty or begin or end with a space, got {_short(value)}")
     size = _json_bytes(value) - 2
     if size > limit:
-        raise ValueError(f"Concept: {field} must be at most {limit} bytes as JSON text in UTF-8, got {size}: {value!r:.80}")
+        raise ValueError(f"a concept's {field} must be at most {limit} bytes as JSON text in UTF-8, got {size}: {_short(value)}")
 
 
 def _check_date(value: Any) -> None:
@@ -212,7 +218,7 @@ def _check_date(value: Any) -> None:
             raise ValueError(value)
         datetime.datetime.strptime(value, "%Y-%m-%dT%H:%M:%SZ")
     except (TypeError, ValueError):
-        raise ValueError(f"Concept: created must be a UTC time like 2025-01-31T12:00:00Z, got {value!r:.80}") from None
+        raise ValueError(f"a concept's time created must be a UTC time like 2025-01-31T12:00:00Z, got {_short(value)}") from None
 
 
 def _check_recipe(recipe: Any) -> None:
@@ -221,26 +227,27 @@ def _check_recipe(recipe: Any) -> None:
     items = [item for _, value in pairs for item in (value if isinstance(value, list) else [value])]
     keys = [key for key, _ in pairs]
     if not all(isinstance(item, plain) for item in items) or not all(isinstance(key, str) for key in keys):
-        raise ValueError(f"Concept: recipe must map text to text, numbers, true, false, None or lists of them, got {recipe!r:.200}")
+        came = _short(recipe, 200)
+        raise ValueError(f"a concept's recipe must map text to text, numbers, true, false, None or lists of them, got {came}")
     if not all(item.isprintable() for item in (*keys, *items) if isinstance(item, str)):
-        raise ValueError(f"Concept: recipe must hold printable text on one line, got {recipe!r:.200}")
+        raise ValueError(f"a concept's recipe must hold printable text on one line, got {_short(recipe, 200)}")
     try:
         size = _json_bytes(json.dumps(recipe, ensure_ascii=False, separators=(",", ":"), allow_nan=False)) - 2
     except ValueError:
-        raise ValueError(f"Concept: recipe must hold finite numbers, got {recipe!r:.200}") from None
+        raise ValueError(f"a concept's recipe must hold finite numbers, got {_short(recipe, 200)}") from None
     if size > RECIPE_BYTES:
-        raise ValueError(f"Concept: recipe must be at most {RECIPE_BYTES} bytes as JSON text, got {size}. Leave something out.")
+        raise ValueError(f"a concept's recipe must be at most {RECIPE_BYTES} bytes as JSON text, got {size}. Leave something out.")
 
 
 def _check_number(field: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"Concept: {field} must be a number from {low:g} to {high:g}, got {value!r:.80}")
+        raise ValueError(f"a concept's {field} must be a number from {low:g} to {high:g}, got {_short(value)}")
 
 
 def _vector(field: str, value: Any, size: int) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point() or tuple(value.shape) != (size,):
         came = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"Concept: {field} must be a floating point tensor of shape ({size},), got {came}")
+        raise ValueError(f"a concept's {field} must be a floating point tensor of shape ({size},), got {came}")
     if not torch.isfinite(value).all():
-        raise ValueError(f"Concept: {field} must be finite, but it holds NaN or infinity")
+        raise ValueError(f"a concept's {field} must be finite, but it holds NaN or infinity")
     return value.detach().contiguous()

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import re
-import secrets
 import stat
 import struct
 from collections.abc import Mapping
@@ -32,8 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perfusion.advice import advise
 from perfusion.base import Base
 from perfusion.concept import Concept
+from perfusion.files import whole
 
 __all__ = ["ConceptFileError", "decode_layers", "encode_layers", "read", "write"]
 
@@ -196,11 +197,19 @@ def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     error, norm = (rounded.double() - exact).norm().item(), exact.norm().item()
     if not math.isfinite(error) or error > ROUNDING[dtype] * norm:
         largest = exact.abs().max().item()
-        raise ValueError(
-            f"{name} does not fit {dtype}: its largest entry is {largest:.3g}, and rounding would change it by "
-            f"{error / max(norm, 1e-300):.2g} of its norm. Save with dtype=torch.float32."
+        raise _in_float32(
+            f"{name} does not fit {str(dtype).removeprefix('torch.')}: its largest entry is {largest:.3g}, and rounding would "
+            f"change it by {error / max(norm, 1e-300):.2g} of its norm."
         )
     return rounded
+
+
+def _in_float32(what: str) -> ValueError:
+    return advise(
+        ValueError(what),
+        python="Save with dtype=torch.float32.",
+        command="A training with a lower --learning-rate keeps it small; where a checkpoint is converted, --dtype float32 holds it.",
+    )
 
 
 def encode(concept: Concept, dtype: torch.dtype = torch.float16) -> bytes:
@@ -210,9 +219,9 @@ def encode(concept: Concept, dtype: torch.dtype = torch.float16) -> bytes:
     rounded = {name: _rounded(name, tensor, dtype) for name, tensor in _tensors(concept).items()}
     energy = torch.dot(rounded["target"].double(), rounded["metric_target"].double()).item()
     if abs(energy - concept.energy) > ENERGY_ROUNDING * concept.energy:
-        raise ValueError(
-            f"the energy target . metric_target does not survive {dtype}: {concept.energy:.4g} would become {energy:.4g}. "
-            "Save with dtype=torch.float32."
+        raise _in_float32(
+            f"the energy target . metric_target does not survive {str(dtype).removeprefix('torch.')}: "
+            f"{concept.energy:.4g} would become {energy:.4g}."
         )
     label = next(label for label, known in DTYPES.items() if known == dtype)
     data = {name: (label, len(tensor), tensor.view(torch.uint8).numpy().tobytes()) for name, tensor in rounded.items()}
@@ -239,16 +248,10 @@ def write(concept: Concept, path: str | os.PathLike[str], dtype: torch.dtype = t
     data = encode(concept, dtype)
     decode(data, source=str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole(path) as draft, open(draft, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # Reading

@@ -30,13 +30,15 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
+from perfusion.advice import advise
 from perfusion.base import Base, cross_attention_layers, describe_base, text_encoders
 from perfusion.concept import DEFAULT_BIAS, DEFAULT_TEMPERATURE, Concept, check_name
+from perfusion.concept_file import ConceptFileError
 
 if TYPE_CHECKING:
     from perfusion.covariance import Covariance
@@ -120,7 +122,11 @@ def convert(
     notes = [f"Checkpoint of {found.port}.", *found.notes]
     superclass = superclass or found.superclass
     if not superclass:
-        raise ConversionError("the checkpoint does not say its superclass. Give it, for example superclass='teddy'.")
+        raise advise(
+            ConversionError("the checkpoint does not say its superclass."),
+            python="Give it, for example superclass='teddy'.",
+            command="Give it, for example --superclass teddy.",
+        )
 
     metric_target, fingerprint = _metric_target(found, covariance, base)
     reader = _Reader(pipe)
@@ -179,10 +185,17 @@ def _load(path: Path) -> Any:
         raise ConversionError(f"{path} is not a regular file. Give the checkpoint file.")
     if path.stat().st_size > MAX_BYTES:
         raise ConversionError(f"{path} has {path.stat().st_size:,} bytes; a checkpoint of these ports has at most {MAX_BYTES:,}.")
+    with open(path, "rb") as file:  # opened here: torch decides by a path's ending how to read it, and endings lie
+        return _load_opened(path, file)
+
+
+def _load_opened(path: Path, file: BinaryIO) -> Any:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        if _is_concept(path):
+            raise ConversionError(f"{path} is a concept already, and needs no conversion: use it as it is.") from None
         raise ConversionError(
             f"{path} is not a torch checkpoint (a zip archive written by torch.save, torch 1.6 or later). "
             "If it is older, load and save it once with the torch that wrote it."
@@ -190,19 +203,29 @@ def _load(path: Path) -> Any:
     if unpacked > MAX_BYTES:
         raise ConversionError(f"{path} unpacks to {unpacked:,} bytes; a checkpoint of these ports has at most {MAX_BYTES:,}.")
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        file.seek(0)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         refused = sorted(name for name in names if not _has_stand_in(name))
         if refused:
             asked = ascii(refused[0])[1:-1][:120]
             raise ConversionError(f"{path} asks to load {asked}, which checkpoints of these ports do not hold. Refused.")
         with torch.serialization.safe_globals([(_StandIn, name) for name in names]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about storage classes of older torch
-            return torch.load(path, map_location="cpu", weights_only=True)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except ConversionError:
         raise
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, KeyError, EOFError and others on bad files
         said = ascii(str(error).partition("\n")[0])[:200]
         raise ConversionError(f"{path} cannot be read safely by torch ({type(error).__name__}: {said}).") from None
+
+
+def _is_concept(path: Path) -> bool:
+    try:
+        Concept.load(path)
+    except ConceptFileError:
+        return False
+    return True
 
 
 # Layouts
@@ -495,7 +518,11 @@ def _metric_target(found: _Found, covariance: Covariance | None, base: Base) -> 
     elif covariance is not None:
         metric, fingerprint = covariance.metric_targets(found.target).double(), covariance.fingerprint
     else:
-        raise ConversionError("the checkpoint holds no C^-1. Give the text encoder's covariance; `perfusion covariance` computes it.")
+        raise advise(
+            ConversionError("the checkpoint holds no C^-1."),
+            python="Give the text encoder's covariance; get_covariance(pipe) of perfusion.covariance finds or computes it.",
+            command="Give the text encoder's with --covariance FILE; `perfusion covariance --output FILE` finds or computes it.",
+        )
     if not torch.dot(found.target, metric) > 0:
         raise ConversionError("the energy i* . C^-1 i* is not positive: C^-1 is not the inverse of a covariance.")
     return metric, fingerprint

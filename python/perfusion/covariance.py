@@ -21,7 +21,6 @@ import hashlib
 import itertools
 import logging
 import os
-import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -29,12 +28,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from perfusion.base import fingerprints_match, text_encoder_fingerprint, text_encoders
 from perfusion.captions import EVERYDAY_COUNT, everyday_captions, everyday_source, read_captions
+from perfusion.files import whole
 from perfusion_kernels.metric import MetricSolver, condition_number, shrink
 
 __all__ = [
@@ -47,7 +47,8 @@ __all__ = [
     "real_encodings",
 ]
 
-# Above this, rounding an encoding to half precision moves gates by more than a percent: docs/covariance.md, section 3.
+# Above this, rounding an encoding to half precision moves gates by more than a percent: docs/covariance.md, under
+# "How large a condition number may be".
 MAX_CONDITION = 1e6
 FORMAT = "covariance-1"
 FILE_NAME = "covariance.safetensors"
@@ -108,12 +109,9 @@ class Covariance:
         metadata = {name: str(getattr(self, name)) for name in _METADATA}
         metadata |= {"format": FORMAT, "fingerprint": self.fingerprint}
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            save_file({"covariance": self.matrix.contiguous()}, draft, {f"perfusion.{k}": v for k, v in metadata.items()})
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        data = to_bytes({"covariance": self.matrix.contiguous()}, {f"perfusion.{k}": v for k, v in metadata.items()})
+        with whole(path) as draft:
+            draft.write_bytes(data)  # safetensors' own errors name the draft, in words
         return replace(self, path=path)
 
     @staticmethod
@@ -192,11 +190,11 @@ def compute_covariance(
     Raises ValueError for bad arguments or no captions, CovarianceError for encodings that are not finite.
     """
     if batch_size < 1:
-        raise ValueError(f"compute_covariance: batch_size must be at least 1, not {batch_size}")
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if not 1 < max_condition <= 1e12:
-        raise ValueError(f"compute_covariance: max_condition must be above 1 and at most 1e12, not {max_condition:g}")
+        raise ValueError(f"max_condition must be above 1 and at most 1e12, not {max_condition:g}")
     if isinstance(captions, str):
-        raise ValueError("compute_covariance: captions must be several strings, not one; read_captions opens a file")
+        raise ValueError("captions must be several strings, not one; read_captions opens a file")
     encoders = [encoder for _, encoder in text_encoders(pipe)]
     fingerprint = text_encoder_fingerprint(pipe)  # first of all: it refuses offloaded weights
     digest, count, tokens, moment = hashlib.sha256(), 0, 0, None
@@ -215,7 +213,7 @@ def compute_covariance(
             count, tokens = count + len(batch), tokens + len(rows)
             bar.update(len(batch))
     if moment is None:
-        raise ValueError("compute_covariance: no captions")
+        raise ValueError("there are no captions to count")
     matrix = moment.cpu() / tokens
     matrix = (matrix + matrix.T) / 2  # a matrix product is symmetric only up to rounding
     before = condition_number(matrix)
@@ -328,7 +326,7 @@ def get_covariance(
     damaged or belongs to another encoder is reported with a UserWarning and computed anew. Other errors: `compute_covariance`.
     """
     if count is not None and count < 1:
-        raise ValueError(f"get_covariance: count must be at least 1, not {count}")
+        raise ValueError(f"count must be at least 1, not {count}")
     encoder = text_encoder_fingerprint(pipe)
     if captions is None and count is None:
         folder = model_folder or pipe.config.get("_name_or_path")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perfusion.advice import advise
 from perfusion.base import Base, UnsupportedPipeline, describe_base
 from perfusion.concept import Concept, check_name
 from perfusion.editor import Edit, Editor, Tables, make_edit
@@ -123,9 +124,17 @@ class Handle:
         if reason is not None:
             raise ValueError(f"concept {concept.name!r} cannot be used with this pipeline: {reason}")
         if name in self._loaded:
-            raise ValueError(f"a concept <{name}> is loaded already; unload it, or load this one under another name=.")
+            raise advise(
+                ValueError(f"a concept <{name}> is loaded already."),
+                python="Unload it, or load this one under another name=.",
+                command="Give this one another name with --concept NAME=FILE.",
+            )
         if f"<{name}>" in {token.lower() for token in added_tokens(self.pipe)}:
-            raise ValueError(f"the tokenizer has a word <{name}> of its own (a textual inversion); load this concept under another name=.")
+            raise advise(
+                ValueError(f"the tokenizer has a word <{name}> of its own (a textual inversion)."),
+                python="Load this concept under another name=.",
+                command="Give this concept another name with --concept NAME=FILE.",
+            )
         for tokenizer, _ in text_encoders(self.pipe):
             single_token(tokenizer, concept.superclass)
         self._warn_about_covariance(name, concept)
@@ -223,7 +232,10 @@ class Handle:
         if not edits:
             return None
         device, rows = encodings.device, [edit.mentions for edit in edits.values()]
-        self._bank.index([[mention.name for mention in row] for row in rows])  # refuses concepts that cannot share a prompt
+        try:
+            self._bank.index([[mention.name for mention in row] for row in rows])  # refuses concepts that cannot share a prompt
+        except ValueError as error:
+            raise ValueError(f"{str(error).removeprefix('ConceptBank: ')}. Write only one of them in a prompt.") from None
         names = list(dict.fromkeys(mention.name for row in rows for mention in row))
         width = max(map(len, rows))
 

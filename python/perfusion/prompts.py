@@ -7,6 +7,8 @@ import numbers
 import re
 from collections.abc import Collection, Mapping
 
+from perfusion.advice import advise
+
 __all__ = ["Mention", "Prompt", "PromptError", "check_settings", "parse_prompt"]
 
 RANGES = {"strength": (0, 4), "bias": (-2, 2), "temperature": (1e-3, 10)}
@@ -57,7 +59,11 @@ def parse_prompt(text: str, superclasses: Mapping[str, str], tokens: Collection[
             continue
         if name not in superclasses:
             known = ", ".join(f"<{each}>" for each in sorted(superclasses)) or "none"
-            raise PromptError(f"prompt {text!r}: no concept {tag.group(0)} is loaded; loaded are: {known}. Load it with handle.load(path).")
+            raise advise(
+                PromptError(f"prompt {text!r}: no concept {tag.group(0)} is loaded; loaded are: {known}."),
+                python="Load it with handle.load(path).",
+                command="Give its file with --concept FILE.",
+            )
         plain += text[end : tag.start()]
         # the superclass must be a word of its own, or the tokenizer would merge it with its neighbour
         plain += " " if plain[-1:].isalnum() else ""

@@ -1,29 +1,23 @@
-"""`perfusion inspect` and `perfusion convert`, run through an app of their own."""
+"""`perfusion inspect` and `perfusion convert`."""
 
 import dataclasses
 import json
-import sys
-import types
 
 import pytest
 import torch
-import typer
 from tests.perfusion.test_convert import Truth, chendaryen, package, save
 from tests.perfusion.tiny import tiny_sd
 from typer.testing import CliRunner
 
+from perfusion import cli
 from perfusion.base import describe_base
-from perfusion.cli.convert import convert
-from perfusion.cli.inspect import inspect
 from perfusion.concept import Concept
-
-app = typer.Typer(pretty_exceptions_enable=False)
-app.command()(inspect)
-app.command()(convert)
+from perfusion.covariance import Covariance
+from perfusion.models import TOYBOX
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], prog_name="perfusion")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +34,7 @@ def models(monkeypatch, pipe):
             raise OSError(f"{model} is not a model folder")
         return pipe
 
-    monkeypatch.setitem(sys.modules, "perfusion.models", types.SimpleNamespace(load_pipeline=load_pipeline))
+    monkeypatch.setattr("perfusion.models.load_pipeline", load_pipeline)
 
 
 @pytest.fixture
@@ -89,14 +83,22 @@ def test_inspect_tells_people(file):
         "recipe       steps 400, lr 0.03",
         "created      2025-01-31T12:00:00Z, by Ada [red]L[/red], licence CC0-1.0",
         "cosines      target with superclass 1.000, with metric target 1.000",
-        "opening      88% at the concept word; at the plain superclass word",
-        "             21% (similarity 0.500)",
+        "opening      88% at the concept word",
+        "             21% at the plain superclass word (similarity 0.500)",
         "value outputs  layers  outputs     norm  per output",
         "down_blocks.0       1        8    11.83       4.183",
         "up_blocks.1         2       16    64.68       16.17",
         "mid_block           1       16    127.3       31.84",
     ):
         assert line in lines, f"{line!r} not in\n{result.stdout}"
+    blocks = [line.split()[0] for line in lines[-3:]]
+    assert blocks == ["down_blocks.0", "mid_block", "up_blocks.1"]  # as a picture passes them
+
+
+def test_inspect_knows_toybox(concept, tmp_path):
+    encoder = Covariance.load(TOYBOX / "covariance.safetensors").text_encoder
+    dataclasses.replace(concept, base=dataclasses.replace(concept.base, text_encoder=encoder)).save(tmp_path / "a.safetensors")
+    assert "\nbase         toybox (text width 16, 4 cross" in run("inspect", tmp_path / "a.safetensors").stdout
 
 
 def test_inspect_tells_programs(file, concept):
@@ -126,7 +128,7 @@ def test_inspect_shows_keys_of_their_own_and_what_is_not_stated(concept, tmp_pat
 
 def test_inspect_exit_codes(file, tmp_path):
     missing = run("inspect", tmp_path / "none.safetensors")
-    assert missing.exit_code == 2 and "cannot read" in missing.stderr and "No such file" in missing.stderr
+    assert missing.exit_code == 2 and "none.safetensors: No such file" in missing.stderr
     assert run("inspect").exit_code == 2
     assert run("inspect", "--nonsense", file).exit_code == 2
     torch.save({"a": torch.ones(3)}, tmp_path / "x.pt")
@@ -170,6 +172,7 @@ def test_convert_writes_beside_and_never_over(pipe, tmp_path, monkeypatch):
 
 def test_convert_exit_codes(pipe, tmp_path):
     checkpoint, output = save(tmp_path, package(Truth(pipe))), tmp_path / "c.safetensors"
+    no_inverse = {**package(Truth(pipe)), "C_inv": None}
     good = {"--name": "my-teddy", "--model": "tiny", "--superclass": "teddy", "--output": output}
 
     def call(path=checkpoint, **changes):
@@ -177,18 +180,29 @@ def test_convert_exit_codes(pipe, tmp_path):
         return run("convert", path, *(part for pair in options.items() for part in pair))
 
     for result, code, text in (
-        (call(path=tmp_path / "none.pt"), 2, "there is no file"),
-        (call(name="My Teddy"), 2, "name must be 1 to 32 characters"),
+        (call(path=tmp_path / "none.pt"), 2, "none.pt: No such file"),
+        (call(name="My Teddy"), 2, "error: a concept's name must be 1 to 32 characters"),
         (call(model="none"), 2, "none is not a model folder"),
         (call(temperature=0), 2, "temperature must be a number from"),
-        (call(author="x" * 65), 2, "author must be at most 64 bytes"),
+        (call(author="x" * 85), 2, f"error: a concept's author must be at most 64 bytes as JSON text in UTF-8, got 85: '{78 * 'x'}…\n"),
+        (call(superclass=""), 3, "does not say its superclass. Give it, for example --superclass teddy.\n"),
         (call(index=4), 3, "index must be 0 to 0, got 4"),
         (call(path=save(tmp_path, {"a": 1})), 3, "not a checkpoint of a known port"),
+        (call(path=save(tmp_path, no_inverse)), 3, "holds no C^-1. Give the text encoder's with --covariance FILE; "),
         (call(covariance=tmp_path / "none"), 2, "none"),
     ):
         assert result.exit_code == code and text in result.stderr, result.output
     assert run("convert", checkpoint).exit_code == 2
     assert not output.exists()
+
+
+def test_convert_looks_at_what_a_file_is_and_not_at_its_ending(pipe, file, tmp_path):
+    disguised = save(tmp_path, package(Truth(pipe))).rename(tmp_path / "old.safetensors")
+    arguments = ("--name", "mine", "--model", "tiny", "--superclass", "teddy", "--output", tmp_path / "new.safetensors")
+    assert "perfusion convert" in run("inspect", disguised).stderr
+    assert run("convert", disguised, *arguments).exit_code == 0
+    finished = run("convert", file, *arguments, "--overwrite")
+    assert (finished.exit_code, finished.stderr) == (3, f"error: {file} is a concept already, and needs no conversion: use it as it is.\n")
 
 
 # help

@@ -69,3 +69,18 @@ def test_what_it_asks_for_and_prints(warmed):
 def test_json(warmed):
     facts = json.loads(run("--json").stdout)
     assert facts["chosen"] == CHOSEN and facts["rows"] == 2 and facts["model"] == "toybox"
+
+
+@pytest.mark.parametrize(
+    ("device", "code", "message"),
+    [
+        ("nonsense", 2, "error: --device nonsense cannot be used: "),
+        ("mps", 2, "error: --device must be cuda or xpu, which have kernels to compile, got mps\n"),
+        ("xpu:x", 2, "error: --device xpu:x cannot be used: "),
+        ("xpu", 4, "error: there is no GPU to compile kernels for; "),
+        ("cuda:99", 2 if torch.cuda.is_available() else 4, "error: "),
+    ],
+)
+def test_the_device_is_checked(device, code, message):
+    result = run("--device", device)
+    assert (result.exit_code, result.stderr.startswith(message), result.stderr.count("\n")) == (code, True, 1), result.output

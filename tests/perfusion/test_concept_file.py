@@ -326,10 +326,10 @@ def test_save_refuses_what_a_type_cannot_hold(small, tmp_path):
     make(small).save(path)
     before = path.read_bytes()
     loud = make(small, value_outputs=torch.full((40,), 1e5))
-    with pytest.raises(ValueError, match=r"value_outputs does not fit torch.float16: its largest entry is 1e\+05.*dtype=torch.float32"):
+    with pytest.raises(ValueError, match=r"value_outputs does not fit float16: its largest entry is 1e\+05.*dtype=torch.float32"):
         loud.save(path)
     faint = make(small, word_embeddings=(torch.full((16,), 3e-7),))
-    with pytest.raises(ValueError, match="word_embedding does not fit torch.float16: .*would change it by"):
+    with pytest.raises(ValueError, match="word_embedding does not fit float16: .*would change it by"):
         faint.save(path)
     with pytest.raises(ValueError, match="holds float16, bfloat16 or float32, got torch.float64"):
         loud.save(path, dtype=torch.float64)
@@ -344,7 +344,7 @@ def test_save_refuses_an_energy_that_rounding_destroys(small):
     metric = torch.zeros(16)
     metric[:2] = torch.tensor([1.0, -1.0])
     concept = make(small, target=target, metric_target=metric)
-    with pytest.raises(ValueError, match="energy .* does not survive torch.float16: 0.0001.* would become 0"):
+    with pytest.raises(ValueError, match="energy .* does not survive float16: 0.0001.* would become 0"):
         encode(concept)
     assert same(decode(encode(concept, torch.float32)), concept)
 

@@ -401,10 +401,9 @@ def command(monkeypatch):
     import sys
     import types
 
-    import typer
     from typer.testing import CliRunner
 
-    from perfusion.cli.covariance import covariance
+    from perfusion import cli
 
     def load_pipeline(model, **_):
         if model == "nowhere":
@@ -415,9 +414,7 @@ def command(monkeypatch):
         return pipe
 
     monkeypatch.setitem(sys.modules, "perfusion.models", types.SimpleNamespace(load_pipeline=load_pipeline))
-    app = typer.Typer()
-    app.command()(covariance)
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return lambda *arguments: CliRunner().invoke(cli.app, ["covariance", *map(str, arguments)], prog_name="perfusion")
 
 
 def test_command(command, tmp_path):
@@ -444,8 +441,11 @@ def test_command_json_and_shrinkage(command):
     "arguments, code, message",
     [
         (["--model", "nowhere"], 2, "error: no such model: nowhere"),
-        (["--captions", "nowhere.txt"], 2, "error: read_captions: no such file: nowhere.txt"),
-        (["--max-condition", "0.5"], 2, "max_condition must be above 1"),
+        (["--captions", "nowhere.txt"], 2, "error: no such file of captions: nowhere.txt\n"),
+        (["--max-condition", "0"], 2, "error: --max-condition must be above 1 and at most 1e12, got 0\n"),
+        (["--max-condition", "nan"], 2, "error: --max-condition must be"),
+        (["--device", "nonsense"], 2, "error: --device nonsense cannot be used: "),
+        (["--device", "meta"], 2, "error: --device meta cannot be used: "),
         (["--count", "0"], 2, "--count"),
         (["--model", "headless"], 3, "has no text encoder"),
     ],
@@ -453,3 +453,26 @@ def test_command_json_and_shrinkage(command):
 def test_command_refuses(command, arguments, code, message):
     result = command(*arguments)
     assert result.exit_code == code and message in result.stderr
+    assert result.stderr.count("\n") == 1 or "Usage" in result.stderr
+
+
+@pytest.mark.parametrize("as_a_folder", [False, True])
+def test_command_never_replaces_a_file_unasked(command, tmp_path, as_a_folder):
+    file = tmp_path / "covariance.safetensors"
+    file.write_bytes(b"mine")
+    arguments = ("--count", 200, "--output", tmp_path if as_a_folder else file)
+    refused = command(*arguments)
+    assert (refused.exit_code, refused.stdout, file.read_bytes()) == (2, "", b"mine")
+    assert refused.stderr == f"error: {file} is there already. Choose another --output, or say --overwrite.\n"
+    assert command(*arguments, "--overwrite").exit_code == 0
+    assert Covariance.load(file).captions == 200
+
+
+@pytest.mark.filterwarnings("ignore:the covariance of")
+def test_command_says_infinity_as_null(command, monkeypatch):
+    import perfusion.covariance
+
+    endless = dataclasses.replace(compute_covariance(trained_sd(), ["a"] * 9, progress=False), condition_before=float("inf"))
+    monkeypatch.setattr(perfusion.covariance, "get_covariance", lambda *_, **__: endless)
+    facts = json.loads(command("--json").stdout, parse_constant=pytest.fail)
+    assert facts["condition_before"] is None and facts["captions"] == 9

@@ -118,7 +118,7 @@ def test_few_pictures_are_warned_about(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: folder / "nowhere", "is not a folder; give a folder of pictures, or a list of paths"),
+        (lambda folder: folder / "nowhere", "is not a folder; give a folder of pictures"),
         (lambda folder: folder, "no pictures in .*; looked for .png"),
         (lambda folder: [], "the list is empty; a concept takes about 4 to 7 pictures"),
         (lambda folder: [folder / "nowhere.png"], "nowhere.png' cannot be read as a picture"),

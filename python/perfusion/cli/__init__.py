@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from inspect import getdoc  # the module's own name is a command's, here
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -60,29 +61,41 @@ class Commands(TyperGroup):
 def _command(name: str) -> Any:
     function = getattr(importlib.import_module(f"perfusion.cli.{name}"), name)
     paragraphs = getdoc(function).split("\n\n")
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
     single.command(name, help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(function)
     return typer.main.get_command(single)
 
 
 def _explain(error: Exception) -> tuple[int, str]:
     """Exit code and message of an error that came out of a command."""
-    text = " ".join(str(error).split())
+    from perfusion.advice import for_command_line
+
+    text = " ".join(for_command_line(error).split())
     if isinstance(error, OSError) and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
+        text = _file_for_folder(error) or f"{error.filename}: {error.strerror}"
     from perfusion.base import UnsupportedPipeline
     from perfusion.concept_file import ConceptFileError
+    from perfusion.convert import ConversionError
     from perfusion.covariance import CovarianceError
     from perfusion_kernels import BackendUnavailable
 
-    if isinstance(error, (ConceptFileError, CovarianceError, UnsupportedPipeline)):
+    if isinstance(error, (ConceptFileError, ConversionError, CovarianceError, UnsupportedPipeline)):
         return REFUSED, text
     if isinstance(error, (ValueError, OSError, BackendUnavailable)):
         return BAD_INPUT, text
     return UNEXPECTED, f"{type(error).__name__}: {text} (unexpected; `perfusion --debug ...` shows where)"
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+def _file_for_folder(error: OSError) -> str | None:
+    """What is wrong where a file has a name that a folder needs, as in --output picture.png/other.png."""
+    if not isinstance(error, (FileExistsError, NotADirectoryError)):
+        return None
+    path = Path(error.filename)
+    file = next((part for part in (path, *path.parents) if part.is_file()), None)
+    return file and f"{file} is a file, and a folder is needed there. Choose another path, or move that file away."
+
+
+app = typer.Typer(cls=Commands, rich_markup_mode=None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 def _version(wanted: bool) -> None:
@@ -110,7 +123,7 @@ def _stand_in() -> None:
 
 
 for _name, _line in COMMANDS.items():
-    app.command(_name, help=_line)(_stand_in)
+    app.command(_name, short_help=_line)(_stand_in)  # a help would be cut short
 
 
 def main() -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import enum
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-BAD_INPUT = 2  # something the caller named is missing or malformed
-REFUSED = 3  # the checkpoint, or the model, cannot be used
+from perfusion.cli.checks import refuse_existing
 
 
 class Precision(str, enum.Enum):
@@ -20,10 +18,10 @@ class Precision(str, enum.Enum):
 
 
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint to import.", show_default=False)],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The checkpoint to import.", show_default=False)],
     name: Annotated[str, typer.Option(help="What to call the concept: a-z, 0-9, - and _.", show_default=False)],
     model: Annotated[
-        str, typer.Option(help="The model the checkpoint was trained on: a diffusers folder or hub name.", show_default=False)
+        str, typer.Option(help="The model it was trained on: toybox, or a checkpoint in diffusers' folder format.", show_default=False)
     ],
     superclass: Annotated[
         Optional[str], typer.Option(help="What the concept is one of, in one word. Needed where the checkpoint does not say it.")
@@ -45,42 +43,33 @@ def convert(
     Reads what lucidrains/perfusion-pytorch saves, as a package or inside a state dict, and the .ckpt files of
     ChenDarYen/Key-Locked-Rank-One-Editing. The base model is needed: its weights give what the checkpoints leave out. All
     that is found, approximated or doubtful is printed. Nothing in the checkpoint is executed.
+
     Exit codes: 0 done, 2 bad input, 3 a checkpoint or model that is refused.
     """
     import torch
 
     from perfusion import convert as converter
-    from perfusion.base import UnsupportedPipeline
     from perfusion.concept import check_name
-    from perfusion.covariance import Covariance, CovarianceError
+    from perfusion.covariance import Covariance
     from perfusion.models import load_pipeline
 
-    try:
-        check_name(name)
-        output = Path(f"{name}.safetensors") if output is None else output
-        if output.exists() and not overwrite:
-            raise FileExistsError(f"{output} is there already. Choose another --output, or say --overwrite.")
-        if not checkpoint.exists():
-            raise FileNotFoundError(f"there is no file {checkpoint}.")
-        concept, notes = converter.convert(
-            checkpoint,
-            load_pipeline(model, device="cpu"),
-            name=name,
-            superclass=superclass,
-            covariance=None if covariance is None else Covariance.load(covariance),
-            index=index,
-            bias=bias,
-            temperature=temperature,
-            author=author,
-            license=license,
-        )
-        concept.save(output, dtype=getattr(torch, dtype.value))
-    except (converter.ConversionError, UnsupportedPipeline, CovarianceError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(REFUSED) from None
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(BAD_INPUT) from None
+    check_name(name)
+    output = Path(f"{name}.safetensors") if output is None else output
+    refuse_existing([output], overwrite)
+    checkpoint.stat()  # what is not there is named before a model is loaded
+    concept, notes = converter.convert(
+        checkpoint,
+        load_pipeline(model, device="cpu"),
+        name=name,
+        superclass=superclass,
+        covariance=None if covariance is None else Covariance.load(covariance),
+        index=index,
+        bias=bias,
+        temperature=temperature,
+        author=author,
+        license=license,
+    )
+    concept.save(output, dtype=getattr(torch, dtype.value))
     for note in notes:
         print(note)
     print(f"Wrote {output}, {output.stat().st_size:,} bytes. `perfusion inspect {output}` shows it.")

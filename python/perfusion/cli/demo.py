@@ -7,6 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from perfusion.cli.checks import check_device
+
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("perfusion-demo"),
@@ -18,9 +20,12 @@ def demo(
 
     Uses toybox, the model that comes with the package: nothing is downloaded, and two CPU cores take a few minutes. Writes two concept
     files, the pictures, and report.md and report.html with scores of what was learned.
+
+    Exit codes: 0 done, 2 bad input, 130 interrupted.
     """
     from perfusion.demo import run_demo
 
+    check_device(device)
     report = run_demo(output, steps=steps, samples=samples, device=device)
     files = sorted(path for path in output.glob("*") if path.is_file())
     print("Wrote " + ", ".join(str(path) for path in files) + ".")

@@ -10,11 +10,12 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from importlib import metadata
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from perfusion.cli.strict_json import strict_json
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON obj
     Lists versions, devices, which implementations of the operators run here and why the others do not, compilers, the
     built-in model and the cache, and computes every operator once against float64. In front of each line: "ok"; "off",
     something that is not there and is not needed; or "bad". Nothing is written and nothing is downloaded.
+
     Exit codes: 0 all is well, 1 something is bad.
     """
     findings = []
@@ -61,7 +63,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON obj
     bad = [finding for finding in findings if finding.state == "bad"]
     if json:
         report = {"healthy": not bad, "findings": [dataclasses.asdict(finding) for finding in findings]}
-        print(dumps(report | {"compiled_kernels": _compiled_kernels()}))
+        print(strict_json(report | {"compiled_kernels": _compiled_kernels()}))
     else:
         print(f"\n{len(bad)} of these must be repaired." if bad else "\nAll is well.")
     raise typer.Exit(1 if bad else 0)
@@ -167,7 +169,7 @@ def _operators(device: torch.device) -> Iterator[Finding]:
             try:
                 error = _difference(_run(name, inputs, backend.name), _run(name, exact_inputs, "reference"))
             except perfusion_kernels.BackendUnavailable as reason:  # here, this way: kernels for a GPU, where there is none
-                yield Finding("operator", name, "off", str(reason))
+                yield Finding("operator", name, "off", str(reason).removeprefix(f"{name}: "))
                 continue
             except Exception as reason:  # whatever it is, it is what the doctor was called for
                 yield Finding("operator", name, "bad", f"{backend.name} on {device.type}: {type(reason).__name__}: {reason}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from perfusion.cli.checks import check_device, refuse_existing
 from perfusion.cli.convert import Precision
+from perfusion.cli.strict_json import strict_json
 
 if TYPE_CHECKING:
     import torch
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
     from perfusion.concept import Concept
     from perfusion.handle import Handle
 
-PER_CONCEPT = "VALUE for every concept, or NAME=VALUE for one."
+PER_CONCEPT = "VALUE for every concept, or NAME=VALUE for one; by default as the concept's file says."
 
 
 def generate(
     prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT...", help='What to draw: "a <teddy> on the beach".', show_default=False)
+        list[str], typer.Argument(metavar="PROMPT", help='What to draw: "a <teddy> on the beach".', show_default=False)
     ],
     concept: Annotated[
         Optional[list[str]], typer.Option(metavar="FILE", help="A concept, or NAME=FILE to write it <NAME>. May be repeated.")
@@ -33,11 +34,14 @@ def generate(
     output: Annotated[Path, typer.Option(help="The picture; the contact sheet where there are several.")] = Path("perfusion.png"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds that count up.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="The first picture's seed. The same seed gives the same picture.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The first picture's seed. The same seed gives the same picture.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="How far to follow the prompt; 1 switches guidance off.")] = 6.0,
+    guidance_scale: Annotated[float, typer.Option(help="How far to follow the prompt, 0 to 100; 1 switches guidance off.")] = 6.0,
     negative_prompt: Annotated[str, typer.Option(help="What not to draw.")] = "",
-    strength: Annotated[Optional[list[str]], typer.Option(metavar="VALUE", help=f"0 to 4, 1 as learned. {PER_CONCEPT}")] = None,
+    strength: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="VALUE", help="0 to 4. VALUE for every concept, or NAME=VALUE for one. [default: 1, as learned]"),
+    ] = None,
     bias: Annotated[
         Optional[list[str]], typer.Option(metavar="VALUE", help=f"Lower: more of the concept; higher: more of the prompt. {PER_CONCEPT}")
     ] = None,
@@ -57,9 +61,12 @@ def generate(
     With one prompt and --count 1, --output is the picture. With more it is a contact sheet, one row per prompt, and the
     pictures stand beside it: out.png, out-1.png, out-2.png ... Each holds its prompt, seed and settings as PNG text. What
     is there already is never replaced without --overwrite.
-    Exit codes: 0 done, 2 bad input, 3 a concept or model that is refused.
+
+    Exit codes: 0 done, 2 bad input, 3 a concept or model that is refused, 130 interrupted.
     """
     files = _files(output, len(prompts) * count, overwrite)
+    if not 0 <= guidance_scale <= 100:  # nor is NaN
+        raise ValueError(f"--guidance-scale must be a number from 0 to 100, got {guidance_scale:g}")
     sources = [_source(text) for text in concept or ()]
     given = {"strength": strength, "bias": bias, "temperature": temperature}
     settings = [_setting(key, text) for key, texts in given.items() for text in texts or ()]
@@ -72,7 +79,7 @@ def generate(
     from perfusion.models import load_pipeline
 
     concepts = [(name, path, Concept.load(path)) for name, path in sources]
-    _check_device(device)
+    check_device(device)
     pipe = load_pipeline(model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value))
     with attach(pipe, capacity=max(1, len(concepts))) as handle:
         used = _load(handle, concepts, settings)
@@ -97,7 +104,7 @@ def generate(
 
     if json:
         pictures = [{"file": str(file), "prompt": prompt, "seed": number} for (prompt, number), file in zip(jobs, files)]
-        print(dumps({**facts, "pictures": pictures, "sheet": str(output) if len(files) > 1 else None}, ensure_ascii=False))
+        print(strict_json({**facts, "pictures": pictures, "sheet": str(output) if len(files) > 1 else None}))
     elif len(files) > 1:
         print(f"Wrote {output}, a contact sheet of {len(files)} pictures, and {files[0]} to {files[-1].name}.")
     else:
@@ -107,13 +114,10 @@ def generate(
 def _files(output: Path, pictures: int, overwrite: bool) -> list[Path]:
     """Where each picture goes; nothing that is to be written may be there."""
     if output.suffix.lower() != ".png":
-        raise ValueError(f"--output must end in .png, got {output}")
+        raise ValueError(f"--output must be NAME.png, got {output if output.name else 'no name'}")
     digits = len(str(pictures))
     files = [output] if pictures == 1 else [output.with_stem(f"{output.stem}-{n:0{digits}}") for n in range(1, pictures + 1)]
-    present = [str(file) for file in dict.fromkeys([output, *files]) if file.exists()]
-    if present and not overwrite:
-        more = f", and {len(present) - 1} more" if len(present) > 1 else ""
-        raise FileExistsError(f"{present[0]} is there already{more}. Choose another --output, or say --overwrite.")
+    refuse_existing([output, *files], overwrite)
     return files
 
 
@@ -130,15 +134,6 @@ def _setting(key: str, text: str) -> tuple[str, str | None, float]:
         return key, (name if equals else None), float(value)
     except ValueError:
         raise ValueError(f"--{key} must be a number or NAME=NUMBER, got {text!r}") from None
-
-
-def _check_device(device: str | None) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def _load(
@@ -206,6 +201,6 @@ def _metadata(prompt: str, seed: int, facts: dict[str, Any]) -> Any:
     from perfusion import __version__
 
     info = PngInfo()
-    for key, value in {"prompt": prompt, "seed": str(seed), "perfusion": dumps({"version": __version__, **facts})}.items():
+    for key, value in {"prompt": prompt, "seed": str(seed), "perfusion": strict_json({"version": __version__, **facts})}.items():
         info.add_text(key, value)
     return info

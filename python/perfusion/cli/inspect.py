@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from perfusion.concept import Concept
+from perfusion.cli.strict_json import strict_json
 
-BAD_INPUT = 2  # no such file
-REFUSED = 3  # there is a file, and it is not a concept
+if TYPE_CHECKING:
+    from perfusion.base import Base
+    from perfusion.concept import Concept
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A concept file, such as my-teddy.safetensors.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A concept file, such as my-teddy.safetensors.", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with every number unrounded.")] = False,
 ) -> None:
     """Check a concept file and say what is in it.
 
     Shows what the concept is called and what it is one of, the base model it needs, how wide its gate opens, how it was
     trained, and how large its vectors are. Nothing in the file is executed, so files from strangers are safe to look at.
+
     Exit codes: 0 a sound concept, 2 no such file, 3 a file that is refused.
     """
     from perfusion.concept import Concept
-    from perfusion.concept_file import ConceptFileError
 
-    try:
-        concept, size = Concept.load(file), file.stat().st_size
-    except ConceptFileError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(REFUSED) from None
-    except OSError as error:
-        print(f"error: cannot read {file}: {error.strerror or error}", file=sys.stderr)
-        raise typer.Exit(BAD_INPUT) from None
+    concept, size = Concept.load(file), file.stat().st_size
     facts = describe(concept, file, size)
-    print(dumps(facts, ensure_ascii=False) if json else "\n".join(_lines(facts, concept)))
+    print(strict_json(facts) if json else "\n".join(_lines(facts, concept)))
 
 
 def describe(concept: Concept, file: Path, size: int) -> dict[str, Any]:
@@ -109,12 +100,30 @@ def _groups(concept: Concept) -> list[dict[str, Any]]:
     for layer in concept.base.layers:
         members.setdefault(layer.split(".attentions.")[0], []).append(layer)
     groups = []
-    for block, layers in members.items():
+    for block, layers in sorted(members.items(), key=lambda member: _place(member[0])):
         outputs = sum(concept.base.layers[layer] for layer in layers)
         norm = sum(_norm(concept.value_output(layer)) ** 2 for layer in layers) ** 0.5
         rms = norm / outputs**0.5
         groups.append({"block": block, "layers": len(layers), "outputs": outputs, "norm": norm, "rms": rms})
     return groups
+
+
+def _base(base: Base) -> str:
+    """The base in words; of the custom ones, toybox has a name here."""
+    from safetensors import safe_open
+
+    from perfusion.base import fingerprints_match
+    from perfusion.covariance import FILE_NAME
+    from perfusion.models import TOYBOX
+
+    with safe_open(TOYBOX / FILE_NAME, "pt") as file:
+        toybox = file.metadata()["perfusion.text_encoder"]
+    return str(base).replace("a custom model", "toybox" if fingerprints_match(base.text_encoder, toybox) else "a custom model")
+
+
+def _place(block: str) -> int:
+    """Where a block stands in the UNet: down, middle, up; blocks of one kind keep their order."""
+    return next((place for place, kind in enumerate(("down_blocks", "mid_block", "up_blocks")) if block.startswith(kind)), -1)
 
 
 def _lines(facts: dict[str, Any], concept: Concept) -> Iterable[str]:
@@ -128,7 +137,7 @@ def _lines(facts: dict[str, Any], concept: Concept) -> Iterable[str]:
     yield ""
     yield f"name         {facts['name']}; write <{facts['name']}> in a prompt"
     yield f"superclass   {facts['superclass']}"
-    yield f"base         {concept.base}"
+    yield f"base         {_base(concept.base)}"
     yield f"gate         bias {facts['bias']:g}, temperature {facts['temperature']:g}; both can be set at every use"
     yield "keys         " + ("locked to the superclass" if facts["keys"] == "locked" else "its own, trained without the key lock")
     yield f"covariance   {facts['covariance'] or 'not stated'}"
@@ -141,8 +150,8 @@ def _lines(facts: dict[str, Any], concept: Concept) -> Iterable[str]:
         f"with metric target {cosines['target_metric_target']:.3f}"
     )
     yield f"energy       {facts['energy']:.4g} (target . metric target, its largest entry being 1)"
-    yield f"opening      {facts['target_gate']:.0%} at the concept word; at the plain superclass word"
-    yield f"             {facts['superclass_gate']:.0%} (similarity {facts['superclass_similarity']:.3f})"
+    yield f"opening      {facts['target_gate']:.0%} at the concept word"
+    yield f"             {facts['superclass_gate']:.0%} at the plain superclass word (similarity {facts['superclass_similarity']:.3f})"
     yield ""
     width = max(len(group["block"]) for group in facts["groups"])
     yield f"{'value outputs':{width}}  layers  outputs     norm  per output"

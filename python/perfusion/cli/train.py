@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
+from perfusion.cli.checks import check_device
 from perfusion.cli.convert import Precision
-from perfusion.cli.generate import _check_device
+from perfusion.cli.strict_json import strict_json
 
 MISSING = {"--superclass": "what the thing is", "--name": "what prompts will call it"}
 
 
 def train(
-    images: Annotated[Path, typer.Argument(help="Folder with 4 to 7 pictures of the thing.", show_default=False)],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder with 4 to 7 pictures of the thing.", show_default=False)],
     superclass: Annotated[
         Optional[str], typer.Option("--superclass", "--initializer-token", help="One word for what it is: teddy.")
     ] = None,
@@ -38,7 +38,9 @@ def train(
     ] = None,
     instance_prompt: Annotated[
         Optional[list[str]],
-        typer.Option(help='Caption for pictures without a .txt: "a photo of a {}". May be repeated.', show_default=False),
+        typer.Option(
+            help='Caption for pictures without a .txt: "a photo of a {}". May be repeated. [default: 8 short ones]', show_default=False
+        ),
     ] = None,
     clipseg: Annotated[
         Optional[Path], typer.Option(help="Folder with CLIPSeg weights, to find the thing in pictures without a mask.")
@@ -46,7 +48,10 @@ def train(
     covariance: Annotated[Optional[Path], typer.Option(help="A file by `perfusion covariance`; by default found or computed.")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Fixes everything that is random. [default: 0]", show_default=False)] = None,
     validation_prompt: Annotated[
-        Optional[list[str]], typer.Option(help='Drawn as it learns: "a {} on the beach". May be repeated.', show_default=False)
+        Optional[list[str]],
+        typer.Option(
+            help='Drawn as it learns: "a {} on the beach". May be repeated. [default: "a photo of a {}" and "a {}"]', show_default=False
+        ),
     ] = None,
     validation_every: Annotated[Optional[int], typer.Option(help="Steps between them; 0 never. [default: 100]", show_default=False)] = None,
     checkpoint_every: Annotated[
@@ -89,6 +94,7 @@ def train(
     The output folder gets NAME.safetensors (some 30 KB for Stable Diffusion 1.x), README.md with a gallery, config.yaml,
     log.jsonl, curves for TensorBoard, validation pictures and checkpoints. Ctrl-C keeps a checkpoint; --resume latest goes
     on from it, and ends as if it had never stopped.
+
     Exit codes: 0 done, 2 bad input, 3 a model that is refused, 130 interrupted.
     """
     given = {key: value for key, value in locals().items() if value is not None}
@@ -111,7 +117,7 @@ def train(
     from perfusion.training import train as learn
 
     TrainingConfig(**settings)  # refuses what cannot be before a model is loaded
-    _check_device(device)
+    check_device(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None and device != "cpu":
         dtype = Precision.bfloat16  # the gradient of a float16 model overflows easily
@@ -124,7 +130,7 @@ def train(
     path = folder / f"{concept.name}.safetensors"
     if json:
         print(
-            dumps(
+            strict_json(
                 {
                     "file": str(path),
                     "bytes": path.stat().st_size,

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from json import dumps
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from perfusion.cli.checks import check_device
+from perfusion.cli.strict_json import strict_json
+
 if TYPE_CHECKING:
     import torch
 
+GPUS = ("cuda", "xpu")
 NO_GPU = 4  # there is nothing to warm up
 
 
 def warmup(
-    model: Annotated[str, typer.Option(help="A checkpoint in diffusers' folder format, or toybox.")] = "toybox",
+    model: Annotated[str, typer.Option(help="toybox, or a checkpoint in diffusers' folder format.")] = "toybox",
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once. Guidance doubles them.")] = 1,
     height: Annotated[Optional[int], typer.Option(min=8, help="Of the pictures; by default the model's own.")] = None,
     width: Annotated[Optional[int], typer.Option(min=8, help="Of the pictures; by default the model's own.")] = None,
@@ -29,15 +32,15 @@ def warmup(
 
     Draws nothing: it runs the model for one step to see the sizes of its layers, tries the tile sizes of every kernel
     at them, and keeps the fastest in the cache, where later programs find them. Without it, the first pictures wait
-    for the compiler. Needs a GPU. Exit codes: 0 done, 2 bad input, 3 a model that cannot be used, 4 no GPU here.
-    """
-    import torch
+    for the compiler. Needs a GPU.
 
+    Exit codes: 0 done, 2 bad input, 3 a model that cannot be used, 4 no GPU here.
+    """
     import perfusion_kernels
     from perfusion.models import load_pipeline
 
-    device = device or _best_device()
-    if device is None or torch.device(device).type == "cpu":
+    device = _checked(device) if device else _best_device()
+    if device is None:
         print("error: there is no GPU to compile kernels for; without one, nothing needs to warm up", file=sys.stderr)
         raise typer.Exit(NO_GPU)
     start = time.monotonic()
@@ -51,13 +54,33 @@ def warmup(
         "chosen": chosen,
         "seconds": round(time.monotonic() - start, 1),
     }
-    print(dumps(facts) if json else "\n".join(_lines(facts)))
+    print(strict_json(facts) if json else "\n".join(_lines(facts)))
+
+
+def _checked(device: str) -> str | None:
+    """The device, if it is a GPU that is here; None if its kind is not. ValueError if it is none at all, or has another number."""
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    if kind not in ("cpu", *GPUS):
+        raise ValueError(f"--device must be {' or '.join(GPUS)}, which have kernels to compile, got {device}")
+    if kind == "cpu" or not _is_there(kind):
+        return None
+    check_device(device)
+    return device
 
 
 def _best_device() -> str | None:
+    return next(filter(_is_there, GPUS), None)
+
+
+def _is_there(kind: str) -> bool:
     import torch
 
-    return next((name for name in ("cuda", "xpu") if hasattr(torch, name) and getattr(torch, name).is_available()), None)
+    return hasattr(torch, kind) and getattr(torch, kind).is_available()
 
 
 def layer_shapes(pipe: Any, batch: int = 1, height: int | None = None, width: int | None = None) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from perfusion.training.files import whole
+from perfusion.files import whole
 
 __all__ = ["Checkpoint", "latest", "load", "save"]
 
@@ -49,7 +49,7 @@ def save(folder: Path, step: int, facts: dict[str, Any], tensors: dict[str, Tens
     path = folder / f"step-{step:06d}.safetensors"
     metadata = {"format": _FORMAT, "step": str(step), "facts": json.dumps(_plain(facts)), "digest": _digest(tensors)}
     with whole(path) as draft:
-        save_file(tensors, draft, metadata)
+        draft.write_bytes(to_bytes(tensors, metadata))  # safetensors' own errors name the draft, in words
     for old in _all(folder)[:-limit]:
         old.unlink()
     return path

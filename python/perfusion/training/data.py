@@ -56,7 +56,7 @@ def read_pictures(
     if isinstance(images, (str, Path)):
         folder = Path(images)
         if not folder.is_dir():
-            raise ValueError(f"images: {str(folder)!r} is not a folder; give a folder of pictures, or a list of paths.")
+            raise ValueError(f"images: {str(folder)!r} is not a folder; give a folder of pictures.")
         images = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS and not is_sidecar(path)]
         if not images:
             raise ValueError(f"images: no pictures in {str(folder)!r}; looked for {', '.join(ENDINGS)}.")

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from perfusion.files import whole
 from perfusion.training.config import TrainingConfig
-from perfusion.training.files import whole
 from perfusion.training.session import Measures
 
 __all__ = ["TrainingLog"]

@@ -17,13 +17,13 @@ from perfusion import contact_sheet
 from perfusion.base import Base, UnsupportedPipeline, describe_base, fingerprints_match, text_encoders
 from perfusion.concept import Concept, check_name
 from perfusion.covariance import Covariance, get_covariance
+from perfusion.files import whole
 from perfusion.text import added_tokens, single_token
 from perfusion.training import checkpoints
 from perfusion.training.card import write_card
 from perfusion.training.checkpoints import Checkpoint
 from perfusion.training.config import TrainingConfig
 from perfusion.training.data import read_pictures
-from perfusion.training.files import whole
 from perfusion.training.log import TrainingLog
 from perfusion.training.session import TrainingSession
 
