@@ -83,6 +83,15 @@ def test_errors_are_one_line(learn, tmp_path, arguments, code, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_there_is_replaced_with_overwrite_only(learn, tmp_path):
+    (tmp_path / "gallery.png").write_bytes(b"mine")
+    result = learn(*WHAT, *SHORT, "--output", tmp_path, "--model", "not even looked for")
+    assert result.exit_code == 2 and result.stderr.startswith("error: output: ") and "replace: gallery.png. Give" in result.stderr
+    assert os.listdir(tmp_path) == ["gallery.png"] and (tmp_path / "gallery.png").read_bytes() == b"mine"
+    result = learn(*WHAT, *SHORT, "--steps", 1, "--output", tmp_path, "--overwrite")
+    assert result.exit_code == 0 and (tmp_path / "gallery.png").read_bytes() != b"mine", result.stderr
+
+
 def test_json_and_what_the_settings_in_the_folder_repeat(learn, tmp_path):
     result = learn(
         *WHAT,

@@ -21,6 +21,7 @@ def train(
     ] = None,
     name: Annotated[Optional[str], typer.Option("--name", "--modifier-token", help="What prompts will write as <name>.")] = None,
     output: Annotated[Optional[Path], typer.Option(help="Folder to write; by default concepts/NAME.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the folder holds of another run.")] = False,
     model: Annotated[str, typer.Option(help="toybox, or a checkpoint in diffusers' folder format.")] = "toybox",
     config: Annotated[Optional[Path], typer.Option(help="YAML file with any of these settings; options go before it.")] = None,
     steps: Annotated[Optional[int], typer.Option(help="Optimiser steps. [default: 400]", show_default=False)] = None,
@@ -88,11 +89,12 @@ def train(
 
     The output folder gets NAME.safetensors (some 30 KB for Stable Diffusion 1.x), README.md with a gallery, config.yaml,
     log.jsonl, curves for TensorBoard, validation pictures and checkpoints. Ctrl-C keeps a checkpoint; --resume latest goes
-    on from it, and ends as if it had never stopped.
+    on from it, and ends as if it had never stopped. Files that are there already, of another run or of anybody, are replaced
+    with --overwrite only.
     Exit codes: 0 done, 2 bad input, 3 a model that is refused, 130 interrupted.
     """
     given = {key: value for key, value in locals().items() if value is not None}
-    for key in ("images", "output", "model", "config", "clipseg", "covariance", "resume", "device", "dtype", "json"):
+    for key in ("images", "output", "model", "config", "clipseg", "covariance", "resume", "overwrite", "device", "dtype", "json"):
         given.pop(key, None)
     for option in ("instance_prompt", "validation_prompt"):
         if prompts := given.pop(option, None):
@@ -109,16 +111,17 @@ def train(
     from perfusion.models import load_pipeline
     from perfusion.training import TrainingConfig
     from perfusion.training import train as learn
+    from perfusion.training.folder import beginning
 
-    TrainingConfig(**settings)  # refuses what cannot be before a model is loaded
+    folder = output or Path("concepts") / str(settings["name"])
+    beginning(folder, images, resume, TrainingConfig(**settings), overwrite)  # refuses what cannot be before a model is loaded
     _check_device(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None and device != "cpu":
         dtype = Precision.bfloat16  # the gradient of a float16 model overflows easily
     pipe = load_pipeline(model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value))
-    folder = output or Path("concepts") / str(settings["name"])
     concept = learn(
-        pipe, images, output=folder, clipseg=clipseg, resume=resume, progress=not json,
+        pipe, images, output=folder, clipseg=clipseg, resume=resume, overwrite=overwrite, progress=not json,
         covariance=None if covariance is None else Covariance.load(covariance), **settings,
     )  # fmt: skip
     path = folder / f"{concept.name}.safetensors"
