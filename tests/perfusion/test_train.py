@@ -7,6 +7,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
+from perfusion import models
 from perfusion.base import UnsupportedPipeline
 from perfusion.concept import Concept
 from perfusion.handle import attach
@@ -79,6 +80,7 @@ def test_the_folder_holds_what_the_card_says(pipe, pictures, tmp_path):
         "`<mine>`, one teddy" in card and 'license: "CC: by"' in card and "A \\| B &lt;b>" in card and "4 pictures, in 4 steps of 3" in card
     )
     assert f"{(folder / 'mine.safetensors').stat().st_size:,} bytes" in card and "{{" not in card and "{%" not in card
+    assert 'load_pipeline("path/to/the/base/model")' in card and card.endswith(".\n")
 
     log = rows(folder)
     assert [row["step"] for row in log] == [1, 2, 3, 4]
@@ -96,6 +98,15 @@ def test_the_folder_holds_what_the_card_says(pipe, pictures, tmp_path):
     loaded = Concept.load(folder / "mine.safetensors")
     torch.testing.assert_close(loaded.value_outputs, concept.value_outputs, rtol=1e-3, atol=1e-3)
     assert (loaded.covariance, loaded.author, loaded.license) == (concept.covariance, "A | B <b>", "CC: by")
+
+
+def test_the_card_of_the_built_in_model_names_it(pictures, tmp_path, monkeypatch):
+    pipe = tiny_sd()
+    pipe.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(models, "TOYBOX", tmp_path / "model")
+    learn(models.load_pipeline("toybox", device="cpu"), pictures, output=tmp_path / "out", steps=1)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'load_pipeline("toybox")' in card and "in 1 step of 3" in card
 
 
 def test_validation_is_the_same_each_time_and_changes_nothing(pipe, pictures, tmp_path):

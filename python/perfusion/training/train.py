@@ -88,7 +88,7 @@ def train(
         gallery = _learn(session, folder, progress, own, stale)
         concept = session.concept()
         concept.save(concept_file(folder, config.name))
-        write_card(folder, concept, config, pictures, gallery)
+        write_card(folder, concept, config, pictures, gallery, pipe)
         for old in stale:
             old.unlink(missing_ok=True)
     return concept
