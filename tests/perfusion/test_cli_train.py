@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 
 import pytest
 from transformers.utils import logging
@@ -119,6 +120,13 @@ def test_json_and_what_the_settings_in_the_folder_repeat(learn, tmp_path):
 
     result = learn("--config", tmp_path / "one" / "config.yaml", "--seed", 6, "--output", tmp_path / "three", "--json")
     assert json.loads(result.stdout)["recipe"]["seed"] == 6  # options go before the file
+
+
+def test_curves_without_tensorboard_are_said_to_be_missing(learn, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = learn(*WHAT, *SHORT, "--steps", 1, "--output", tmp_path / "out", "--tensorboard")
+    told = [line for line in result.stderr.splitlines() if "tensorboard" in line]
+    assert result.exit_code == 0 and len(told) == 1 and told[0].startswith("warning: ") and "pip install tensorboard" in told[0]
 
 
 def test_ctrl_c_keeps_a_checkpoint_and_latest_goes_on(learn, tmp_path, monkeypatch):

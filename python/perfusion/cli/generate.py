@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from json import dumps
 from pathlib import Path
@@ -76,7 +79,8 @@ def generate(
     pipe = load_pipeline(model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value))
     with attach(pipe, capacity=max(1, len(concepts))) as handle:
         used = _load(handle, concepts, settings)
-        _check_prompts(handle, [*prompts, negative_prompt])
+        handle.check([*prompts, negative_prompt])  # a mistake in the last prompt is found before the first one is drawn
+        _doubt(handle, [*prompts, negative_prompt])
         facts = {
             "model": Path(model).name,
             "steps": steps,
@@ -86,14 +90,17 @@ def generate(
         }
         jobs = [(prompt, seed + number) for prompt in prompts for number in range(count)]
         images = []
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for (prompt, number), file, image in zip(jobs, files, _draw(pipe, jobs, steps, guidance_scale, negative_prompt, batch_size)):
-            image.save(file, pnginfo=_metadata(prompt, number, facts))
-            images.append(image)
+        try:
+            for (prompt, number), file, image in zip(jobs, files, _draw(pipe, jobs, steps, guidance_scale, negative_prompt, batch_size)):
+                _save(image, file, _metadata(prompt, number, facts))
+                images.append(image)
+        except BaseException:
+            _say_what_is_finished(files, len(images))
+            raise
     if len(files) > 1:
         columns = count if len(prompts) > 1 else math.ceil(math.sqrt(count))
         titles = [f"seed {number}" for _, number in jobs]
-        sheet(images, columns, titles=titles).save(output, pnginfo=_metadata("\n".join(prompts), seed, facts))
+        _save(sheet(images, columns, titles=titles), output, _metadata("\n".join(prompts), seed, facts))
 
     if json:
         pictures = [{"file": str(file), "prompt": prompt, "seed": number} for (prompt, number), file in zip(jobs, files)]
@@ -106,6 +113,8 @@ def generate(
 
 def _files(output: Path, pictures: int, overwrite: bool) -> list[Path]:
     """Where each picture goes; nothing that is to be written may be there."""
+    from perfusion.files import check_writable
+
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, got {output}")
     digits = len(str(pictures))
@@ -114,6 +123,10 @@ def _files(output: Path, pictures: int, overwrite: bool) -> list[Path]:
     if present and not overwrite:
         more = f", and {len(present) - 1} more" if len(present) > 1 else ""
         raise FileExistsError(f"{present[0]} is there already{more}. Choose another --output, or say --overwrite.")
+    folders = [str(file) for file in (output, *files) if file.is_dir()]
+    if folders:
+        raise ValueError(f"{folders[0]} is a folder, and a picture cannot take its place. Choose another --output.")
+    check_writable(output.parent)
     return files
 
 
@@ -164,15 +177,39 @@ def _load(
     }
 
 
-def _check_prompts(handle: Handle, prompts: Sequence[str]) -> None:
-    """Find a mistake in the last prompt before the first one is drawn."""
-    from perfusion.base import text_encoders
-    from perfusion.prompts import parse_prompt
+def _doubt(handle: Handle, prompts: Sequence[str]) -> None:
+    """Warn about what looks like a concept and is none, and about concepts that no prompt names."""
+    from perfusion.prompts import near_tags, parse_prompt
+    from perfusion.text import added_tokens
 
     superclasses = {name: loaded.superclass for name, loaded in handle.concepts().items()}
-    tokens = set().union(*(tokenizer.get_added_vocab() for tokenizer, _ in text_encoders(handle.pipe)))
-    for prompt in prompts:
-        parse_prompt(prompt, superclasses, tokens)
+    tokens, doubted = added_tokens(handle.pipe), set[str]()
+    named = {mention.name for prompt in prompts for mention in parse_prompt(prompt, superclasses, tokens).mentions}
+    for prompt in dict.fromkeys(prompts):
+        for near in near_tags(prompt, superclasses):
+            doubted.update(re.findall(r"[\w-]+", near.lower()))
+            warnings.warn(
+                f"prompt {prompt!r}: {near!r} is drawn as plain text; a concept is written <name>, <name:0.8> or <name|bias=0.6>.",
+                stacklevel=2,
+            )
+    for name in superclasses:
+        if name not in named and name not in doubted:
+            warnings.warn(f"no prompt names <{name}>, so its --concept changes nothing; write <{name}> where it should be.", stacklevel=2)
+
+
+def _save(image: Image.Image, file: Path, metadata: Any) -> None:
+    from perfusion.files import whole
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole(file) as draft:
+        image.save(draft, pnginfo=metadata)
+
+
+def _say_what_is_finished(files: Sequence[Path], finished: int) -> None:
+    """After an interrupt or an error in the midst of the pictures: which of them are there."""
+    if finished:
+        which = f"{files[0]} is" if finished == 1 else f"{files[0]} to {files[finished - 1].name} are"
+        print(f"Stopped after {finished} of {len(files)} pictures: {which} finished, the contact sheet is not made.", file=sys.stderr)
 
 
 def _draw(

@@ -84,7 +84,8 @@ def train(
     """Learn a concept from a few pictures: a word, and what its values are in every cross-attention layer.
 
     IMAGES is a folder. Beside NAME.png there may be NAME.txt, captions that write the concept as <name>, * or {}, and
-    NAME-masklabel.png or NAME.mask.png, white where the thing is. Captions that say where the thing stands, and masks, keep
+    NAME-masklabel.png or NAME.mask.png, a mask, white where the thing is. An alpha channel is a mask, too, unless it is opaque
+    everywhere: transparent parts are not learned. All pictures have a mask, or none has. Captions that say where the thing stands, and masks, keep
     the background out of the concept: they make it better.
 
     The output folder gets NAME.safetensors (some 30 KB for Stable Diffusion 1.x), README.md with a gallery, config.yaml,

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from perfusion.files import whole
 from perfusion.toybox.render import render
 from perfusion.toybox.words import COLOURS, OBJECTS, PATTERNS, SCENES
 from perfusion.toybox.world import Instances, repeat_instance, sample_pictures, without_style
-from perfusion.training.files import whole
 
 __all__ = ["SUBJECTS", "Subject", "reference_files", "reference_paths", "true_pictures", "write_references"]
 

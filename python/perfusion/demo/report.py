@@ -10,7 +10,7 @@ from typing import Any
 import markdown
 from jinja2 import Environment, PackageLoader
 
-from perfusion.training.files import whole
+from perfusion.files import whole
 
 __all__ = ["write_report"]
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perfusion.training.files import whole
+from perfusion.files import whole
 
 __all__ = ["Checkpoint", "latest", "load", "save"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from perfusion.training.files import whole
+from perfusion.files import whole
 
 __all__ = ["TrainingConfig", "read_settings"]
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from perfusion.concept import Concept
+from perfusion.files import check_writable
 from perfusion.training import checkpoints
 from perfusion.training.checkpoints import Checkpoint
 from perfusion.training.config import TrainingConfig, read_settings
-from perfusion.training.files import check_writable
 
 __all__ = ["beginning", "concept_file", "numbered"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from perfusion.files import whole
 from perfusion.training.config import TrainingConfig
-from perfusion.training.files import whole
 from perfusion.training.session import Measures
 
 __all__ = ["TrainingLog"]
@@ -67,7 +67,10 @@ def _board(folder: Path, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        warnings.warn("tensorboard is not installed: the curves are in log.jsonl only.", stacklevel=2)
+        warnings.warn(
+            "tensorboard is not installed, so curves are in log.jsonl only: pip install tensorboard, or say --no-tensorboard (tensorboard=False).",
+            stacklevel=2,
+        )
         return None
     return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 

@@ -17,12 +17,12 @@ from perfusion import contact_sheet
 from perfusion.base import Base, UnsupportedPipeline, describe_base, fingerprints_match, text_encoders
 from perfusion.concept import Concept, check_name
 from perfusion.covariance import Covariance, get_covariance
+from perfusion.files import whole
 from perfusion.text import added_tokens, single_token
 from perfusion.training import checkpoints
 from perfusion.training.card import write_card
 from perfusion.training.config import TrainingConfig
 from perfusion.training.data import read_pictures
-from perfusion.training.files import whole
 from perfusion.training.folder import beginning, concept_file, numbered
 from perfusion.training.log import TrainingLog
 from perfusion.training.session import TrainingSession
@@ -142,13 +142,13 @@ def _learn(session: TrainingSession, folder: Path | None, progress: bool, own: b
         return checkpoints.save(folder / "checkpoints", step, facts, state, config.checkpoint_limit, others)
 
     with contextlib.ExitStack() as stack:
+        log = None
+        if folder is not None:  # before the bar, which would draw over a warning
+            log = TrainingLog(folder, config, session.step, session.device, keep=own)
+            stack.enter_context(contextlib.closing(log))
         bar = stack.enter_context(
             tqdm(total=config.steps, initial=session.step, desc=f"<{config.name}>", unit="step", disable=not progress)
         )
-        log = None
-        if folder is not None:
-            log = TrainingLog(folder, config, session.step, session.device, keep=own)
-            stack.enter_context(contextlib.closing(log))
         try:
             while session.step < config.steps:
                 started = time.monotonic()
