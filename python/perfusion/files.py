@@ -32,8 +32,8 @@ def check_writable(folder: Path) -> None:
     except _Writable:
         return
     except OSError as error:
-        where = "" if there == folder.absolute() else f" ({there}: {error.strerror})"
-        raise OSError(f"output: {str(folder)!r} cannot be written{where or f': {error.strerror}'}. Give another output.") from error
+        above = "" if there == folder.absolute() else f"{there}: "
+        raise OSError(f"output: {str(folder)!r} cannot be written ({above}{error.strerror}). Give another output folder.") from error
 
 
 class _Writable(Exception):

@@ -147,7 +147,7 @@ def test_a_finished_run_says_so_and_goes_on_with_more_steps(pipe, pictures, tmp_
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     with pytest.raises(ValueError, match="nothing is left to do: .*mine.safetensors' has had all 3 steps. Give more steps"):
         learn(pipe, pictures, steps=3, output=tmp_path, checkpoint_every=2, resume="latest")
-    with pytest.raises(ValueError, match="holds a finished run of <mine>, 3 steps, .* its mine.safetensors, .*go on .* and more steps"):
+    with pytest.raises(ValueError, match="holds a finished run of <mine>, step 3, .* its mine.safetensors, .*go on .* and more steps"):
         learn(pipe, pictures, steps=5, output=tmp_path)
     with pytest.raises(ValueError, match="is of step 3, beyond the 2 steps"):
         learn(pipe, pictures, steps=2, output=tmp_path, resume="latest")
@@ -182,7 +182,7 @@ def test_another_continuation_is_refused(pipe, pictures, tmp_path, monkeypatch):
     refused(r"other settings \(pictures '\w+' -> '\w+'\)", images=sorted(pictures.glob("[0-2].png")))
     refused(r"model '\w+' -> '\w+'", pipe=tiny_sd(seed=1))
     refused("holds a run of <mine> that was not finished and stopped at step 1.* config.yaml, log.jsonl, checkpoints/.*go on", resume=None)
-    refused("stopped at step 1.*say --overwrite .overwrite=True..$", resume=None, name="other")  # nothing to go on with
+    refused("stopped at step 1.*folder, or say --overwrite .overwrite=True..$", resume=None, name="other")  # nothing to go on with
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "log.jsonl").write_text("")
     refused("other' holds files that this run would replace: log.jsonl", resume=kept, output=tmp_path / "other")
@@ -201,13 +201,13 @@ def test_nothing_that_is_there_is_replaced_unasked(pipe, pictures, tmp_path):
     folder.mkdir()
     (folder / "README.md").write_text("somebody's")
     (folder / "notes.txt").write_text("somebody's")
-    with pytest.raises(ValueError, match=r"out' holds files that this run would replace: README.md. Give another output folder, say"):
+    with pytest.raises(ValueError, match=r"out' holds files that this run would replace: README.md. Give another output folder, or"):
         learn(pipe, pictures, output=folder)
     assert names(folder) == ["README.md", "notes.txt"] and (folder / "README.md").read_text() == "somebody's"
 
     learn(pipe, pictures, output=folder, overwrite=True, checkpoint_every=2, validation_every=2, tensorboard=True)
     assert "<mine>" in (folder / "README.md").read_text() and (folder / "notes.txt").read_text() == "somebody's"
-    with pytest.raises(ValueError, match="finished run of <mine>, 4 steps, and .* README.md, .*tensorboard/, validation/"):
+    with pytest.raises(ValueError, match="finished run of <mine>, step 4, and .* README.md, .*tensorboard/, validation/"):
         learn(pipe, pictures, output=folder, name="other")
 
     (folder / "checkpoints" / "step-notes.safetensors").write_text("somebody's")

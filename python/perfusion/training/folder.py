@@ -80,12 +80,10 @@ def _check_free(folder: Path, config: TrainingConfig, own: bool, overwrite: bool
     if not taken:
         return
     names = dict.fromkeys(path.name if path.parent == folder else f"{path.parent.name}/" for path in taken)
-    whose, advice = ("", "") if own else _whose(folder, config.name)
+    whose, further = ("", "") if own else _whose(folder, config.name)
     holds = f"holds {whose}, and this run would replace its" if whose else "holds files that this run would replace:"
-    raise ValueError(
-        f"output: {str(folder)!r} {holds} {', '.join(names)}. "
-        f"Give another output folder, say --overwrite (overwrite=True){advice}."
-    )
+    options = ["Give another output folder", further, "say --overwrite (overwrite=True)"]
+    raise ValueError(f"output: {str(folder)!r} {holds} {', '.join(names)}. {', or '.join(filter(None, options))}.")
 
 
 def _whose(folder: Path, name: str) -> tuple[str, str]:
@@ -101,9 +99,9 @@ def _whose(folder: Path, name: str) -> tuple[str, str]:
     file = concept_file(folder, owner)
     if checkpoint is None:
         return (f"a {'finished' if file.exists() else 'stopped'} run of <{owner}>", "")
-    goes_on = ', or go on with it by --resume latest (resume="latest")' if owner == name else ""
+    goes_on = 'go on with it by --resume latest (resume="latest")' if owner == name else ""
     if _came_to(checkpoint, file):
-        return f"a finished run of <{owner}>, {checkpoint.step} steps", f"{goes_on} and more steps" if goes_on else ""
+        return f"a finished run of <{owner}>, step {checkpoint.step}", f"{goes_on} and more steps" if goes_on else ""
     return f"a run of <{owner}> that was not finished and stopped at step {checkpoint.step}", goes_on
 
 
