@@ -1,4 +1,4 @@
-"""Files that are written in full or not at all, and folders that can be written."""
+"""Files that are written in full or not at all."""
 
 from __future__ import annotations
 
@@ -8,33 +8,23 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["check_writable", "whole"]
+__all__ = ["whole"]
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A place with the same ending to write to; what is there at the end takes the name `path`, after an error nothing does."""
+    """A place with the same ending to write to; what is there at the end takes the name `path`, after an error nothing does.
+
+    An OSError about that place names `path`, which is what the caller knows.
+    """
     draft = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
         yield draft
         os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def check_writable(folder: Path) -> None:
-    """OSError, saying what to do, unless files can be written into the folder, or it can be made. Leaves nothing behind."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    try:
-        with whole(there / "probe") as draft:  # permissions alone do not tell of read-only and full disks
-            draft.write_bytes(b"0")
-            raise _Writable
-    except _Writable:
-        return
     except OSError as error:
-        above = "" if there == folder.absolute() else f"{there}: "
-        raise OSError(f"output: {str(folder)!r} cannot be written ({above}{error.strerror}). Give another output folder.") from error
-
-
-class _Writable(Exception):
-    """The probe could be written; it is not to be kept."""
+        if error.errno is None or error.filename not in (None, str(draft), draft):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # of the same class: Python chooses it by the number
+    finally:
+        with contextlib.suppress(OSError):  # a folder that takes no file has none to remove
+            draft.unlink()

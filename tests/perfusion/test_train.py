@@ -164,6 +164,9 @@ def test_an_interrupt_while_the_gallery_is_drawn_keeps_the_run(pipe, pictures, t
     assert names(tmp_path) == ["checkpoints/step-000004.safetensors", "config.yaml", "log.jsonl"]
     learn(pipe, pictures, output=tmp_path, resume="latest")
     assert (tmp_path / "README.md").is_file() and len(rows(tmp_path)) == 4
+    (tmp_path / "README.md").unlink()  # as if the run had ended before the card was written
+    learn(pipe, pictures, output=tmp_path, resume="latest")
+    assert (tmp_path / "README.md").is_file()
 
 
 def test_another_continuation_is_refused(pipe, pictures, tmp_path, monkeypatch):

@@ -69,12 +69,14 @@ def _explain(error: Exception) -> tuple[int, str]:
     """Exit code and message of an error that came out of a command."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}" + (". Check the path." if isinstance(error, FileNotFoundError) else "")
+        text = f"{error.filename}: {error.strerror}"
     from perfusion.base import UnsupportedPipeline
     from perfusion.concept_file import ConceptFileError
     from perfusion.covariance import CovarianceError
     from perfusion_kernels import BackendUnavailable
 
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        text += ". Check the path."
     if isinstance(error, (ConceptFileError, CovarianceError, UnsupportedPipeline)):
         return REFUSED, text
     if isinstance(error, (ValueError, OSError, BackendUnavailable)):

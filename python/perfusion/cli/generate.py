@@ -59,8 +59,8 @@ def generate(
 
     With one prompt and --count 1, --output is the picture. With more it is a contact sheet, one row per prompt, and the
     pictures stand beside it: out.png, out-1.png, out-2.png ... Each holds its prompt, seed and settings as PNG text. What
-    is there already is never replaced without --overwrite.
-    Exit codes: 0 done, 2 bad input, 3 a concept or model that is refused.
+    is there already is never replaced without --overwrite. Ctrl-C keeps the pictures that are finished and names them.
+    Exit codes: 0 done, 2 bad input, 3 a concept or model that is refused, 130 interrupted.
     """
     files = _files(output, len(prompts) * count, overwrite)
     sources = [_source(text) for text in concept or ()]
@@ -113,7 +113,7 @@ def generate(
 
 def _files(output: Path, pictures: int, overwrite: bool) -> list[Path]:
     """Where each picture goes; nothing that is to be written may be there."""
-    from perfusion.files import check_writable
+    from perfusion.writable import check_writable
 
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, got {output}")

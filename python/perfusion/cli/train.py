@@ -108,14 +108,17 @@ def train(
 
     import torch
 
+    from perfusion.concept import check_name
     from perfusion.covariance import Covariance
     from perfusion.models import load_pipeline
     from perfusion.training import TrainingConfig
     from perfusion.training import train as learn
     from perfusion.training.folder import beginning
 
-    folder = output or Path("concepts") / str(settings["name"])
-    beginning(folder, images, resume, TrainingConfig(**settings), overwrite)  # refuses what cannot be before a model is loaded
+    checked = TrainingConfig(**settings)  # refuses what cannot be before a model is loaded
+    check_name(checked.name)
+    folder = output or Path("concepts") / checked.name
+    beginning(folder, images, resume, checked, overwrite)
     _check_device(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None and device != "cpu":

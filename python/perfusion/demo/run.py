@@ -20,13 +20,14 @@ from perfusion.covariance import get_covariance
 from perfusion.demo.evaluate import Scores, Yardstick, scene_prompts, score_subject, yardstick
 from perfusion.demo.instances import SUBJECTS, Subject, reference_files, reference_paths, write_references
 from perfusion.demo.report import write_report
-from perfusion.files import check_writable, whole
+from perfusion.files import whole
 from perfusion.handle import attach
 from perfusion.models import TOYBOX, load_pipeline
 from perfusion.toybox.judge import load_judge
 from perfusion.toybox.score import draw
 from perfusion.toybox.words import SCENES
 from perfusion.training import train
+from perfusion.writable import check_writable
 
 __all__ = ["Learned", "run_demo"]
 

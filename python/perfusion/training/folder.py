@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from perfusion.concept import Concept
-from perfusion.files import check_writable
 from perfusion.training import checkpoints
 from perfusion.training.checkpoints import Checkpoint
 from perfusion.training.config import TrainingConfig, read_settings
+from perfusion.writable import check_writable
 
 __all__ = ["beginning", "concept_file", "numbered"]
 
@@ -63,7 +63,8 @@ def _checkpoint(folder: Path | None, resume: str | Path | None, config: Training
     if checkpoint.step > config.steps:
         raise ValueError(f"checkpoint {str(path)!r} is of step {checkpoint.step}, beyond the {config.steps} steps of this training.")
     own = folder is not None and path.resolve().parent == (folder / "checkpoints").resolve()
-    if own and checkpoint.step == config.steps and _came_to(checkpoint, file := concept_file(folder, config.name)):
+    finished = own and checkpoint.step == config.steps and (folder / "README.md").exists()  # the card comes last
+    if finished and _came_to(checkpoint, file := concept_file(folder, config.name)):
         raise ValueError(f"nothing is left to do: {str(file)!r} has had all {config.steps} steps. Give more steps to go on from there.")
     return checkpoint, own
 
