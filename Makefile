@@ -23,9 +23,12 @@ help: ## this list
 	@echo '  PIP_ARGS=...    for pip. Without an NVIDIA GPU, --extra-index-url with the address of the CPU'
 	@echo '                  builds of PyTorch (pytorch.org, "Get started") saves gigabytes'
 
+# the demo's own folder may be written anew; one that is named may hold anything
+demo_args = $(if $(findstring --output,$(ARGS)),,--overwrite )$(ARGS)
+
 demo: $(VENV)/.installed-train ## learn two concepts from a few pictures and draw them, in minutes, on any computer
-	$(say) 'perfusion demo $(ARGS)'
-	@$(BIN)/perfusion demo $(ARGS)
+	$(say) 'perfusion demo $(demo_args)'
+	@$(BIN)/perfusion demo $(demo_args)
 
 test: $(VENV)/.installed-test ## run every test, with coverage
 	$(say) 'Running the tests, $(JOBS) at a time'

@@ -194,6 +194,58 @@ def test_generate_says_what_is_wrong(draw, folder, tmp_path):
     assert os.listdir(tmp_path) == ["torn.safetensors"]
 
 
+def test_generate_checks_every_prompt_before_it_draws(draw, folder, tmp_path):
+    teddy = ("--concept", folder / "my-teddy.safetensors", "--batch-size", 1)
+    for prompt, text in (
+        ("a <my-teddy:0.4> <my-teddy>", "prompt 'a <my-teddy:0.4> <my-teddy>': <my-teddy> is named twice in one prompt with different"),
+        ("a teddy " * 40 + "<my-teddy>", "lies beyond the 77 tokens"),
+    ):
+        result = draw("a <my-teddy>", prompt, *teddy)
+        assert (result.exit_code, result.stdout, os.listdir(tmp_path)) == (2, "", []) and text in result.stderr, result.output
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_generate_finds_a_folder_that_cannot_be_written_before_it_loads_a_model(draw, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    result = draw("a cup", output=tmp_path / name / "out.png", model="not even looked for")
+    assert result.exit_code == 2 and "cannot be written" in result.stderr and "Give another output" in result.stderr
+
+
+def test_generate_does_not_take_a_folder_for_a_picture(draw, tmp_path):
+    (tmp_path / "out.png").mkdir()
+    result = draw("a cup", "--overwrite")
+    assert result.exit_code == 2 and "out.png is a folder" in result.stderr
+
+
+def test_generate_warns_about_what_is_no_concept(draw, folder):
+    concepts = ("--concept", folder / "my-teddy.safetensors", "--concept", folder / "my-cup.safetensors")
+    result = draw("a <my-teddy bear>", *concepts)
+    assert result.exit_code == 0
+    warned = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 2 and "'<my-teddy bear>' is drawn as plain text" in warned[0] and "no prompt names <my-cup>" in warned[1]
+    assert "warning" not in draw("i <3 a <my-teddy> in a <my-cup>", *concepts, "--overwrite").stderr
+
+
+def test_ctrl_c_says_which_pictures_are_finished(draw, tmp_path, monkeypatch):
+    class Generator(torch.Generator):  # one for each picture
+        def manual_seed(self, seed):
+            if seed == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().manual_seed(seed)
+
+    monkeypatch.setattr(torch, "Generator", Generator)
+    result = draw("a cup", "--count", 4, "--batch-size", 1)
+    assert result.exit_code == 130 and sorted(os.listdir(tmp_path)) == ["out-1.png", "out-2.png"]
+    assert f"Stopped after 2 of 4 pictures: {tmp_path / 'out-1.png'} to out-2.png are finished, the contact sheet is not made." in result.stderr
+    assert result.stderr.endswith("interrupted\n")
+
+
+def test_float16_on_a_cpu_is_one_line_of_advice(draw, caplog):
+    result = draw("a cup", "--dtype", "float16", "--device", "cpu")
+    assert result.exit_code == 0 and "Pipelines loaded" not in result.stderr + caplog.text
+    assert result.stderr.count("warning: float16 on a CPU is slow") == 1
+
+
 def test_generate_with_the_built_in_model(tmp_path):
     result = run("generate", "a red teddy on the beach", "--output", tmp_path / "out.png", "--steps", 2, "--device", "cpu")
     assert result.exit_code == 0, result.output

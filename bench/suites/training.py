@@ -81,7 +81,7 @@ def problem(name: str, make: Callable[[], tuple[Any, Covariance, int]], batch: i
     pictures = []
     for number in range(5):
         pixels, mask = torch.rand(3, side, side, generator=draw) * 2 - 1, torch.rand(side, side, generator=draw)
-        pictures.append(Picture(str(number), pixels, mask, config.instance_prompts))
+        pictures.append(Picture(str(number), pixels, mask, config.instance_prompts, tuple(pixels.shape[-2:])))
 
     def new(kind: type[TrainingSession], compile: bool = False) -> TrainingSession:
         settings = dataclasses.replace(config, compile=compile)

@@ -186,6 +186,13 @@ class Handle:
         """What is loaded, by name. A copy: change settings by `set`."""
         return {name: dataclasses.replace(loaded) for name, loaded in self._loaded.items()}
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises what drawing any of the prompts would raise for its concepts, their settings and their places; draws nothing."""
+        self._require_attached()
+        tokens = added_tokens(self.pipe)
+        for prompt in prompts:
+            self._bank.index([[mention.name for mention in self._text.check(prompt, tokens)]])
+
     @property
     def enabled(self) -> bool:
         return self._text.enabled

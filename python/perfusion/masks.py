@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["ClipSeg", "flatten", "is_sidecar", "latent_mask", "load_mask", "masked_loss"]
+__all__ = ["SIDECAR_ENDINGS", "ClipSeg", "flatten", "has_sidecar", "is_sidecar", "latent_mask", "load_mask", "masked_loss"]
 
 SIDECAR_ENDINGS = ("-masklabel.png", ".mask.png")
 # A subject that CLIPSeg gives less than this anywhere is not in the picture, and normalising would train on noise.
@@ -32,6 +32,12 @@ BACKGROUND = (255, 255, 255)
 def is_sidecar(path: str | Path) -> bool:
     """Whether the file name is that of a mask, not of a training image."""
     return str(path).lower().endswith(SIDECAR_ENDINGS)
+
+
+def has_sidecar(path: str | Path) -> bool:
+    """Whether a mask file lies beside the training image."""
+    path = Path(path)
+    return any(path.with_name(path.stem + ending).is_file() for ending in SIDECAR_ENDINGS)
 
 
 def flatten(image: Image.Image) -> Image.Image:

@@ -9,11 +9,13 @@ from collections.abc import Collection, Mapping
 
 from perfusion.advice import advise
 
-__all__ = ["Mention", "Prompt", "PromptError", "check_settings", "parse_prompt"]
+__all__ = ["Mention", "Prompt", "PromptError", "check_settings", "near_tags", "parse_prompt"]
 
 RANGES = {"strength": (0, 4), "bias": (-2, 2), "temperature": (1e-3, 10)}
 
 _TAG = re.compile(r"<(?:perfusion:)?([A-Za-z0-9][\w-]{0,31})(?::([^<>|]*))?(?:\|([^<>]*))?>")
+
+_NEAR = re.compile(r"<(\s*)(?:perfusion:)?([A-Za-z0-9][\w-]*)[^<>]*>?")
 
 
 class PromptError(ValueError):
@@ -72,6 +74,19 @@ def parse_prompt(text: str, superclasses: Mapping[str, str], tokens: Collection[
         end = tag.end()
         plain += " " if text[end : end + 1].isalnum() else ""
     return Prompt(plain + text[end:], tuple(mentions))
+
+
+def near_tags(text: str, names: Collection[str]) -> list[str]:
+    """What looks like a concept in a prompt and is read as plain text, such as `<teddy` and `<teddy bear>`.
+
+    names: of the loaded concepts, which are also seen behind a space. "i <3 you" and "1 < 2" hold nothing of the kind.
+    """
+    found = []
+    for tag in _NEAR.finditer(_TAG.sub(" ", text)):
+        space, name = tag.group(1), tag.group(2)
+        if name.lower() in names or (not space and name[0].isalpha()):
+            found.append(tag.group(0) if tag.group(0).endswith(">") else tag.group(0)[: tag.end(2) - tag.start()])
+    return found
 
 
 def _settings(tag: re.Match[str], text: str) -> dict[str, float]:

@@ -22,6 +22,9 @@ from perfusion.rows import KnownRows, RowEdit
 
 __all__ = ["RowEdit", "TextHook", "Word", "added_tokens", "single_token"]
 
+# suggested as superclasses where the tokenizer has them: no small vocabulary has them all
+_NOUNS = ("teddy", "dog", "cat", "teapot", "mug", "cup", "boat", "car", "house", "robot", "fish", "toy", "bag", "shoe", "person")
+
 
 @dataclasses.dataclass
 class Word:
@@ -110,6 +113,17 @@ class TextHook:
         prompt = parse_prompt(text, {name: word.superclass for name, word in self.words.items()}, tokens)
         mentions = [dataclasses.replace(mention, strength=self._strength(mention)) for mention in prompt.mentions]
         return dataclasses.replace(prompt, mentions=tuple(mention for mention in mentions if mention.strength))
+
+    def check(self, text: str, tokens: Collection[str] | None = None) -> tuple[Mention, ...]:
+        """The concepts that act in a prompt. PromptError, or what else would stop it when it is drawn; nothing is encoded."""
+        prompt = self.parse(text, tokens)
+        try:
+            mentions = _Side(0, [[prompt]]).mentions(0, 1)
+        except PromptError as error:
+            raise PromptError(f"prompt {text!r}: {error}") from None
+        for number in range(len(self._expected)):
+            self._expect(number, [prompt])
+        return mentions
 
     def rows_of(self, encodings: Tensor) -> dict[int, RowEdit]:
         """row -> RowEdit for the rows of encodings [R, T, D] that hold concepts; see `KnownRows.find`."""
@@ -249,11 +263,21 @@ def added_tokens(pipe: Any) -> set[str]:
 
 def single_token(tokenizer: Any, word: str) -> int:
     """The id of a word that is one token. ValueError says what to do when it is not."""
-    ids = tokenizer(word, add_special_tokens=False).input_ids
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+    ids = _ids(tokenizer, word)
+    if not _is_single(tokenizer, ids):
         pieces = tokenizer.convert_ids_to_tokens(ids)
+        known = [repr(each) for each in _NOUNS if _is_single(tokenizer, _ids(tokenizer, each))][:3]
+        such = f", such as {' or '.join(filter(None, [', '.join(known[:-1]), known[-1]]))}" if known else ""
         raise ValueError(
             f"superclass {word!r} must be a single token of this model's tokenizer, but it becomes {len(ids)} ({', '.join(pieces)}). "
-            "Choose one common word for what the thing is, such as 'teddy' or 'dog'."
+            f"Choose one common word for what the thing is{such}."
         )
     return ids[0]
+
+
+def _ids(tokenizer: Any, word: str) -> list[int]:
+    return tokenizer(word, add_special_tokens=False).input_ids
+
+
+def _is_single(tokenizer: Any, ids: list[int]) -> bool:
+    return len(ids) == 1 and ids[0] != tokenizer.unk_token_id

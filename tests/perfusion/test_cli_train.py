@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 
 import pytest
 from transformers.utils import logging
@@ -61,8 +62,11 @@ def test_help_names_what_users_know():
         "--checkpointing-steps",
         "--gradient-checkpointing",
         "--json",
+        "-masklabel.png",
+        "alpha channel",
+        "--overwrite",
     ):
-        assert option in result.stdout, option
+        assert option in " ".join(result.stdout.split()), option
 
 
 @pytest.mark.parametrize(
@@ -71,16 +75,26 @@ def test_help_names_what_users_know():
         ((), 2, "error: --superclass and --name must be given: what the thing is, and what prompts will call it.\n"),
         (("--name", "mine"), 2, "error: --superclass must be given: what the thing is.\n"),
         ((*WHAT, "--steps", 0), 2, "error: training: steps must be at least 1, got 0\n"),
+        ((*WHAT, "--name", "../mine"), 2, "error: Concept: name must be 1 to 32 characters"),
         ((*WHAT, "--device", "abacus"), 2, "error: --device abacus cannot be used"),
         (("--superclass", "zyx", "--name", "mine"), 2, "error: superclass 'zyx' must be a single token"),
         ((*WHAT, "--resume", "latest"), 2, "error: there is no checkpoint to continue from"),
-        ((*WHAT, "--config", "/nowhere.yaml"), 2, "error: /nowhere.yaml: No such file"),
+        ((*WHAT, "--config", "/nowhere.yaml"), 2, "error: /nowhere.yaml: No such file or directory. Check the path.\n"),
     ],
 )
 def test_errors_are_one_line(learn, tmp_path, arguments, code, message):
     result = learn("--output", tmp_path / "out", *arguments)
     assert result.exit_code == code and result.stderr.startswith(message) and result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_replaced_with_overwrite_only(learn, tmp_path):
+    (tmp_path / "gallery.png").write_bytes(b"mine")
+    result = learn(*WHAT, *SHORT, "--output", tmp_path, "--model", "not even looked for")
+    assert result.exit_code == 2 and result.stderr.startswith("error: output: ") and "replace: gallery.png. Give" in result.stderr
+    assert os.listdir(tmp_path) == ["gallery.png"] and (tmp_path / "gallery.png").read_bytes() == b"mine"
+    result = learn(*WHAT, *SHORT, "--steps", 1, "--output", tmp_path, "--overwrite")
+    assert result.exit_code == 0 and (tmp_path / "gallery.png").read_bytes() != b"mine", result.stderr
 
 
 def test_json_and_what_the_settings_in_the_folder_repeat(learn, tmp_path):
@@ -110,6 +124,19 @@ def test_json_and_what_the_settings_in_the_folder_repeat(learn, tmp_path):
 
     result = learn("--config", tmp_path / "one" / "config.yaml", "--seed", 6, "--output", tmp_path / "three", "--json")
     assert json.loads(result.stdout)["recipe"]["seed"] == 6  # options go before the file
+
+
+def test_the_bar_says_what_is_drawn_and_the_last_lines_what_was_written(learn, tmp_path):
+    result = learn(*WHAT, *SHORT, "--validation-every", 2, "--output", tmp_path / "out")
+    assert result.exit_code == 0 and "<mine>, drawing validation pictures" in result.stderr and "<mine>, drawing the gallery" in result.stderr
+    assert "README.md, gallery.png, references.png, config.yaml, log.jsonl, validation/, checkpoints/.\n" in result.stdout
+
+
+def test_curves_without_tensorboard_are_said_to_be_missing(learn, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = learn(*WHAT, *SHORT, "--steps", 1, "--output", tmp_path / "out", "--tensorboard")
+    told = [line for line in result.stderr.splitlines() if "tensorboard" in line]
+    assert result.exit_code == 0 and len(told) == 1 and told[0].startswith("warning: ") and "pip install tensorboard" in told[0]
 
 
 def test_ctrl_c_keeps_a_checkpoint_and_latest_goes_on(learn, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from perfusion.prompts import Mention, Prompt, PromptError, check_settings, parse_prompt
+from perfusion.prompts import Mention, Prompt, PromptError, check_settings, near_tags, parse_prompt
 
 LOADED = {"teddy": "teddy", "my-pot": "teapot", "c3_po": "robot"}
 
@@ -101,6 +101,20 @@ def test_a_name_that_means_two_things_is_refused():
     with pytest.raises(PromptError, match="both a loaded concept and a word of the tokenizer"):
         parse("a <teddy>", tokens={"<teddy>"})
     assert parse("a <perfusion:teddy>", tokens={"<teddy>"}).mentions == (Mention("teddy", "a "),)
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("a <teddy", ["<teddy"]),
+        ("a < teddy > and < Teddy", ["< teddy >", "< Teddy"]),
+        ("a <teddy bear> at night", ["<teddy bear>"]),
+        ("a <teddy> by <b c>, <perfusion:d", ["<b c>", "<perfusion:d"]),
+        ("i <3 you, 1 < x > 0, a -> b, <-x>, <|endoftext|>, <teddy:0.5>, <>", []),
+    ],
+)
+def test_what_looks_like_a_concept_and_is_none(text, near):
+    assert near_tags(text, LOADED) == near
 
 
 def test_check_settings():

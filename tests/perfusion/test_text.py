@@ -1,10 +1,14 @@
 """perfusion.text and perfusion.rows: the word's embedding in its place, and the encodings that are known again."""
 
+import re
+
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from perfusion import rows as rows_module
 from perfusion.base import UnsupportedPipeline
+from perfusion.models import TOYBOX
 from perfusion.prompts import Mention, PromptError
 from perfusion.rows import KnownRows, RowEdit
 from perfusion.text import TextHook, Word, single_token
@@ -270,6 +274,15 @@ def test_a_pipeline_without_encode_prompt_is_refused(sd):
 def test_a_superclass_of_several_tokens_is_refused(sd):
     with pytest.raises(ValueError, match="superclass 'armadillo' must be a single token.*it becomes"):
         single_token(sd.tokenizer, "armadillo")
+
+
+def test_suggested_superclasses_are_words_of_the_tokenizer():
+    """toybox has no word for dogs."""
+    tokenizer = AutoTokenizer.from_pretrained(TOYBOX / "tokenizer")
+    with pytest.raises(ValueError, match="superclass 'zebra' must.*Choose one common word for what the thing is, such as '") as refused:
+        single_token(tokenizer, "zebra")
+    suggested = re.findall("'([a-z]+)'", str(refused.value).split("such as")[1])
+    assert len(suggested) == 3 and all(single_token(tokenizer, word) for word in suggested)
 
 
 # Install and remove

@@ -7,6 +7,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
+from perfusion import models
 from perfusion.base import UnsupportedPipeline
 from perfusion.concept import Concept
 from perfusion.handle import attach
@@ -79,6 +80,7 @@ def test_the_folder_holds_what_the_card_says(pipe, pictures, tmp_path):
         "`<mine>`, one teddy" in card and 'license: "CC: by"' in card and "A \\| B &lt;b>" in card and "4 pictures, in 4 steps of 3" in card
     )
     assert f"{(folder / 'mine.safetensors').stat().st_size:,} bytes" in card and "{{" not in card and "{%" not in card
+    assert 'load_pipeline("path/to/the/base/model")' in card and card.endswith(".\n")
 
     log = rows(folder)
     assert [row["step"] for row in log] == [1, 2, 3, 4]
@@ -96,6 +98,15 @@ def test_the_folder_holds_what_the_card_says(pipe, pictures, tmp_path):
     loaded = Concept.load(folder / "mine.safetensors")
     torch.testing.assert_close(loaded.value_outputs, concept.value_outputs, rtol=1e-3, atol=1e-3)
     assert (loaded.covariance, loaded.author, loaded.license) == (concept.covariance, "A | B <b>", "CC: by")
+
+
+def test_the_card_of_the_built_in_model_names_it(pictures, tmp_path, monkeypatch):
+    pipe = tiny_sd()
+    pipe.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(models, "TOYBOX", tmp_path / "model")
+    learn(models.load_pipeline("toybox", device="cpu"), pictures, output=tmp_path / "out", steps=1)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'load_pipeline("toybox")' in card and "in 1 step of 3" in card
 
 
 def test_validation_is_the_same_each_time_and_changes_nothing(pipe, pictures, tmp_path):
@@ -136,7 +147,7 @@ def test_a_finished_run_says_so_and_goes_on_with_more_steps(pipe, pictures, tmp_
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     with pytest.raises(ValueError, match="nothing is left to do: .*mine.safetensors' has had all 3 steps. Give more steps"):
         learn(pipe, pictures, steps=3, output=tmp_path, checkpoint_every=2, resume="latest")
-    with pytest.raises(ValueError, match="mine.safetensors' exists. Give another output folder"):
+    with pytest.raises(ValueError, match="holds a finished run of <mine>, step 3, .* its mine.safetensors, .*go on .* and more steps"):
         learn(pipe, pictures, steps=5, output=tmp_path)
     with pytest.raises(ValueError, match="is of step 3, beyond the 2 steps"):
         learn(pipe, pictures, steps=2, output=tmp_path, resume="latest")
@@ -153,6 +164,9 @@ def test_an_interrupt_while_the_gallery_is_drawn_keeps_the_run(pipe, pictures, t
     assert names(tmp_path) == ["checkpoints/step-000004.safetensors", "config.yaml", "log.jsonl"]
     learn(pipe, pictures, output=tmp_path, resume="latest")
     assert (tmp_path / "README.md").is_file() and len(rows(tmp_path)) == 4
+    (tmp_path / "README.md").unlink()  # as if the run had ended before the card was written
+    learn(pipe, pictures, output=tmp_path, resume="latest")
+    assert (tmp_path / "README.md").is_file()
 
 
 def test_another_continuation_is_refused(pipe, pictures, tmp_path, monkeypatch):
@@ -170,12 +184,63 @@ def test_another_continuation_is_refused(pipe, pictures, tmp_path, monkeypatch):
     refused(r"other settings \(batch_size 3 -> 2; flip 0.5 -> 0\)", batch_size=2, flip=0)
     refused(r"other settings \(pictures '\w+' -> '\w+'\)", images=sorted(pictures.glob("[0-2].png")))
     refused(r"model '\w+' -> '\w+'", pipe=tiny_sd(seed=1))
-    refused("is of a run that was not finished: continue it with resume=", resume=None)
+    refused("holds a run of <mine> that was not finished and stopped at step 1.* config.yaml, log.jsonl, checkpoints/.*go on", resume=None)
+    refused("stopped at step 1.*folder, or say --overwrite .overwrite=True..$", resume=None, name="other")  # nothing to go on with
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "log.jsonl").write_text("")
+    refused("other' holds files that this run would replace: log.jsonl", resume=kept, output=tmp_path / "other")
     refused("no such checkpoint", resume=tmp_path / "none.safetensors")
     refused('resume="latest" needs an output folder', output=None)
     refused("there is no checkpoint to continue from in", output=tmp_path / "elsewhere")
     kept.write_bytes(kept.read_bytes()[:-1])
     refused("is damaged")
+
+
+# Files that are there already
+
+
+def test_nothing_that_is_there_is_replaced_unasked(pipe, pictures, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "README.md").write_text("somebody's")
+    (folder / "notes.txt").write_text("somebody's")
+    with pytest.raises(ValueError, match=r"out' holds files that this run would replace: README.md. Give another output folder, or"):
+        learn(pipe, pictures, output=folder)
+    assert names(folder) == ["README.md", "notes.txt"] and (folder / "README.md").read_text() == "somebody's"
+
+    learn(pipe, pictures, output=folder, overwrite=True, checkpoint_every=2, validation_every=2, tensorboard=True)
+    assert "<mine>" in (folder / "README.md").read_text() and (folder / "notes.txt").read_text() == "somebody's"
+    with pytest.raises(ValueError, match="finished run of <mine>, step 4, and .* README.md, .*tensorboard/, validation/"):
+        learn(pipe, pictures, output=folder, name="other")
+
+    (folder / "checkpoints" / "step-notes.safetensors").write_text("somebody's")
+    curves = set((folder / "tensorboard").iterdir())
+    other = learn(pipe, pictures, output=folder, overwrite=True, name="other", steps=3, checkpoint_every=1, validation_every=1)
+    found = set(names(folder))
+    assert {"mine.safetensors", "other.safetensors", "checkpoints/step-notes.safetensors", "validation/step-000002.png"} <= found
+    assert not {"checkpoints/step-000004.safetensors", "validation/step-000004.png"} & found and not curves & set(folder.rglob("*"))
+    assert same(other, learn(pipe, pictures, name="other", steps=3)) and [row["step"] for row in rows(folder)] == [1, 2, 3]
+
+
+def test_what_is_overwritten_stays_until_its_replacement_is_there(pipe, pictures, tmp_path, monkeypatch):
+    learn(pipe, pictures, output=tmp_path, checkpoint_every=2)
+    old = (tmp_path / "mine.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingSession, "sample", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            learn(pipe, pictures, output=tmp_path, overwrite=True, seed=1)
+    assert (tmp_path / "mine.safetensors").read_bytes() == old and (tmp_path / "README.md").is_file()
+    # all steps are done, and yet the concept is the other run's
+    new = learn(pipe, pictures, output=tmp_path, resume="latest", seed=1)
+    assert (tmp_path / "mine.safetensors").read_bytes() != old and same(new, learn(pipe, pictures, seed=1))
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_cannot_be_written_is_found_before_the_pictures_are_read(pipe, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=f"output: '.*{place}' cannot be written.*Not a directory.*Give another output"):
+        learn(pipe, tmp_path / "no pictures", output=tmp_path / place)
+    assert names(tmp_path) == ["file"]
 
 
 # Refusals, before anything is written

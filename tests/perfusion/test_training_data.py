@@ -13,7 +13,7 @@ from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
 SIDE = 16
 CONFIG = settings(instance_prompts="a {}")
-pytestmark = pytest.mark.filterwarnings("ignore:.*few. a concept takes")
+pytestmark = pytest.mark.filterwarnings("ignore:.*few. a concept takes", "ignore:pictures smaller than half")
 
 
 def gradient(size=(SIDE, SIDE)):
@@ -115,13 +115,19 @@ def test_few_pictures_are_warned_about(tmp_path):
         read([gradient()] * 4)
 
 
+def test_small_pictures_are_warned_about(tmp_path):
+    gradient((1, 1)).save(tmp_path / "dot.png")
+    with pytest.warns(UserWarning, match=r"half of the 16 x 16 pixels .*learned: [^,]*dot.png \(1 x 1\), image 2 \(40 x 7\). Larger"):
+        read([tmp_path / "dot.png", gradient((40, 7)), gradient((8, 8)), gradient()])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda folder: folder / "nowhere", "is not a folder; give a folder of pictures"),
         (lambda folder: folder, "no pictures in .*; looked for .png"),
         (lambda folder: [], "the list is empty; a concept takes about 4 to 7 pictures"),
-        (lambda folder: [folder / "nowhere.png"], "nowhere.png' cannot be read as a picture"),
+        (lambda folder: [folder / "nowhere.png"], "nowhere.png' cannot be read as a picture: there is no such file. Check the path"),
         (lambda folder: [folder], "cannot be read as a picture"),
     ],
 )
@@ -136,7 +142,7 @@ def test_no_pictures(tmp_path, make, message):
 def test_a_damaged_picture_is_named(tmp_path, damage):
     gradient((64, 64)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(damage((tmp_path / "good.png").read_bytes()))
-    with pytest.raises(ValueError, match="bad.png' cannot be read as a picture"):
+    with pytest.raises(ValueError, match="bad.png' cannot be read as a picture: .* Save it anew, or leave it out.$"):
         read(tmp_path)
 
 
@@ -172,8 +178,24 @@ def test_captions_that_do_not_work(tmp_path, text, message):
 def test_masks_on_some_pictures_only(tmp_path):
     folder = write_pictures(tmp_path / "in", 3, mask=True)
     (folder / "1-masklabel.png").unlink()
-    with pytest.raises(ValueError, match=r"some have none \(.*1.png\); give all of them one, or none"):
+    with pytest.raises(ValueError, match=r"some have none \(.*1.png\); give all of them one, such as 1-masklabel.png, or none.$"):
         read(folder)
+
+
+def test_an_alpha_channel_on_some_pictures_only(tmp_path):
+    folder = write_pictures(tmp_path / "in", 3)
+    for name, alpha in (("0", 0), ("1", 255)):  # fully opaque is no mask
+        image = Image.open(folder / f"{name}.png").convert("RGBA")
+        image.paste((0, 0, 0, alpha), (0, 0, 4, 4))
+        image.save(folder / f"{name}.png")
+    with pytest.raises(ValueError, match=r"none \(.*1.png, .*2.png\); .* The mask of [^ ]*0.png is the alpha channel, .* save without"):
+        read(folder)
+
+
+def test_weights_of_clipseg_that_are_not_there(tmp_path):
+    """Also where every picture has a mask."""
+    with pytest.raises(FileNotFoundError, match="no such CLIPSeg folder: .*nowhere. Give the folder"):
+        read(write_pictures(tmp_path / "in", 4, mask=True), clipseg=tmp_path / "nowhere")
 
 
 def test_a_mask_outside_the_middle_square(tmp_path):

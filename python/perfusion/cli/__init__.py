@@ -79,6 +79,8 @@ def _explain(error: Exception) -> tuple[int, str]:
     from perfusion.covariance import CovarianceError
     from perfusion_kernels import BackendUnavailable
 
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        text += ". Check the path."
     if isinstance(error, (ConceptFileError, ConversionError, CovarianceError, UnsupportedPipeline)):
         return REFUSED, text
     if isinstance(error, (ValueError, OSError, BackendUnavailable)):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -60,7 +63,7 @@ def generate(
 
     With one prompt and --count 1, --output is the picture. With more it is a contact sheet, one row per prompt, and the
     pictures stand beside it: out.png, out-1.png, out-2.png ... Each holds its prompt, seed and settings as PNG text. What
-    is there already is never replaced without --overwrite.
+    is there already is never replaced without --overwrite. Ctrl-C keeps the pictures that are finished and names them.
 
     Exit codes: 0 done, 2 bad input, 3 a concept or model that is refused, 130 interrupted.
     """
@@ -83,7 +86,8 @@ def generate(
     pipe = load_pipeline(model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value))
     with attach(pipe, capacity=max(1, len(concepts))) as handle:
         used = _load(handle, concepts, settings)
-        _check_prompts(handle, [*prompts, negative_prompt])
+        handle.check([*prompts, negative_prompt])  # a mistake in the last prompt is found before the first one is drawn
+        _doubt(handle, [*prompts, negative_prompt])
         facts = {
             "model": Path(model).name,
             "steps": steps,
@@ -93,14 +97,17 @@ def generate(
         }
         jobs = [(prompt, seed + number) for prompt in prompts for number in range(count)]
         images = []
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for (prompt, number), file, image in zip(jobs, files, _draw(pipe, jobs, steps, guidance_scale, negative_prompt, batch_size)):
-            image.save(file, pnginfo=_metadata(prompt, number, facts))
-            images.append(image)
+        try:
+            for (prompt, number), file, image in zip(jobs, files, _draw(pipe, jobs, steps, guidance_scale, negative_prompt, batch_size)):
+                _save(image, file, _metadata(prompt, number, facts))
+                images.append(image)
+        except BaseException:
+            _say_what_is_finished(files, len(images))
+            raise
     if len(files) > 1:
         columns = count if len(prompts) > 1 else math.ceil(math.sqrt(count))
         titles = [f"seed {number}" for _, number in jobs]
-        sheet(images, columns, titles=titles).save(output, pnginfo=_metadata("\n".join(prompts), seed, facts))
+        _save(sheet(images, columns, titles=titles), output, _metadata("\n".join(prompts), seed, facts))
 
     if json:
         pictures = [{"file": str(file), "prompt": prompt, "seed": number} for (prompt, number), file in zip(jobs, files)]
@@ -113,11 +120,17 @@ def generate(
 
 def _files(output: Path, pictures: int, overwrite: bool) -> list[Path]:
     """Where each picture goes; nothing that is to be written may be there."""
+    from perfusion.writable import check_writable
+
     if output.suffix.lower() != ".png":
         raise ValueError(f"--output must be NAME.png, got {output if output.name else 'no name'}")
     digits = len(str(pictures))
     files = [output] if pictures == 1 else [output.with_stem(f"{output.stem}-{n:0{digits}}") for n in range(1, pictures + 1)]
     refuse_existing([output, *files], overwrite)
+    folders = [str(file) for file in (output, *files) if file.is_dir()]
+    if folders:
+        raise ValueError(f"{folders[0]} is a folder, and a picture cannot take its place. Choose another --output.")
+    check_writable(output.parent)
     return files
 
 
@@ -159,15 +172,39 @@ def _load(
     }
 
 
-def _check_prompts(handle: Handle, prompts: Sequence[str]) -> None:
-    """Find a mistake in the last prompt before the first one is drawn."""
-    from perfusion.base import text_encoders
-    from perfusion.prompts import parse_prompt
+def _doubt(handle: Handle, prompts: Sequence[str]) -> None:
+    """Warn about what looks like a concept and is none, and about concepts that no prompt names."""
+    from perfusion.prompts import near_tags, parse_prompt
+    from perfusion.text import added_tokens
 
     superclasses = {name: loaded.superclass for name, loaded in handle.concepts().items()}
-    tokens = set().union(*(tokenizer.get_added_vocab() for tokenizer, _ in text_encoders(handle.pipe)))
-    for prompt in prompts:
-        parse_prompt(prompt, superclasses, tokens)
+    tokens, doubted = added_tokens(handle.pipe), set[str]()
+    named = {mention.name for prompt in prompts for mention in parse_prompt(prompt, superclasses, tokens).mentions}
+    for prompt in dict.fromkeys(prompts):
+        for near in near_tags(prompt, superclasses):
+            doubted.update(re.findall(r"[\w-]+", near.lower()))
+            warnings.warn(
+                f"prompt {prompt!r}: {near!r} is drawn as plain text; a concept is written <name>, <name:0.8> or <name|bias=0.6>.",
+                stacklevel=2,
+            )
+    for name in superclasses:
+        if name not in named and name not in doubted:
+            warnings.warn(f"no prompt names <{name}>, so its --concept changes nothing; write <{name}> where it should be.", stacklevel=2)
+
+
+def _save(image: Image.Image, file: Path, metadata: Any) -> None:
+    from perfusion.files import whole
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole(file) as draft:
+        image.save(draft, pnginfo=metadata)
+
+
+def _say_what_is_finished(files: Sequence[Path], finished: int) -> None:
+    """After an interrupt or an error in the midst of the pictures: which of them are there."""
+    if finished:
+        which = f"{files[0]} is" if finished == 1 else f"{files[0]} to {files[finished - 1].name} are"
+        print(f"Stopped after {finished} of {len(files)} pictures: {which} finished, the contact sheet is not made.", file=sys.stderr)
 
 
 def _draw(

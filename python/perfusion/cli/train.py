@@ -21,6 +21,7 @@ def train(
     ] = None,
     name: Annotated[Optional[str], typer.Option("--name", "--modifier-token", help="What prompts will write as <name>.")] = None,
     output: Annotated[Optional[Path], typer.Option(help="Folder to write; by default concepts/NAME.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the folder holds of another run.")] = False,
     model: Annotated[str, typer.Option(help="toybox, or a checkpoint in diffusers' folder format.")] = "toybox",
     config: Annotated[Optional[Path], typer.Option(help="YAML file with any of these settings; options go before it.")] = None,
     steps: Annotated[Optional[int], typer.Option(help="Optimiser steps. [default: 400]", show_default=False)] = None,
@@ -87,18 +88,20 @@ def train(
 ) -> None:
     """Learn a concept from a few pictures: a word, and what its values are in every cross-attention layer.
 
-    IMAGES is a folder. Beside NAME.png there may be NAME.txt, captions that write the concept as <name>, * or {}, and
-    NAME-masklabel.png or NAME.mask.png, white where the thing is. Captions that say where the thing stands, and masks, keep
-    the background out of the concept: they make it better.
+    IMAGES is a folder. Beside NAME.png there may be NAME.txt, captions that write the concept as <name>, * or {}, and a mask,
+    NAME-masklabel.png or NAME.mask.png, white where the thing is. An alpha channel that is not opaque everywhere is a mask,
+    too. All pictures have a mask, or none has. Captions that say where the thing stands, and masks, keep the background out of
+    the concept: they make it better.
 
     The output folder gets NAME.safetensors (some 30 KB for Stable Diffusion 1.x), README.md with a gallery, config.yaml,
     log.jsonl, curves for TensorBoard, validation pictures and checkpoints. Ctrl-C keeps a checkpoint; --resume latest goes
-    on from it, and ends as if it had never stopped.
+    on from it, and ends as if it had never stopped. Files that are there already, of another run or of anybody, are replaced
+    with --overwrite only.
 
     Exit codes: 0 done, 2 bad input, 3 a model that is refused, 130 interrupted.
     """
     given = {key: value for key, value in locals().items() if value is not None}
-    for key in ("images", "output", "model", "config", "clipseg", "covariance", "resume", "device", "dtype", "json"):
+    for key in ("images", "output", "model", "config", "clipseg", "covariance", "resume", "overwrite", "device", "dtype", "json"):
         given.pop(key, None)
     for option in ("instance_prompt", "validation_prompt"):
         if prompts := given.pop(option, None):
@@ -111,20 +114,24 @@ def train(
 
     import torch
 
+    from perfusion.concept import check_name
     from perfusion.covariance import Covariance
     from perfusion.models import load_pipeline
     from perfusion.training import TrainingConfig
     from perfusion.training import train as learn
+    from perfusion.training.folder import beginning
 
-    TrainingConfig(**settings)  # refuses what cannot be before a model is loaded
+    checked = TrainingConfig(**settings)  # refuses what cannot be before a model is loaded
+    check_name(checked.name)
+    folder = output or Path("concepts") / checked.name
+    beginning(folder, images, resume, checked, overwrite)
     check_device(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None and device != "cpu":
         dtype = Precision.bfloat16  # the gradient of a float16 model overflows easily
     pipe = load_pipeline(model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value))
-    folder = output or Path("concepts") / str(settings["name"])
     concept = learn(
-        pipe, images, output=folder, clipseg=clipseg, resume=resume, progress=not json,
+        pipe, images, output=folder, clipseg=clipseg, resume=resume, overwrite=overwrite, progress=not json,
         covariance=None if covariance is None else Covariance.load(covariance), **settings,
     )  # fmt: skip
     path = folder / f"{concept.name}.safetensors"
@@ -141,7 +148,9 @@ def train(
             )
         )
     else:
-        print(f"Wrote {path} ({path.stat().st_size:,} bytes) and, beside it, README.md, gallery.png, config.yaml and log.jsonl.")
+        beside = ["README.md", "gallery.png", "references.png", "config.yaml", "log.jsonl"]
+        beside += [f"{name}/" for name in ("validation", "checkpoints", "tensorboard") if (folder / name).is_dir()]
+        print(f"Wrote {path} ({path.stat().st_size:,} bytes) and, beside it, {', '.join(beside)}.")
         print(f'Try: perfusion generate "a photo of a <{concept.name}>" --concept {path} --model {model}')
 
 

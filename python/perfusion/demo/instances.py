@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from perfusion.files import whole
 from perfusion.toybox.render import render
 from perfusion.toybox.words import COLOURS, OBJECTS, PATTERNS, SCENES
 from perfusion.toybox.world import Instances, repeat_instance, sample_pictures, without_style
 
-__all__ = ["SUBJECTS", "Subject", "true_pictures", "write_references"]
+__all__ = ["SUBJECTS", "Subject", "reference_files", "reference_paths", "true_pictures", "write_references"]
 
 PICTURES = 5
 
@@ -57,15 +58,27 @@ def true_pictures(subject: Subject, count: int, seed: int) -> tuple[Tensor, Tens
     return images, masks[:, 0], [list(SCENES)[scene] for scene in scenes]
 
 
+def reference_paths(subject: Subject, folder: Path) -> list[Path]:
+    """Where the five pictures to learn from lie."""
+    return [folder / f"{subject.name}-{number}.png" for number in range(1, PICTURES + 1)]
+
+
+def reference_files(path: Path) -> tuple[Path, Path, Path]:
+    """A picture, its mask and its captions."""
+    return path, path.with_name(f"{path.stem}-masklabel.png"), path.with_suffix(".txt")
+
+
 def write_references(subject: Subject, folder: Path) -> Tensor:
     """Write the five pictures to learn from, each with its caption and mask beside it; returns them [5, 3, 64, 64]."""
     images, masks, scenes = true_pictures(subject, PICTURES, seed=11)
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (image, mask, scene) in enumerate(zip(images, masks, scenes), start=1):
-        path = folder / f"{subject.name}-{number}.png"
-        Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
-        Image.fromarray((mask * 255).round().byte().numpy()).save(folder / f"{path.stem}-masklabel.png")
+    for path, image, mask, scene in zip(reference_paths(subject, folder), images, masks, scenes):
+        picture, label, text = reference_files(path)
+        for file, values in ((picture, image.permute(1, 2, 0)), (label, mask)):
+            with whole(file) as draft:
+                Image.fromarray((values * 255).round().byte().numpy()).save(draft)
         phrase = SCENES[scene]
         captions = [f"a * {phrase}", f"a photo of a * {phrase}", f"a picture of a * {phrase}", f"{phrase} a *"]
-        path.with_suffix(".txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+        with whole(text) as draft:
+            draft.write_text("\n".join(captions) + "\n", encoding="utf-8")
     return images

@@ -10,6 +10,8 @@ from typing import Any
 import markdown
 from jinja2 import Environment, PackageLoader
 
+from perfusion.files import whole
+
 __all__ = ["write_report"]
 
 _PAGE = """<!doctype html>
@@ -30,9 +32,17 @@ def write_report(output: Path, learned: Sequence[Any], **facts: Any) -> Path:
     """Write report.md and report.html into the folder; returns the path of the first."""
     columns = [field.name for field in dataclasses.fields(next(iter(learned[0].scores.values())))]
     environment = Environment(loader=PackageLoader("perfusion"), trim_blocks=True, lstrip_blocks=True)
-    text = environment.get_template("demo.md").render(learned=learned, columns=columns, **facts)
-    (output / "report.md").write_text(text, encoding="utf-8")
-    # in HTML a concept's <name> would be a tag
-    body = markdown.markdown(text.replace("<", "&lt;"), extensions=["tables", "fenced_code"])
-    (output / "report.html").write_text(_PAGE + body.replace("&amp;lt;", "&lt;") + "\n</html>\n", encoding="utf-8")
+    environment.filters["duration"] = duration
+    text = environment.get_template("demo.md").render(learned=learned, columns=columns, **facts).rstrip() + "\n"
+    # a concept's <name> would be a tag: the template writes it as code, which both kinds of page show as it is
+    body = markdown.markdown(text, extensions=["tables", "fenced_code"])
+    for name, content in (("report.md", text), ("report.html", f"{_PAGE}{body}\n</html>\n")):
+        with whole(output / name) as draft:
+            draft.write_text(content, encoding="utf-8")
     return output / "report.md"
+
+
+def duration(seconds: float) -> str:
+    """In words: seconds below two minutes, then minutes."""
+    number, unit = (seconds, "second") if seconds < 120 else (seconds / 60, "minute")
+    return f"{number:.0f} {unit}{'' if round(number) == 1 else 's'}"

@@ -18,14 +18,16 @@ from perfusion.concept import Concept
 from perfusion.contact_sheet import sheet
 from perfusion.covariance import get_covariance
 from perfusion.demo.evaluate import Scores, Yardstick, scene_prompts, score_subject, yardstick
-from perfusion.demo.instances import SUBJECTS, Subject, write_references
+from perfusion.demo.instances import SUBJECTS, Subject, reference_files, reference_paths, write_references
 from perfusion.demo.report import write_report
+from perfusion.files import whole
 from perfusion.handle import attach
 from perfusion.models import TOYBOX, load_pipeline
 from perfusion.toybox.judge import load_judge
 from perfusion.toybox.score import draw
 from perfusion.toybox.words import SCENES
 from perfusion.training import train
+from perfusion.writable import check_writable
 
 __all__ = ["Learned", "run_demo"]
 
@@ -49,9 +51,17 @@ class Learned:
     scores: dict[str, Scores]
 
 
-def run_demo(output: str | Path, *, steps: int = 400, samples: int = SAMPLES, device: str | None = None) -> Path:
-    """Run the demo into a folder; returns the path of its report.md. steps, samples: of each training and each score."""
+def run_demo(
+    output: str | Path, *, steps: int = 400, samples: int = SAMPLES, device: str | None = None, overwrite: bool = False
+) -> Path:
+    """Run the demo into a folder; returns the path of its report.md. steps, samples: of each training and each score.
+
+    ValueError, before any work, when files are there that it would replace, unless `overwrite`; OSError for a folder that
+    cannot be written.
+    """
     output, started = Path(output), time.monotonic()
+    _check_free(output, overwrite)
+    check_writable(output)
     output.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline("toybox", device=device)
     judge = load_judge(TOYBOX / "judge.safetensors")
@@ -72,12 +82,28 @@ def run_demo(output: str | Path, *, steps: int = 400, samples: int = SAMPLES, de
     return write_report(output, learned, samples=samples, steps=steps, together=TOGETHER, seconds=time.monotonic() - started)
 
 
+def _check_free(output: Path, overwrite: bool) -> None:
+    if overwrite:
+        return
+    names = ["report.md", "report.html", *(f"together-{number}.png" for number, _ in enumerate(TOGETHER, start=1))]
+    for subject in SUBJECTS:
+        names += [f"{subject.name}.safetensors", *(f"{kind}-{subject.name}.png" for kind in ("references", "scenes", "bias"))]
+        folder = output / "references" / subject.name
+        names += [str(file.relative_to(output)) for path in reference_paths(subject, folder) for file in reference_files(path)]
+    taken = [name for name in names if (output / name).exists()]
+    if taken:
+        more = f" and {len(taken) - 4} more" if len(taken) > 4 else ""
+        raise ValueError(
+            f"output: {str(output)!r} holds files that the demo would replace: {', '.join(taken[:4])}{more}. "
+            "Give another output folder, or say --overwrite (overwrite=True)."
+        )
+
+
 def _learn(pipe: Any, subject: Subject, output: Path, covariance: Any, steps: int, key_lock: bool) -> tuple[Concept, float]:
     started = time.monotonic()
     tqdm.write(f"Learning <{subject.name}> from its pictures, keys {'locked' if key_lock else 'trained, to compare'}:")
-    concept = train(
-        pipe, output / "references" / subject.name, subject.superclass, subject.name, steps, covariance=covariance, key_lock=key_lock
-    )
+    pictures = reference_paths(subject, output / "references" / subject.name)  # and no others that may lie beside them
+    concept = train(pipe, pictures, subject.superclass, subject.name, steps, covariance=covariance, key_lock=key_lock)
     return concept, time.monotonic() - started
 
 
@@ -89,7 +115,7 @@ def _score(
         with attach(pipe) as handle:
             handle.load(concept)
             images = draw(pipe, scene_prompts(f"<{subject.name}>", samples), progress=bar)
-        scores[f"<{subject.name}>, {title}"] = score_subject(judge, subject, measure, images)
+        scores[f"`<{subject.name}>`, {title}"] = score_subject(judge, subject, measure, images)
     return scores | {"other true pictures": score_subject(judge, subject, measure, measure.true)}
 
 
@@ -119,7 +145,8 @@ def _pil(images: Tensor) -> list[Image.Image]:
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    image.save(path, optimize=True)
+    with whole(path) as draft:
+        image.save(draft, optimize=True)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,18 @@ class Checkpoint:
             )
 
 
-def save(folder: Path, step: int, facts: dict[str, Any], tensors: dict[str, Tensor], limit: int) -> Path:
-    """Write `folder/step-000123.safetensors` and keep only the last `limit` of them. facts: see `Checkpoint`."""
+def save(folder: Path, step: int, facts: dict[str, Any], tensors: dict[str, Tensor], limit: int, others: Collection[Path] = ()) -> Path:
+    """Write `folder/step-000123.safetensors` and keep only the last `limit` of them. facts: see `Checkpoint`.
+
+    others: another run's checkpoints, which this one replaces.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:06d}.safetensors"
     metadata = {"format": _FORMAT, "step": str(step), "facts": json.dumps(_plain(facts)), "digest": _digest(tensors)}
     with whole(path) as draft:
         draft.write_bytes(to_bytes(tensors, metadata))  # safetensors' own errors name the draft, in words
+    for old in set(others) - {path}:
+        old.unlink(missing_ok=True)
     for old in _all(folder)[:-limit]:
         old.unlink()
     return path

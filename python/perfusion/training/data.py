@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from perfusion.masks import ClipSeg, flatten, is_sidecar, latent_mask, load_mask
+from perfusion.masks import SIDECAR_ENDINGS, ClipSeg, flatten, has_sidecar, is_sidecar, latent_mask, load_mask
 from perfusion.training.config import TrainingConfig
 
 __all__ = ["Latents", "Picture", "digest", "encode_pictures", "read_pictures"]
@@ -26,12 +26,13 @@ FEW = 4  # from fewer pictures the background and the pose are learned as well
 
 @dataclasses.dataclass
 class Picture:
-    """One training picture: pixels [3, R, R] in [-1, 1], mask [R, R] in [0, 1] or None, and its captions with "{}"."""
+    """One training picture: pixels [3, R, R] in [-1, 1], mask [R, R] in [0, 1] or None, its captions with "{}", and the size it came in."""
 
     path: str
     pixels: Tensor
     mask: Tensor | None
     captions: tuple[str, ...]
+    size: tuple[int, int]
 
 
 @dataclasses.dataclass
@@ -51,8 +52,11 @@ def read_pictures(
     A file NAME.txt beside NAME.png holds its captions, one a line; masks as in `perfusion.masks.load_mask`, lying on the
     picture as it is seen, turned as its orientation tag says. The shorter side is scaled to `resolution` and the middle
     square kept. ValueError for no pictures, an unreadable one, a caption without the concept in it, a mask that the middle
-    square misses, or masks on some pictures only; a warning for fewer than 4.
+    square misses, or masks on some pictures only; FileNotFoundError for CLIPSeg weights that are not there, needed or not; a
+    warning for fewer than 4 and for small ones.
     """
+    if isinstance(clipseg, (str, Path)) and not Path(clipseg).is_dir():
+        raise FileNotFoundError(f"no such CLIPSeg folder: {clipseg}. Give the folder that holds the weights, or leave it out.")
     if isinstance(images, (str, Path)):
         folder = Path(images)
         if not folder.is_dir():
@@ -69,10 +73,31 @@ def read_pictures(
             "from several sides. Otherwise what surrounds the thing becomes part of it; masks and captions help.",
             stacklevel=3,
         )
-    bare = [picture.path for picture in pictures if picture.mask is None]
-    if bare and len(bare) < len(pictures):
-        raise ValueError(f"images: some pictures have a mask and some have none ({', '.join(bare)}); give all of them one, or none.")
+    small = [f"{picture.path} ({' x '.join(map(str, picture.size))})" for picture in pictures if 2 * min(picture.size) < resolution]
+    if small:
+        warnings.warn(
+            f"pictures smaller than half of the {resolution} x {resolution} pixels that training sees are enlarged, and their blur is "
+            f"learned: {', '.join(small)}. Larger ones work better.",
+            stacklevel=3,
+        )
+    _check_masks(pictures)
     return pictures
+
+
+def _check_masks(pictures: Sequence[Picture]) -> None:
+    bare = [picture.path for picture in pictures if picture.mask is None]
+    if not bare or len(bare) == len(pictures):
+        return
+    cut = [picture.path for picture in pictures if picture.mask is not None and not has_sidecar(picture.path)]
+    alpha = (
+        f" The mask of {', '.join(cut)} is the alpha channel, as parts are transparent: save without transparency to have none."
+        if cut
+        else ""
+    )
+    raise ValueError(
+        f"images: some pictures have a mask and some have none ({', '.join(bare)}); give all of them one, such as "
+        f"{Path(bare[0]).stem}{SIDECAR_ENDINGS[0]}, or none.{alpha}"
+    )
 
 
 def _read(number: int, image: Any, config: TrainingConfig, resolution: int, clipseg: Any) -> Picture:
@@ -82,14 +107,16 @@ def _read(number: int, image: Any, config: TrainingConfig, resolution: int, clip
         with contextlib.nullcontext(image) if given else Image.open(path) as opened:
             upright = ImageOps.exif_transpose(opened)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
-        raise ValueError(f"images: {str(path)!r} cannot be read as a picture: {error}") from error
+        if isinstance(error, FileNotFoundError):
+            raise ValueError(f"images: {str(path)!r} cannot be read as a picture: there is no such file. Check the path.") from error
+        raise ValueError(f"images: {str(path)!r} cannot be read as a picture: {error}. Save it anew, or leave it out.") from error
     mask = load_mask(path, upright, clipseg=clipseg, superclass=config.superclass)
     pixels = torch.from_numpy(numpy.array(_square(flatten(_eight_bits(upright)), resolution), dtype=numpy.float32)) / 127.5 - 1
     if mask is not None:
         mask = torch.from_numpy(numpy.array(_square(Image.fromarray(mask.numpy()), resolution))).clamp(0, 1)
         if not mask.any():
             raise ValueError(f"images: the mask of {str(path)!r} is black in the middle square, which training sees; crop the picture.")
-    return Picture(str(path), pixels.permute(2, 0, 1).contiguous(), mask, _captions(path, config))
+    return Picture(str(path), pixels.permute(2, 0, 1).contiguous(), mask, _captions(path, config), upright.size)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -18,13 +18,13 @@ __all__ = ["TrainingLog"]
 
 
 class TrainingLog:
-    """`log.jsonl` and `tensorboard/` in a folder. A continued run cuts the lines after `start`, which it writes again."""
+    """`log.jsonl` and `tensorboard/` in a folder. A continued run keeps the lines to `start` and writes the rest again."""
 
-    def __init__(self, folder: Path, config: TrainingConfig, start: int, device: torch.device):
+    def __init__(self, folder: Path, config: TrainingConfig, start: int, device: torch.device, *, keep: bool = True):
         self.config, self.device = config, device
         path = folder / "log.jsonl"
         with whole(path) as draft:
-            draft.write_text("".join(_lines_until(path, start)), encoding="utf-8")
+            draft.write_text("".join(_lines_until(path, start) if keep else ()), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._board = _board(folder / "tensorboard", start) if config.tensorboard else None
 
@@ -67,7 +67,10 @@ def _board(folder: Path, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        warnings.warn("tensorboard is not installed: the curves are in log.jsonl only.", stacklevel=2)
+        warnings.warn(
+            "tensorboard is not installed, so curves are in log.jsonl only: pip install tensorboard, or say --no-tensorboard (tensorboard=False).",
+            stacklevel=2,
+        )
         return None
     return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 

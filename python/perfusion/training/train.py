@@ -21,9 +21,9 @@ from perfusion.files import whole
 from perfusion.text import added_tokens, single_token
 from perfusion.training import checkpoints
 from perfusion.training.card import write_card
-from perfusion.training.checkpoints import Checkpoint
 from perfusion.training.config import TrainingConfig
 from perfusion.training.data import read_pictures
+from perfusion.training.folder import beginning, concept_file, numbered
 from perfusion.training.log import TrainingLog
 from perfusion.training.session import TrainingSession
 
@@ -44,6 +44,7 @@ def train(
     covariance: Covariance | None = None,
     clipseg: str | Path | None = None,
     resume: str | Path | None = None,
+    overwrite: bool = False,
     progress: bool = True,
     **settings: Any,
 ) -> Concept:
@@ -55,7 +56,8 @@ def train(
     covariance: by default `get_covariance(pipe)`. clipseg: a folder with CLIPSeg weights, for masks. output: a folder for the
     concept (NAME.safetensors), configuration, log, checkpoints, validation grids and model card; None writes nothing.
     resume: a checkpoint, or "latest" for the newest in `output`: the continued run equals the uninterrupted one bit for bit
-    on a CPU. A finished run goes on when it is given more steps; nothing else replaces what an output folder holds.
+    on a CPU. A finished run goes on when it is given more steps. overwrite: replace what `output` holds of another run, each
+    file when its replacement is there; without it nothing but a run's own continuation replaces a file.
 
     Ctrl-C writes a checkpoint before it ends the run. Raises ValueError for settings, pictures or words that cannot work
     (it says what to do), and `UnsupportedPipeline`. The pipeline is given back as it was in every case.
@@ -64,7 +66,7 @@ def train(
     check_name(config.name)
     base = _check_pipeline(pipe, config)
     folder = None if output is None else Path(output)
-    checkpoint = _beginning(folder, images, resume, config)
+    checkpoint = beginning(folder, images, resume, config, overwrite)
     pictures = read_pictures(images, config, _resolution(pipe, config), clipseg)
     covariance = covariance or get_covariance(pipe, progress=progress)
     if not fingerprints_match(covariance.text_encoder, base.text_encoder):
@@ -79,12 +81,16 @@ def train(
         if folder is None:
             _learn(session, None, progress)
             return session.concept()
+        own = checkpoint is not None and checkpoint.path.resolve().parent == (folder / "checkpoints").resolve()
+        stale = set() if own else set(numbered(folder))  # of the run that is overwritten
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / "config.yaml", images=[picture.path for picture in pictures], base=str(base))
-        gallery = _learn(session, folder, progress)
+        gallery = _learn(session, folder, progress, own, stale)
         concept = session.concept()
-        concept.save(_file(folder, config))
-        write_card(folder, concept, config, pictures, gallery)
+        concept.save(concept_file(folder, config.name))
+        write_card(folder, concept, config, pictures, gallery, pipe)
+        for old in stale:
+            old.unlink(missing_ok=True)
     return concept
 
 
@@ -114,41 +120,6 @@ def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
     return base
 
 
-def _beginning(folder: Path | None, images: Any, resume: str | Path | None, config: TrainingConfig) -> Checkpoint | None:
-    """The checkpoint to continue from, or None for a new run. ValueError when that would replace what another run made."""
-    if folder is not None and isinstance(images, (str, Path)) and folder.resolve() == Path(images).resolve():
-        raise ValueError(f"output: {str(folder)!r} is the folder of the training pictures; give another one.")
-    file = None if folder is None else _file(folder, config)
-    finished = file is not None and file.exists()
-    if resume is None:
-        if finished:
-            raise ValueError(f"{str(file)!r} exists. Give another output folder, or move the file away.")
-        if folder is not None and (last := checkpoints.latest(folder / "checkpoints")):
-            raise ValueError(
-                f'{str(last)!r} is of a run that was not finished: continue it with resume="latest" (--resume latest), '
-                "or give another output folder."
-            )
-        return None
-    if str(resume) == "latest":
-        if folder is None:
-            raise ValueError('resume="latest" needs an output folder to look in.')
-        path = checkpoints.latest(folder / "checkpoints")
-        if path is None:
-            done = f", and {str(file)!r} is finished" if finished else ""
-            raise ValueError(f"there is no checkpoint to continue from in {str(folder / 'checkpoints')!r}{done}.")
-    else:
-        path = Path(resume)
-    checkpoint = checkpoints.load(path)
-    if checkpoint.step > config.steps:
-        raise ValueError(f"checkpoint {str(path)!r} is of step {checkpoint.step}, beyond the {config.steps} steps of this training.")
-    elsewhere = folder is not None and path.resolve().parent != (folder / "checkpoints").resolve()
-    if elsewhere and (finished or checkpoints.latest(folder / "checkpoints")):
-        raise ValueError(f"{str(folder)!r} holds another run than checkpoint {str(path)!r}. Give another output folder.")
-    if finished and checkpoint.step == config.steps:
-        raise ValueError(f"nothing is left to do: {str(file)!r} has had all {config.steps} steps. Give more steps to go on from there.")
-    return checkpoint
-
-
 def _resolution(pipe: Any, config: TrainingConfig) -> int:
     size = pipe.unet.config.sample_size
     resolution = config.resolution or (size if isinstance(size, int) else max(size)) * pipe.vae_scale_factor
@@ -157,23 +128,27 @@ def _resolution(pipe: Any, config: TrainingConfig) -> int:
     return resolution
 
 
-def _file(folder: Path, config: TrainingConfig) -> Path:
-    return folder / f"{config.name}.safetensors"
+def _learn(session: TrainingSession, folder: Path | None, progress: bool, own: bool = False, stale: set[Path] | None = None) -> list[Any]:
+    """All remaining steps, with what they write into the folder; returns the gallery, drawn at the end, where there is a folder.
 
-
-def _learn(session: TrainingSession, folder: Path | None, progress: bool) -> list[Any]:
-    """All remaining steps, with what they write into the folder; returns the gallery, drawn at the end, where there is a folder."""
+    own: the folder's log is of this run. stale: another run's numbered files; those that are replaced leave the set.
+    """
     config, facts = session.config, session.facts()
     done = session.step, session.state()  # the last step that is whole: an interrupt may come in the midst of one
 
     def keep(step: int, state: dict[str, Any]) -> Path:
-        return checkpoints.save(folder / "checkpoints", step, facts, state, config.checkpoint_limit)
+        others = {path for path in stale if path.parent.name == "checkpoints"}
+        stale.difference_update(others)  # now, for the limit counts the newest, and --resume latest takes it
+        return checkpoints.save(folder / "checkpoints", step, facts, state, config.checkpoint_limit, others)
 
     with contextlib.ExitStack() as stack:
+        log = None
+        if folder is not None:  # before the bar, which would draw over a warning
+            log = TrainingLog(folder, config, session.step, session.device, keep=own)
+            stack.enter_context(contextlib.closing(log))
         bar = stack.enter_context(
             tqdm(total=config.steps, initial=session.step, desc=f"<{config.name}>", unit="step", disable=not progress)
         )
-        log = None if folder is None else stack.enter_context(contextlib.closing(TrainingLog(folder, config, session.step, session.device)))
         try:
             while session.step < config.steps:
                 started = time.monotonic()
@@ -187,15 +162,18 @@ def _learn(session: TrainingSession, folder: Path | None, progress: bool) -> lis
                     continue
                 log.write(session.step, measures, time.monotonic() - started)
                 if config.validation_every and session.step % config.validation_every == 0:
-                    log.image(session.step, _validate(session, folder / "validation" / f"step-{session.step:06d}.png"))
+                    path = folder / "validation" / f"step-{session.step:06d}.png"
+                    bar.set_description(f"<{config.name}>, drawing validation pictures")
+                    log.image(session.step, _validate(session, path))
+                    bar.set_description(f"<{config.name}>", refresh=False)
+                    stale.discard(path)
                 done = session.step, session.state()
                 if config.checkpoint_every and (session.step % config.checkpoint_every == 0 or session.step == config.steps):
                     keep(*done)
-            return (
-                []
-                if folder is None
-                else session.sample([prompt for prompt in config.validation_prompts for _ in range(2)], VALIDATION_STEPS)
-            )
+            if folder is None:
+                return []
+            bar.set_description(f"<{config.name}>, drawing the gallery")  # it takes a while after the last step
+            return session.sample([prompt for prompt in config.validation_prompts for _ in range(2)], VALIDATION_STEPS)
         except KeyboardInterrupt:
             if folder is not None:
                 path = keep(*done)
