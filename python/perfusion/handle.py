@@ -191,7 +191,7 @@ class Handle:
         self._require_attached()
         tokens = added_tokens(self.pipe)
         for prompt in prompts:
-            self._bank.index([[mention.name for mention in self._text.check(prompt, tokens)]])
+            self._require_apart([self._text.check(prompt, tokens)])
 
     @property
     def enabled(self) -> bool:
@@ -234,15 +234,19 @@ class Handle:
                 stacklevel=3,
             )
 
+    def _require_apart(self, rows: Sequence[Sequence[Mention]]) -> None:
+        """Refuses concepts that cannot share a prompt."""
+        try:
+            self._bank.index([[mention.name for mention in row] for row in rows])
+        except ValueError as error:
+            raise ValueError(f"{str(error).removeprefix('ConceptBank: ')}. Write only one of them in a prompt.") from None
+
     def _edit_of(self, encodings: Tensor) -> Edit | None:
         edits = self._text.rows_of(encodings) if self.enabled else {}
         if not edits:
             return None
         device, rows = encodings.device, [edit.mentions for edit in edits.values()]
-        try:
-            self._bank.index([[mention.name for mention in row] for row in rows])  # refuses concepts that cannot share a prompt
-        except ValueError as error:
-            raise ValueError(f"{str(error).removeprefix('ConceptBank: ')}. Write only one of them in a prompt.") from None
+        self._require_apart(rows)
         names = list(dict.fromkeys(mention.name for row in rows for mention in row))
         width = max(map(len, rows))
 
