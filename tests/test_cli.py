@@ -227,6 +227,12 @@ def test_ctrl_c_says_which_pictures_are_finished(draw, tmp_path, monkeypatch):
     assert result.stderr.endswith("interrupted\n")
 
 
+def test_float16_on_a_cpu_is_one_line_of_advice(draw, caplog):
+    result = draw("a cup", "--dtype", "float16", "--device", "cpu")
+    assert result.exit_code == 0 and "Pipelines loaded" not in result.stderr + caplog.text
+    assert result.stderr.count("warning: float16 on a CPU is slow") == 1
+
+
 def test_generate_with_the_built_in_model(tmp_path):
     result = run("generate", "a red teddy on the beach", "--output", tmp_path / "out.png", "--steps", 2, "--device", "cpu")
     assert result.exit_code == 0, result.output

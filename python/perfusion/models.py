@@ -40,15 +40,17 @@ def load_pipeline(model: str | Path = "toybox", *, device: str | None = None, dt
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
     diffusers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if torch.device(device).type == "cpu" and dtype == torch.float16:
+        warnings.warn("float16 on a CPU is slow and rounds coarsely; float32, the default there, is better.", stacklevel=2)
     verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # remarks on the folder's configuration that nobody here can act on
+    diffusers_logging.set_verbosity_error()  # remarks that nobody here can act on: on the folder, and one a model on float16
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # `dtype` is `torch_dtype` in the oldest diffusers that is supported
             pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, safety_checker=None)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(device)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {str(model)!r} could not be loaded: {error}") from error
     finally:
         diffusers_logging.set_verbosity(verbosity)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)

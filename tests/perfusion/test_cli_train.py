@@ -62,8 +62,11 @@ def test_help_names_what_users_know():
         "--checkpointing-steps",
         "--gradient-checkpointing",
         "--json",
+        "-masklabel.png",
+        "alpha channel",
+        "--overwrite",
     ):
-        assert option in result.stdout, option
+        assert option in " ".join(result.stdout.split()), option
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,7 @@ def test_help_names_what_users_know():
         ((*WHAT, "--device", "abacus"), 2, "error: --device abacus cannot be used"),
         (("--superclass", "zyx", "--name", "mine"), 2, "error: superclass 'zyx' must be a single token"),
         ((*WHAT, "--resume", "latest"), 2, "error: there is no checkpoint to continue from"),
-        ((*WHAT, "--config", "/nowhere.yaml"), 2, "error: /nowhere.yaml: No such file"),
+        ((*WHAT, "--config", "/nowhere.yaml"), 2, "error: /nowhere.yaml: No such file or directory. Check the path.\n"),
     ],
 )
 def test_errors_are_one_line(learn, tmp_path, arguments, code, message):
@@ -120,6 +123,12 @@ def test_json_and_what_the_settings_in_the_folder_repeat(learn, tmp_path):
 
     result = learn("--config", tmp_path / "one" / "config.yaml", "--seed", 6, "--output", tmp_path / "three", "--json")
     assert json.loads(result.stdout)["recipe"]["seed"] == 6  # options go before the file
+
+
+def test_the_bar_says_what_is_drawn_and_the_last_lines_what_was_written(learn, tmp_path):
+    result = learn(*WHAT, *SHORT, "--validation-every", 2, "--output", tmp_path / "out")
+    assert result.exit_code == 0 and "<mine>, drawing validation pictures" in result.stderr and "<mine>, drawing the gallery" in result.stderr
+    assert "README.md, gallery.png, references.png, config.yaml, log.jsonl, validation/, checkpoints/.\n" in result.stdout
 
 
 def test_curves_without_tensorboard_are_said_to_be_missing(learn, tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     """Exit code and message of an error that came out of a command."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
+        text = f"{error.filename}: {error.strerror}" + (". Check the path." if isinstance(error, FileNotFoundError) else "")
     from perfusion.base import UnsupportedPipeline
     from perfusion.concept_file import ConceptFileError
     from perfusion.covariance import CovarianceError

@@ -83,10 +83,10 @@ def train(
 ) -> None:
     """Learn a concept from a few pictures: a word, and what its values are in every cross-attention layer.
 
-    IMAGES is a folder. Beside NAME.png there may be NAME.txt, captions that write the concept as <name>, * or {}, and
-    NAME-masklabel.png or NAME.mask.png, a mask, white where the thing is. An alpha channel is a mask, too, unless it is opaque
-    everywhere: transparent parts are not learned. All pictures have a mask, or none has. Captions that say where the thing stands, and masks, keep
-    the background out of the concept: they make it better.
+    IMAGES is a folder. Beside NAME.png there may be NAME.txt, captions that write the concept as <name>, * or {}, and a mask,
+    NAME-masklabel.png or NAME.mask.png, white where the thing is. An alpha channel that is not opaque everywhere is a mask,
+    too. All pictures have a mask, or none has. Captions that say where the thing stands, and masks, keep the background out of
+    the concept: they make it better.
 
     The output folder gets NAME.safetensors (some 30 KB for Stable Diffusion 1.x), README.md with a gallery, config.yaml,
     log.jsonl, curves for TensorBoard, validation pictures and checkpoints. Ctrl-C keeps a checkpoint; --resume latest goes
@@ -139,7 +139,9 @@ def train(
             )
         )
     else:
-        print(f"Wrote {path} ({path.stat().st_size:,} bytes) and, beside it, README.md, gallery.png, config.yaml and log.jsonl.")
+        beside = ["README.md", "gallery.png", "references.png", "config.yaml", "log.jsonl"]
+        beside += [f"{name}/" for name in ("validation", "checkpoints", "tensorboard") if (folder / name).is_dir()]
+        print(f"Wrote {path} ({path.stat().st_size:,} bytes) and, beside it, {', '.join(beside)}.")
         print(f'Try: perfusion generate "a photo of a <{concept.name}>" --concept {path} --model {model}')
 
 

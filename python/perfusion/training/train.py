@@ -163,16 +163,17 @@ def _learn(session: TrainingSession, folder: Path | None, progress: bool, own: b
                 log.write(session.step, measures, time.monotonic() - started)
                 if config.validation_every and session.step % config.validation_every == 0:
                     path = folder / "validation" / f"step-{session.step:06d}.png"
+                    bar.set_description(f"<{config.name}>, drawing validation pictures")
                     log.image(session.step, _validate(session, path))
+                    bar.set_description(f"<{config.name}>", refresh=False)
                     stale.discard(path)
                 done = session.step, session.state()
                 if config.checkpoint_every and (session.step % config.checkpoint_every == 0 or session.step == config.steps):
                     keep(*done)
-            return (
-                []
-                if folder is None
-                else session.sample([prompt for prompt in config.validation_prompts for _ in range(2)], VALIDATION_STEPS)
-            )
+            if folder is None:
+                return []
+            bar.set_description(f"<{config.name}>, drawing the gallery")  # it takes a while after the last step
+            return session.sample([prompt for prompt in config.validation_prompts for _ in range(2)], VALIDATION_STEPS)
         except KeyboardInterrupt:
             if folder is not None:
                 path = keep(*done)
