@@ -75,6 +75,16 @@ def test_the_tables_have_a_row_for_each_comparison(folder):
     assert all("| 1.00 |" in row for row in true)
 
 
+def test_both_in_one_image_are_scored(folder):
+    report = (folder / "report.md").read_text()
+    for relation in ("in", "next to"):
+        assert f"> {relation} a <teapot|" in report
+        rows = report.split(f"| superclass prompt, “a teddy {relation} a teapot …” |")[1].splitlines()
+        assert rows[0].endswith("| 0.00 |") and rows[1].startswith(f"| both concepts, {relation} |")
+        things, *_, identity = map(float, rows[2].removeprefix("| other true pictures |").rstrip("|").split("|"))
+        assert things > 0.8 and identity == 1  # six pictures: the judge may miss a thing that hides another
+
+
 def test_the_files_are_concepts(folder):
     for name in ("teddy", "teapot"):
         concept = Concept.load(folder / f"{name}.safetensors")

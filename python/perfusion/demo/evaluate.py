@@ -1,4 +1,4 @@
-"""Scores of a learned concept, all by the judge: identity, and how well the prompt is still followed."""
+"""Scores of learned concepts, alone and together, all by the judge: identity, and how well the prompt is still followed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perfusion.demo.instances import Subject, true_pictures
+from perfusion.demo.instances import Subject, true_pairs, true_pictures
 from perfusion.toybox.judge import Judge
 from perfusion.toybox.score import accuracy, draw, identity
-from perfusion.toybox.words import COLOURS, OBJECTS, PATTERNS, SCENES
+from perfusion.toybox.words import COLOURS, OBJECTS, PATTERNS, RELATIONS, SCENES
 
-__all__ = ["Scores", "Yardstick", "score_subject"]
+__all__ = ["PairScores", "Scores", "Yardstick", "score_pair", "score_subject"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,16 @@ class Scores:
     scene: float
     colour: float
     pattern: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PairScores:
+    """Shares in [0, 1] of pictures with both things, in the prompt's relation, in its scene; identity of the first as in Scores."""
+
+    things: float
+    relation: float
+    scene: float
+    identity: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,3 +69,23 @@ def score_subject(judge: Judge, subject: Subject, measure: Yardstick, images: Te
         identity=identity(judge, measure.references, images, measure.superclass, measure.true),
         **accuracy(judge.read(images), truth),
     )
+
+
+def score_pair(
+    pipe: Any, judge: Judge, subjects: tuple[Subject, Subject], relation: str, prompt: str, count: int, progress: Any
+) -> dict[str, PairScores]:
+    """Scores of the superclass words, of `prompt`, and of true pictures of both subjects, by the titles of the report's rows."""
+    words = f"{subjects[0].superclass} {relation} a {subjects[1].superclass}"
+    references, true = (true_pairs(*subjects, relation, count, seed) for seed in (13, 14))
+    superclass = draw(pipe, scene_prompts(words, count), progress=progress)
+    concepts = draw(pipe, scene_prompts(prompt.removeprefix("a "), count), progress=progress)
+    truth = {
+        "things": torch.tensor([[OBJECTS.index(each.superclass) for each in subjects]]).expand(count, 2),
+        "relation": torch.full((count,), RELATIONS.index(relation)),
+        "scene": torch.arange(count) % len(SCENES),
+    }
+    rows = {f"superclass prompt, “a {words} …”": superclass, f"both concepts, {relation}": concepts, "other true pictures": true}
+    return {
+        title: PairScores(identity=identity(judge, references, images, superclass, true), **accuracy(judge.read(images), truth))
+        for title, images in rows.items()
+    }

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from perfusion.files import whole
 from perfusion.toybox.render import render
-from perfusion.toybox.words import COLOURS, OBJECTS, PATTERNS, SCENES
+from perfusion.toybox.words import COLOURS, OBJECTS, PATTERNS, RELATIONS, SCENES
 from perfusion.toybox.world import Instances, repeat_instance, sample_pictures, without_style
 
-__all__ = ["SUBJECTS", "Subject", "reference_files", "reference_paths", "true_pictures", "write_references"]
+__all__ = ["SUBJECTS", "Subject", "reference_files", "reference_paths", "true_pairs", "true_pictures", "write_references"]
 
 PICTURES = 5
 
@@ -56,6 +56,19 @@ def true_pictures(subject: Subject, count: int, seed: int) -> tuple[Tensor, Tens
     )
     images, masks = render(without_style(pictures))
     return images, masks[:, 0], [list(SCENES)[scene] for scene in scenes]
+
+
+def true_pairs(first: Subject, second: Subject, relation: str, count: int, seed: int) -> Tensor:
+    """Images [n, 3, 64, 64] of both subjects, the first in that relation to the second, in every scene in turn."""
+    pictures = sample_pictures(
+        count,
+        torch.Generator().manual_seed(seed),
+        first=repeat_instance(first.instance(), 0, count),
+        second=repeat_instance(second.instance(), 0, count),
+        scene=torch.arange(count) % len(SCENES),
+        relation=torch.full((count,), RELATIONS.index(relation)),
+    )
+    return render(without_style(pictures))[0]
 
 
 def reference_paths(subject: Subject, folder: Path) -> list[Path]:

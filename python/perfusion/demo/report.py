@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ _PAGE = """<!doctype html>
 """
 
 
-def write_report(output: Path, learned: Sequence[Any], **facts: Any) -> Path:
+def write_report(output: Path, learned: Sequence[Any], pairs: Mapping[str, Mapping[str, Any]], **facts: Any) -> Path:
     """Write report.md and report.html into the folder; returns the path of the first."""
     columns = [field.name for field in dataclasses.fields(next(iter(learned[0].scores.values())))]
     environment = Environment(loader=PackageLoader("perfusion"), trim_blocks=True, lstrip_blocks=True)
     environment.filters["duration"] = duration
-    text = environment.get_template("demo.md").render(learned=learned, columns=columns, **facts).rstrip() + "\n"
+    text = environment.get_template("demo.md").render(learned=learned, pairs=pairs, columns=columns, **facts).rstrip() + "\n"
     # a concept's <name> would be a tag: the template writes it as code, which both kinds of page show as it is
     body = markdown.markdown(text, extensions=["tables", "fenced_code"])
     for name, content in (("report.md", text), ("report.html", f"{_PAGE}{body}\n</html>\n")):

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from perfusion.concept import Concept
 from perfusion.contact_sheet import sheet
 from perfusion.covariance import get_covariance
-from perfusion.demo.evaluate import Scores, Yardstick, scene_prompts, score_subject, yardstick
+from perfusion.demo.evaluate import PairScores, Scores, Yardstick, scene_prompts, score_pair, score_subject, yardstick
 from perfusion.demo.instances import SUBJECTS, Subject, reference_files, reference_paths, write_references
 from perfusion.demo.report import write_report
 from perfusion.files import whole
@@ -33,10 +33,10 @@ __all__ = ["Learned", "run_demo"]
 
 SAMPLES = 66  # a multiple of the scenes
 BIASES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-# Each was learned alone and would fill the picture, so both are turned down; and in second place toybox's text encoder gives a word
-# an encoding that is less like the learned one, so the teapot's gate opens earlier.
-_TURNED_DOWN = ("<teddy|strength=0.4>", "<teapot|strength=0.6,bias=0.4,temperature=0.1>")
-TOGETHER = ("a {} in a {}".format(*_TURNED_DOWN), "a {} next to a {}".format(*_TURNED_DOWN))
+# Each was learned alone and would fill the picture, so both are turned down. And toybox's text encoder puts something of the first word
+# into the second: the teddy's gate opens later, to leave the teapot alone, and the teapot's earlier, to know it all the same.
+_TURNED_DOWN = ("<teddy|strength=0.85,bias=0.8,temperature=0.2>", "<teapot|strength=0.6,bias=0.3,temperature=0.05>")
+TOGETHER = {relation: f"a {_TURNED_DOWN[0]} {relation} a {_TURNED_DOWN[1]}" for relation in ("in", "next to")}
 
 
 @dataclasses.dataclass
@@ -78,8 +78,9 @@ def run_demo(
             measures[subject.name] = yardstick(pipe, subject, references, samples, bar)
             scores = _score(pipe, judge, subject, measures[subject.name], Concept.load(file), unlocked, samples, bar)
         learned.append(Learned(subject, concept, file, seconds, unlocked_seconds, scores))
+    pairs = _score_together(pipe, judge, learned, samples)
     _draw_pictures(pipe, learned, output)
-    return write_report(output, learned, samples=samples, steps=steps, together=TOGETHER, seconds=time.monotonic() - started)
+    return write_report(output, learned, pairs, samples=samples, steps=steps, seconds=time.monotonic() - started)
 
 
 def _check_free(output: Path, overwrite: bool) -> None:
@@ -119,6 +120,14 @@ def _score(
     return scores | {"other true pictures": score_subject(judge, subject, measure, measure.true)}
 
 
+def _score_together(pipe: Any, judge: Any, learned: list[Learned], samples: int) -> dict[str, dict[str, PairScores]]:
+    """By prompt, from the saved files alone."""
+    with attach(pipe) as handle, _bar("score both in one image", 2 * samples * len(TOGETHER)) as bar:
+        for each in learned:
+            handle.load(each.file)
+        return {prompt: score_pair(pipe, judge, SUBJECTS, relation, prompt, samples, bar) for relation, prompt in TOGETHER.items()}
+
+
 def _draw_pictures(pipe: Any, learned: list[Learned], output: Path) -> None:
     """Every picture of the report, from the saved files alone."""
     scenes = list(SCENES.values())[:4]
@@ -135,7 +144,7 @@ def _draw_pictures(pipe: Any, learned: list[Learned], output: Path) -> None:
                 images += [draw(pipe, [prompt.format(bias)], seed=seed, progress=bar) for bias in BIASES]
             titles = [f"bias {bias:g}" for bias in BIASES] * 2  # PIL's own font has no β
             _save(sheet(_pil(torch.cat(images)), columns=len(BIASES), titles=titles), output / f"bias-{name}.png")
-        for number, prompt in enumerate(TOGETHER, start=1):
+        for number, prompt in enumerate(TOGETHER.values(), start=1):
             images = draw(pipe, [f"{prompt} {scene}" for scene in [*scenes, *scenes]], seed=90, progress=bar)
             _save(sheet(_pil(images), columns=4), output / f"together-{number}.png")
 
