@@ -19,6 +19,10 @@ def check_writable(folder: Path) -> None:
             raise _Writable
     except _Writable:
         return
+    except NotADirectoryError:
+        file = next(path for path in (there, *there.parents) if path.is_file())
+        text = f"{file} is a file, and a folder is needed there. Choose another path, or move that file away."
+        raise NotADirectoryError(text) from None
     except OSError as error:
         above = "" if there == folder.absolute() else f"{there}: "
         raise OSError(f"output: {str(folder)!r} cannot be written ({above}{error.strerror}). Give another output folder.") from error

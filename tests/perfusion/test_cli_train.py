@@ -75,7 +75,7 @@ def test_help_names_what_users_know():
         ((), 2, "error: --superclass and --name must be given: what the thing is, and what prompts will call it.\n"),
         (("--name", "mine"), 2, "error: --superclass must be given: what the thing is.\n"),
         ((*WHAT, "--steps", 0), 2, "error: training: steps must be at least 1, got 0\n"),
-        ((*WHAT, "--name", "../mine"), 2, "error: Concept: name must be 1 to 32 characters"),
+        ((*WHAT, "--name", "../mine"), 2, "error: a concept's name must be 1 to 32 characters"),
         ((*WHAT, "--device", "abacus"), 2, "error: --device abacus cannot be used"),
         (("--superclass", "zyx", "--name", "mine"), 2, "error: superclass 'zyx' must be a single token"),
         ((*WHAT, "--resume", "latest"), 2, "error: there is no checkpoint to continue from"),
