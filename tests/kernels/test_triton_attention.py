@@ -17,9 +17,10 @@ from .tolerance import assert_no_worse
 
 pytest.importorskip("triton")
 
-from perfusion_kernels.triton import attention_tiles, fused_edited_attention as fused  # noqa: E402
+from perfusion_kernels.triton import attention_tiles  # noqa: E402
 from perfusion_kernels.triton import edited_attention as forward  # noqa: E402
 from perfusion_kernels.triton import edited_attention_backward as backward  # noqa: E402
+from perfusion_kernels.triton import fused_edited_attention as fused
 
 DEVICE = cases.runs("edited_attention")[-1][1]
 EDIT = ("gates", "components", "key_outputs", "key_targets", "value_outputs", "value_targets")

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from perfusion.base import (
@@ -19,6 +18,7 @@ from perfusion.base import (
     text_encoder_fingerprint,
     text_encoders,
 )
+from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
 ATTENTION = "attentions.0.transformer_blocks.0.attn2"
 SD_LAYERS = {

@@ -5,8 +5,6 @@ import json
 
 import pytest
 import torch
-from tests.perfusion.test_convert import Truth, chendaryen, package, save
-from tests.perfusion.tiny import tiny_sd
 from typer.testing import CliRunner
 
 from perfusion import cli
@@ -14,6 +12,8 @@ from perfusion.base import describe_base
 from perfusion.concept import Concept
 from perfusion.covariance import Covariance
 from perfusion.models import TOYBOX
+from tests.perfusion.test_convert import Truth, chendaryen, package, save
+from tests.perfusion.tiny import tiny_sd
 
 
 def run(*arguments):

@@ -17,12 +17,12 @@ import safetensors
 import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
-from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
 from perfusion import concept_file
 from perfusion.base import Base, cross_attention_layers, describe_base, layer_width
 from perfusion.concept import Concept
 from perfusion.concept_file import ConceptFileError, decode, decode_layers, encode, encode_layers
+from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
 SD15 = dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8, cross_attention_dim=768)
 SDXL = dict(

@@ -9,11 +9,11 @@ import zipfile
 
 import pytest
 import torch
-from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
 from perfusion import convert as module
 from perfusion.base import UnsupportedPipeline, cross_attention_layers, describe_base
 from perfusion.convert import CHENDARYEN, LUCIDRAINS, ConversionError, convert
+from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
 # The tiny pipeline's layers under the names of the original Stable Diffusion code, which count residual blocks:
 # one layer per down block, two per up block.

@@ -73,7 +73,7 @@ def _merges(words) -> list[tuple[str, str]]:
     return merges
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tokenizer_files() -> tuple[str, str, str]:
     """The three files of a CLIP tokenizer folder: vocab.json, merges.txt, tokenizer_config.json."""
     alphabet, merges = _byte_alphabet(), _merges(WORDS)

@@ -8,8 +8,8 @@ import torch
 from perfusion.covariance import Covariance
 from perfusion.models import TOYBOX, load_pipeline
 from perfusion.toybox.judge import load_judge
-from perfusion.toybox.score import accuracy, base_prompts, draw, identity, judge_accuracy
 from perfusion.toybox.render import render
+from perfusion.toybox.score import accuracy, base_prompts, draw, identity, judge_accuracy
 from perfusion.toybox.world import repeat_instance, sample_instances, sample_pictures
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .shapes import DRAW, box, capsule, circle, ellipse, trapezoid
+from .shapes import DRAW, box, circle, ellipse, trapezoid
 from .words import OBJECTS, SCENES
 from .world import Instances, Pictures
 
