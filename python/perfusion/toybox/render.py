@@ -145,7 +145,9 @@ def _pattern(x: Tensor, y: Tensor, pattern: Tensor, attributes: Tensor, pixel: T
     return chosen[pattern, torch.arange(len(pattern))]
 
 
-def _place(image: Tensor, things: Instances, poses: Tensor, mirrored: Tensor, opened: Tensor, behind: Tensor | None) -> tuple[Tensor, Tensor]:
+def _place(
+    image: Tensor, things: Instances, poses: Tensor, mirrored: Tensor, opened: Tensor, behind: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Draw one thing on every image; returns the images and the thing's coverage [B, H, W]."""
     size = image.shape[-1]
     result, coverage = image.clone(), torch.zeros(len(image), size, size)
@@ -182,7 +184,8 @@ def _place(image: Tensor, things: Instances, poses: Tensor, mirrored: Tensor, op
             line = ((distance + 0.045) / local_pixel + 0.5).clamp(0, 1).unsqueeze(1)
             shade = light * (1 - 0.22 * edge**2) * (1 - 0.50 * line)
             part = canvas.cover(distance * half)
-            canvas.image = torch.lerp(canvas.image, (tints[tint] * shade).clamp(0, 1).expand_as(canvas.image), part.unsqueeze(1).expand_as(canvas.image))
+            paint = (tints[tint] * shade).clamp(0, 1)
+            canvas.image = torch.lerp(canvas.image, paint.expand_as(canvas.image), part.unsqueeze(1).expand_as(canvas.image))
             covered = torch.maximum(covered, part)
         result[rows], coverage[rows] = canvas.image, covered
     return result, coverage

@@ -113,7 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
         figures[title] = found
         print(f"{title}, {options.samples} samples, {STEPS} steps, guidance {GUIDANCE:g}:", _line(found))
     if options.output:
-        options.output.write_text(json.dumps({"samples": options.samples, "steps": STEPS, "guidance": GUIDANCE, **figures}, indent=2) + "\n")
+        settings = {"samples": options.samples, "steps": STEPS, "guidance": GUIDANCE}
+        options.output.write_text(json.dumps({**settings, **figures}, indent=2) + "\n")
 
 
 def _line(figures: dict[str, float]) -> str:
@@ -126,8 +127,8 @@ def identity(judge: Judge, references: Tensor, drawn: Tensor, superclass: Tensor
     All [n, 3, 64, 64]; similarity of two pictures is the product of their unit features, averaged over the references.
     """
     anchor = judge.features(references).mean(0)
-    likeness = {name: (judge.features(images) @ anchor).mean().item() for name, images in (("drawn", drawn), ("low", superclass), ("high", true))}
-    return (likeness["drawn"] - likeness["low"]) / (likeness["high"] - likeness["low"])
+    seen, low, high = ((judge.features(images) @ anchor).mean().item() for images in (drawn, superclass, true))
+    return (seen - low) / (high - low)
 
 
 if __name__ == "__main__":

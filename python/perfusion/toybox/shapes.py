@@ -93,8 +93,9 @@ def draw_mug(x: Tensor, y: Tensor, p: Tensor, opened: Tensor) -> Iterator[Part]:
     height, handle, taper, band = 0.50 + 0.22 * height, 0.20 + 0.14 * handle, 0.14 * taper, 0.05 + 0.08 * band
     yield ring(x, y, 0.54, 0.14, handle, 0.08), "second"
     yield ellipse(x, y, 0, 0.12 - height, 0.53, 0.13), "dark"
-    yield torch.maximum(trapezoid(x, y, 0, 0.14 - height, 0.14 + height, 0.53, 0.53 - taper), -ellipse(x, y, 0, 0.10 - height, 0.50, 0.12)), "main"
-    yield torch.maximum(box(x, y, 0, 0.08 + height, 0.60, band), trapezoid(x, y, 0, 0.14 - height, 0.14 + height, 0.53, 0.53 - taper)), "second"
+    wall = trapezoid(x, y, 0, 0.14 - height, 0.14 + height, 0.53, 0.53 - taper)
+    yield torch.maximum(wall, -ellipse(x, y, 0, 0.10 - height, 0.50, 0.12)), "main"
+    yield torch.maximum(box(x, y, 0, 0.08 + height, 0.60, band), wall), "second"
 
 
 def draw_boat(x: Tensor, y: Tensor, p: Tensor, opened: Tensor) -> Iterator[Part]:
@@ -169,6 +170,7 @@ DRAW: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Iterator[Part]]] = {
 def rim(word: str, p: Tensor) -> Tensor:
     """How high [B] a container of proportions p [B, 4] hides what stands in it: y of its rim in local coordinates."""
     rims = {
-        "teapot": -0.18 - 0.14 * p[:, 2], "mug": -0.36 - 0.22 * p[:, 0], "boat": torch.full_like(p[:, 0], 0.36), "car": 0.04 - 0.11 * p[:, 2],
+        "teapot": -0.18 - 0.14 * p[:, 2], "mug": -0.36 - 0.22 * p[:, 0],
+        "boat": torch.full_like(p[:, 0], 0.36), "car": 0.04 - 0.11 * p[:, 2],
     }  # fmt: skip
     return rims[word]

@@ -236,8 +236,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=9000)
     parser.add_argument("--denoiser-steps", type=int, default=4500)
     parser.add_argument("--judge-steps", type=int, default=8000)
-    parser.add_argument("--judge-alone", action="store_true", help="train and replace the judge of the pipeline that is in --output already")
-    parser.add_argument("--pictures", type=int, default=40_960, help="how many the UNet learns from; the judge has as many of its own, the autoencoder at most 16,384")
+    parser.add_argument("--judge-alone", action="store_true", help="train and replace the judge of what is in --output already")
+    help = "how many the UNet learns from; the judge has as many of its own, the autoencoder at most 16,384"
+    parser.add_argument("--pictures", type=int, default=40_960, help=help)
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     if options.judge_alone:

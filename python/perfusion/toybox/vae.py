@@ -60,9 +60,13 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             nn.PixelUnshuffle(2), _network(4 * fine, coarse, encoder_depths[1]), _zero(nn.Conv2d(coarse, latent_channels, 1)),
         )  # fmt: skip
         self.synthesis = nn.ConvTranspose2d(latent_channels, 3, PATCH, PATCH)
-        self.decoder_coarse = nn.Sequential(_network(latent_channels, coarse, decoder_depths[0]), nn.Conv2d(coarse, 4 * fine, 1), nn.PixelShuffle(2))
+        self.decoder_coarse = nn.Sequential(
+            _network(latent_channels, coarse, decoder_depths[0]), nn.Conv2d(coarse, 4 * fine, 1), nn.PixelShuffle(2)
+        )
         self.unshuffle = nn.PixelUnshuffle(4)
-        self.decoder_fine = nn.Sequential(_network(48 + fine, fine, decoder_depths[1]), _zero(nn.Conv2d(fine, 48, 3, 1, 1)), nn.PixelShuffle(4))
+        self.decoder_fine = nn.Sequential(
+            _network(48 + fine, fine, decoder_depths[1]), _zero(nn.Conv2d(fine, 48, 3, 1, 1)), nn.PixelShuffle(4)
+        )
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
         latents = self.analysis(x) + self.encoder(x)

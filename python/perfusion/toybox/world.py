@@ -173,7 +173,9 @@ def _noun(instances: Instances, row: int, named: Tensor) -> str:
 
 def with_article(frame: str, noun: str) -> str:
     """Fill "… a {}" in, as "… an {}" before a vowel."""
-    return (frame.replace(" a {}", " an {}").replace("a {}", "an {}", frame.startswith("a {}")) if noun[0] in "aeiou" else frame).format(noun)
+    if noun[0] in "aeiou":
+        frame = frame.replace(" a {}", " an {}").replace("a {}", "an {}", frame.startswith("a {}"))
+    return frame.format(noun)
 
 
 def caption(pictures: Pictures, generator: torch.Generator, *, named: float = 0.7) -> list[str]:

@@ -68,7 +68,8 @@ def _board(folder: Path, start: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         warnings.warn(
-            "tensorboard is not installed, so curves are in log.jsonl only: pip install tensorboard, or say --no-tensorboard (tensorboard=False).",
+            "tensorboard is not installed, so curves are in log.jsonl only: pip install tensorboard, or say --no-tensorboard"
+            " (tensorboard=False).",
             stacklevel=2,
         )
         return None
