@@ -7,7 +7,7 @@ from pathlib import Path
 
 from perfusion.files import whole
 
-__all__ = ["check_writable"]
+__all__ = ["check_writable", "file_for_folder"]
 
 
 def check_writable(folder: Path) -> None:
@@ -20,12 +20,16 @@ def check_writable(folder: Path) -> None:
     except _Writable:
         return
     except NotADirectoryError:
-        file = next(path for path in (there, *there.parents) if path.is_file())
-        text = f"{file} is a file, and a folder is needed there. Choose another path, or move that file away."
-        raise NotADirectoryError(text) from None
+        raise NotADirectoryError(file_for_folder(there)) from None
     except OSError as error:
         above = "" if there == folder.absolute() else f"{there}: "
         raise OSError(f"output: {str(folder)!r} cannot be written ({above}{error.strerror}). Give another output folder.") from error
+
+
+def file_for_folder(path: Path) -> str | None:
+    """What is wrong where a file has a name that a folder needs, as in picture.png/other.png; None where none has."""
+    file = next((part for part in (path, *path.parents) if part.is_file()), None)
+    return file and f"{file} is a file, and a folder is needed there. Choose another path, or move that file away."
 
 
 class _Writable(Exception):

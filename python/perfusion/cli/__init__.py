@@ -69,10 +69,12 @@ def _command(name: str) -> Any:
 def _explain(error: Exception) -> tuple[int, str]:
     """Exit code and message of an error that came out of a command."""
     from perfusion.advice import for_command_line
+    from perfusion.writable import file_for_folder
 
     text = " ".join(for_command_line(error).split())
     if isinstance(error, OSError) and error.filename is not None:
-        text = _file_for_folder(error) or f"{error.filename}: {error.strerror}"
+        needs_folder = isinstance(error, (FileExistsError, NotADirectoryError))
+        text = (needs_folder and file_for_folder(Path(error.filename))) or f"{error.filename}: {error.strerror}"
     from perfusion.base import UnsupportedPipeline
     from perfusion.concept_file import ConceptFileError
     from perfusion.convert import ConversionError
@@ -86,15 +88,6 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, (ValueError, OSError, BackendUnavailable)):
         return BAD_INPUT, text
     return UNEXPECTED, f"{type(error).__name__}: {text} (unexpected; `perfusion --debug ...` shows where)"
-
-
-def _file_for_folder(error: OSError) -> str | None:
-    """What is wrong where a file has a name that a folder needs, as in --output picture.png/other.png."""
-    if not isinstance(error, (FileExistsError, NotADirectoryError)):
-        return None
-    path = Path(error.filename)
-    file = next((part for part in (path, *path.parents) if part.is_file()), None)
-    return file and f"{file} is a file, and a folder is needed there. Choose another path, or move that file away."
 
 
 app = typer.Typer(cls=Commands, rich_markup_mode=None, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
