@@ -45,7 +45,7 @@ cross_attention_layer_attend_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch
   const CrossAttentionLayerPlan& plan = launch.plan;
   const int T = static_cast<int>(p.T), N = static_cast<int>(p.N), C = static_cast<int>(p.C);
   const int groups = max_groups > 5 ? (T + 15) / 16 : max_groups;
-  const int64_t b = block() / plan.splits / p.H, h = block() / plan.splits % p.H;
+  const int64_t h = block() % p.H, b = block() / p.H / plan.splits;  // heads share hidden states, so they are neighbours
 
   auto* keys = reinterpret_cast<Element*>(shared_memory());
   Element* values = keys + groups * 16 * pitch;
@@ -58,7 +58,7 @@ cross_attention_layer_attend_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch
                                        w.strides[1], plan.wide_query_weight, d, 0};
   auto* attended = static_cast<Element*>(p.workspace) + (b * N * p.H + h) * d;
 
-  for (int first = static_cast<int>(block() % plan.splits) * rows; first < N; first += plan.splits * rows) {
+  for (int first = static_cast<int>(block() / p.H % plan.splits) * rows; first < N; first += plan.splits * rows) {
     float c[Tile::m][Tile::n][4] = {};
     multiply_steps<Tile, true>(c, queries, Tokens(tokens, first, 0), Weight(weight, 0, 0), (C + Tile::depth - 1) / Tile::depth);
     hand_over<Tile>(c, [&](int r, int n, float x, float y) {
@@ -114,8 +114,8 @@ cross_attention_layer_weigh_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch 
   using Keys = ProductLoader<Element, Tile::columns, Tile::depth, Tile::threads, false, weigh_beside(max_groups, rows) == 1>;
   const perfusion_cross_attention_layer_params& p = launch.call;
   const int T = static_cast<int>(p.T), N = static_cast<int>(p.N), C = static_cast<int>(p.C);
-  const int head = static_cast<int>(block() / launch.plan.splits), H = static_cast<int>(p.H), b = head / H, h = head % H;
-  const int first = static_cast<int>(block() % launch.plan.splits) * rows;
+  const int H = static_cast<int>(p.H), h = static_cast<int>(block() % H), tile = static_cast<int>(block() / H);
+  const int b = tile / launch.plan.splits, first = tile % launch.plan.splits * rows;
   const perfusion_tensor& k = p.key;
   const ProductOperand<Element> key{static_cast<const Element*>(k.data) + b * k.strides[0] + h * k.strides[2], T, C, k.strides[1],
                                     k.strides[3], launch.plan.wide_key, T, 0};

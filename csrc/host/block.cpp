@@ -2,17 +2,33 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "run.h"
 
 namespace perfusion::host {
+
+namespace {
+
+// Blocks that the machine has at once: as shared memory allows, and registers, if a thread takes 168.
+int places(int threads, int bytes) {
+  const Machine& here = machine();
+  if (here.cache == 0) return 1;
+  const int by_memory = here.device.shared_per_multiprocessor / (bytes + 1024), by_registers = 65536 / (168 * threads);
+  return std::max(1, here.device.multiprocessors) * std::max(1, std::min(by_memory, by_registers));
+}
+
+}  // namespace
 
 Block::Block(int64_t index, int threads, int bytes)
     : index(index), shared(new unsigned char[bytes]), lanes(threads), warps(threads / warp_lanes) {
   std::fill_n(shared.get(), bytes, 0xff);  // NaN in every format
 }
 
-Run::Run(int threads, int bytes, const std::function<void()>& kernel) : kernel(kernel), threads(threads), bytes(bytes) {
+Run::Run(int threads, int bytes, const std::function<void()>& kernel)
+    : kernel(kernel), threads(threads), bytes(bytes), at_once(places(threads, bytes)), cache(machine().cache), order(threads) {
+  std::iota(order.begin(), order.end(), 0);
+  if (machine().order == Order::backward) std::reverse(order.begin(), order.end());
   become(scheduler);
 }
 
@@ -57,34 +73,56 @@ std::string Run::complaint() {
          std::to_string(counts[3]) + " have returned (block " + std::to_string(block().index) + ")";
 }
 
-void Run::run_block(int64_t index) {
-#if defined(PERFUSION_THREAD_SANITIZER)
-  const size_t first_stack = index % 2 * threads;  // two blocks that follow each other have no lane in common to order them
-#else
-  const size_t first_stack = 0;
+// Several blocks, which advance by turns from barrier to barrier.
+void Run::run_together(int64_t first, int64_t count) {
+#if !defined(PERFUSION_THREAD_SANITIZER)
   blocks.clear();
 #endif
-  blocks.push_back(std::make_unique<Block>(index, threads, bytes));
-  std::vector<Lane>& lanes = block().lanes;
-  std::vector<int> order_of(threads);
-  for (int i = 0; i < threads; ++i) order_of[i] = machine().order == Order::backward ? threads - 1 - i : i;
-  for (int i = 0; i < threads; ++i) prepare(lanes[i].fiber, first_stack + i, &Run::entry);
+  const size_t before = blocks.size();
+  for (int64_t i = 0; i < count; ++i) begin(first + i);
   order_before(&begun);
-  while (message.empty()) {
-    if (machine().order == Order::shuffled) std::shuffle(order_of.begin(), order_of.end(), random);
-    const auto next =
-        std::find_if(order_of.begin(), order_of.end(), [&](int i) { return lanes[i].state == State::ready; });
-    if (next == order_of.end()) break;
-    lane = *next;
-    switch_fiber(scheduler, lanes[lane].fiber, false);
+  for (bool any = true; any && message.empty();) {
+    any = false;
+    for (size_t i = before; i < blocks.size(); ++i) any |= advance(*blocks[i]);
   }
-  const bool all = std::all_of(lanes.begin(), lanes.end(), [](const Lane& x) { return x.state == State::finished; });
-  if (message.empty() && !all) message = complaint();
+  for (size_t i = before; i < blocks.size() && message.empty(); ++i) {
+    running = blocks[i].get();
+    const bool all =
+        std::all_of(running->lanes.begin(), running->lanes.end(), [](const Lane& x) { return x.state == State::finished; });
+    if (!all) message = complaint();
+  }
 }
 
-// A block is not ordered before the next one.
+void Run::begin(int64_t index) {
+#if defined(PERFUSION_THREAD_SANITIZER)
+  const int64_t places = 2 * at_once;  // two blocks that follow each other have no lane in common to order them
+#else
+  const int64_t places = at_once;
+#endif
+  blocks.push_back(std::make_unique<Block>(index, threads, bytes));
+  for (int i = 0; i < threads; ++i) prepare(blocks.back()->lanes[i].fiber, index % places * threads + i, &Run::entry);
+}
+
+// Until the block has passed a barrier or none of its lanes can go on. -> whether any could
+bool Run::advance(Block& block) {
+  running = &block;
+  const int64_t passed = block.passed;
+  bool any = false;
+  while (message.empty() && block.passed == passed) {
+    if (machine().order == Order::shuffled) std::shuffle(order.begin(), order.end(), random);
+    const auto next =
+        std::find_if(order.begin(), order.end(), [&](int i) { return block.lanes[i].state == State::ready; });
+    if (next == order.end()) break;
+    lane = *next;
+    any = true;
+    switch_fiber(scheduler, block.lanes[lane].fiber, false);
+  }
+  return any;
+}
+
+// A block is not ordered before another.
 void Run::run_blocks(int64_t count) {
-  for (int64_t i = 0; i < count && message.empty(); ++i) run_block(i);
+  for (int64_t i = 0; i < count && message.empty(); i += at_once) run_together(i, std::min<int64_t>(at_once, count - i));
   order_after(&ended);
 }
 
@@ -103,9 +141,10 @@ Machine& machine() {
   return one;
 }
 
-void count(bool written, int bytes) {
+void count(bool written, const void* address, int bytes) {
   Machine& one = machine();
   (written ? bytes == 16 ? one.written_wide : one.written_narrow : bytes == 16 ? one.read_wide : one.read_narrow) += bytes;
+  if (one.cache) here().cache.access(address, bytes, written);
 }
 
 std::string run(int64_t blocks, int threads, int bytes, const std::function<void()>& kernel) {
@@ -115,6 +154,8 @@ std::string run(int64_t blocks, int threads, int bytes, const std::function<void
   Run::current() = &run;
   run.run_blocks(blocks);
   Run::current() = nullptr;
+  run.cache.empty();
+  if (machine().cache) machine().traffic.push_back({run.cache.asked, run.cache.read, run.cache.written});
   return run.message;
 }
 
@@ -134,6 +175,7 @@ void barrier(const char* file, int line) {
     run.wait(State::at_barrier);
   } else {
     block.at_barrier = 0;
+    ++block.passed;
     block.turns.next();
     for (Lane& lane : block.lanes) lane.state = State::ready;
   }

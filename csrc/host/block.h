@@ -1,4 +1,5 @@
-// Runs the blocks of a kernel on the CPU, one after the other, every thread of a block as a fiber of its own.
+// Runs the blocks of a kernel on the CPU, every thread of a block as a fiber of its own: one block after the other, or, where traffic is
+// counted, as many at once as the machine has places for, which take turns from barrier to barrier.
 //
 // A fiber runs until it has to wait for others. So a missing barrier is a wrong result in one order of the fibers or in
 // another.
@@ -7,10 +8,16 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "../device/element.h"
 
 namespace perfusion::host {
+
+// Bytes that the threads of a launch asked for, and those that went between the cache and device memory for it.
+struct Traffic {
+  uint64_t asked, read, written;
+};
 
 enum class Order { forward, backward, shuffled };  // which of the threads that can go on goes first
 
@@ -18,8 +25,10 @@ enum class Order { forward, backward, shuffled };  // which of the threads that 
 struct Machine {
   Device device{2, 232448, 233472};
   Order order = Order::forward;
+  int64_t cache = 0;  // bytes of the second-level cache, which is empty before each launch; 0: no traffic is counted
   uint64_t read_wide = 0, read_narrow = 0;        // bytes of global memory, in accesses of 16 bytes and in smaller ones
   uint64_t written_wide = 0, written_narrow = 0;  // the same
+  std::vector<Traffic> traffic;                   // of each launch
   uint64_t products = 0;                          // multiply-accumulates in matrix instructions
   std::string dropped;                            // FILE:LINE of a barrier that is left out, to see that it is missed
   uint64_t drops = 0;                             // threads that came to it
@@ -30,8 +39,8 @@ Machine& machine();  // of this OS thread
 // The message of what went wrong, empty if nothing did.
 std::string run(int64_t blocks, int threads, int bytes, const std::function<void()>& kernel);
 
-// Adds to the machine's bytes of global memory.
-void count(bool written, int bytes);
+// Every access to global memory comes by here.
+void count(bool written, const void* address, int bytes);
 
 // Of the fiber that runs.
 int thread();

@@ -15,6 +15,8 @@ void order_after(void* address);
 
 struct Fiber {
   ucontext_t context;
+  void* place[5];        // where it goes on, once it has begun
+  bool has_begun = true;  // not if it was prepared and nobody has switched to it
   const void* stack = nullptr;
   size_t size = 0;
   void* fake_stack = nullptr;       // AddressSanitizer's

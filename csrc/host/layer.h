@@ -39,7 +39,7 @@ inline void copy_async(void* shared, const void* global, int bytes) {
   if (bytes < 0 || bytes > 16) host::stop("copy_async: bytes must lie in 0 ... 16");
   if (bytes > 0) {
     require_alignment(global, "copy_async, source");
-    host::count(false, bytes);
+    host::count(false, global, bytes);
   }
   auto* to = static_cast<unsigned char*>(shared);
   std::fill_n(to, 16, 0xff);  // NaN in every format: what is read before the wait shows
@@ -92,14 +92,14 @@ inline void multiply_accumulate(float (&c)[4], const uint32_t (&a)[2], uint32_t 
 template <class T>
 inline T load(const T* pointer) {
   if (sizeof(T) == 16) require_alignment(pointer, "load");
-  host::count(false, sizeof(T));
+  host::count(false, pointer, sizeof(T));
   return *pointer;
 }
 
 template <class T>
 inline void store(T* pointer, const T& x) {
   if (sizeof(T) == 16) require_alignment(pointer, "store");
-  host::count(true, sizeof(T));
+  host::count(true, pointer, sizeof(T));
   *pointer = x;
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "block.h"
+#include "cache.h"
 #include "fiber.h"
 
 namespace perfusion::host {
@@ -48,6 +49,7 @@ struct Block {
   std::vector<Lane> lanes;
   std::vector<Warp> warps;
   int at_barrier = 0;
+  int64_t passed = 0;  // barriers
   Turns turns;
 };
 
@@ -85,20 +87,26 @@ class Run {
     perform(operands);
   }
 
-  Block& block() { return *blocks.back(); }
+  Block& block() { return *running; }
   Lane& self() { return block().lanes[lane]; }
 
   const std::function<void()>& kernel;
   const int threads, bytes;
+  const int at_once;  // blocks
   int lane = 0;
   std::string message;
+  Cache cache;
 
  private:
   static void entry();
-  void run_block(int64_t index);
+  void run_together(int64_t first, int64_t count);
+  void begin(int64_t index);
+  bool advance(Block& block);
   std::string complaint();
 
-  std::vector<std::unique_ptr<Block>> blocks;  // the last is the one that runs; see run_block for the others
+  std::vector<std::unique_ptr<Block>> blocks;  // the last are those that run; see run_together for the others
+  Block* running = nullptr;
+  std::vector<int> order;  // of lanes that can go on
   char begun = 0, ended = 0;  // their addresses order the lanes after what the launch has set up, and its end after them
   Fiber scheduler;
   std::mt19937 random{7};

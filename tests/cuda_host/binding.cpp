@@ -7,6 +7,7 @@
 #include "../../csrc/edited_projection.h"
 #include "../../csrc/fused_edited_attention.h"
 #include "../../csrc/host/block.h"
+#include "../../csrc/host/cache.h"
 #include "../../csrc/include/perfusion_kernels.h"
 #include "misuse.cuh"
 
@@ -174,12 +175,14 @@ py::dict layer_plan(const py::dict& sizes, const py::dict& tensors) {
   return result;
 }
 
-void configure(int multiprocessors, int shared_per_block, int order) {
+void configure(int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int order, int64_t cache) {
   host::Machine& machine = host::machine();
   machine = host::Machine{};
   machine.device.multiprocessors = multiprocessors;
   machine.device.shared_per_block = shared_per_block;
+  machine.device.shared_per_multiprocessor = shared_per_multiprocessor;
   machine.order = static_cast<host::Order>(order);
+  machine.cache = cache;
 }
 
 py::dict counted() {
@@ -190,7 +193,18 @@ py::dict counted() {
   result["written_wide"] = machine.written_wide;
   result["written_narrow"] = machine.written_narrow;
   result["products"] = machine.products;
+  py::list traffic;
+  for (const host::Traffic& launch : machine.traffic) traffic.append(py::make_tuple(launch.asked, launch.read, launch.written));
+  result["traffic"] = traffic;
   return result;
+}
+
+// (asked, read, written) after accesses (address, bytes, written), the cache emptied if that is wanted.
+std::tuple<uint64_t, uint64_t, uint64_t> cached(int64_t bytes, const std::vector<std::tuple<uintptr_t, int, bool>>& accesses, bool emptied) {
+  host::Cache cache(bytes);
+  for (auto [address, size, written] : accesses) cache.access(reinterpret_cast<const void*>(address), size, written);
+  if (emptied) cache.empty();
+  return {cache.asked, cache.read, cache.written};
 }
 
 template <class Element>
@@ -253,6 +267,7 @@ PYBIND11_MODULE(perfusion_host, module) {
   module.def("plan_edited_projection", &plan_projection);
   module.def("configure", &configure);
   module.def("counted", &counted);
+  module.def("cached", &cached);
   module.def("misuse", [](int which, int threads) { return host::run(1, threads, 1024, [which] { misuse(which); }); });
   module.def("convert", [](bool half, uintptr_t narrow, uintptr_t wide, int64_t count, bool widen) {
     (half ? convert<Half> : convert<BFloat16>)(narrow, wide, count, widen);

@@ -27,7 +27,7 @@ KERNELS = (
     "edited_projection_backward.cu",
     *(f"{name}{part}.cu" for name in ATTENTION for part in ("", "_float16", "_bfloat16")),
 )
-PLAIN = ("status.cpp", "host/block.cpp", "host/copies.cpp", "host/fiber.cpp", "host/warp.cpp")
+PLAIN = ("status.cpp", "host/block.cpp", "host/cache.cpp", "host/copies.cpp", "host/fiber.cpp", "host/warp.cpp")
 TORCH = Path(torch.__file__).parent
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
 

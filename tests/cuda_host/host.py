@@ -27,9 +27,19 @@ class Host:
         self.module = module
         self.configure()
 
-    def configure(self, multiprocessors: int = 2, shared_per_block: int = 232448, order: str = "forward") -> None:
-        """The machine to run on (multiprocessors=0: one block a head), and which of its threads goes first; counters start at 0."""
-        self.module.configure(multiprocessors, shared_per_block, ORDERS[order])
+    def configure(
+        self,
+        multiprocessors: int = 2,
+        shared_per_block: int = 232448,
+        order: str = "forward",
+        shared_per_multiprocessor: int = 233472,
+        cache: int = 0,
+    ) -> None:
+        """The machine to run on, and which of its threads goes first; counters start at 0.
+
+        multiprocessors: 0 for one block a head. cache: bytes of the second-level cache; 0 counts no traffic, and runs a block at a time.
+        """
+        self.module.configure(multiprocessors, shared_per_block, shared_per_multiprocessor, ORDERS[order], cache)
 
     def counted(self) -> dict[str, int]:
         return self.module.counted()

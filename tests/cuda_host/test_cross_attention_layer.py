@@ -6,6 +6,7 @@ What mutants are killed by stands in functions `check_…(host)`: test_mutants.p
 import pytest
 import torch
 
+from bench import floors
 from perfusion_kernels import absorb_projections
 
 from ..kernels import cases, plain
@@ -248,13 +249,13 @@ SHAPES = {
 
 @pytest.mark.parametrize("form", ("plain", "absorbed"))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_small_grids_have_flat_tiles(built, shape, form):
+def test_small_grids_have_flat_tiles(host, shape, form):
     """By sizes alone: tensors are not read by a plan. Shared memory is within that of 8.6, 8.9 and 12.0 whatever C is."""
     N, C, H, d = shape
     given = (16, 0, [1] * 4)
     tensors = {} if form == "absorbed" else {"query_weight": given, "output_weight": given}
-    built.configure(132, 101376, 0)
-    plan = built.plan_cross_attention_layer(dict(B=2, N=N, C=C, T=77, H=H, d=d), tensors)
+    host.configure(132, 101376)
+    plan = host.module.plan_cross_attention_layer(dict(B=2, N=N, C=C, T=77, H=H, d=d), tensors)
     assert plan["status"] == 0 and max(plan["bytes"], plan["second_bytes"]) <= 101376
     assert (plan["rows"], plan["second_rows"]) == SHAPES[shape]
     heads = 2 * H
@@ -291,6 +292,29 @@ def test_bytes_of_an_absorbed_layer(host):
     assert counted["read_narrow"] == counted["written_narrow"] == 0
     assert counted["read_wide"] == 2 * H * (N * C + tiles * T * C) + project_bytes(H * T, H * T * C)
     assert counted["written_wide"] == 2 * (N * H * T + N * C)
+
+
+def check_heads_share_hidden_states(host, form):
+    """Hidden states that fill the cache alone, for four heads: either launch moves its least, or within a tenth of that."""
+    case = small(B=1, H=4, N=1024, d=64, channels=256)
+    host.configure(4, 101376, shared_per_multiprocessor=102400, cache=512 << 10)
+    run(host, form(case))
+    least = floors.cross_attention_layer_launches(B=1, N=1024, C=256, T=77, H=4, d=64 if form is layer else None)
+    for (_, read, written), work in zip(host.counted()["traffic"], least, strict=True):
+        assert read + written <= 1.1 * work.bytes
+
+
+def check_heads_share_hidden_states_plain(host):
+    check_heads_share_hidden_states(host, layer)
+
+
+def check_heads_share_hidden_states_absorbed(host):
+    check_heads_share_hidden_states(host, absorbed)
+
+
+def test_heads_share_hidden_states(host):
+    check_heads_share_hidden_states_plain(host)
+    check_heads_share_hidden_states_absorbed(host)
 
 
 @pytest.mark.parametrize("form, expected", [(layer, 64 * 96 * 48 + 2 * 64 * 40 * 80 + 64 * 64 * 128), (absorbed, 64 * 96 * 80 + 64 * 96 * 128)])

@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 
+from bench import floors
+
 from ..kernels import cases
 from .host import Refused, compare
 
@@ -198,6 +200,21 @@ def test_bytes_of_one_tile(host):
     assert least <= counted["read_wide"] + counted["read_narrow"] <= 1.1 * least
     assert counted["read_narrow"] == 12 * T * J
     assert (counted["written_wide"], counted["written_narrow"]) == (2 * T * O, 0)
+
+
+def check_neighbours_share_weights(host):
+    """More weights than the cache holds, and two tiles of rows that read them: memory is read once, or within a tenth of that."""
+    arguments = everywhere(small(B=1, T=160, D=256, O=1280, J=1).arguments("edited_projection"))
+    host.configure(2, 101376, shared_per_multiprocessor=102400, cache=320 << 10)
+    plan = host.plan_projection(**arguments)
+    assert plan["row_tiles"] == 2 and 2 * 256 * 1280 > 320 << 10
+    host.edited_projection(**arguments)
+    [(_, read, written)] = host.counted()["traffic"]
+    assert read + written <= 1.1 * floors.of("edited_projection", arguments).bytes
+
+
+def test_neighbours_share_weights(host):
+    check_neighbours_share_weights(host)
 
 
 @pytest.mark.parametrize("tile", TILES)

@@ -218,6 +218,14 @@ MUTANTS = {
         Change(LAYER, "x[e] += more[e];", "x[e] = to_float(Element{static_cast<uint16_t>(pack<Element>(x[e] + more[e], 0.0f))});"),
         layer.check_the_sum_is_rounded_once,
     ),
+    "heads that share hidden states run apart": (
+        Change(
+            LAYER,
+            "tile = static_cast<int>(block() / H);\n  const int b = tile / launch.plan.splits, first = tile % launch.plan.splits * rows;",
+            "splits = launch.plan.splits;\n  const int b = static_cast<int>(block() / H / splits), first = static_cast<int>(block() % splits) * rows;",
+        ),
+        layer.check_heads_share_hidden_states_absorbed,
+    ),
     "channels are read to the end of 16 bytes": (
         Change(LAYER, "static_cast<int>(launch.call.C), x.strides", "static_cast<int>(launch.call.C + 7) / 8 * 8, x.strides"), layer.check_channels_within_longer_rows
     ),
