@@ -92,7 +92,8 @@ fused_edited_attention_kernel(PERFUSION_CONSTANT FusedEditedAttentionLaunch laun
   const perfusion_edited_attention_params& p = launch.call;
   const EditedAttentionPlan& plan = launch.plan.attention;
   const int groups = max_groups > 5 ? (static_cast<int>(p.T) + 15) / 16 : max_groups;
-  const int head = static_cast<int>(block() / plan.splits), H = static_cast<int>(p.H), b = head / H, h = head % H;
+  // rows share a head's weights, so they are neighbours
+  const int head = static_cast<int>(block() / plan.splits), B = static_cast<int>(p.B), b = head % B, h = head / B;
 
   auto* keys = reinterpret_cast<Element*>(shared_memory());
   Element* values = keys + groups * 16 * pitch;

@@ -7,7 +7,7 @@
 //                           rows that use the slot, and their sums are added in order
 //
 // Nothing is added atomically: every sum has one order. Bytes read: dX once per side, and by tables_gradient once per use of a slot;
-// a table's rows once per two tokens of a row that uses them.
+// a table's rows once per two tokens of a row that uses them. Sides come first in the order of blocks, then slots: they share dX.
 #pragma once
 
 #include "device/layer.cuh"
@@ -44,9 +44,9 @@ coefficients_gradient_kernel(PERFUSION_CONSTANT RankOneBackwardLaunch launch) {
   constexpr int tokens = rank_one_tokens, places = rank_one_places;
   const RankOneBackwardLaunch& p = launch;
   const int64_t tiles = (p.T + tokens - 1) / tokens;
-  const RankOneSide& side = p.side[block() / tiles / p.B];
-  const int64_t b = block() / tiles % p.B;
-  const int first = static_cast<int>(block() % tiles) * tokens, T = static_cast<int>(p.T), O = static_cast<int>(p.O);
+  const RankOneSide& side = p.side[block() % p.sides];
+  const int64_t tile = block() / p.sides, b = tile / tiles;
+  const int first = static_cast<int>(tile % tiles) * tokens, T = static_cast<int>(p.T), O = static_cast<int>(p.O);
   const auto* index = static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0];
   const auto* gradient = static_cast<const Element*>(p.gradient.data) + b * p.gradient.strides[0];
   auto* result = static_cast<float*>(side.coefficients_gradient.data) + b * side.coefficients_gradient.strides[0];
@@ -99,9 +99,8 @@ template <class Element>
 PERFUSION_KERNEL(32 * rank_one_warps)
 tables_gradient_kernel(PERFUSION_CONSTANT RankOneBackwardLaunch launch) {
   const RankOneBackwardLaunch& p = launch;
-  const int64_t tiles = (p.O + rank_one_columns - 1) / rank_one_columns;
-  const RankOneSide& side = p.side[block() / tiles / p.S];
-  const int64_t slot = block() / tiles % p.S, column = block() % tiles * rank_one_columns + 8 * lane();
+  const RankOneSide& side = p.side[block() % p.sides];
+  const int64_t slot = block() / p.sides % p.S, column = block() / p.sides / p.S * rank_one_columns + 8 * lane();
   const int there = p.O - column < 8 ? static_cast<int>(p.O - column) : 8;
   const auto* index = static_cast<const int32_t*>(p.index.data);
   auto* sums = reinterpret_cast<float*>(shared_memory());  // [warps, rank_one_columns]

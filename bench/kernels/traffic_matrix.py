@@ -87,6 +87,8 @@ def layer_cells(host: Host, chip: str, layer: floors.Layer, D: int) -> Iterator[
     names = "cross_attention_layer, attend", "cross_attention_layer, project"
     works = floors.cross_attention_layer_launches(**sizes, d=d)
     yield from run(host, chip, case, "cross_attention_layer", arguments, dict(zip(names, works)))
+    if T * H > C + T:  # absorbed, it would multiply more
+        return
     key, value = absorb_projections(one.query_weight, one.key, one.value, one.output_weight)
     absorbed = {**arguments, "query_weight": None, "output_weight": None, "key": key, "value": value}
     names = "cross_attention_layer, absorbed, weigh", "cross_attention_layer, absorbed, project"

@@ -176,6 +176,23 @@ def test_bytes_of_the_edit_s_gradients(host):
     assert (host.counted()["written_wide"], host.counted()["written_narrow"]) == (2 * (J + 3) * 2 * O, 0)
 
 
+def check_sides_and_slots_share_the_gradient(host):
+    """More of the result's gradient than the cache holds: either launch brings it once, and each table's rows."""
+    T, O, J = 77, 4096, 3
+    arguments = everywhere(small(B=1, T=T, O=O, J=J).arguments("edited_projection"))
+    gradient, slots = gradient_of(arguments), arguments["outputs"].shape[0]
+    host.configure(2, cache=256 << 10)
+    host.edited_projection_backward(gradient, NEEDS[1:], **arguments)
+    (_, read, _), (_, again, written) = host.counted()["traffic"]
+    coefficients, tables = 2 * T * J * 4, 2 * J * O * 2
+    assert read <= 1.1 * (2 * T * O + tables + 4 * J)
+    assert again <= 1.1 * (2 * T * O + coefficients + 4 * J) and written == 2 * slots * O * 2
+
+
+def test_sides_and_slots_share_the_gradient(host):
+    check_sides_and_slots_share_the_gradient(host)
+
+
 def test_what_is_not_finite_stays_in_its_row(host):
     arguments = small().arguments("edited_projection")
     gradient = gradient_of(arguments)

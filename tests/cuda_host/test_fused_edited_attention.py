@@ -6,6 +6,8 @@ What mutants are killed by stands in functions `check_…(host)`: test_mutants.p
 import pytest
 import torch
 
+from bench import floors
+
 from ..kernels import cases
 from .host import Refused, compare
 
@@ -226,6 +228,21 @@ def test_bytes(host, d, passes):
         assert counted["read_narrow"] == counted["written_narrow"] == 0
         assert counted["read_wide"] == least_bytes(case, splits, passes)
         assert counted["written_wide"] == 2 * case.query.numel()
+
+
+def check_rows_share_weights(host):
+    """More weights than the cache holds, and two rows: what device memory brings and takes is the least, or within a tenth of that."""
+    case = small(B=2, H=4, N=64, D=768, d=40)
+    arguments = {name: getattr(case, name) for name in ("query", "encodings", "key_weight", "value_weight")}
+    host.configure(2, 101376, shared_per_multiprocessor=102400, cache=448 << 10)
+    assert host.fused_plan(**arguments)["splits"] == 1
+    host.fused_edited_attention(**arguments)
+    [(_, read, written)] = host.counted()["traffic"]
+    assert read + written <= 1.1 * floors.of(OPERATOR, arguments).bytes
+
+
+def test_rows_share_weights(host):
+    check_rows_share_weights(host)
 
 
 @pytest.mark.parametrize("J", (1, 3, 8))

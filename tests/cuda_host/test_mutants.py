@@ -167,7 +167,23 @@ MUTANTS = {
     "a gate's derivative is of the next slot": (
         Change(RANK_ONE, "load_columns(o, side.table, slot, x,", "load_columns(o, side.table, slot + 1 < p.S ? slot + 1 : slot, x,"), projection_backward.check_mixed_rows
     ),
+    "sides that share a gradient run apart": (
+        Change(
+            RANK_ONE,
+            "p.side[block() % p.sides];\n  const int64_t tile = block() / p.sides, b",
+            "p.side[block() / tiles / p.B];\n  const int64_t tile = block() % (tiles * p.B), b",
+        ),
+        projection_backward.check_sides_and_slots_share_the_gradient,
+    ),
     "the edit does not wait for the projection": (Change(FUSED, "    barrier();  // all of K and V stands\n", ""), fused.check_mixed_rows),
+    "rows that share a head's weights run apart": (
+        Change(
+            FUSED,
+            "B = static_cast<int>(p.B), b = head % B, h = head / B;",
+            "H = static_cast<int>(p.H), b = head / H, h = head % H;",
+        ),
+        fused.check_rows_share_weights,
+    ),
     "another head's rows of a weight": (
         Change(FUSED, "+ h * d * weight.strides[0], d,", "+ (h ? h - 1 : h) * d * weight.strides[0], d,"), fused.check_mixed_rows
     ),
