@@ -18,8 +18,10 @@ from torch.nn.functional import linear
 
 from perfusion.base import Base, cross_attention_layers
 from perfusion.concept import Concept
+from perfusion.handle import Handle, attach
 
 STEPS = 2
+PROMPTS, PLAIN = ["a photo of a <teddy> on a beach", "a cat"], ["a photo of a teddy on a beach", "a cat"]
 
 
 def inverse_covariance(width: int) -> Tensor:
@@ -131,6 +133,16 @@ def weight_of(projection: torch.nn.Module) -> Tensor:
     return weight if projection.merged else weight + sum(projection.get_delta_weight(adapter) for adapter in projection.active_adapters)
 
 
+def guided(t):
+    """Rows of PROMPTS behind their negative prompts, where the first prompt uses t."""
+    return [[], [], t, []]
+
+
+def unguided(t):
+    """Rows of PROMPTS alone."""
+    return [t, []]
+
+
 def check_rows(
     unet: torch.nn.Module,
     forward: Forward,
@@ -174,8 +186,26 @@ def draw(pipe, prompt=None, *, seed: int = 5, **options) -> Tensor:
     return pipe(prompt, **options).images
 
 
+def seen(pipe, prompt=None, **options):
+    """What `draw` draws, and the forwards that `watch` recorded meanwhile."""
+    with watch(pipe.unet) as forwards:
+        images = draw(pipe, prompt, **options)
+    return images, forwards
+
+
 def hooks_of(module: torch.nn.Module) -> dict[str, int]:
     """How many hooks every submodule has, where it has any."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_backward_hooks")
     counts = {name: sum(len(getattr(each, kind)) for kind in kinds) for name, each in module.named_modules()}
     return {name: count for name, count in counts.items() if count}
+
+
+@contextlib.contextmanager
+def attached_to(pipe, concept: Concept) -> Iterator[Handle]:
+    """A pipeline, attached, with the concept; a test that leaves a hook fails."""
+    before, processors = hooks_of(pipe.text_encoder), pipe.unet.attn_processors
+    with attach(pipe) as handle:
+        handle.load(concept)
+        yield handle
+    assert hooks_of(pipe.text_encoder) == before and not hooks_of(pipe.unet)
+    assert all(pipe.unet.attn_processors[name] is processor for name, processor in processors.items())

@@ -12,7 +12,7 @@ from perfusion.base import describe_base
 from perfusion.concept import Concept
 from perfusion.covariance import Covariance
 from perfusion.models import TOYBOX
-from tests.perfusion.test_convert import Truth, chendaryen, package, save
+from tests.perfusion.checkpoints import Truth, chendaryen, package, save
 from tests.perfusion.tiny import tiny_sd
 
 

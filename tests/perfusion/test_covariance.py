@@ -1,9 +1,8 @@
-"""The second moment of encodings: what it counts, what it says about itself, and how it is found again."""
+"""The second moment of encodings: what it counts, what it says about itself, and what its file is checked for."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import warnings
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from perfusion.captions import everyday_captions
-from perfusion.covariance import Covariance, CovarianceError, cache_folder, compute_covariance, get_covariance
+from perfusion.covariance import Covariance, CovarianceError, get_covariance
+from tests.perfusion.covariances import compute, final_norm, trained_sd
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
 FEW = ["a photo of a red cat", "teapot", "a dog and a cat on the beach at night, painting", "", "zyx armadillo"]
@@ -22,22 +22,6 @@ FEW = ["a photo of a red cat", "teapot", "a dog and a cat on the beach at night,
 @pytest.fixture(scope="module")
 def captions():
     return list(everyday_captions(120))
-
-
-def final_norm(encoder) -> torch.nn.LayerNorm:
-    return next(module for name, module in encoder.named_modules() if name.endswith("final_layer_norm"))
-
-
-def trained_sd(dtype=torch.float64, seed=0):
-    """A tiny pipeline whose last layer norm is not the identity.
-
-    With scale 1 and bias 0, as initialised, every encoding sums to 0 and C is singular whatever the captions say.
-    """
-    pipe = tiny_sd(seed=seed)
-    norm, generator = final_norm(pipe.text_encoder), torch.Generator().manual_seed(seed)
-    norm.weight.copy_(1 + 0.3 * torch.randn(16, generator=generator))
-    norm.bias.copy_(0.5 * torch.randn(16, generator=generator))
-    return pipe.to(dtype)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +33,6 @@ def sd():
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("PERFUSION_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
-
-
-def compute(pipe, captions, **options):
-    return compute_covariance(pipe, captions, **{"progress": False, **options})
 
 
 def brute_force(pipe, captions) -> tuple[torch.Tensor, int]:
@@ -267,212 +247,3 @@ def test_damaged_files_are_refused(saved, damage):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.safetensors"):
         Covariance.load(tmp_path / "nowhere.safetensors")
-
-
-# ---- finding again ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def computed(monkeypatch):
-    """Sources of the covariances that were really computed, in order."""
-    import perfusion.covariance as module
-
-    sources, original = [], module.compute_covariance
-
-    def counting(pipe, captions, **options):
-        sources.append(options["source"])
-        return original(pipe, captions, **options)
-
-    monkeypatch.setattr(module, "compute_covariance", counting)
-    return sources
-
-
-def get(pipe, captions=None, **options):
-    return get_covariance(pipe, captions, **{"progress": False, **options})
-
-
-def test_cache_hit_and_miss(sd, computed, home):
-    first = get(sd, count=120)
-    again = get(trained_sd(), count=120)
-    assert computed == ["everyday-120-seed0"] and torch.equal(first.matrix, again.matrix)
-    assert first.path == again.path and first.path.parent == home / "covariance"
-    other = get(trained_sd(seed=1), count=120)
-    assert len(computed) == 2 and not torch.equal(first.matrix, other.matrix)
-    get(sd, count=121)
-    get(sd, count=120, max_condition=1e5)
-    assert len(computed) == 4 and len(list(first.path.parent.iterdir())) == 4
-
-
-def test_a_caption_file_is_known_by_its_content(sd, captions, computed, tmp_path):
-    path = tmp_path / "c.txt"
-    path.write_text("\n".join(captions), encoding="utf-8")
-    from_file = get(sd, path)
-    get(sd, str(path.rename(tmp_path / "renamed.txt")))
-    assert len(computed) == 1 and from_file.source.startswith("file-") and from_file.captions == 120
-    get(sd, tmp_path / "renamed.txt", count=100)
-    (tmp_path / "renamed.txt").write_text("\n".join([*captions, "one more"]), encoding="utf-8")
-    get(sd, tmp_path / "renamed.txt")
-    assert computed == [from_file.source, from_file.source + "-first100", computed[2]] and computed[2] != from_file.source
-
-
-def test_a_list_of_captions_has_the_same_name_however_it_is_computed(sd, captions, computed):
-    assert get(sd, iter(captions)).source == compute(sd, captions).source == computed[0]
-    get(sd, captions)
-    assert len(computed) == 1
-
-
-def test_a_damaged_cache_is_reported_and_replaced(sd, computed):
-    first = get(sd, count=120)
-    first.path.write_bytes(first.path.read_bytes()[:-9])
-    with pytest.warns(UserWarning, match="computing the covariance anew: .* is damaged"):
-        second = get(sd, count=120)
-    assert len(computed) == 2 and torch.equal(second.matrix, first.matrix)
-    get(sd, count=120)
-    assert len(computed) == 2
-
-
-def test_an_interrupt_leaves_nothing_behind(sd, captions, home):
-    """Clean abort: no partial sum may ever be taken for a covariance."""
-
-    def interrupted():
-        yield from captions[:100]
-        raise KeyboardInterrupt
-
-    path = home / "covariance"
-    with pytest.raises(KeyboardInterrupt):
-        compute(sd, interrupted(), batch_size=10)
-    assert not path.exists()
-
-
-def test_a_covariance_beside_the_model(sd, captions, computed, tmp_path):
-    shipped = compute(sd, captions, source="its own captions").save(tmp_path / "model" / "covariance.safetensors")
-    sd.save_pretrained(shipped.path.parent)
-    pipe = type(sd).from_pretrained(shipped.path.parent, dtype=torch.float32)
-    found = get(pipe)
-    assert not computed and found.path == shipped.path and found.source == "its own captions"
-    assert get(sd, model_folder=shipped.path.parent).path == shipped.path
-    assert get(sd, model_folder=shipped.path.parent, max_condition=1.01 * shipped.condition).path == shipped.path
-    get(pipe, captions)
-    assert len(computed) == 1, "captions that the user names go before what is shipped"
-
-
-def test_a_covariance_of_another_model_is_not_taken(sd, captions, monkeypatch, tmp_path):
-    monkeypatch.setattr("perfusion.covariance.EVERYDAY_COUNT", 120)
-    folder = tmp_path / "model"
-    compute(trained_sd(seed=1), captions).save(folder / "covariance.safetensors")
-    with pytest.warns(UserWarning, match="computing the covariance anew: .* is of text encoder"):
-        covariance = get(sd, model_folder=folder)
-    assert covariance.source == "everyday-120-seed0"
-
-
-def test_one_shrunk_for_another_limit_is_not_taken(sd, captions, monkeypatch, tmp_path):
-    monkeypatch.setattr("perfusion.covariance.EVERYDAY_COUNT", 120)
-    folder = tmp_path / "model"
-    with pytest.warns(UserWarning, match="shrunk by"):
-        compute(sd, captions, max_condition=2).save(folder / "covariance.safetensors")
-    with pytest.warns(UserWarning, match=r"was limited to condition 2, not 1e\+06"):
-        covariance = get(sd, model_folder=folder)
-    assert covariance.shrinkage == 0
-
-
-def test_a_cache_that_cannot_be_written_costs_nothing(sd, captions, home):
-    home.write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="could not be cached"):
-        covariance = get(sd, captions)
-    assert covariance.path is None and covariance.captions == 120
-
-
-def test_where_the_cache_is(monkeypatch):
-    monkeypatch.setenv("PERFUSION_HOME", "/somewhere")
-    assert cache_folder() == Path("/somewhere/covariance")
-    monkeypatch.delenv("PERFUSION_HOME")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert cache_folder() == Path("/caches/perfusion/covariance")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache/perfusion/covariance"
-
-
-# ---- the command --------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def command(monkeypatch):
-    """Runs `perfusion covariance` on a tiny pipeline: (arguments) -> typer's result."""
-    import sys
-    import types
-
-    from typer.testing import CliRunner
-
-    from perfusion import cli
-
-    def load_pipeline(model, **_):
-        if model == "nowhere":
-            raise FileNotFoundError(f"no such model: {model}")
-        pipe = tiny_sd() if model == "young" else trained_sd()
-        if model == "headless":
-            pipe.text_encoder = None
-        return pipe
-
-    monkeypatch.setitem(sys.modules, "perfusion.models", types.SimpleNamespace(load_pipeline=load_pipeline))
-    return lambda *arguments: CliRunner().invoke(cli.app, ["covariance", *map(str, arguments)], prog_name="perfusion")
-
-
-def test_command(command, tmp_path):
-    result = command("--model", "trained", "--count", 200, "--output", tmp_path / "c.safetensors")
-    assert result.exit_code == 0, result.output
-    written = Covariance.load(tmp_path / "c.safetensors")
-    assert f"{written.fingerprint}, 16 x 16, of trained" in result.stdout and str(written.path) in result.stdout
-    assert "200 (" in result.stdout and "everyday-200-seed0" in result.stdout and "shrinkage    none" in result.stdout
-    command("--count", 200, "--output", tmp_path)
-    assert Covariance.load(tmp_path / "covariance.safetensors").fingerprint == written.fingerprint
-
-
-def test_command_json_and_shrinkage(command):
-    result = command("--model", "young", "--count", 200, "--json")
-    facts = json.loads(result.stdout)
-    assert 0 < facts["shrinkage"] < 1e-4 and facts["condition"] == pytest.approx(1e6, rel=1e-3)
-    assert Covariance.load(facts["file"]).fingerprint == facts["fingerprint"]
-    assert "warning: the covariance of everyday-200-seed0 has condition number" in result.stderr
-    facts = json.loads(command("--model", "young", "--count", 200, "--max-condition", 1e5, "--json").stdout)
-    assert facts["condition"] == pytest.approx(1e5, rel=1e-3) and facts["max_condition"] == 1e5
-
-
-@pytest.mark.parametrize(
-    "arguments, code, message",
-    [
-        (["--model", "nowhere"], 2, "error: no such model: nowhere"),
-        (["--captions", "nowhere.txt"], 2, "error: no such file of captions: nowhere.txt\n"),
-        (["--max-condition", "0"], 2, "error: --max-condition must be above 1 and at most 1e12, got 0\n"),
-        (["--max-condition", "nan"], 2, "error: --max-condition must be"),
-        (["--device", "nonsense"], 2, "error: --device nonsense cannot be used: "),
-        (["--device", "meta"], 2, "error: --device meta cannot be used: "),
-        (["--count", "0"], 2, "--count"),
-        (["--model", "headless"], 3, "has no text encoder"),
-    ],
-)
-def test_command_refuses(command, arguments, code, message):
-    result = command(*arguments)
-    assert result.exit_code == code and message in result.stderr
-    assert result.stderr.count("\n") == 1 or "Usage" in result.stderr
-
-
-@pytest.mark.parametrize("as_a_folder", [False, True])
-def test_command_never_replaces_a_file_unasked(command, tmp_path, as_a_folder):
-    file = tmp_path / "covariance.safetensors"
-    file.write_bytes(b"mine")
-    arguments = ("--count", 200, "--output", tmp_path if as_a_folder else file)
-    refused = command(*arguments)
-    assert (refused.exit_code, refused.stdout, file.read_bytes()) == (2, "", b"mine")
-    assert refused.stderr == f"error: {file} is there already. Choose another --output, or say --overwrite.\n"
-    assert command(*arguments, "--overwrite").exit_code == 0
-    assert Covariance.load(file).captions == 200
-
-
-@pytest.mark.filterwarnings("ignore:the covariance of")
-def test_command_says_infinity_as_null(command, monkeypatch):
-    import perfusion.covariance
-
-    endless = dataclasses.replace(compute_covariance(trained_sd(), ["a"] * 9, progress=False), condition_before=float("inf"))
-    monkeypatch.setattr(perfusion.covariance, "get_covariance", lambda *_, **__: endless)
-    facts = json.loads(command("--json").stdout, parse_constant=pytest.fail)
-    assert facts["condition_before"] is None and facts["captions"] == 9

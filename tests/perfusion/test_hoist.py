@@ -12,8 +12,7 @@ from perfusion.training import session as session_module
 from perfusion.training.data import read_pictures
 from perfusion.training.session import TrainingSession
 from tests.perfusion.learning import covariance_of, settings, write_pictures
-from tests.perfusion.test_pipelines import SMALL
-from tests.perfusion.tiny import tiny_sd, tiny_sdxl
+from tests.perfusion.tiny import SMALL, tiny_sd, tiny_sdxl
 
 CAPTIONS = ("a {}", "a photo of a {}")
 

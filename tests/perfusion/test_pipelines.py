@@ -1,7 +1,4 @@
-"""The hook in diffusers' pipelines: what every row sees in attention, what stays bit-equal, and what else users switch on."""
-
-import contextlib
-import weakref
+"""The hook in diffusers' pipelines: what every row of every kind sees in attention, and what stays bit-equal."""
 
 import pytest
 import torch
@@ -16,20 +13,14 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
 )
-from diffusers.hooks import apply_group_offloading
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
-from torch._dynamo.utils import counters
 
-from perfusion.base import UnsupportedPipeline, cross_attention_layers, describe_base
+from perfusion.base import describe_base
 from perfusion.editor import Editor, Tables, make_edit
 from perfusion.handle import attach, detach
 from perfusion.prompts import PromptError
 from perfusion.text import TextHook, Word
-from tests.perfusion.editing import check_rows, draw, hooks_of, make_concept, use, watch
+from tests.perfusion.editing import PLAIN, PROMPTS, attached_to, check_rows, draw, guided, hooks_of, make_concept, seen, unguided, use
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
-
-PROMPTS, PLAIN = ["a photo of a <teddy> on a beach", "a cat"], ["a photo of a teddy on a beach", "a cat"]
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +45,8 @@ def teddy(sd):
 @pytest.fixture
 def attached(sd, teddy):
     """The shared pipeline, attached, with <teddy>; a test that leaves a hook fails."""
-    before, processors = hooks_of(sd.text_encoder), sd.unet.attn_processors
-    with attach(sd) as handle:
-        handle.load(teddy)
+    with attached_to(sd, teddy) as handle:
         yield handle
-    assert hooks_of(sd.text_encoder) == before and not hooks_of(sd.unet)
-    assert all(sd.unet.attn_processors[name] is processor for name, processor in processors.items())
 
 
 @pytest.fixture
@@ -71,26 +58,12 @@ def fresh(teddy):
         yield pipe
 
 
-def seen(pipe, prompt=None, **options):
-    with watch(pipe.unet) as forwards:
-        images = draw(pipe, prompt, **options)
-    return images, forwards
-
-
 # Every kind of pipeline
 
 PICTURES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 MASKS = (torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(1)) > 0.5).float()
 FROM_PICTURES = dict(image=PICTURES, strength=1.0)
 INTO_PICTURES = dict(image=PICTURES, mask_image=MASKS, strength=1.0, height=16, width=16)
-
-
-def guided(t):
-    return [[], [], t, []]
-
-
-def unguided(t):
-    return [t, []]
 
 
 def perturbed(t):
@@ -163,339 +136,6 @@ def test_bfloat16():
         images, forwards = seen(pipe, PROMPTS)
         assert images.dtype == torch.bfloat16 and torch.equal(images[1], plain[1])
         check_rows(pipe.unet, forwards[0], guided([use(concept)]), tolerance=0.02)
-
-
-# Prompts and batches
-
-
-def test_every_row_has_its_own_concepts_and_settings(attached, sd, teddy):
-    pot = make_concept(attached.base, "teapot", seed=2, unlocked=True)
-    attached.load(pot)
-    prompts = ["a <teddy>", "a <teddy|bias=0.7>", "a <teddy:0.5> in a <teapot>", "a cat"]
-    negative = ["a <teapot|temperature=0.9>", "", "bad", "a <teddy|bias=-0.3>"]
-    rows = [
-        *([use(pot, temperature=0.9)], [], [], [use(teddy, bias=-0.3)]),
-        *([use(teddy)], [use(teddy, bias=0.7)], [use(teddy, 0.5), use(pot)], []),
-    ]
-    _, forwards = seen(sd, prompts, negative_prompt=negative, num_images_per_prompt=2)
-    for forward in forwards:
-        check_rows(sd.unet, forward, [row for row in rows for _ in range(2)])
-
-
-def test_prompt_and_negative_prompt_may_differ_in_settings_only(attached, sd, teddy):
-    _, forwards = seen(sd, "a <teddy|bias=0.1>", negative_prompt="a <teddy|bias=0.9>")
-    check_rows(sd.unet, forwards[0], [[use(teddy, bias=0.9)], [use(teddy, bias=0.1)]])
-
-
-def test_the_second_encoder_of_xl_may_read_another_prompt(sdxl):
-    teddy, pot = (make_concept(describe_base(sdxl), name, seed=seed) for seed, name in enumerate(("teddy", "teapot"), 1))
-    with attach(sdxl) as handle:
-        handle.load(teddy)
-        handle.load(pot)
-        _, forwards = seen(sdxl, "a <teddy>", prompt_2="a red <teapot>", negative_prompt="a <teapot>", negative_prompt_2="bad")
-        check_rows(sdxl.unet, forwards[0], [[use(pot)], [use(teddy), use(pot)]])
-
-
-@pytest.mark.parametrize("cast", [torch.float32, torch.float16])
-def test_prompt_embeds_given_directly(attached, sd, teddy, cast):
-    expected = draw(sd, PROMPTS)
-    positive, negative = (embeds.to(cast).clone() for embeds in sd.encode_prompt(PROMPTS, "cpu", 1, True))
-    images, forwards = seen(sd, prompt_embeds=positive, negative_prompt_embeds=negative)
-    check_rows(sd.unet, forwards[0], guided([use(teddy)]))
-    assert torch.equal(images, expected) == (cast == torch.float32)
-    # one row alone, and rows in another order
-    check_rows(sd.unet, seen(sd, prompt_embeds=positive[:1], guidance_scale=1.0)[1][0], [[use(teddy)]])
-    check_rows(sd.unet, seen(sd, prompt_embeds=positive[[1, 0, 0]], guidance_scale=1.0)[1][0], [[], [use(teddy)], [use(teddy)]])
-
-
-def test_the_text_encoder_may_go_once_prompts_are_encoded(fresh):
-    fresh.unet.set_default_attn_processor()
-    expected = draw(fresh, PROMPTS)
-    positive, negative = fresh.encode_prompt(PROMPTS, "cpu", 1, True)
-    fresh.text_encoder = fresh.tokenizer = None
-    assert torch.equal(draw(fresh, prompt_embeds=positive, negative_prompt_embeds=negative), expected)
-
-
-def test_prompt_embeds_of_xl_given_directly(sdxl):
-    teddy = make_concept(describe_base(sdxl), "teddy")
-    with attach(sdxl) as handle:
-        handle.load(teddy)
-        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        embeds = dict(zip(names, sdxl.encode_prompt(PROMPTS, device="cpu")))
-        images, forwards = seen(sdxl, **embeds)
-        check_rows(sdxl.unet, forwards[0], guided([use(teddy)]))
-        assert torch.equal(images, draw(sdxl, PROMPTS))
-
-
-def test_prompts_that_differ_in_settings_only_may_be_encoded_one_by_one(attached, sd, teddy):
-    embeds = {bias: sd.encode_prompt(f"a <teddy|bias={bias}>", "cpu", 1, False)[0] for bias in (0.0, 0.5)}
-    for bias, each in embeds.items():
-        check_rows(sd.unet, seen(sd, prompt_embeds=each, guidance_scale=1.0)[1][0], [[use(teddy, bias=bias)]])
-
-
-def test_a_callback_may_end_guidance(attached, sd, teddy):
-    def cut(pipe, step, timestep, tensors):
-        pipe._guidance_scale = 1.0
-        return {"prompt_embeds": tensors["prompt_embeds"][-2:]}
-
-    options = dict(callback_on_step_end=cut, callback_on_step_end_tensor_inputs=["prompt_embeds"], num_inference_steps=3)
-    _, forwards = seen(sd, PROMPTS, **options)
-    for forward, rows in zip(forwards, (guided, unguided, unguided), strict=True):
-        check_rows(sd.unet, forward, rows([use(teddy)]))
-
-
-def test_a_callback_may_change_the_prompt_in_place(attached, sd, teddy):
-    """Under inference_mode a tensor counts no versions, and the change must be noticed all the same."""
-    other = sd.encode_prompt(["a cat", "a <teddy>"], "cpu", 1, False)[0].clone()
-
-    def change(pipe, step, timestep, tensors):
-        tensors["prompt_embeds"][2:] = other
-        return {}
-
-    options = dict(callback_on_step_end=change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
-    for mode in (torch.inference_mode, contextlib.nullcontext):
-        with mode():
-            _, forwards = seen(sd, PROMPTS, **options)
-        check_rows(sd.unet, forwards[0], [[], [], [use(teddy)], []])
-        check_rows(sd.unet, forwards[1], [[], [], [], [use(teddy)]])
-
-
-def test_prompt_embeds_changed_in_place_between_calls_under_inference_mode(attached, sd, teddy):
-    with torch.inference_mode():
-        embeds, other = (sd.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in ("a <teddy>", "a cat"))
-        check_rows(sd.unet, seen(sd, prompt_embeds=embeds, guidance_scale=1.0)[1][0], [[use(teddy)]])
-        embeds.copy_(other)
-        check_rows(sd.unet, seen(sd, prompt_embeds=embeds, guidance_scale=1.0)[1][0], [[]])
-
-
-def test_nothing_is_kept_of_a_prompt_but_its_digest(attached, sd):
-    edits = []
-    own = attached._editor.edit_of
-
-    def edit_of(encodings):
-        edit = own(encodings)
-        edits.append(weakref.ref(edit.value_updates))
-        return edit
-
-    attached._editor.edit_of = edit_of
-    draw(sd, PROMPTS)
-    assert len(edits) == 1 and edits[0]() is None
-
-
-@pytest.mark.parametrize("prompt", [("a <teddy>",), []])
-def test_prompts_that_diffusers_does_not_take(sd, attached, prompt):
-    """Whatever it does with them without concepts, it does with them."""
-
-    def outcome(prompt):
-        try:
-            return tuple(draw(sd, prompt).shape)
-        except Exception as error:
-            return type(error), str(error).replace("<teddy>", "teddy")
-
-    assert outcome(prompt) == outcome(type(prompt)(text.replace("<teddy>", "teddy") for text in prompt))
-
-
-def test_refusals_come_before_the_first_step(sd, attached):
-    refused = {"a <bear>": "no concept <bear> is loaded; loaded are: <teddy>", "a " * 80 + "<teddy>": "beyond the 77 tokens"}
-    for prompt, message in refused.items():
-        with watch(sd.unet) as forwards, pytest.raises(PromptError, match=message):
-            draw(sd, prompt)
-        assert not forwards
-
-
-# What else users switch on
-
-
-def test_attention_slicing_and_default_processors_on_and_off(attached, sd, teddy):
-    before = sd.unet.attn_processors
-    for change in (sd.enable_attention_slicing, sd.disable_attention_slicing, sd.unet.set_default_attn_processor):
-        change()
-        check_rows(sd.unet, seen(sd, PROMPTS)[1][0], guided([use(teddy)]))
-    sd.unet.set_attn_processor(before)
-
-
-def test_freeu(attached, sd, teddy):
-    sd.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
-    check_rows(sd.unet, seen(sd, PROMPTS)[1][0], guided([use(teddy)]))
-    sd.disable_freeu()
-
-
-def lora(pipe, name="style", seed=3):
-    """A LoRA on the text and image projections of a UNet that changes what it draws."""
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        pipe.unet.add_adapter(config, name)
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_lora_reads_the_edited_input_fused_or_not(when, teddy):
-    """Attention sees (W + ΔW) ẽ: what a model with the LoRA merged into its weights would give."""
-    pipe = tiny_sd()
-    if when == "before":
-        lora(pipe)
-    with attach(pipe) as handle:
-        handle.load(teddy)
-        without = draw(pipe, PROMPTS)
-        if when == "after":
-            lora(pipe)
-            plain = draw(pipe, PLAIN)
-            assert not torch.allclose(draw(pipe, PROMPTS), without, atol=1e-3)
-        images, forwards = seen(pipe, PROMPTS)
-        check_rows(pipe.unet, forwards[0], guided([use(teddy)]))
-        pipe.fuse_lora()
-        fused, forwards = seen(pipe, PROMPTS)
-        check_rows(pipe.unet, forwards[0], guided([use(teddy)]))
-        torch.testing.assert_close(fused, images, atol=1e-4, rtol=1e-3)
-        pipe.unfuse_lora()
-        torch.testing.assert_close(draw(pipe, PROMPTS), images, atol=1e-4, rtol=1e-3)
-        if when == "after":
-            torch.testing.assert_close(draw(pipe, PLAIN), plain, atol=1e-4, rtol=1e-3)
-        pipe.unload_lora_weights()
-        check_rows(pipe.unet, seen(pipe, PROMPTS)[1][0], guided([use(teddy)]))
-    assert not hooks_of(pipe.unet)
-
-
-def test_lora_from_a_file_comes_and_goes(fresh, teddy):
-    expected, plain = draw(fresh, PROMPTS), draw(fresh, PLAIN)
-    donor = tiny_sd()
-    lora(donor)
-    weights = {f"unet.{key}": value for key, value in get_peft_model_state_dict(donor.unet, adapter_name="style").items()}
-    fresh.load_lora_weights(weights)
-    assert not torch.allclose(draw(fresh, PLAIN), plain, atol=1e-3)
-    check_rows(fresh.unet, seen(fresh, PROMPTS)[1][0], guided([use(teddy)]))
-    fresh.unload_lora_weights()
-    assert torch.equal(draw(fresh, PROMPTS), expected) and torch.equal(draw(fresh, PLAIN), plain)
-
-
-def test_a_lora_that_is_there_at_detach_keeps_no_hook(teddy):
-    pipe = tiny_sd()
-    with attach(pipe) as handle:
-        handle.load(teddy)
-        lora(pipe)
-        draw(pipe, PROMPTS)
-    assert not hooks_of(pipe.unet)
-
-
-def test_fused_projections_are_refused_by_name(fresh, teddy):
-    plain = draw(fresh, PLAIN)
-    fresh.unet.fuse_qkv_projections()
-    torch.testing.assert_close(draw(fresh, PLAIN), plain, atol=1e-4, rtol=1e-3)  # without concepts it goes on as before
-    with pytest.raises(UnsupportedPipeline, match=r"do not work with FusedAttnProcessor2_0, .*Call unet.unfuse_qkv_projections\(\) first"):
-        draw(fresh, PROMPTS)
-    fresh.unet.unfuse_qkv_projections()
-    check_rows(fresh.unet, seen(fresh, PROMPTS)[1][0], guided([use(teddy)]))
-
-
-def ip_adapter(pipe):
-    """Weights of a random IP-Adapter in the layout of the published files."""
-    generator = torch.Generator().manual_seed(4)
-    width = 16
-    weights = {"proj.weight": torch.randn(4 * width, 12, generator=generator), "proj.bias": torch.zeros(4 * width)}
-    weights |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
-    layers = {}
-    for number, layer in enumerate(cross_attention_layers(pipe.unet).values()):
-        for kind in ("k", "v"):
-            layers[f"{2 * number + 1}.to_{kind}_ip.weight"] = torch.randn(layer.to_v.out_features, width, generator=generator)
-    return {"image_proj": weights, "ip_adapter": layers}
-
-
-def test_an_ip_adapter_that_comes_later_is_refused_by_name(fresh, teddy):
-    expected = draw(fresh, PROMPTS)
-    fresh.unet._load_ip_adapter_weights([ip_adapter(fresh)])
-    picture = dict(ip_adapter_image_embeds=[torch.randn(2, 1, 12)])
-    draw(fresh, "a cat", **picture)
-    with pytest.raises(UnsupportedPipeline, match=r"do not work with IPAdapterAttnProcessor2_0, .*Call pipe.unload_ip_adapter\(\) first"):
-        draw(fresh, "a <teddy>", **picture)
-    fresh.unload_ip_adapter()
-    assert torch.equal(draw(fresh, PROMPTS), expected)
-
-
-def test_model_offload(fresh, teddy):
-    """accelerate's hooks on whole models, with the CPU as the device they execute on."""
-    expected = draw(fresh, PROMPTS)
-    fresh.enable_model_cpu_offload(device="cpu")
-    images, forwards = seen(fresh, PROMPTS)
-    check_rows(fresh.unet, forwards[0], guided([use(teddy)]))
-    assert torch.equal(images, expected)
-    fresh.remove_all_hooks()
-
-
-def test_group_offload(fresh, teddy):
-    expected = draw(fresh, PROMPTS)
-    apply_group_offloading(fresh.unet, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level")
-    images, forwards = seen(fresh, PROMPTS)
-    check_rows(fresh.unet, forwards[0], guided([use(teddy)]))
-    assert torch.equal(images, expected)
-
-
-def test_layerwise_casting_stores_weights_in_float8(fresh, teddy):
-    fresh.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    plain = draw(fresh, PLAIN)
-    layer = next(iter(cross_attention_layers(fresh.unet).values()))
-    assert layer.to_v.weight.dtype == torch.float8_e4m3fn
-    images, forwards = seen(fresh, PROMPTS)
-    assert torch.equal(images[1], plain[1]) and not torch.allclose(images[0], plain[0], atol=1e-3)
-    rounded = tiny_sd().unet  # the same weights, rounded the same way, in a form that can be read
-    for other, own in zip(cross_attention_layers(rounded).values(), cross_attention_layers(fresh.unet).values()):
-        other.to_k.weight.data, other.to_v.weight.data = own.to_k.weight.float(), own.to_v.weight.float()
-    check_rows(rounded, forwards[0], guided([use(teddy)]))
-
-
-SMALL = dict(block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-             mid_block_type=None, attention_head_dim=2)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "compile_unet",
-    [
-        lambda pipe: setattr(pipe, "unet", torch.compile(pipe.unet, backend="eager", fullgraph=True)),
-        lambda pipe: pipe.unet.compile_repeated_blocks(backend="aot_eager", fullgraph=True),
-    ],
-    ids=["the UNet", "its repeated blocks"],
-)
-def test_compiled_after_attach(compile_unet):
-    """One graph without an edit and one with: prompts and settings are data."""
-    torch._dynamo.reset()
-    counters.clear()
-    pipe = tiny_sd(unet=SMALL)
-    concept = make_concept(describe_base(pipe), "teddy")
-    with attach(pipe) as handle:
-        handle.load(concept)
-        cases = [(PLAIN, 0.3), (PROMPTS, 0.3), (PROMPTS, 0.9), (["a dog", "<teddy:0.5> and a cat"], 0.9), (PLAIN, 0.9)]
-
-        def images():
-            for prompts, bias in cases:
-                handle.set("teddy", bias=bias)
-                yield draw(pipe, prompts, guidance_scale=1.0)
-
-        embeds = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
-        expected = list(images())
-        compile_unet(pipe)
-        for got, image in zip(images(), expected, strict=True):
-            torch.testing.assert_close(got, image, atol=1e-6, rtol=1e-5)
-        assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
-    # what was compiled with the hooks does nothing any more
-    after = draw(pipe, prompt_embeds=embeds, guidance_scale=1.0)
-    torch.testing.assert_close(after, draw(tiny_sd(unet=SMALL), prompt_embeds=embeds, guidance_scale=1.0), atol=1e-6, rtol=1e-5)
-
-
-def test_a_compiled_text_encoder(teddy):
-    pipe = tiny_sd()
-    with attach(pipe) as handle:
-        handle.load(teddy)
-        expected = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
-        pipe.text_encoder = torch.compile(pipe.text_encoder, backend="eager")
-        got = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
-        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
-        check_rows(pipe.unet, seen(pipe, prompt_embeds=got, guidance_scale=1.0)[1][0], unguided([use(teddy)]))
-
-
-def test_saving_an_attached_pipeline_saves_the_plain_one(attached, sd, tmp_path):
-    sd.save_pretrained(tmp_path)
-    again = StableDiffusionPipeline.from_pretrained(tmp_path)
-    again.set_progress_bar_config(disable=True)
-    assert torch.equal(draw(again, PLAIN), draw(sd, PLAIN))
 
 
 # Pipelines that share their parts

@@ -43,6 +43,10 @@ WORDS = tuple(
 )
 SPLIT_WORDS = ("armadillo", "zyx", "sks")  # more than one token each
 
+# Options of a UNet of one block down and one up, for what compiles it.
+SMALL = dict(block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+             mid_block_type=None, attention_head_dim=2)  # fmt: skip
+
 
 def _byte_alphabet() -> list[str]:
     """The 256 printable stand-ins that byte-level BPE uses for the 256 byte values, in byte order."""

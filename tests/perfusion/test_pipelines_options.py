@@ -1,0 +1,230 @@
+"""The hook in diffusers' pipelines: what else users switch on."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.hooks import apply_group_offloading
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch._dynamo.utils import counters
+
+from perfusion.base import UnsupportedPipeline, cross_attention_layers, describe_base
+from perfusion.handle import attach
+from tests.perfusion.editing import PLAIN, PROMPTS, attached_to, check_rows, draw, guided, hooks_of, make_concept, seen, unguided, use
+from tests.perfusion.tiny import SMALL, tiny_sd
+
+
+@pytest.fixture(scope="module")
+def sd():
+    pipe = tiny_sd()
+    draw(pipe, "a cat")  # transformers sets hooks of its own at the first call
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def teddy(sd):
+    return make_concept(describe_base(sd), "teddy")
+
+
+@pytest.fixture
+def attached(sd, teddy):
+    """The shared pipeline, attached, with <teddy>; a test that leaves a hook fails."""
+    with attached_to(sd, teddy) as handle:
+        yield handle
+
+
+@pytest.fixture
+def fresh(teddy):
+    """A pipeline of its own, attached, for tests that change its weights or modules."""
+    pipe = tiny_sd()
+    with attach(pipe) as handle:
+        handle.load(teddy)
+        yield pipe
+
+
+def test_attention_slicing_and_default_processors_on_and_off(attached, sd, teddy):
+    before = sd.unet.attn_processors
+    for change in (sd.enable_attention_slicing, sd.disable_attention_slicing, sd.unet.set_default_attn_processor):
+        change()
+        check_rows(sd.unet, seen(sd, PROMPTS)[1][0], guided([use(teddy)]))
+    sd.unet.set_attn_processor(before)
+
+
+def test_freeu(attached, sd, teddy):
+    sd.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    check_rows(sd.unet, seen(sd, PROMPTS)[1][0], guided([use(teddy)]))
+    sd.disable_freeu()
+
+
+def lora(pipe, name="style", seed=3):
+    """A LoRA on the text and image projections of a UNet that changes what it draws."""
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe.unet.add_adapter(config, name)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lora_reads_the_edited_input_fused_or_not(when, teddy):
+    """Attention sees (W + ΔW) ẽ: what a model with the LoRA merged into its weights would give."""
+    pipe = tiny_sd()
+    if when == "before":
+        lora(pipe)
+    with attach(pipe) as handle:
+        handle.load(teddy)
+        without = draw(pipe, PROMPTS)
+        if when == "after":
+            lora(pipe)
+            plain = draw(pipe, PLAIN)
+            assert not torch.allclose(draw(pipe, PROMPTS), without, atol=1e-3)
+        images, forwards = seen(pipe, PROMPTS)
+        check_rows(pipe.unet, forwards[0], guided([use(teddy)]))
+        pipe.fuse_lora()
+        fused, forwards = seen(pipe, PROMPTS)
+        check_rows(pipe.unet, forwards[0], guided([use(teddy)]))
+        torch.testing.assert_close(fused, images, atol=1e-4, rtol=1e-3)
+        pipe.unfuse_lora()
+        torch.testing.assert_close(draw(pipe, PROMPTS), images, atol=1e-4, rtol=1e-3)
+        if when == "after":
+            torch.testing.assert_close(draw(pipe, PLAIN), plain, atol=1e-4, rtol=1e-3)
+        pipe.unload_lora_weights()
+        check_rows(pipe.unet, seen(pipe, PROMPTS)[1][0], guided([use(teddy)]))
+    assert not hooks_of(pipe.unet)
+
+
+def test_lora_from_a_file_comes_and_goes(fresh, teddy):
+    expected, plain = draw(fresh, PROMPTS), draw(fresh, PLAIN)
+    donor = tiny_sd()
+    lora(donor)
+    weights = {f"unet.{key}": value for key, value in get_peft_model_state_dict(donor.unet, adapter_name="style").items()}
+    fresh.load_lora_weights(weights)
+    assert not torch.allclose(draw(fresh, PLAIN), plain, atol=1e-3)
+    check_rows(fresh.unet, seen(fresh, PROMPTS)[1][0], guided([use(teddy)]))
+    fresh.unload_lora_weights()
+    assert torch.equal(draw(fresh, PROMPTS), expected) and torch.equal(draw(fresh, PLAIN), plain)
+
+
+def test_a_lora_that_is_there_at_detach_keeps_no_hook(teddy):
+    pipe = tiny_sd()
+    with attach(pipe) as handle:
+        handle.load(teddy)
+        lora(pipe)
+        draw(pipe, PROMPTS)
+    assert not hooks_of(pipe.unet)
+
+
+def test_fused_projections_are_refused_by_name(fresh, teddy):
+    plain = draw(fresh, PLAIN)
+    fresh.unet.fuse_qkv_projections()
+    torch.testing.assert_close(draw(fresh, PLAIN), plain, atol=1e-4, rtol=1e-3)  # without concepts it goes on as before
+    with pytest.raises(UnsupportedPipeline, match=r"do not work with FusedAttnProcessor2_0, .*Call unet.unfuse_qkv_projections\(\) first"):
+        draw(fresh, PROMPTS)
+    fresh.unet.unfuse_qkv_projections()
+    check_rows(fresh.unet, seen(fresh, PROMPTS)[1][0], guided([use(teddy)]))
+
+
+def ip_adapter(pipe):
+    """Weights of a random IP-Adapter in the layout of the published files."""
+    generator = torch.Generator().manual_seed(4)
+    width = 16
+    weights = {"proj.weight": torch.randn(4 * width, 12, generator=generator), "proj.bias": torch.zeros(4 * width)}
+    weights |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    layers = {}
+    for number, layer in enumerate(cross_attention_layers(pipe.unet).values()):
+        for kind in ("k", "v"):
+            layers[f"{2 * number + 1}.to_{kind}_ip.weight"] = torch.randn(layer.to_v.out_features, width, generator=generator)
+    return {"image_proj": weights, "ip_adapter": layers}
+
+
+def test_an_ip_adapter_that_comes_later_is_refused_by_name(fresh, teddy):
+    expected = draw(fresh, PROMPTS)
+    fresh.unet._load_ip_adapter_weights([ip_adapter(fresh)])
+    picture = dict(ip_adapter_image_embeds=[torch.randn(2, 1, 12)])
+    draw(fresh, "a cat", **picture)
+    with pytest.raises(UnsupportedPipeline, match=r"do not work with IPAdapterAttnProcessor2_0, .*Call pipe.unload_ip_adapter\(\) first"):
+        draw(fresh, "a <teddy>", **picture)
+    fresh.unload_ip_adapter()
+    assert torch.equal(draw(fresh, PROMPTS), expected)
+
+
+def test_model_offload(fresh, teddy):
+    """accelerate's hooks on whole models, with the CPU as the device they execute on."""
+    expected = draw(fresh, PROMPTS)
+    fresh.enable_model_cpu_offload(device="cpu")
+    images, forwards = seen(fresh, PROMPTS)
+    check_rows(fresh.unet, forwards[0], guided([use(teddy)]))
+    assert torch.equal(images, expected)
+    fresh.remove_all_hooks()
+
+
+def test_group_offload(fresh, teddy):
+    expected = draw(fresh, PROMPTS)
+    apply_group_offloading(fresh.unet, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level")
+    images, forwards = seen(fresh, PROMPTS)
+    check_rows(fresh.unet, forwards[0], guided([use(teddy)]))
+    assert torch.equal(images, expected)
+
+
+def test_layerwise_casting_stores_weights_in_float8(fresh, teddy):
+    fresh.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    plain = draw(fresh, PLAIN)
+    layer = next(iter(cross_attention_layers(fresh.unet).values()))
+    assert layer.to_v.weight.dtype == torch.float8_e4m3fn
+    images, forwards = seen(fresh, PROMPTS)
+    assert torch.equal(images[1], plain[1]) and not torch.allclose(images[0], plain[0], atol=1e-3)
+    rounded = tiny_sd().unet  # the same weights, rounded the same way, in a form that can be read
+    for other, own in zip(cross_attention_layers(rounded).values(), cross_attention_layers(fresh.unet).values()):
+        other.to_k.weight.data, other.to_v.weight.data = own.to_k.weight.float(), own.to_v.weight.float()
+    check_rows(rounded, forwards[0], guided([use(teddy)]))
+
+
+@pytest.mark.parametrize(
+    "compile_unet",
+    [
+        lambda pipe: setattr(pipe, "unet", torch.compile(pipe.unet, backend="eager", fullgraph=True)),
+        lambda pipe: pipe.unet.compile_repeated_blocks(backend="aot_eager", fullgraph=True),
+    ],
+    ids=["the UNet", "its repeated blocks"],
+)
+def test_compiled_after_attach(compile_unet):
+    """One graph without an edit and one with: prompts and settings are data."""
+    torch._dynamo.reset()
+    counters.clear()
+    pipe = tiny_sd(unet=SMALL)
+    concept = make_concept(describe_base(pipe), "teddy")
+    with attach(pipe) as handle:
+        handle.load(concept)
+        cases = [(PLAIN, 0.3), (PROMPTS, 0.3), (PROMPTS, 0.9), (["a dog", "<teddy:0.5> and a cat"], 0.9), (PLAIN, 0.9)]
+
+        def images():
+            for prompts, bias in cases:
+                handle.set("teddy", bias=bias)
+                yield draw(pipe, prompts, guidance_scale=1.0)
+
+        embeds = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
+        expected = list(images())
+        compile_unet(pipe)
+        for got, image in zip(images(), expected, strict=True):
+            torch.testing.assert_close(got, image, atol=1e-6, rtol=1e-5)
+        assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    # what was compiled with the hooks does nothing any more
+    after = draw(pipe, prompt_embeds=embeds, guidance_scale=1.0)
+    torch.testing.assert_close(after, draw(tiny_sd(unet=SMALL), prompt_embeds=embeds, guidance_scale=1.0), atol=1e-6, rtol=1e-5)
+
+
+def test_a_compiled_text_encoder(teddy):
+    pipe = tiny_sd()
+    with attach(pipe) as handle:
+        handle.load(teddy)
+        expected = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
+        pipe.text_encoder = torch.compile(pipe.text_encoder, backend="eager")
+        got = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+        check_rows(pipe.unet, seen(pipe, prompt_embeds=got, guidance_scale=1.0)[1][0], unguided([use(teddy)]))
+
+
+def test_saving_an_attached_pipeline_saves_the_plain_one(attached, sd, tmp_path):
+    sd.save_pretrained(tmp_path)
+    again = StableDiffusionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(again, PLAIN), draw(sd, PLAIN))
