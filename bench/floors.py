@@ -144,7 +144,7 @@ def cross_attention_layer_launches(
 ) -> tuple[Work, Work]:
     """Bytes of the two launches of csrc/cross_attention_layer.cuh, between which stand attended heads, or an absorbed layer's weights."""
     between = B * N * H * (_up(T, 16) if d is None else d)
-    first, second = (2 * (B * T * H * C,) if d is None else (H * d * C + 2 * B * T * H * d, H * d * C))
+    first, second = 2 * (B * T * H * C,) if d is None else (H * d * C + 2 * B * T * H * d, H * d * C)
     more = (C if bias else 0) + (B * N * C if residual else 0)
     return (
         Work(read=(B * N * C + first) * size, written=between * size),
@@ -155,7 +155,8 @@ def cross_attention_layer_launches(
 def edited_projection_backward_launches(*, B: int, T: int, D: int, O: int, J: int, splits: int, size: int = 2) -> tuple[Work, ...]:
     """Bytes of the launches of csrc/edited_projection_backward.cu and csrc/rank_one_backward.cuh, every place with a concept of its own:
     parts of the encodings' gradient, their sum, the gradients of gates and components, and those of the tables."""
-    gradient, parts, coefficients, tables, index = B * T * O * size, splits * B * T * _up(D, 8) * 4, 2 * B * T * J * 4, 2 * B * J * O * size, B * J * 4
+    gradient, parts = B * T * O * size, splits * B * T * _up(D, 8) * 4
+    coefficients, tables, index = 2 * B * T * J * 4, 2 * B * J * O * size, B * J * 4
     return (
         Work(read=gradient + O * D * size, written=parts),
         Work(read=parts, written=B * T * D * size),

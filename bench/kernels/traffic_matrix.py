@@ -61,11 +61,11 @@ class Cell:
         return self.moved / self.least
 
 
-def run(host: Host, chip: str, case: str, operator: str, arguments: dict, launches: dict[str, floors.Work], *given, **options) -> list[Cell]:
+def run(host: Host, chip: str, case: str, operator: str, arguments: dict, launches: dict[str, floors.Work], *given) -> list[Cell]:
     """One call, whose launches are named with what each must move at least."""
     machine = CHIPS[chip]
     host.configure(**vars(machine))
-    getattr(host, operator)(*given, **arguments, **options)
+    getattr(host, operator)(*given, **arguments)
     traffic = host.counted()["traffic"]
     if len(traffic) != len(launches):
         raise RuntimeError(f"{operator} has made {len(traffic)} launches, and {len(launches)} are known")
