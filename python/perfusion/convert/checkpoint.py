@@ -42,6 +42,7 @@ def _has_stand_in(name: str) -> bool:
 
 
 def load(path: Path) -> Any:
+    """The content of a checkpoint file. ConversionError when it is not one, or is not safe to read; OSError."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ConversionError(f"{path} is not a regular file. Give the checkpoint file.")
     if path.stat().st_size > MAX_BYTES:

@@ -49,6 +49,7 @@ class Found:
 
 
 def find(content: Any, pipe: Any, base: Base, index: int | None) -> Found:
+    """What a checkpoint's content holds of one concept. ConversionError when it is none of the known layouts, or does not fit."""
     if isinstance(content, Mapping):
         if {"target_input", "target_output", "embedding"} <= set(content):
             if index not in (None, 0):
