@@ -143,7 +143,7 @@ def build_module(changes: tuple[Change, ...] = ()):
 def build_registry(registry: Path, folder: Path):
     """The pybind11 module over the registry of compiled kernels that csrc/registry.py wrote, built in `folder`."""
     binding, include, path = "tests/cuda_host/registry_binding.cpp", ROOT / "csrc/include", folder / "perfusion_registry.so"
-    _run(ROOT, "g++", *FLAGS, *PYTHON, f"-I{include}", "-shared", binding, str(registry), "-o", str(path))
+    _run(ROOT, "g++", *FLAGS, "-Wpedantic", *PYTHON, f"-I{include}", "-shared", binding, str(registry), "-o", str(path))
     return _import(f"{folder.name}.perfusion_registry", path)
 
 
