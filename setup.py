@@ -7,7 +7,8 @@ CMake compiles them; CMakeLists.txt lists files and architectures. No GPU is loo
     CUDACXX, CUDA_HOME     where nvcc is, if not on PATH
     MAX_JOBS               files compiled at a time
 
-perfusion_kernels/cuda/build.json says what was compiled, or why nothing was; `perfusion doctor` reads it.
+perfusion_kernels/cuda/build.json says for what was compiled and with what, or why nothing was; the library lists its kernels itself.
+`perfusion doctor` reads both.
 """
 
 import importlib.util
@@ -73,7 +74,7 @@ def missing_tools() -> list[str]:
 
 
 def compile_library() -> tuple[Path, dict]:
-    """Runs CMake in a folder of its own for each list of architectures, which keeps the objects -> the library, what is in it."""
+    """Runs CMake in a folder for each list of architectures, which keeps the objects -> the library, and what build.json says."""
     import fcntl  # where there is nvcc for Linux
 
     torch, nvcc, ninja = find_torch(), find_nvcc(), shutil.which("ninja")
@@ -82,7 +83,7 @@ def compile_library() -> tuple[Path, dict]:
     folder = ROOT / "build" / "cuda" / (re.sub(r"[^\w.+]+", "_", os.environ.get("TORCH_CUDA_ARCH_LIST", "")) or "default")
     definitions = {
         "CMAKE_BUILD_TYPE": "Release", "CMAKE_MAKE_PROGRAM": ninja, "CMAKE_CUDA_COMPILER": nvcc, "PERFUSION_TORCH": torch,
-        "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
+        "CMAKE_EXPORT_COMPILE_COMMANDS": "ON", "Python3_EXECUTABLE": sys.executable,
     }  # fmt: skip
     configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{name}={value}" for name, value in definitions.items())]
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
@@ -91,10 +92,17 @@ def compile_library() -> tuple[Path, dict]:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would write into each other's objects
         for command in (configure, ["cmake", "--build", folder, "--target", "perfusion_kernels_torch", "--parallel", jobs]):
             subprocess.run(command, check=True)
-    found = subprocess.run([sys.executable, ROOT / "csrc" / "registry.py", folder], check=True, capture_output=True, text=True).stdout
     release = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     versions = {"cuda": re.search(r"release ([\d.]+)", release)[1], "torch": ".".join(map(str, _version(torch / "version.py")))}
-    return folder / LIBRARY, versions | json.loads(found)
+    return folder / LIBRARY, {**versions, "architectures": architectures(folder)}
+
+
+def architectures(folder: Path) -> list[str]:
+    """What the library of a build folder holds code for: sm_80 is machine code, compute_80 is PTX, which the driver can compile for newer
+    chips."""
+    commands = json.loads((folder / "compile_commands.json").read_text())
+    nvcc = next(each["command"] for each in commands if each["file"].endswith(".cu"))
+    return [code for codes in re.findall(r"code=\[([^\]]*)\]", nvcc) for code in codes.split(",")]
 
 
 class BuildCuda(Command):
@@ -120,7 +128,7 @@ class BuildCuda(Command):
         else:
             library, content = compile_library()
             shutil.copy2(library, target / LIBRARY)
-            print(f"perfusion-kernels: {len(content['kernels'])} CUDA kernels for {', '.join(content['architectures'])}")
+            print(f"perfusion-kernels: CUDA kernels for {', '.join(content['architectures'])}")
         (target / "build.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     def get_source_files(self):

@@ -1,46 +1,126 @@
-"""Which kernels a build folder of CMake holds, as JSON: for what architectures, and what each takes of the chip.
+"""The registry of compiled kernels, as C++ for the library: for what architectures, and what each takes of the chip.
 
-    python csrc/registry.py build/cuda/FOLDER
+    python csrc/registry.py REGISTRY.cpp OBJECT…
 
-The compile commands say the architectures, and ptxas, whose words keep_ptxas.sh keeps beside the objects, the rest. A kernel's
-template arguments are its element type and its tile.
+CMake runs it when the objects are there. ptxas's words, which keep_ptxas.sh keeps beside each of nvcc's, say everything but the
+dynamic shared memory, whose formulas are here; tests/cuda_host holds them against the launch plans. C++ and Python read the
+table by perfusion_compiled_kernels of include/perfusion_kernels.h.
 """
 
-import json
 import re
-import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+DTYPES = {"NS_4HalfE": "float16", "NS_8BFloat16E": "bfloat16", "f": "float32"}  # by the mangled name of a kernel's first template argument
+TILES = {  # what its other template arguments are; keys are counted in groups of 16
+    "concept_gates": (),
+    "edited_attention": ("head_dim", "keys"),
+    "fused_edited_attention": ("head_dim", "keys"),
+    "cross_attention_layer_attend": ("head_dim", "keys", "rows"),
+    "cross_attention_layer_weigh": ("keys", "rows"),
+    "cross_attention_layer_project": ("absorbed", "rows"),
+    "edited_projection": ("rows", "columns"),
+    "encodings_gradient": (),
+    "sum_of_splits": (),
+    "coefficients_gradient": (),
+    "tables_gradient": (),
+}
 
-def architectures(folder: Path) -> list[str]:
-    """What the library holds code for: sm_80 is machine code, compute_80 is PTX, which the driver can compile for newer chips."""
-    commands = json.loads((folder / "compile_commands.json").read_text())
-    nvcc = next(each["command"] for each in commands if each["file"].endswith(".cu"))
-    return [code for codes in re.findall(r"code=\[([^\]]*)\]", nvcc) for code in codes.split(",")]
 
+def kernels(objects: Iterable[Path]) -> list[dict]:
+    """What ptxas said when it compiled these: one row for each kernel and architecture, by kernel, tile, dtype and architecture.
 
-def kernels(folder: Path) -> list[dict]:
-    """One row for each kernel and architecture; bytes of spills are those stored and loaded, of stack those of local memory."""
+    kernel, dtype, arguments (the numbers among its template arguments), architecture ("sm_80"), registers, and bytes: spills, those
+    stored and loaded; stack, of local memory; shared, the static shared memory.
+    """
     rows = []
-    for file in sorted(folder.rglob("*.ptxas")):
-        for part in file.read_text().split("Compiling entry function ")[1:]:
-            symbol, arch = re.match(r"'(\S+)' for '(\w+)'", part).groups()
+    for file in (Path(f"{each}.ptxas") for each in objects if str(each).endswith(".cu.o")):
+        for part in file.read_text(encoding="utf-8").split("Compiling entry function ")[1:]:
+            symbol, architecture = re.match(r"'(\S+)' for '(\w+)'", part).groups()
+            kernel, dtype, arguments = named(symbol)
             local = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
             stack, stores, loads = map(int, re.search(local, part).groups())
             registers, shared = re.search(r"Used (\d+) registers", part), re.search(r"(\d+) bytes smem", part)
-            row = dict(architecture=arch, registers=int(registers[1]), spills=stores + loads, stack=stack)
-            rows.append(dict(kernel=symbol, **row, shared=int(shared[1]) if shared else 0))
-    names = demangled([row["kernel"] for row in rows])
-    return sorted(({**row, "kernel": name} for row, name in zip(rows, names)), key=lambda row: (row["kernel"], row["architecture"]))
+            row = dict(kernel=kernel, dtype=dtype, arguments=arguments, architecture=architecture, registers=int(registers[1]))
+            rows.append(dict(**row, spills=stores + loads, stack=stack, shared=int(shared[1]) if shared else 0))
+    return sorted(rows, key=lambda row: (row["kernel"], row["arguments"], row["dtype"], row["architecture"]))
 
 
-def demangled(symbols: list[str]) -> list[str]:
-    """edited_attention_kernel<Half, 40, 5> for each symbol."""
-    lines = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout.splitlines()
-    return [re.sub(r"^void |perfusion::|\(.*", "", line) for line in lines]
+def named(symbol: str) -> tuple[str, str, tuple[int, ...]]:
+    """The kernel, dtype and numbers that a mangled name says: edited_attention_kernel<Half, 40, 5> is edited_attention, float16, (40, 5).
+
+    Raises ValueError for a kernel that is not in TILES, or has other template arguments than it says.
+    """
+    match = re.match(rf"_ZN9perfusion\d+(\w+?)_kernelI({'|'.join(DTYPES)})((?:L[a-z]\d+E)*)EE", symbol)
+    kernel, dtype, literals = match.groups() if match else (None, None, "")
+    arguments = tuple(map(int, re.findall(r"L[a-z](\d+)E", literals)))
+    if kernel not in TILES or len(TILES[kernel]) != len(arguments):
+        rule = "TILES of csrc/registry.py must name each kernel, and each number among its template arguments after the dtype"
+        raise ValueError(f"{rule}; got {symbol}. Add it there, and its shared memory to dynamic_shared_memory")
+    return kernel, DTYPES[dtype], arguments
+
+
+def tile(kernel: str, arguments: tuple[int, ...]) -> str:
+    """The numbers by name: "head_dim 40, keys 80"."""
+    return ", ".join(f"{name} {16 * number if name == 'keys' else number}" for name, number in zip(TILES[kernel], arguments))
+
+
+def pitch(columns: int) -> int:
+    """Bytes from one row of a tile to the next: tile_pitch of device/memory.cuh."""
+    return 2 * 8 * (columns // 8 | 1)
+
+
+def dynamic_shared_memory(kernel: str, arguments: tuple[int, ...]) -> int:
+    """Bytes that a launch without an edit asks for: two stages of queries, where there are any, and the longest T of the instance. -1:
+    by J. An edit takes the place of the second stage, and more where that is too small for its concepts."""
+    steps_pitch = pitch(32)  # of the steps of a product inside an attention kernel
+    if kernel == "edited_attention":
+        d, groups = arguments
+        return pitch(d) * (2 * 16 * groups + 4 * 2 * 16)
+    if kernel == "fused_edited_attention":
+        d, groups = arguments
+        sides, stages = 2 if d <= 80 else 1, 3 if d <= 128 else 2
+        return 2 * 16 * groups * pitch(d) + max(steps_pitch * stages * (80 + sides * -(-d // 16) * 16), 4 * 2 * 16 * pitch(d))
+    if kernel == "cross_attention_layer_attend":
+        d, groups, rows = arguments
+        stages = 3 if d <= 128 or (groups, rows) == (5, 32) else 2
+        return 2 * 16 * groups * pitch(d) + max(steps_pitch * stages * (rows + -(-d // 16) * 16), rows * pitch(d))
+    if kernel == "cross_attention_layer_weigh":
+        groups, rows = arguments
+        return steps_pitch * 3 * (rows + 16 * groups)
+    if kernel == "cross_attention_layer_project":
+        absorbed, rows = arguments
+        stages = 6 if rows == 32 else 3
+        return stages * (steps_pitch * rows + (32 * pitch(64) if absorbed else 64 * steps_pitch))
+    if kernel == "edited_projection":
+        return 3 * pitch(64) * sum(arguments)
+    others = {"encodings_gradient": 86784, "coefficients_gradient": 512, "tables_gradient": 8192, "sum_of_splits": 0, "concept_gates": -1}
+    return others[kernel]
+
+
+def source(rows: Iterable[dict]) -> str:
+    """The rows as the table of a C++ file."""
+    lines = []
+    for row in rows:
+        kernel, arguments = row["kernel"], row["arguments"]
+        texts = ", ".join(f'"{text}"' for text in (kernel, tile(kernel, arguments), row["architecture"]))
+        numbers = [row[name] for name in ("registers", "spills", "stack", "shared")] + [dynamic_shared_memory(kernel, arguments)]
+        lines.append(f"    {{{texts}, PERFUSION_{row['dtype'].upper()}, {', '.join(map(str, numbers))}}},\n")
+    return f"""\
+// Written by csrc/registry.py from the words of ptxas.
+#include "perfusion_kernels.h"
+
+static const perfusion_compiled_kernel registry[] = {{
+{"".join(lines)}    {{}},  // not counted: an array has an element, and PTX alone has no kernel here
+}};
+
+extern "C" int64_t perfusion_compiled_kernels(const perfusion_compiled_kernel** kernels) {{
+  *kernels = registry;
+  return {len(lines)};
+}}
+"""
 
 
 if __name__ == "__main__":
-    build = Path(sys.argv[1])
-    print(json.dumps({"architectures": architectures(build), "kernels": kernels(build)}))
+    Path(sys.argv[1]).write_text(source(kernels(map(Path, sys.argv[2:]))), encoding="utf-8")

@@ -371,6 +371,16 @@ def test_doctor_tells_programs(healthy):
     assert {"software", "compiler", "device", "backend", "compiled", "operator", "model", "cache"} == {f["area"] for f in report["findings"]}
 
 
+def test_doctor_says_why_it_cannot_list_the_compiled_kernels(healthy, monkeypatch):
+    """Which is the library's matter: the doctor goes on."""
+    compiled = {"architectures": ["sm_80"], "cuda": "13.0", "torch": "2.13", "reason": "the library does not load: libcudart"}
+    monkeypatch.setattr(perfusion_kernels, "compiled_kernels", lambda: compiled)
+    report = json.loads(run("doctor", "--json").stdout)
+    found = [(finding["state"], finding["detail"]) for finding in report["findings"] if finding["area"] == "compiled"]
+    assert found == [("off", compiled["reason"])]
+    assert report["healthy"] and report["compiled_kernels"] == compiled
+
+
 def test_doctor_says_an_operators_name_once(monkeypatch):
     def unavailable(name, *_):
         raise perfusion_kernels.BackendUnavailable(f"{name}: kernels need a GPU")

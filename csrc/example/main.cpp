@@ -1,5 +1,5 @@
 // One prompt with one concept through the C API, without torch: gates and components of its tokens, then attention to the keys
-// and values that the concept edits. Prints both, and returns 0 if they are what the formulas say.
+// and values that the concept edits. Prints what the library holds and both results, and returns 0 if they are what the formulas say.
 #include <perfusion_kernels.h>
 
 #include <cmath>
@@ -7,6 +7,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <set>
+#include <string>
 #include <vector>
 
 #if defined(PERFUSION_HOST)  // the library built for the CPU: its device memory is ordinary memory
@@ -52,7 +54,19 @@ static bool done(perfusion_status status) {
   return status == PERFUSION_OK;
 }
 
+static void print_compiled_kernels() {
+  const perfusion_compiled_kernel *kernels = nullptr;
+  const int64_t count = perfusion_compiled_kernels(&kernels);
+  std::set<std::string> architectures;
+  for (int64_t i = 0; i < count; ++i) architectures.insert(kernels[i].architecture);
+  std::printf("%d compiled kernels", static_cast<int>(count));
+  if (count == 0) std::printf(": this library is built for the CPU");
+  for (const std::string &each : architectures) std::printf("%s %s", each == *architectures.begin() ? " for" : ",", each.c_str());
+  std::puts("");
+}
+
 int main() {
+  print_compiled_kernels();
   constexpr int64_t B = 1, N = 5, T = 3, H = 1, d = 32, D = 4, J = 1, S = 1;
   const auto some = [](int64_t i) { return std::sin(1.0f + 0.7f * i); };
   const auto halves = [&](int64_t i) { return bfloat16(some(i)); };

@@ -180,6 +180,24 @@ PERFUSION_API perfusion_status perfusion_cross_attention_layer_workspace(const p
 PERFUSION_API perfusion_status perfusion_cross_attention_layer(const perfusion_cross_attention_layer_params *params,
                                                                perfusion_stream stream);
 
+/* A kernel as it was compiled for one architecture, from the words of ptxas. Bytes of spills are those stored and loaded, of stack
+ * those of a thread's local memory, of shared memory those of a block. */
+typedef struct perfusion_compiled_kernel {
+  const char *kernel;            /* "edited_attention"; an operator may have several */
+  const char *tile;              /* the numbers it is compiled for, as "head_dim 40, keys 80"; "" where there are none */
+  const char *architecture;      /* "sm_90a" */
+  perfusion_dtype dtype;         /* of what it reads and writes */
+  int32_t registers;             /* of a thread */
+  int32_t spills;
+  int32_t stack;
+  int32_t static_shared_memory;
+  int32_t dynamic_shared_memory; /* of a launch without an edit; -1 where it depends on J */
+} perfusion_compiled_kernel;
+
+/* The kernels of this library: how many there are, and the first of them, valid as long as the library is loaded. Never fails and
+ * looks at no device. The host library has none: 0, and *kernels is NULL. */
+PERFUSION_API int64_t perfusion_compiled_kernels(const perfusion_compiled_kernel **kernels);
+
 /* What the last call of this thread that failed has to say: operator, argument, rule, what came. Valid until the next call. */
 PERFUSION_API const char *perfusion_last_message(void);
 

@@ -1,7 +1,7 @@
 """The compiled library beside this file: whether there is one, what it holds, and whether it can run on a device.
 
 setup.py puts it here, with build.json. It is loaded once, at the first call with a tensor on a GPU or when somebody asks why
-not; importing this package loads nothing and looks at no device.
+not, or for its kernels; importing this package loads nothing and looks at no device.
 """
 
 import ctypes
@@ -13,19 +13,35 @@ from pathlib import Path
 import torch
 
 from ..schemas import SCHEMAS, backward_schema
+from . import registry
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "libperfusion_kernels_torch.so"
 
 
-@functools.cache
 def compiled_kernels() -> dict:
-    """What was compiled for CUDA when this was installed; a dict that JSON can hold.
+    """What was compiled for CUDA when this was installed; a dict that JSON can hold. Loads the library, and needs no GPU.
 
-    architectures: "sm_80" for machine code, "compute_80" for PTX. kernels: one dict for each kernel and architecture with its name and
-    template arguments, which are its element type and tile; registers of a thread; bytes of spills, stack and static shared
-    memory. cuda, torch: the versions that it was compiled with. Or reason alone, why nothing was compiled.
+    architectures: "sm_80" for machine code, "compute_80" for PTX. cuda, torch: the versions that it was compiled with. kernels: one
+    dict for each kernel and architecture: kernel, dtype and architecture; tile, the numbers that it was compiled for, as
+    "head_dim 40, keys 80"; registers of a thread; bytes of spills, stack, static_shared_memory, and dynamic_shared_memory, which a launch
+    without an edit asks for, None where that depends on J. Where the library cannot say, reason says why in the place of kernels.
+    Where nothing was compiled, reason is alone.
     """
+    found = note()
+    if "reason" in found:
+        return dict(found)
+    try:
+        return {**found, "kernels": registry.kernels(loaded())}
+    except OSError as error:
+        return {**found, "reason": str(error)}
+    except AttributeError:
+        return {**found, "reason": f"{LIBRARY.name} was compiled for another version: it does not list its kernels; install again"}
+
+
+@functools.cache
+def note() -> dict:
+    """build.json: architectures, cuda and torch, as compiled_kernels() has them, or reason alone. Loads nothing."""
     file = FOLDER / "build.json"
     if not file.exists():
         return {"reason": "this source tree has not been installed (pip install -e .)"}
@@ -37,7 +53,7 @@ def compiled_kernels() -> dict:
 
 def absent() -> str | None:
     """Why the library cannot be of use whatever the devices, as far as can be known without loading it."""
-    if reason := compiled_kernels().get("reason"):
+    if reason := note().get("reason"):
         return f"not compiled: {reason}"
     if torch.version.cuda is None:
         return f"this PyTorch ({torch.__version__}) is built without CUDA"
@@ -45,13 +61,22 @@ def absent() -> str | None:
 
 
 @functools.cache
-def why_not_loaded() -> str | None:
-    """Loads the library, whose kernels torch then has. None, or why that is not possible."""
+def loaded() -> ctypes.CDLL:
+    """The library, whose kernels torch then has. OSError says why it does not load."""
     try:
         torch.ops.load_library(str(LIBRARY))
-        library = ctypes.CDLL(str(LIBRARY))  # which is loaded already
+        return ctypes.CDLL(str(LIBRARY))  # which is loaded already
     except OSError as error:
-        return f"{LIBRARY.name} does not load: {error.__cause__ or error}"
+        raise OSError(f"{LIBRARY.name} does not load: {error.__cause__ or error}") from error
+
+
+@functools.cache
+def why_not_loaded() -> str | None:
+    """Loads the library. None, or why it must not be called."""
+    try:
+        library = loaded()
+    except OSError as error:
+        return str(error)
     library.perfusion_torch_signatures.restype = ctypes.c_char_p
     return outdated(library.perfusion_torch_signatures().decode()) or too_new(library)
 
@@ -108,7 +133,7 @@ def why_not_on(device: int) -> str | None:
     if reason := why_not_loaded():
         return reason
     major, minor = torch.cuda.get_device_capability(device)
-    compiled = compiled_kernels()["architectures"]
+    compiled = note()["architectures"]
     if not runs_on(compiled, major, minor):
         return f"cuda:{device} has compute capability {major}.{minor}, and the kernels were compiled for {', '.join(compiled)}"
     return None

@@ -4,11 +4,12 @@
 
 #include "../../csrc/cross_attention_layer.h"
 #include "../../csrc/edited_attention.h"
-#include "../../csrc/edited_projection.h"
+#include "../../csrc/edited_projection_backward.cuh"
 #include "../../csrc/fused_edited_attention.h"
 #include "../../csrc/host/block.h"
 #include "../../csrc/host/cache.h"
 #include "../../csrc/include/perfusion_kernels.h"
+#include "../../csrc/rank_one_backward.cuh"
 #include "misuse.cuh"
 
 namespace py = pybind11;
@@ -133,6 +134,7 @@ py::dict plan_projection(const py::dict& sizes, const py::dict& tensors) {
   result["columns"] = made.columns;
   result["row_tiles"] = made.row_tiles;
   result["column_tiles"] = made.column_tiles;
+  result["bytes"] = made.bytes;
   return result;
 }
 
@@ -268,6 +270,11 @@ PYBIND11_MODULE(perfusion_host, module) {
   module.def("configure", &configure);
   module.def("counted", &counted);
   module.def("cached", &cached);
+  py::dict shared_memory;  // bytes of a block, of kernels whose tile has one size
+  shared_memory["encodings_gradient"] = product_bytes<EncodingsGradientTile, false>();
+  shared_memory["coefficients_gradient"] = coefficients_gradient_bytes;
+  shared_memory["tables_gradient"] = tables_gradient_bytes;
+  module.attr("shared_memory") = shared_memory;
   module.def("misuse", [](int which, int threads) { return host::run(1, threads, 1024, [which] { misuse(which); }); });
   module.def("convert", [](bool half, uintptr_t narrow, uintptr_t wide, int64_t count, bool widen) {
     (half ? convert<Half> : convert<BFloat16>)(narrow, wide, count, widen);

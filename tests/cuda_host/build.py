@@ -29,6 +29,7 @@ KERNELS = (
 )
 PLAIN = ("status.cpp", "host/block.cpp", "host/cache.cpp", "host/copies.cpp", "host/fiber.cpp", "host/warp.cpp")
 TORCH = Path(torch.__file__).parent
+PYTHON = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"])
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
 
 
@@ -60,7 +61,7 @@ def build(name: str, *mains: str, flags: tuple[str, ...] = (), link: tuple[str, 
     for source in sources:
         own = [f for f in flags if not (source.startswith("csrc/host/") and f == "-fsanitize=thread")]
         if source.endswith("/binding.cpp"):
-            own += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+            own += PYTHON
         if source.startswith("csrc/torch/"):
             own += ["-DPERFUSION_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
         tree = "changed" if all(Path(source).name.startswith(operator) for operator in operators) else "others"
@@ -135,7 +136,18 @@ def _run(folder: Path, *command: str) -> None:
 def build_module(changes: tuple[Change, ...] = ()):
     """The pybind11 module over the host library, changed so."""
     path = build("perfusion_host.so", "binding.cpp", link=("-shared", "-Wl,-Bsymbolic"), changes=changes)
-    name = f"{path.parent.name}.perfusion_host"  # by its full name pybind11 knows a module again, and must not: another build is another
+    # by its full name pybind11 knows a module again, and must not: another build is another
+    return _import(f"{path.parent.name}.perfusion_host", path)
+
+
+def build_registry(registry: Path, folder: Path):
+    """The pybind11 module over the registry of compiled kernels that csrc/registry.py wrote, built in `folder`."""
+    binding, include, path = "tests/cuda_host/registry_binding.cpp", ROOT / "csrc/include", folder / "perfusion_registry.so"
+    _run(ROOT, "g++", *FLAGS, "-Wpedantic", *PYTHON, f"-I{include}", "-shared", binding, str(registry), "-o", str(path))
+    return _import(f"{folder.name}.perfusion_registry", path)
+
+
+def _import(name: str, path: Path):
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     loader.exec_module(module)

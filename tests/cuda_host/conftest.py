@@ -8,7 +8,7 @@ from .build import build_module
 from .host import Host
 
 LIBRARY = ("g++", "cmake", "ninja", "nvcc")
-NEEDED = {"test_install": ("g++", "cmake"), "test_torch_library": LIBRARY, "test_nvcc": LIBRARY}
+NEEDED = {"test_install": ("g++", "cmake"), "test_torch_library": LIBRARY, "test_nvcc": LIBRARY, "test_registry": LIBRARY}
 
 
 def pytest_collection_modifyitems(items):

@@ -4,11 +4,9 @@ They are those of the library that test_torch_library.py looks at: nothing is co
 """
 
 import pytest
-import torch
 
 from bench.kernels import nvcc_matrix
 
-from ..kernels import cases
 from .test_torch_library import compiled  # noqa: F401, a fixture
 
 SASS = """\
@@ -45,9 +43,25 @@ def test_what_no_kernel_may_have():
 
 
 def test_names_are_readable():
-    assert nvcc_matrix.readable("edited_attention_kernel<Half, 40, 5>") == "edited_attention, float16, 40, 5"
-    assert nvcc_matrix.readable("concept_gates_kernel<float>") == "concept_gates, float32"
-    assert nvcc_matrix.readable("sum_kernel") == "sum"
+    symbols = {
+        "_ZN9perfusion23edited_attention_kernelINS_4HalfELi40ELi5EEEvNS_21EditedAttentionLaunchE": "edited_attention, float16, 40, 5",
+        "_ZN9perfusion20concept_gates_kernelIfEEvNS_18ConceptGatesLaunchE": "concept_gates, float32",
+    }
+    assert {symbol: nvcc_matrix.readable(*nvcc_matrix.REGISTRY.named(symbol)) for symbol in symbols} == symbols
+
+
+@pytest.mark.parametrize(
+    "symbol",
+    [
+        "_ZN9perfusion10sums_kernelINS_4HalfEEEvv",  # not in TILES
+        "_ZN9perfusion23edited_attention_kernelINS_4HalfELi40EEEvv",  # which has a number more there
+        "_ZN9perfusion20concept_gates_kernelIdEEvv",  # double
+        "_Z3sumv",
+    ],
+)
+def test_a_kernel_that_the_registry_does_not_know_is_refused(symbol):
+    with pytest.raises(ValueError, match=f"TILES of csrc/registry.py must name each kernel.*; got {symbol}. Add it there"):
+        nvcc_matrix.REGISTRY.named(symbol)
 
 
 def test_no_kernel_spills_and_all_are_as_wide_as_wanted(kernels):
@@ -79,24 +93,3 @@ def test_a_written_table_is_read_as_it_was(tmp_path, monkeypatch):
     text = nvcc_matrix.PAGE.read_text()
     assert "| edited_attention, float16, 40, 5 | 23,040 | 30–31 | 4 | 0 | 96 | 90 |" in text
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "Not written" not in text
-
-
-@pytest.mark.parametrize("d, groups", [(40, 5), (64, 16), (128, 10), (160, 5)])
-def test_shared_memory_is_that_of_the_plans(host, d, groups):
-    case = cases.make(B=1, T=16 * groups, N=129, H=1, d=d, D=11, J=1, dtype=torch.float16)
-    host.configure(1)
-    plans = {"edited_attention": host.plan, "fused_edited_attention": host.fused_plan}
-    for operator, plan in plans.items():
-        plain = ("query", "key", "value", "encodings", "key_weight", "value_weight")
-        arguments = {name: tensor for name, tensor in case.arguments(operator).items() if name in plain}
-        assert nvcc_matrix.shared_memory(f"{operator}, float16, {d}, {groups}") == plan(**arguments)["bytes"]
-    layer = case.arguments("cross_attention_layer")
-    absorbed = {**layer, "query_weight": None, "output_weight": None}
-    for multiprocessors in (1, 64):  # tall tiles and flat ones
-        host.configure(multiprocessors)
-        for arguments, first, second in ((layer, f"attend, float16, {d}, {groups}", 0), (absorbed, f"weigh, float16, {groups}", 1)):
-            plan = host.layer_plan(**arguments)
-            assert plan["rows"] == plan["second_rows"] == (64 if multiprocessors == 1 else 32)
-            assert nvcc_matrix.shared_memory(f"cross_attention_layer_{first}, {plan['rows']}") == plan["bytes"]
-            second = f"cross_attention_layer_project, float16, {second}, {plan['second_rows']}"
-            assert nvcc_matrix.shared_memory(second) == plan["second_bytes"]

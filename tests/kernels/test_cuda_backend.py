@@ -18,8 +18,8 @@ from perfusion_kernels.cuda import library, refusals
 
 from . import cases
 
-BUILD = {"cuda": "13.0", "torch": "2.13", "architectures": ["sm_80", "sm_90a"], "kernels": []}
-CACHED = (library.compiled_kernels, library.why_not_loaded, library.why_not_on, library.limits)
+BUILD = {"cuda": "13.0", "torch": "2.13", "architectures": ["sm_80", "sm_90a"]}
+CACHED = (library.note, library.loaded, library.why_not_loaded, library.why_not_on, library.limits)
 
 
 @pytest.fixture
@@ -101,8 +101,9 @@ def once(bind, suffix):
         (BUILD, "13.0", None),
     ],
 )
-def test_what_can_be_known_without_loading(installed, content, cuda, reason):
+def test_what_can_be_known_without_loading(installed, monkeypatch, content, cuda, reason):
     installed(content, cuda)
+    monkeypatch.setattr(library, "loaded", lambda: pytest.fail("it was loaded"))
     assert library.absent() == reason
     if reason:
         assert library.unavailable() == reason
@@ -118,6 +119,20 @@ def test_a_library_that_does_not_load_is_a_reason(installed):
     library.LIBRARY.write_bytes(b"not a library")
     assert library.unavailable().startswith("libperfusion_kernels_torch.so does not load: ")
     assert "file too short" in library.unavailable() or "invalid ELF header" in library.unavailable()
+    assert library.compiled_kernels() == {**BUILD, "reason": library.unavailable()}
+
+
+def test_a_library_without_a_registry_is_of_another_version(installed, monkeypatch):
+    installed(BUILD)
+    monkeypatch.setattr(library, "loaded", lambda: types.SimpleNamespace())
+    reason = "libperfusion_kernels_torch.so was compiled for another version: it does not list its kernels; install again"
+    assert library.compiled_kernels() == {**BUILD, "reason": reason}
+
+
+def test_where_nothing_was_compiled_there_is_nothing_to_list(installed, monkeypatch):
+    installed({"reason": "there was no nvcc when this was installed"})
+    monkeypatch.setattr(library, "loaded", lambda: pytest.fail("it was loaded"))
+    assert library.compiled_kernels() == {"reason": "there was no nvcc when this was installed"}
 
 
 @pytest.mark.parametrize(

@@ -152,8 +152,18 @@ def _compiled() -> Iterator[Finding]:
     kernels = compiled["kernels"]
     registers = [kernel["registers"] for kernel in kernels]
     spilling = sum(bool(kernel["spills"] or kernel["stack"]) for kernel in kernels)
-    detail = f"{len(kernels)} kernels for {', '.join(compiled['architectures'])} by CUDA {compiled['cuda']}"
-    yield Finding("compiled", "cuda", "ok", f"{detail}, {min(registers)} to {max(registers)} registers, {spilling or 'none'} with spills")
+    shared, largest = max((kernel["static_shared_memory"] + (kernel["dynamic_shared_memory"] or 0), _named(kernel)) for kernel in kernels)
+    details = (
+        f"{len(kernels)} kernels for {', '.join(compiled['architectures'])} by CUDA {compiled['cuda']}",
+        f"{min(registers)} to {max(registers)} registers",
+        f"{spilling or 'none'} with spills",
+        f"up to {shared / 1024:.0f} KiB of shared memory ({largest})",
+    )
+    yield Finding("compiled", "cuda", "ok", ", ".join(details))
+
+
+def _named(kernel: dict[str, Any]) -> str:
+    return f"{kernel['kernel']}, {kernel['tile']}" if kernel["tile"] else kernel["kernel"]
 
 
 def _operators(device: torch.device) -> Iterator[Finding]:
