@@ -114,8 +114,8 @@ cross_attention_layer_weigh_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch 
   using Keys = ProductLoader<Element, Tile::columns, Tile::depth, Tile::threads, false, weigh_beside(max_groups, rows) == 1>;
   const perfusion_cross_attention_layer_params& p = launch.call;
   const int T = static_cast<int>(p.T), N = static_cast<int>(p.N), C = static_cast<int>(p.C);
-  const int H = static_cast<int>(p.H), h = static_cast<int>(block() % H), tile = static_cast<int>(block() / H);
-  const int b = tile / launch.plan.splits, first = tile % launch.plan.splits * rows;
+  const int H = static_cast<int>(p.H), of_row = H * launch.plan.splits, b = static_cast<int>(block()) / of_row;
+  const int in_row = static_cast<int>(block()) % of_row, h = in_row % H, first = in_row / H * rows;  // written in another way, it spills
   const perfusion_tensor& k = p.key;
   const ProductOperand<Element> key{static_cast<const Element*>(k.data) + b * k.strides[0] + h * k.strides[2], T, C, k.strides[1],
                                     k.strides[3], launch.plan.wide_key, T, 0};

@@ -237,8 +237,8 @@ MUTANTS = {
     "heads that share hidden states run apart": (
         Change(
             LAYER,
-            "tile = static_cast<int>(block() / H);\n  const int b = tile / launch.plan.splits, first = tile % launch.plan.splits * rows;",
-            "splits = launch.plan.splits;\n  const int b = static_cast<int>(block() / H / splits), first = static_cast<int>(block() % splits) * rows;",
+            "h = in_row % H, first = in_row / H * rows;",
+            "h = in_row / launch.plan.splits, first = in_row % launch.plan.splits * rows;",
         ),
         layer.check_heads_share_hidden_states_absorbed,
     ),
