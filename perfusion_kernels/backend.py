@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch._ops import OpOverload
 
-from .registration import Implementation, Operator, bind, bind_backward
+from .registration import Implementation, Operator, bind, bind_backward, never_won
 
 ORDER = ("cuda", "triton", "reference")
 AUTOMATIC = ("auto", "measured")  # what may be asked for beside a backend's name
@@ -53,10 +53,6 @@ def _refuses_nothing(*arguments) -> None:
     return None
 
 
-def _never_won(*arguments) -> bool:
-    return False
-
-
 def register(
     backend: str,
     operator: Operator,
@@ -64,7 +60,7 @@ def register(
     *,
     refuses: Callable[..., str | None] = _refuses_nothing,
     declines: Callable[..., str | None] = _refuses_nothing,
-    wins: Callable[..., bool] = _never_won,
+    wins: Callable[..., bool] = never_won,
 ) -> None:
     """Makes `implementation` the `backend`'s way to run `operator`.
 
@@ -97,7 +93,7 @@ def register_backward(
     """
     _require_new(backend, f"{operator.name}_backward", operator.backwards)
     overload = bind_backward(operator, backend, implementation)
-    operator.backwards[backend] = Implementation(overload, refuses, _refuses_nothing, _never_won)
+    operator.backwards[backend] = Implementation(overload, refuses, _refuses_nothing)
 
 
 def _require_new(backend: str, operator: str, implementations: dict[str, Implementation]) -> None:

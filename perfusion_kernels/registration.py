@@ -17,6 +17,10 @@ LIBRARY = torch.library.Library("perfusion_kernels", "DEF")
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 
 
+def never_won(*arguments) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Implementation:
     """An overload, why it cannot or had better not run given arguments, and whether it was measured to be faster than what runs
@@ -25,7 +29,7 @@ class Implementation:
     overload: OpOverload
     refuses: Callable[..., str | None]
     declines: Callable[..., str | None]
-    wins: Callable[..., bool]
+    wins: Callable[..., bool] = never_won
 
 
 @dataclass(frozen=True)

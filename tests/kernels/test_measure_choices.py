@@ -1,8 +1,10 @@
 """`measure_choices`: who is right and faster is taken, by a clear margin, and nobody who is wrong; really timed, and with a clock of our own."""
 
+import contextlib
 import dataclasses
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -195,6 +197,32 @@ def test_a_small_row_is_compared_by_its_own_size():
     wrong[1, 0] += 1e-7
     right, reasons = contest.admit({"right": lambda: plain, "wrong": lambda: wrong}, plain, exact)
     assert list(right) == ["right"] and reasons["wrong"].startswith("gave a wrong result: error 1e-07")
+
+
+def test_a_sample_on_a_gpu_is_one_call_between_events_behind_a_full_cache(monkeypatch):
+    """With a device of our own, which writes down what it is asked for."""
+    asked = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            asked.append("event")
+
+        def synchronize(self):
+            asked.append("wait")
+
+        def elapsed_time(self, end):
+            return 7.0 if end is not self else 0.0
+
+    buffer = types.SimpleNamespace(fill_=lambda value: asked.append("flush"))
+    api = types.SimpleNamespace(Event=Event, device=lambda device: contextlib.nullcontext(asked.append(device)))
+    mine = types.SimpleNamespace(xpu=api, uint8=torch.uint8, empty=lambda size, **options: buffer if size == 2**28 else None)
+    monkeypatch.setattr(contest, "torch", mine)
+    device = torch.device("xpu", 1)
+    assert contest._on_gpu(device)(lambda: asked.append("call")) == 7.0
+    assert asked == [device, "flush", "event", "call", "event", "wait"]
 
 
 def test_a_sample_of_a_short_call_is_many_calls():
