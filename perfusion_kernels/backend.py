@@ -4,7 +4,8 @@ A backend is a subpackage of this package whose import calls `register` once per
 than its import has a function `unavailable`, which says why none of its operators can run here, or None.
 Every call takes the first of `ORDER` that has the operator and neither refuses nor declines the arguments. A
 backend asked for by name (a call's `backend=`, `use_backend`, or the environment variable
-PERFUSION_BACKEND, in this order) is taken, or the call fails and says why.
+PERFUSION_BACKEND, in this order) is taken, or the call fails and says why. The name "measured" asks for the backend that
+was measured to be faster at the call's shape (choices.py), and chooses as always where none was.
 """
 
 import importlib
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch._ops import OpOverload
 
-from .registration import Implementation, Operator, bind, bind_backward
+from .registration import Implementation, Operator, bind, bind_backward, never_won
 
 ORDER = ("cuda", "triton", "reference")
+AUTOMATIC = ("auto", "measured")  # what may be asked for beside a backend's name
 
 _requested: str | None = os.environ.get("PERFUSION_BACKEND") or None
 _implementations: dict[str, dict[str, Implementation]] = {}  # operator -> backend -> how to call it
@@ -58,6 +60,7 @@ def register(
     *,
     refuses: Callable[..., str | None] = _refuses_nothing,
     declines: Callable[..., str | None] = _refuses_nothing,
+    wins: Callable[..., bool] = never_won,
 ) -> None:
     """Makes `implementation` the `backend`'s way to run `operator`.
 
@@ -66,10 +69,12 @@ def register(
     refuses: given the schema's arguments, None, or the reason why they cannot run here. It may look at
         shapes, dtypes and devices only: it runs under `torch.compile` too.
     declines: the same, for calls that can run here when `backend` is asked for by name, and not otherwise.
+    wins: given the same, whether `backend` was measured to be faster there than what runs without it. It is asked where
+        "measured" is asked for.
     """
     implementations = _implementations.setdefault(operator.name, {})
     _require_new(backend, operator.name, implementations)
-    implementations[backend] = Implementation(bind(operator, backend, implementation), refuses, declines)
+    implementations[backend] = Implementation(bind(operator, backend, implementation), refuses, declines, wins)
 
 
 def register_backward(
@@ -130,7 +135,11 @@ def select(operator: str, arguments: Sequence, backend: str | None = None) -> Op
     """The overload that runs this call."""
     implementations = _implementations[operator]
     requested = backend if backend is not None else _requested
-    if requested is not None and requested != "auto":
+    if requested == "measured" and not differentiated(arguments):  # derivatives have not been measured
+        for found in implementations.values():
+            if found.wins(*arguments) and found.refuses(*arguments) is None:
+                return found.overload
+    elif requested is not None and requested not in AUTOMATIC:
         reason = _why_not(requested, implementations, arguments)
         if reason is not None:
             others = [name for name in ORDER if _why_not(name, implementations, arguments) is None]
@@ -144,6 +153,11 @@ def select(operator: str, arguments: Sequence, backend: str | None = None) -> Op
         if found is not None and found.refuses(*arguments) is None and found.declines(*arguments) is None:
             return found.overload
     raise BackendUnavailable(f"{operator}: no backend can run this call")
+
+
+def differentiated(arguments: Sequence) -> bool:
+    """Whether the call will be differentiated."""
+    return torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in arguments)
 
 
 def _why_not(backend: str, implementations: dict[str, Implementation], arguments: Sequence) -> str | None:
@@ -160,14 +174,15 @@ def _reason(backend: str) -> str | None:
 
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Inside the `with`, calls that name no backend run on `backend`; "auto" or None: choose automatically.
+    """Inside the `with`, calls that name no backend run on `backend`; "auto" or None: choose automatically; "measured": take
+    what was measured to be faster (`measure_choices`), which may have other bits than the automatic choice.
 
     Process-wide, as the flags of `torch.backends` are, and seen by compiled functions, which retrace.
     An unknown name raises ValueError here; an absent backend raises BackendUnavailable at the call.
     """
     global _requested
-    if backend not in (None, "auto", *ORDER):
-        raise ValueError(f"use_backend: backend must be one of auto, {', '.join(ORDER)}; got {backend!r}")
+    if backend not in (None, *AUTOMATIC, *ORDER):
+        raise ValueError(f"use_backend: backend must be one of {', '.join((*AUTOMATIC, *ORDER))}; got {backend!r}")
     before, _requested = _requested, backend
     try:
         yield

@@ -1,6 +1,7 @@
 """`warm_up`: the kernels that calls at given shapes will run, compiled and tuned before the first of them comes."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,8 +13,17 @@ from .edited_attention import edited_attention
 from .edited_projection import edited_projection
 from .fused_edited_attention import fused_edited_attention
 from .fused_edited_projection import fused_edited_projection
+from .measure_choices import Measured, measure_choices
 
 Layer = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class WarmedUp:
+    """tiles: kind of device -> launch -> tile sizes, as the cache's file has them. measured: what `measure_choices` found."""
+
+    tiles: dict[str, dict[str, dict[str, int]]]
+    measured: Measured
 
 
 def warm_up(
@@ -26,11 +36,12 @@ def warm_up(
     text_width: int = 768,
     concepts: int = 1,
     gradients: bool = False,
-) -> dict[str, dict[str, dict[str, int]]]:
+) -> WarmedUp:
     """Calls every operator at the shapes of a model's cross-attention layers, and keeps the fastest tile sizes found.
 
     Without it a process compiles each kernel in the first call that needs it, and takes tile sizes that are
-    sensible and untried. What is found here is kept in the user's cache folder, for later processes too.
+    sensible and untried. With the tiles chosen it measures where a compiled product and absorption are faster
+    (`measure_choices`). What is found here is kept in the user's cache folder, for later processes too.
 
     Args:
         layers: (N, C, H, d) of each layer: image tokens, channels, heads, head width. Repeated ones count once.
@@ -39,12 +50,12 @@ def warm_up(
         gradients: whether to warm up derivatives as well, for training.
 
     Returns:
-        what was chosen: kind of device -> launch -> tile sizes, as the cache's file has them.
+        what was chosen.
 
     Raises:
         BackendUnavailable: no Triton here, or the device is none that it serves. ValueError: no layer is given.
 
-    Source: DESIGN.md, "Backends".
+    Source: DESIGN.md, "Tile sizes" and "Choices by measurement".
     """
     layers = list(layers)
     if not layers:
@@ -58,7 +69,8 @@ def warm_up(
                 results = call()
             if gradients:
                 sum(result.float().sum() for result in results).backward()
-    return chosen
+    sizes = {"rows": rows, "tokens": tokens, "text_width": text_width, "concepts": concepts}
+    return WarmedUp(chosen, measure_choices(layers, device=device, dtype=dtype, **sizes))
 
 
 def _require_triton(device: torch.device) -> None:

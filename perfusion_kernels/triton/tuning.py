@@ -13,8 +13,6 @@ what decides speed: sizes and dtypes, not values.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -23,6 +21,8 @@ from pathlib import Path
 import torch
 import triton
 from triton.runtime.errors import OutOfResources
+
+from .. import user_cache
 
 Configuration = dict[str, int]  # tile sizes, num_warps, num_stages
 
@@ -51,7 +51,7 @@ def launch(
 
 
 def _choice(kernel: str, key: tuple, device: torch.device, configurations: Sequence[Configuration], trial) -> Configuration:
-    kind = _kind(device)
+    kind = user_cache.kind(device)
     choices = known(kind)
     if not choices and _measure is None:  # the ordinary case costs no string
         return configurations[0]
@@ -91,7 +91,7 @@ def tuning(measure: Callable[[Callable[[], object]], float] | None = None) -> It
         yield _tuned
     finally:
         for kind in _tuned:
-            _write(path(kind), known(kind))
+            user_cache.write(path(kind), known(kind))
         _measure, _tuned = before
 
 
@@ -106,21 +106,4 @@ def known(kind: str) -> dict[str, Configuration]:
 
 
 def path(kind: str) -> Path:
-    """$PERFUSION_CACHE or the user's cache folder; the file's name says for what it was measured."""
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("PERFUSION_CACHE") or Path(cache_home) / "perfusion")
-    name = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in kind)
-    return folder / f"triton-{triton.__version__}-{name}.json"
-
-
-@cache
-def _kind(device: torch.device) -> str:
-    return getattr(torch, device.type).get_device_name(device) if device.type in ("cuda", "xpu") else device.type
-
-
-def _write(file: Path, choices: dict[str, Configuration]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".json")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        json.dump(choices, stream, indent=1, sort_keys=True)
-    os.replace(name, file)  # readers see the old file or the new one
+    return user_cache.path(f"triton-{triton.__version__}", kind)

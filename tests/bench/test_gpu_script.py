@@ -64,13 +64,15 @@ def test_all_it_calls_is_there(tools, tmp_path):
     example = tmp_path / "out/example/example"
     example.parent.mkdir(parents=True)
     example.symlink_to(shutil.which("true"))
+    for suite in ("layer", "gates"):  # as if the benchmarks had written them
+        (tmp_path / f"out/{suite}.jsonl").touch()
     ran = run(tools, tmp_path)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     calls = log.read_text().splitlines()
     assert set(re.findall(r"^\S+: passed", ran.stdout, re.MULTILINE)) == {
         f"{stage}: passed"
         for stage in ("build", "example-build", "doctor", "example", "tests", "memcheck", "racecheck", "memcheck-tests")
-        + tuple(f"bench-{suite}" for suite in ("gates", "projection", "attention", "layer", "overhead"))
+        + (*(f"bench-{suite}" for suite in ("gates", "projection", "attention", "layer", "overhead")), "choices")
     }
     for call in calls:
         for word in call.split():
@@ -83,6 +85,8 @@ def test_all_it_calls_is_there(tools, tmp_path):
 
     options = [call.split()[2:] for call in calls if "bench/run.py" in call]
     assert [parse(each).suite for each in options] == [["gates"], ["projection"], ["attention"], ["layer"], ["overhead"]]
+    (choices,) = (call for call in calls if "bench/choices.py" in call)
+    assert choices == f"python3 bench/choices.py --out {tmp_path}/out {tmp_path}/out/layer.jsonl"
     pytest_calls = [call for call in calls if "-m pytest" in call]
     names = re.findall(r"def test_(\w+)", (ROOT / "tests/kernels/test_floor.py").read_text())
     for wanted in ("odd_sizes", "poisoned_memory"):
