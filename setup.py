@@ -91,7 +91,7 @@ def compile_library() -> tuple[Path, dict]:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would write into each other's objects
         for command in (configure, ["cmake", "--build", folder, "--target", "perfusion_kernels_torch", "--parallel", jobs]):
-            subprocess.run(command, check=True)
+            subprocess.run(command, check=True, pass_fds=(lock.fileno(),))  # held by a build that outlives this process, too
     release = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     versions = {"cuda": re.search(r"release ([\d.]+)", release)[1], "torch": ".".join(map(str, _version(torch / "version.py")))}
     return folder / LIBRARY, {**versions, "architectures": architectures(folder)}
