@@ -19,10 +19,12 @@
 
 #include "../include/perfusion_kernels.h"
 
-// The host library runs the same code on tensors in host memory, for the tests.
+// The host library runs the same code on tensors in host memory, for the tests, which may name the overload.
 #ifdef PERFUSION_HOST
 #define PERFUSION_DISPATCH_KEY CPU
+#ifndef PERFUSION_OVERLOAD
 #define PERFUSION_OVERLOAD "host"
+#endif
 #else
 #define PERFUSION_DISPATCH_KEY CUDA
 #define PERFUSION_OVERLOAD "cuda"

@@ -48,11 +48,14 @@ def only_widths(*widths: int) -> tuple[Change, ...]:
     return tuple(Change(file, line, "  \\") for line in lines if int(line.split("(")[1].split(")")[0]) not in widths)
 
 
-def build(name: str, *mains: str, flags: tuple[str, ...] = (), link: tuple[str, ...] = (), changes: tuple[Change, ...] = ()) -> Path:
+def build(
+    name: str, *mains: str, flags: tuple[str, ...] = (), named: tuple[str, ...] = (), link: tuple[str, ...] = (),
+    changes: tuple[Change, ...] = (),
+) -> Path:  # fmt: skip
     """Compiles and links csrc/ with `mains`, in tests/cuda_host or by their path from the root, into a file `name` -> its path.
 
     An object is compiled once per state of its source, of what that includes, and of the flags. `flags` are for every file, but for
-    csrc/host/ not -fsanitize=thread: the scheduler speaks to it itself.
+    csrc/host/ not -fsanitize=thread: the scheduler speaks to it itself. `named` are for csrc/torch/.
     """
     texts, others = _texts(changes), _texts(tuple(change for change in changes if not change.operator))
     operators = [change.operator for change in changes]
@@ -63,7 +66,7 @@ def build(name: str, *mains: str, flags: tuple[str, ...] = (), link: tuple[str, 
         if source.endswith("/binding.cpp"):
             own += PYTHON
         if source.startswith("csrc/torch/"):
-            own += ["-DPERFUSION_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
+            own += [*named, "-DPERFUSION_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
         tree = "changed" if all(Path(source).name.startswith(operator) for operator in operators) else "others"
         seen = texts if tree == "changed" else others
         state = [(file, seen[file]) for file in sorted(_included(source, seen))]
@@ -154,8 +157,9 @@ def _import(name: str, path: Path):
     return module
 
 
-def build_torch_library() -> Path:
-    """csrc/torch over the host library: kernels of `perfusion_kernels::<operator>.host` for tensors in host memory."""
+def build_torch_library(overload: str = "host") -> Path:
+    """csrc/torch over the host library: kernels of `perfusion_kernels::<operator>.<overload>` for tensors in host memory."""
     mains = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "torch").glob("*.cpp"))
     libraries = (f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10")
-    return build("perfusion_torch_host.so", *mains, link=("-shared", "-Wl,-Bsymbolic,--no-as-needed", *libraries))
+    named = (f'-DPERFUSION_OVERLOAD="{overload}"',)
+    return build(f"perfusion_torch_{overload}.so", *mains, named=named, link=("-shared", "-Wl,-Bsymbolic,--no-as-needed", *libraries))

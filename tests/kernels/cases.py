@@ -17,7 +17,10 @@ from torch import Tensor
 
 import perfusion_kernels
 from perfusion_kernels import metric
+from perfusion_kernels.cuda.refusals import WIDTHS
 from perfusion_kernels.reference.concept_gates import concept_gates
+
+from . import cuda_on_host
 
 CONDITION = 4e3  # of the second moment of CLIP ViT-L/14's encodings
 
@@ -118,8 +121,9 @@ def make(
     d: int = 8,
     N: int = 17,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: str = "cpu",
+    backend: str = "reference",
     seed: int = 0,
     views: bool = False,
     C: Tensor | None = None,
@@ -127,12 +131,17 @@ def make(
     full: bool = False,
     drawn_on: str = "cpu",
 ) -> Case:
-    """A case. `C` is the second moment, `channels` the C of an image token, by default not O. `dtype` is that of encodings, weights, query, key, value and tables; the rest is float32 at least.
+    """A case. `C` is the second moment, `channels` the C of an image token, by default not O. `dtype` is that of encodings, weights,
+    query, key, value and tables; the rest is float32 at least. Where `backend` has compiled kernels, for some dtypes and head widths, the
+    default of `dtype` is float16 in place of float32, and `d` becomes the next width that there is.
 
     For benchmarks: `full` uses every place of every row, each with a concept of its own where S allows it; `drawn_on` is the
     device that draws, where large tensors are drawn faster (and to other values).
     """
     S = J + 3 if S is None else S
+    compiled = backend == "cuda"
+    d = min((width for width in WIDTHS if width >= d), default=d) if compiled else d
+    dtype = dtype or (torch.float16 if compiled else torch.float32)
     generator = torch.Generator(drawn_on).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -226,12 +235,20 @@ def poisoned_view(tensor: Tensor) -> Tensor:
 
 
 WITHOUT_FLOAT64 = ("cuda", "triton")  # the reference has it
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def takes(operator: str, backend: str, dtype: torch.dtype) -> bool:
+    """Whether the backend has the operator in this dtype; gates in every one but float64."""
+    half = backend == "cuda" and operator != "concept_gates"
+    return dtype in (torch.bfloat16, torch.float16) or (dtype == torch.float32 and not half) or backend not in WITHOUT_FLOAT64
 
 
 def runs(operator: str | None = None) -> list[tuple[str, str]]:
-    """(backend, device) pairs that this machine can test, for an operator or for any; in host memory Triton is interpreted."""
+    """(backend, device) pairs that this machine can test, for an operator or for any; in host memory Triton is interpreted, and compiled
+    kernels are those of cuda_on_host.py."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    on_host = ("reference", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("reference",)
+    on_host = ("reference", *["triton"] * (os.environ.get("TRITON_INTERPRET") == "1"), *["cuda"] * cuda_on_host.registered())
     return [
         (status.name, device)
         for device in devices

@@ -115,7 +115,7 @@ def test_unchecked_nonsense_stays_in_its_row(arguments, backend, device):
 @each_run
 def test_result_dtype(backend, device):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        arguments = cases.make(dtype=dtype, device=device).arguments("concept_gates")
+        arguments = cases.make(dtype=dtype, device=device, backend=backend).arguments("concept_gates")
         assert {x.dtype for x in concept_gates(**arguments, backend=backend)} == {torch.float32}
     arguments = cases.make(dtype=torch.float16).arguments("concept_gates")
     wide = {name: arguments[name].double() for name in ("targets", "metric_targets")}
@@ -126,7 +126,7 @@ def test_result_dtype(backend, device):
 @pytest.mark.parametrize("J", (9, 17))
 def test_more_concepts_than_registers_hold(backend, device, J):
     """Eight and more places are the same formula: places that are not used change nothing."""
-    case = cases.make(B=3, T=3, D=24, J=J, device=device)
+    case = cases.make(B=3, T=3, D=24, J=J, device=device, backend=backend)
     arguments = case.arguments("concept_gates")
     arguments["index"] = arguments["index"].clone()
     arguments["index"][:, 3:] = -1

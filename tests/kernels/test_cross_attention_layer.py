@@ -76,7 +76,7 @@ RUNS_BY_DTYPE = [
 @pytest.mark.parametrize("backend, device, dtype", RUNS_BY_DTYPE)
 @pytest.mark.parametrize("channels", (24, 80))
 def test_absorbed_is_no_worse_than_the_plain_formula(backend, device, dtype, channels):
-    case = cases.make(dtype=dtype, device=device, channels=channels)
+    case = cases.make(dtype=dtype, device=device, backend=backend, channels=channels)
     naive = plain.cross_attention_layer(**layer(case), scale=case.key.shape[-1] ** -0.5)
     assert_no_worse(cross_attention_layer(**absorbed(case), backend=backend), naive, exactly(case), case.index)
 
@@ -90,7 +90,7 @@ def test_absorbed_is_no_worse_than_the_plain_formula(backend, device, dtype, cha
 @pytest.mark.parametrize("form", (layer, absorbed))
 def test_sizes_in_half_precision(backend, device, form, sizes):
     """Where tensor cores multiply, which in float32 they do not, sizes are cut into other tiles."""
-    case = cases.make(**{"B": 2, "N": 5, "H": 2, **sizes}, dtype=torch.float16, device=device)
+    case = cases.make(**{"B": 2, "N": 5, "H": 2, **sizes}, dtype=torch.float16, device=device, backend=backend)
     naive = plain.cross_attention_layer(**layer(case), scale=case.key.shape[-1] ** -0.5)
     assert_no_worse(cross_attention_layer(**form(case), backend=backend), naive, exactly(case), case.index)
 
@@ -98,7 +98,7 @@ def test_sizes_in_half_precision(backend, device, form, sizes):
 @each_run
 @pytest.mark.parametrize("form", (layer, absorbed))
 def test_bias_and_residual_may_be_absent(backend, device, form):
-    case = cases.make(device=device)
+    case = cases.make(device=device, backend=backend)
     arguments = form(case)
     whole = cross_attention_layer(**arguments, backend=backend)
     summands = {"output_bias": case.output_bias, "residual": case.residual}
@@ -110,7 +110,7 @@ def test_bias_and_residual_may_be_absent(backend, device, form):
 @each_run
 def test_the_residual_is_not_overwritten(backend, device):
     """It may be the very tensor of the hidden states."""
-    arguments = layer(cases.make(device=device))
+    arguments = layer(cases.make(device=device, backend=backend))
     arguments["residual"] = arguments["hidden_states"]
     before = arguments["residual"].clone()
     cross_attention_layer(**arguments, backend=backend)
@@ -120,7 +120,7 @@ def test_the_residual_is_not_overwritten(backend, device):
 @each_run
 def test_rows_do_not_meet(backend, device):
     """A batch row that is not finite stays alone."""
-    arguments = layer(cases.make(device=device))
+    arguments = layer(cases.make(device=device, backend=backend))
     whole = cross_attention_layer(**arguments, backend=backend)
     arguments["value"] = arguments["value"].clone()
     arguments["value"][1] = float("nan")
@@ -133,7 +133,7 @@ def test_rows_do_not_meet(backend, device):
 @pytest.mark.parametrize("form", (layer, absorbed))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
 def test_large_scores_do_not_overflow(backend, device, form, dtype):
-    arguments = form(cases.make(device=device, dtype=dtype))
+    arguments = form(cases.make(device=device, backend=backend, dtype=dtype))
     arguments["key"] = 100 * arguments["key"]
     assert torch.isfinite(cross_attention_layer(**arguments, backend=backend)).all()
 
@@ -178,7 +178,7 @@ def test_gradients_through_absorption():
 @each_run
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_gradients_of_the_absorbed_form_have_their_argument_dtype(backend, device, dtype):
-    arguments = absorbed(cases.make(device=device, dtype=dtype))
+    arguments = absorbed(cases.make(device=device, backend=backend, dtype=dtype))
     given = leaves(arguments)
     cross_attention_layer(**{**arguments, **given}, backend=backend).float().sum().backward()
     for name, tensor in given.items():
@@ -187,7 +187,7 @@ def test_gradients_of_the_absorbed_form_have_their_argument_dtype(backend, devic
 
 @each_run
 def test_opcheck_absorbed(backend, device):
-    arguments = absorbed(cases.make(T=4, D=5, H=2, d=4, N=3, device=device))
+    arguments = absorbed(cases.make(T=4, D=5, H=2, d=4, N=3, device=device, backend=backend))
     arguments = {**arguments, **leaves(arguments), "output_bias": None}
     positional = (*arguments.values(), 1.0)
     outcome = torch.library.opcheck(cases.overload_of("cross_attention_layer", backend), positional)
@@ -197,7 +197,7 @@ def test_opcheck_absorbed(backend, device):
 @each_run
 def test_autocast_absorbed_without_bias(backend, device):
     """Autocast passes over arguments that are not given."""
-    arguments = {**absorbed(cases.make(device=device)), "output_bias": None}
+    arguments = {**absorbed(cases.make(device=device, backend=backend)), "output_bias": None}
     halves = {name: tensor if tensor is None else tensor.bfloat16() for name, tensor in arguments.items()}
     expected = cross_attention_layer(**halves, backend=backend)
     with torch.autocast(device, torch.bfloat16):
@@ -213,7 +213,7 @@ def test_compiles_absorbed(backend, device):
     def compiled(arguments):
         return cross_attention_layer(**arguments, backend=backend)
 
-    arguments = absorbed(cases.make(device=device))
+    arguments = absorbed(cases.make(device=device, backend=backend))
     torch.testing.assert_close(compiled(arguments), cross_attention_layer(**arguments, backend=backend))
 
 

@@ -23,7 +23,7 @@ each_run_and_dtype = pytest.mark.parametrize(
 @pytest.mark.parametrize("J", (0, 1, 4))
 def test_rows_without_a_concept_are_the_linear_layer(backend, device, dtype, J):
     """Bit for bit, signs of zeros included, in a batch where other rows have concepts."""
-    arguments = cases.make(B=6, J=J, dtype=dtype, device=device).arguments("edited_projection")
+    arguments = cases.make(B=6, J=J, dtype=dtype, device=device, backend=backend).arguments("edited_projection")
     arguments["weight"][0], arguments["encodings"][..., 0] = 0, 1e-4
     arguments["weight"][0, 0] = -1e-4  # in float16 the product is -0.0, and -0.0 + 0.0 would be 0.0
     result = edited_projection(**arguments, backend=backend)
@@ -43,7 +43,7 @@ def bits(tensor):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_the_edit_is_added_before_rounding(backend, device, dtype):
     """The edited result is the linear layer's plus the exact edit, rounded once: large terms may cancel."""
-    arguments = cases.make(J=3, dtype=dtype, device=device).arguments("edited_projection")
+    arguments = cases.make(J=3, dtype=dtype, device=device, backend=backend).arguments("edited_projection")
     arguments["gates"], arguments["components"] = 30 * arguments["gates"], 30 * arguments["components"]
     exact = {name: x.double() if x.is_floating_point() else x for name, x in arguments.items()}
     linear = torch.nn.functional.linear(arguments["encodings"], arguments["weight"])
@@ -56,7 +56,7 @@ def test_the_edit_is_added_before_rounding(backend, device, dtype):
 @each_run
 def test_slots_may_be_anywhere_in_the_bank(backend, device):
     """Moving concepts to other slots and renaming them in the index changes nothing."""
-    arguments = cases.make(S=6, device=device).arguments("edited_projection")
+    arguments = cases.make(S=6, device=device, backend=backend).arguments("edited_projection")
     order = torch.tensor([3, 0, 5, 1, 4, 2], device=device)
     place = torch.argsort(order)
     moved = {
@@ -70,7 +70,7 @@ def test_slots_may_be_anywhere_in_the_bank(backend, device):
 
 @each_run
 def test_gradient_of_a_shared_slot_is_the_sum_over_rows(backend, device):
-    arguments = cases.make(B=4, J=1, device=device).arguments("edited_projection")
+    arguments = cases.make(B=4, J=1, device=device, backend=backend).arguments("edited_projection")
     arguments["index"] = torch.tensor([[1], [1], [-1], [2]], dtype=torch.int32, device=device)
     arguments["gates"] = torch.rand_like(arguments["gates"])
     arguments["components"] = torch.rand_like(arguments["components"])
@@ -94,7 +94,7 @@ def test_values_that_are_not_finite_are_refused_where_used():
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_fused_rows_without_a_concept_are_those_of_the_unedited_call(backend, device, dtype):
     """Bit for bit, whatever the other rows have; but not those of the library, which is why `edited_projection` is there."""
-    arguments = cases.make(B=6, T=35, J=3, dtype=dtype, device=device).arguments("fused_edited_projection")
+    arguments = cases.make(B=6, T=35, J=3, dtype=dtype, device=device, backend=backend).arguments("fused_edited_projection")
     result = fused_edited_projection(**arguments, backend=backend)
     unedited = fused_edited_projection(**{**arguments, "index": torch.full_like(arguments["index"], -1)}, backend=backend)
     none = (arguments["index"] < 0).all(-1)
@@ -105,7 +105,7 @@ def test_fused_rows_without_a_concept_are_those_of_the_unedited_call(backend, de
 @pytest.mark.parametrize("backend, device", cases.runs("fused_edited_projection"))
 def test_fused_results_are_rounded_once(backend, device):
     """Product and edit may cancel: the error is half a unit of the result, not of the product."""
-    arguments = cases.make(J=2, dtype=torch.bfloat16, device=device).arguments("fused_edited_projection")
+    arguments = cases.make(J=2, dtype=torch.bfloat16, device=device, backend=backend).arguments("fused_edited_projection")
     exact = {name: x.double() if x.is_floating_point() else x for name, x in arguments.items()}
     exact = fused_edited_projection(**exact, backend="reference")
     error = (fused_edited_projection(**arguments, backend=backend).double() - exact).abs()

@@ -66,7 +66,7 @@ def compare_with_plain(operator, case, backend, dtype=None):
 @each_run
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_in_every_dtype(operator, backend, device, dtype):
-    case = cases.make(J=3, dtype=dtype, device=device)
+    case = cases.make(J=3, dtype=dtype, device=device, backend=backend)
     if dtype == torch.float64 and backend in cases.WITHOUT_FLOAT64:
         with pytest.raises(BackendUnavailable, match="float64.* Can run it: .*reference"):
             call(operator, case.arguments(operator), backend=backend)
@@ -77,14 +77,14 @@ def test_forward_in_every_dtype(operator, backend, device, dtype):
 @each_run
 @pytest.mark.parametrize("J", range(10))
 def test_any_number_of_concepts(operator, backend, device, J):
-    compare_with_plain(operator, cases.make(J=J, device=device, seed=J), backend)
+    compare_with_plain(operator, cases.make(J=J, device=device, backend=backend, seed=J), backend)
 
 
 @each_run
 @pytest.mark.parametrize("T", (1, 16, 77, 80, 154, 231))
 def test_context_lengths(operator, backend, device, T):
     B = max(4, 64 // T)  # the largest error of a concept's few gates would be luck
-    compare_with_plain(operator, cases.make(B=B, T=T, device=device, seed=T), backend)
+    compare_with_plain(operator, cases.make(B=B, T=T, device=device, backend=backend, seed=T), backend)
 
 
 @each_run
@@ -92,12 +92,12 @@ def test_context_lengths(operator, backend, device, T):
     "sizes", [dict(B=1, D=1, J=1, H=1, d=1, N=1), dict(B=5, D=33, J=3, H=5, d=7, N=1), dict(B=2, D=7, H=2, d=40, N=65)]
 )
 def test_odd_sizes(operator, backend, device, sizes):
-    compare_with_plain(operator, cases.make(T=5, device=device, **sizes), backend)
+    compare_with_plain(operator, cases.make(T=5, device=device, backend=backend, **sizes), backend)
 
 
 @each_run
 def test_empty_batch(operator, backend, device):
-    case = cases.make(device=device)
+    case = cases.make(device=device, backend=backend)
     shared = ("targets", "weight", "outputs", "output_bias")  # what has no B
     arguments = {
         name: tensor if name.endswith(shared) else tensor[:0] for name, tensor in case.arguments(operator).items()
@@ -108,7 +108,7 @@ def test_empty_batch(operator, backend, device):
 
 @each_run
 def test_views_of_poisoned_memory(operator, backend, device):
-    case = cases.make(device=device, views=True)
+    case = cases.make(device=device, backend=backend, views=True)
     assert not case.query.is_contiguous() and torch.isnan(case.targets[0]).all()
     arguments = case.arguments(operator)
     dense = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in arguments.items()}
@@ -120,7 +120,7 @@ def test_views_of_poisoned_memory(operator, backend, device):
 @each_run
 def test_every_element_is_written(operator, backend, device):
     """Fresh memory is NaN in deterministic mode; nothing of it may be left in a result."""
-    arguments = cases.make(device=device).arguments(operator)
+    arguments = cases.make(device=device, backend=backend).arguments(operator)
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(1).isnan()
@@ -131,7 +131,7 @@ def test_every_element_is_written(operator, backend, device):
 
 @each_run
 def test_inputs_are_left_alone(operator, backend, device):
-    arguments = cases.make(device=device).arguments(operator)
+    arguments = cases.make(device=device, backend=backend).arguments(operator)
     before = {name: tensor.clone() for name, tensor in arguments.items()}
     call(operator, arguments, backend=backend)
     for name, tensor in arguments.items():
@@ -148,7 +148,7 @@ def leaves(operator, case):
 @each_run_in_float64
 @pytest.mark.parametrize("J", (0, 1, 3))
 def test_gradients_in_float64(operator, backend, device, J):
-    case = cases.make(B=2 if J == 1 else 4, T=3, D=4, J=J, H=2, d=2, N=2, dtype=torch.float64, device=device)
+    case = cases.make(B=2 if J == 1 else 4, T=3, D=4, J=J, H=2, d=2, N=2, dtype=torch.float64, device=device, backend=backend)
     arguments = leaves(operator, case)
     names = [name for name in DIFFERENTIABLE[operator] if arguments[name].numel()]
 
@@ -160,7 +160,7 @@ def test_gradients_in_float64(operator, backend, device, J):
 
 @each_run_in_float64
 def test_second_gradients_in_float64(operator, backend, device):
-    arguments = leaves(operator, cases.make(T=3, D=4, J=2, H=1, d=2, N=2, dtype=torch.float64, device=device))
+    arguments = leaves(operator, cases.make(T=3, D=4, J=2, H=1, d=2, N=2, dtype=torch.float64, device=device, backend=backend))
     names = DIFFERENTIABLE[operator]
 
     def function(*tensors):
@@ -195,7 +195,7 @@ def test_gradients_are_as_good_as_the_formula_s(operator, backend, device, dtype
     for results: kernels round weights and their derivatives to the dtype of the query before they multiply them, as
     tensor cores demand and as that formula does, and no gradient made from such products can be as good as the reference's.
     """
-    case = cases.make(J=J, dtype=dtype, device=device, views=views)
+    case = cases.make(J=J, dtype=dtype, device=device, backend=backend, views=views)
     same = "plain" if operator in ("edited_attention", "fused_edited_attention") else "reference"
     found = (gradients(operator, case, backend), gradients(operator, case, same))
     exact = gradients(operator, case.double(), "reference")
@@ -218,7 +218,7 @@ def concepts_of(name, case):
 @each_run
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_gradients_have_their_argument_dtype_and_skip_what_is_not_asked(operator, backend, device, dtype):
-    arguments = leaves(operator, cases.make(dtype=dtype, device=device))
+    arguments = leaves(operator, cases.make(dtype=dtype, device=device, backend=backend))
     frozen = DIFFERENTIABLE[operator][-1]
     arguments[frozen].requires_grad_(False)
     sum(result.float().sum() for result in call(operator, arguments, backend=backend)).backward()
@@ -235,7 +235,7 @@ def test_gradients_have_their_argument_dtype_and_skip_what_is_not_asked(operator
 
 @each_run
 def test_opcheck(operator, backend, device):
-    arguments = cases.positional(operator, leaves(operator, cases.make(T=4, D=5, J=2, H=2, d=4, N=3, device=device)))
+    arguments = cases.positional(operator, leaves(operator, cases.make(T=4, D=5, J=2, H=2, d=4, N=3, device=device, backend=backend)))
     outcome = torch.library.opcheck(cases.overload_of(operator, backend), arguments)
     assert set(outcome) == {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"}
     assert set(outcome.values()) == {"SUCCESS"}
@@ -248,7 +248,7 @@ OWN_DERIVATIVES = [
 
 @pytest.mark.parametrize("operator, backend, device", OWN_DERIVATIVES)
 def test_opcheck_of_own_derivatives(operator, backend, device):
-    arguments = cases.positional(operator, cases.make(T=4, D=5, J=2, H=2, d=4, N=3, device=device).arguments(operator))
+    arguments = cases.positional(operator, cases.make(T=4, D=5, J=2, H=2, d=4, N=3, device=device, backend=backend).arguments(operator))
     gradients = [torch.ones_like(result) for result in as_tuple(cases.overload_of(operator)(*arguments))]
     names = [argument.name for argument in cases.overload_of(operator)._schema.arguments]
     derivative = cases.overload_of(f"{operator}_backward", backend)
@@ -283,7 +283,7 @@ def test_compiles_to_one_graph_and_stays_compiled(operator, backend, device):
 
     with perfusion_kernels.use_backend(backend):
         for seed in range(3):
-            case = cases.make(device=device, seed=seed)
+            case = cases.make(device=device, backend=backend, seed=seed)
             arguments = {
                 name: tensor.nan_to_num(0.5) if tensor.is_floating_point() else tensor.roll(seed, 0)
                 for name, tensor in case.arguments(operator).items()
@@ -296,7 +296,7 @@ def test_compiles_to_one_graph_and_stays_compiled(operator, backend, device):
 @each_run
 def test_compiles_with_gradients(operator, backend, device):
     torch._dynamo.reset()
-    arguments, twin = (leaves(operator, cases.make(device=device)) for _ in range(2))
+    arguments, twin = (leaves(operator, cases.make(device=device, backend=backend)) for _ in range(2))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(arguments):
@@ -313,7 +313,7 @@ def test_compiles_with_gradients(operator, backend, device):
 )
 def test_compiles_with_inductor(backend, device):
     torch._dynamo.reset()
-    case = cases.make(device=device)
+    case = cases.make(device=device, backend=backend)
 
     @torch.compile(fullgraph=True)
     def block(query, edit, arguments):
@@ -330,7 +330,7 @@ def test_compiles_with_inductor(backend, device):
 @each_run
 def test_autocast(operator, backend, device):
     """Gates stay as they are without autocast; the others compute as if their inputs had its dtype."""
-    case = cases.make(device=device)
+    case = cases.make(device=device, backend=backend)
     with torch.autocast(device, torch.bfloat16):
         actual = call(operator, case.arguments(operator), backend=backend)
     if operator == "concept_gates":
@@ -349,7 +349,7 @@ def test_autocast(operator, backend, device):
 @each_run
 def test_autocast_backward_and_compile(operator, backend, device):
     torch._dynamo.reset()
-    arguments = leaves(operator, cases.make(device=device))
+    arguments = leaves(operator, cases.make(device=device, backend=backend))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(arguments):
@@ -369,7 +369,7 @@ def test_autocast_backward_and_compile(operator, backend, device):
 
 @each_run
 def test_vmap_is_refused_by_name(operator, backend, device):
-    arguments = cases.make(device=device).arguments(operator)
+    arguments = cases.make(device=device, backend=backend).arguments(operator)
     first = next(iter(arguments))
     with pytest.raises(NotImplementedError, match=f"{operator}: torch.vmap"):
         torch.vmap(lambda x: call(operator, {**arguments, first: x}, backend=backend))(arguments[first][None])
