@@ -32,3 +32,9 @@ def groups(index: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "all rows", torch.ones(index.shape[0], dtype=torch.bool, device=index.device)
     for slot in index[index >= 0].unique().tolist():
         yield f"slot {slot}", (index == slot).any(-1)
+
+
+def twice_rounded(dtype: torch.dtype) -> dict[str, float]:
+    """For assert_close: numbers of about 1 that differ by where 16 bits were rounded; its own tolerance for more bits."""
+    step = torch.finfo(dtype).eps
+    return dict(rtol=4 * step, atol=4 * step) if torch.finfo(dtype).bits == 16 else {}
