@@ -15,10 +15,10 @@ INDEX = (torch.int32,)
 
 def dtypes_beside(tensor: Tensor) -> tuple[torch.dtype, ...]:
     """What an argument may be that the operator combines with `tensor`: the same, or anything autocast casts."""
-    return FLOATING if _autocasts(tensor) else (tensor.dtype,)
+    return FLOATING if autocasts(tensor) else (tensor.dtype,)
 
 
-def _autocasts(tensor: Tensor) -> bool:
+def autocasts(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device; some, as "meta", have none."""
     if tensor.is_cpu:
         return torch.is_autocast_enabled("cpu")
@@ -49,7 +49,7 @@ def once(check: Callable[..., None]) -> Callable[..., None]:
         if torch.compiler.is_compiling() or not _PLAIN.issuperset(kinds) or arguments[0] is None:
             return check(*arguments)
         tensors = arguments if _NONE not in kinds else [x for x in arguments if x is not None]
-        key = (kinds, _autocasts(arguments[0]), *map(_shape, tensors), *map(_dtype, tensors), *map(_device, tensors))
+        key = (kinds, autocasts(arguments[0]), *map(_shape, tensors), *map(_dtype, tensors), *map(_device, tensors))
         if key not in passed:
             check(*arguments)
             if len(passed) >= REMEMBERED:

@@ -7,6 +7,7 @@ that exceed 2^30 are left to the C function, which refuses them too. tests/cuda_
 import torch
 from torch import Tensor
 
+from ..arguments import autocasts
 from . import library
 
 HALF = (torch.float16, torch.bfloat16)
@@ -42,6 +43,13 @@ def dtypes(supported: tuple[torch.dtype, ...], **tensors: Tensor | None) -> str 
     return None
 
 
+def halves(**tensors: Tensor | None) -> str | None:
+    """float16 or bfloat16, or what autocast makes that of."""
+    first = next(iter(tensors.values()))
+    cast = autocasts(first) and torch.get_autocast_dtype(first.device.type) in HALF
+    return dtypes((*HALF, torch.float32) if cast else HALF, **tensors)
+
+
 def concept_gates(encodings, targets, metric_targets, index, bias, temperature) -> str | None:
     if index.shape[1] > PLACES:
         return f"it takes J up to {PLACES}; got {index.shape[1]}"
@@ -52,7 +60,7 @@ def concept_gates(encodings, targets, metric_targets, index, bias, temperature) 
 
 def edited_projection(encodings, weight, gates, components, index, outputs, projected_targets) -> str | None:
     return (
-        dtypes(HALF, encodings=encodings, weight=weight)
+        halves(encodings=encodings, weight=weight)
         or at_least_one(D=encodings.shape[2])
         or dtypes((torch.float32,), gates=gates, components=components)
         or dtypes(NARROW, outputs=outputs, projected_targets=projected_targets)
@@ -63,12 +71,12 @@ def edited_projection_backward(gradient, *arguments_and_needs) -> str | None:
     *arguments, needs = arguments_and_needs
     if needs[1]:
         return "it has no derivative of weight"
-    return dtypes(HALF, gradient=gradient) or edited_projection(*arguments)
+    return halves(gradient=gradient) or edited_projection(*arguments)
 
 
 def edited_attention(query, key, value, *edit_and_scale) -> str | None:
     return (
-        dtypes(HALF, query=query, key=key, value=value)
+        halves(query=query, key=key, value=value)
         or edit_dtypes(*edit_and_scale[:-1])
         or head(query.shape[3], key.shape[1])
         or fits(attention_bytes(query.shape[3], key.shape[1], sides(*edit_and_scale)), query, key.shape[1])
@@ -78,7 +86,7 @@ def edited_attention(query, key, value, *edit_and_scale) -> str | None:
 def fused_edited_attention(query, encodings, key_weight, value_weight, *edit_and_scale) -> str | None:
     d, T = query.shape[3], encodings.shape[1]
     return (
-        dtypes(HALF, query=query, encodings=encodings, key_weight=key_weight, value_weight=value_weight)
+        halves(query=query, encodings=encodings, key_weight=key_weight, value_weight=value_weight)
         or edit_dtypes(*edit_and_scale[:-1])
         or at_least_one(D=encodings.shape[2])
         or head(d, T)
@@ -88,7 +96,7 @@ def fused_edited_attention(query, encodings, key_weight, value_weight, *edit_and
 
 def cross_attention_layer(hidden_states, query_weight, key, value, output_weight, output_bias, residual, scale) -> str | None:
     rest = dict(query_weight=query_weight, output_weight=output_weight, output_bias=output_bias, residual=residual)
-    refused = dtypes(HALF, hidden_states=hidden_states, key=key, value=value, **rest) or at_least_one(H=key.shape[2])
+    refused = halves(hidden_states=hidden_states, key=key, value=value, **rest) or at_least_one(H=key.shape[2])
     T, H, d = key.shape[1:]
     if refused or query_weight is None:  # absorbed: a head is C wide, and steps of its keys fit into any device's shared memory
         return refused or context(T)

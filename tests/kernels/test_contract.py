@@ -12,7 +12,7 @@ from .test_floor import call, each_run, gradients
 @each_run
 def test_equal_calls_give_equal_bits(operator, backend, device):
     """Slots that rows share included: no sum is left to chance, forward or backward."""
-    case = cases.make(J=2, S=3, T=11, H=1, N=5, device=device)
+    case = cases.make(J=2, S=3, T=11, H=1, N=5, device=device, backend=backend)
     results = [call(operator, case.arguments(operator), backend=backend) + gradients(operator, case, backend) for _ in range(2)]
     assert all(torch.equal(mine, other) for mine, other in zip(*results))
 
@@ -30,7 +30,7 @@ def test_one_graph_serves_any_number_of_rows(operator, backend, device):
     shared = ("targets", "weight", "outputs", "output_bias")  # what has no B
     with perfusion_kernels.use_backend(backend):
         for B in (2, 3, 5):
-            arguments = cases.make(B=B, T=5, D=6, H=1, N=3, device=device).arguments(operator)
+            arguments = cases.make(B=B, T=5, D=6, H=1, N=3, device=device, backend=backend).arguments(operator)
             for name, tensor in arguments.items():
                 if not name.endswith(shared):
                     torch._dynamo.mark_dynamic(tensor, 0)

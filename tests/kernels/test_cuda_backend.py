@@ -219,6 +219,14 @@ def test_attention_takes_what_is_compiled(gpu):
     assert attention(gpu, **dict.fromkeys(edit, lambda tensor: None)) is None
 
 
+def test_what_autocast_casts_is_taken():
+    """By the rule alone, for tensors in host memory: autocast for a GPU is off where there is none."""
+    assert refusals.halves(query=torch.empty(1)) == "it takes query in float16 or bfloat16; got float32"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert refusals.halves(query=torch.empty(1), key=None, value=torch.empty(1).half()) is None
+        assert refusals.halves(query=torch.empty(1).double()) == "it takes query in float16 or bfloat16 or float32; got float64"
+
+
 def test_gates_take_what_is_compiled(gpu):
     def refused(J=2, **changes):
         arguments = gpu(cases.make(J=J, D=4, T=3, B=1).arguments("concept_gates"))
