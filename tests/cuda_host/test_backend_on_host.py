@@ -9,17 +9,28 @@ import sys
 
 import pytest
 
+from perfusion_kernels.cuda import OPERATORS
+
 from .build import ROOT, build_torch_library
 
 FILES = ("floor", "contract", "concept_gates", "edited_projection", "cross_attention_layer")
 
 
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PERFUSION_CUDA_ON_HOST": str(build_torch_library("cuda"))}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_compiled_kernels_are_a_backend_like_any_other(name):
     """Nothing fails and nothing is skipped, in a process of its own: a backend stays registered."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda", f"tests/kernels/test_{name}.py"]
-    environment = {**os.environ, "PERFUSION_CUDA_ON_HOST": str(build_torch_library("cuda"))}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    ran = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda", f"tests/kernels/test_{name}.py")
     assert ran.returncode == 0, ran.stdout[-6000:]
     passed, others = re.search(r"(\d+) passed(.*) in ", ran.stdout.splitlines()[-1]).groups()
     assert int(passed) >= 5 and not re.search("skipped|xfailed", others)
+
+
+def test_the_doctor_tries_them():
+    script = "from tests.kernels import cuda_on_host; cuda_on_host.register(); from perfusion.cli import doctor; [*map(print, doctor.examine())]"
+    found = [line for line in run("-c", script).stdout.splitlines() if "cuda on cpu" in line]
+    assert len(found) == len(OPERATORS) and all(re.match(r"ok +operator +\w+ +cuda on cpu: largest error \d", line) for line in found)

@@ -30,7 +30,8 @@ OPTIONAL = {
     "tensorboard": "needed for training curves in a browser",
 }
 OLDEST_TORCH = (2, 10)
-TOLERANCE = 1e-3  # of float32 against float64, relative to the largest value; allows for tensor cores
+TOLERANCES = {32: 1e-3, 16: 1e-2}  # by bits, of results against float64, relative to the largest value; allows for tensor cores
+WIDE = ("targets", "metric_targets", "bias", "temperature", "gates", "components")  # never of 16 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,14 +168,15 @@ def _named(kernel: dict[str, Any]) -> str:
 
 
 def _operators(device: torch.device) -> Iterator[Finding]:
-    """Every operator of every backend, in float32, against the reference in float64."""
+    """Every operator of every backend, in float32 or, where kernels are compiled for 16 bits, in float16, against the reference in float64."""
     import torch
 
     import perfusion_kernels
 
     exact_inputs = _inputs(torch.device("cpu"), torch.float64)
-    inputs = _inputs(device, torch.float32)
     for backend in perfusion_kernels.available_backends():
+        dtype = torch.float16 if backend.name == "cuda" else torch.float32
+        inputs = _inputs(device, dtype)
         for name in backend.operators:
             try:
                 error = _difference(_run(name, inputs, backend.name), _run(name, exact_inputs, "reference"))
@@ -184,12 +186,12 @@ def _operators(device: torch.device) -> Iterator[Finding]:
             except Exception as reason:  # whatever it is, it is what the doctor was called for
                 yield Finding("operator", name, "bad", f"{backend.name} on {device.type}: {type(reason).__name__}: {reason}")
                 continue
-            state = "ok" if error <= TOLERANCE else "bad"  # NaN is not <= anything
+            state = "ok" if error <= TOLERANCES[torch.finfo(dtype).bits] else "bad"  # NaN is not <= anything
             yield Finding("operator", name, state, f"{backend.name} on {device.type}: largest error {error:.1e} of the largest value")
 
 
 def _inputs(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """A small case by argument name: two rows of a batch, one with two concepts and one with one."""
+    """A small case by argument name: two rows of a batch, one with two concepts and one with one. Its numbers have 16 bits in any dtype."""
     import torch
 
     import perfusion_kernels
@@ -197,7 +199,7 @@ def _inputs(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).half().double()
 
     rows, tokens, width, slots, heads, head_width, pixels = 2, 77, 64, 3, 2, 32, 64
     outputs = heads * head_width
@@ -210,13 +212,15 @@ def _inputs(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         **dict(encodings=encodings, targets=targets, metric_targets=targets, bias=bias, temperature=temperature),
         **dict(gates=gates, components=components, weight=draw(outputs, width), outputs=draw(slots, outputs)),
         **{name: draw(slots, outputs) for name in ("projected_targets", "key_outputs", "key_targets", "value_outputs", "value_targets")},
-        **{name: draw(outputs, width) / width**0.5 for name in ("key_weight", "value_weight")},
+        **{name: draw(outputs, width) / 8 for name in ("key_weight", "value_weight")},
         **{name: draw(rows, tokens, heads, head_width) for name in ("key", "value")},
         "query": draw(rows, pixels, heads, head_width),
         **{name: draw(rows, pixels, width) for name in ("hidden_states", "residual")},
-        **dict(query_weight=draw(outputs, width) / width**0.5, output_weight=draw(width, outputs), output_bias=draw(width)),
+        **dict(query_weight=draw(outputs, width) / 8, output_weight=draw(width, outputs), output_bias=draw(width)),
     }
-    return {"index": index.to(device), **{name: tensor.to(device, dtype) for name, tensor in inputs.items()}}
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    moved = {name: tensor.to(device, wide if name in WIDE else dtype) for name, tensor in inputs.items()}
+    return {"index": index.to(device), **moved}
 
 
 def _run(name: str, inputs: dict[str, Any], backend: str) -> tuple[torch.Tensor, ...]:
