@@ -59,6 +59,18 @@ def _edited(key: Tensor, value: Tensor, edit) -> tuple[Tensor, Tensor]:
     return tuple(_plus_rank_one(x.flatten(2), gates, components, index, o, p).unflatten(-1, x.shape[2:]) for x, o, p in pairs)
 
 
+def fused_edited_attention(query, encodings, key_weight, value_weight, *edit_and_scale):
+    return edited_attention(query, *_projected(query, encodings, key_weight, value_weight), *edit_and_scale)
+
+
+def expert_fused_edited_attention(query, encodings, key_weight, value_weight, *edit_and_scale):
+    return expert_edited_attention(query, *_projected(query, encodings, key_weight, value_weight), *edit_and_scale)
+
+
+def _projected(query: Tensor, encodings: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    return tuple(linear(encodings, weight).unflatten(-1, query.shape[2:]) for weight in weights)
+
+
 def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     heads_first = (x.transpose(1, 2) for x in (query, key, value))
     return scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)

@@ -74,7 +74,7 @@ stage memcheck-tests 40 compute-sanitizer --tool memcheck --error-exitcode 9 --t
 models=() rows=()
 for model in ${MODELS:-sd15 sdxl}; do models+=(--model "$model"); done
 for count in ${ROWS:-2 16}; do rows+=(--rows "$count"); done
-for suite in gates projection attention layer; do
+for suite in gates projection attention fused layer; do
   stage "bench-$suite" 60 "$python" bench/run.py --suite "$suite" "${models[@]}" "${rows[@]}" \
     --seconds "${SECONDS_EACH:-0.2}" --rounds 10 --out "$out/$suite.jsonl"
 done

@@ -72,7 +72,7 @@ def test_all_it_calls_is_there(tools, tmp_path):
     assert set(re.findall(r"^\S+: passed", ran.stdout, re.MULTILINE)) == {
         f"{stage}: passed"
         for stage in ("build", "example-build", "doctor", "example", "tests", "memcheck", "racecheck", "memcheck-tests")
-        + (*(f"bench-{suite}" for suite in ("gates", "projection", "attention", "layer", "overhead")), "choices")
+        + (*(f"bench-{suite}" for suite in ("gates", "projection", "attention", "fused", "layer", "overhead")), "choices")
     }
     for call in calls:
         for word in call.split():

@@ -9,10 +9,12 @@ import sys
 
 import pytest
 
+from bench import rows
 from perfusion_kernels.cuda import OPERATORS
 
 from .build import ROOT, build_torch_library
 
+REGISTER = "from tests.kernels import cuda_on_host; cuda_on_host.register()"
 FILES = ("floor", "contract", "concept_gates", "edited_projection", "cross_attention_layer")
 
 
@@ -31,6 +33,17 @@ def test_the_compiled_kernels_are_a_backend_like_any_other(name):
 
 
 def test_the_doctor_tries_them():
-    script = "from tests.kernels import cuda_on_host; cuda_on_host.register(); from perfusion.cli import doctor; [*map(print, doctor.examine())]"
+    script = f"{REGISTER}; from perfusion.cli import doctor; [*map(print, doctor.examine())]"
     found = [line for line in run("-c", script).stdout.splitlines() if "cuda on cpu" in line]
     assert len(found) == len(OPERATORS) and all(re.match(r"ok +operator +\w+ +cuda on cpu: largest error \d", line) for line in found)
+
+
+def test_benchmarks_admit_them(tmp_path):
+    """In the run whose rows would hold times, their results pass the gate, in every suite of an operator and in each form."""
+    suites = ("gates", "projection", "attention", "fused", "layer")
+    options = [*("--quick", "--dtype", "float16", "--out", str(tmp_path / "rows.jsonl")), *(f"--suite={suite}" for suite in suites)]
+    ran = run("-c", f"{REGISTER}; import runpy, sys; sys.argv[1:] = {options}; runpy.run_path('bench/run.py', run_name='__main__')")
+    assert ran.returncode == 0, ran.stderr
+    mine = {(row["suite"], row["provider"]): row["gate"] for row in rows.read(tmp_path / "rows.jsonl") if row["provider"].startswith("cuda")}
+    assert mine.pop(("projection", "cuda fused")) == "not passed"  # which is Triton's alone
+    assert mine == dict.fromkeys([*((suite, "cuda") for suite in suites), ("layer", "cuda absorbed")], "passed")

@@ -1,0 +1,27 @@
+"""`fused_edited_attention`: the core of one layer, of encodings that change at every step, projected and edited on the way."""
+
+from collections.abc import Iterator
+
+from bench import formulas
+from bench.measure import Options, Problem
+from bench.providers import formula, library, ours
+from bench.suites.draw import T, case, problem, unets
+from tests.kernels import cases
+
+
+def problems(options: Options) -> Iterator[Problem]:
+    for model, layers, D, B in unets(options):
+        for layer in layers:
+            N, H, d = layer.N, layer.H, layer.d
+            one = case(options, B=B, D=D, J=1, H=H, d=d, N=N)
+            arguments, scale = one.arguments("fused_edited_attention"), d**-0.5
+            positional = cases.positional("fused_edited_attention", arguments, scale)
+            contestants = [
+                *ours("fused_edited_attention", arguments, scale=scale),
+                *library(lambda positional=positional: formulas.expert_fused_edited_attention(*positional)),
+                *formula("fused_edited_attention", positional),
+            ]
+            name = f"{model}, {B} rows, N = {N}, d = {d}"
+            yield problem(
+                name, "fused_edited_attention", arguments, scale, one.index, options, contestants, B=B, N=N, T=T, D=D, H=H, d=d, J=1
+            )
