@@ -84,7 +84,7 @@ def test_all_it_calls_is_there(tools, tmp_path):
     from bench.run import parse  # what it passes is understood
 
     options = [call.split()[2:] for call in calls if "bench/run.py" in call]
-    assert [parse(each).suite for each in options] == [["gates"], ["projection"], ["attention"], ["layer"], ["overhead"]]
+    assert [parse(each).suite for each in options] == [["gates"], ["projection"], ["attention"], ["fused"], ["layer"], ["overhead"]]
     (choices,) = (call for call in calls if "bench/choices.py" in call)
     assert choices == f"python3 bench/choices.py --out {tmp_path}/out {tmp_path}/out/layer.jsonl"
     pytest_calls = [call for call in calls if "-m pytest" in call]
