@@ -168,7 +168,7 @@ def _named(kernel: dict[str, Any]) -> str:
 
 
 def _operators(device: torch.device) -> Iterator[Finding]:
-    """Every operator of every backend against the reference in float64: in float32, and in float16 where kernels are compiled for 16 bits."""
+    """Every operator of every backend against the reference in float64: in float32, or in float16, which compiled kernels take."""
     import torch
 
     import perfusion_kernels
