@@ -58,7 +58,7 @@ class Choice:
 
     @property
     def why(self) -> str:
-        compared = self.against if self.ratio is None else f"takes {self.ratio:.2f} of the time of {self.against}"
+        compared = self.against if self.ratio is None else f"takes {self.ratio:.2f} times as long as {self.against}"
         return f"{OUTCOMES[self.operator][0]} {compared}"
 
     def __str__(self) -> str:

@@ -110,7 +110,7 @@ def test_the_command_writes_what_the_package_reads(tmp_path):
     assert (row.device, row.dtype, row.torch, row.commit) == ("NVIDIA H200", "bfloat16", "2.13.0", "0123456789ab")
     line = (tmp_path / "out/choices.md").read_text().splitlines()[-1]
     assert line == (
-        "| NVIDIA H200 | edited_projection | bfloat16 | B = 2, T = 77, D = 768, O = 12480 | cuda | cuda takes 0.50 of the time of triton"
+        "| NVIDIA H200 | edited_projection | bfloat16 | B = 2, T = 77, D = 768, O = 12480 | cuda | cuda takes 0.50 times as long as triton"
         " | 30 | 2026-01-02, torch 2.13.0, 0123456789ab |"
     )
 

@@ -69,7 +69,7 @@ def test_what_it_asks_for_and_prints(warmed):
     assert (warmed["rows"], warmed["concepts"], warmed["gradients"], warmed["device"]) == (4, 3, True, "cuda")
     first, choice, reason, last = result.stdout.splitlines()
     assert first == "edited_attention 2 64: BLOCK_N 64, num_warps 4"
-    assert choice == "edited_projection float16 B = 2, T = 77, D = 768, O = 12480: cuda; cuda takes 0.91 of the time of baddbmm"
+    assert choice == "edited_projection float16 B = 2, T = 77, D = 768, O = 12480: cuda; cuda takes 0.91 times as long as baddbmm"
     assert reason == "note: a reason"
     assert last.startswith(f"1 launches for {len(warmed['layers'])} layers of toybox, 4 rows, on a GPU; ")
 
