@@ -41,12 +41,12 @@ MUTANTS = {  # name: (file, what stands there, what the mutant has, what notices
 @pytest.fixture
 def package(tmp_path):
     """Loads Triton's modules anew, those found in tmp_path from there; Triton reads sources from files."""
-    name = f"mutant_{tmp_path.name}"
+    name = f"perfusion_kernels.mutant_{tmp_path.name}"  # beside the package that it is a copy of, which relative imports lead to
     package = types.ModuleType(name)
     package.__path__ = [str(tmp_path), str(SOURCES)]
     sys.modules[name] = package
     yield lambda module: importlib.import_module(f"{name}.{module}")
-    for module in [module for module in sys.modules if module.split(".")[0] == name]:
+    for module in [module for module in sys.modules if f"{module}.".startswith(f"{name}.")]:
         del sys.modules[module]
 
 
