@@ -18,6 +18,9 @@ constexpr int attention_groups[] = {5, 10, 16};  // of 16 keys
   CASE(160)                              \
   /* the end */
 
+// Of a thread that has the scores of all keys, at most or nearly: what ptxas takes, in docs/kernels-cuda.md.
+inline int attention_registers(int64_t T) { return T <= 80 ? 168 : 255; }
+
 // The smallest that holds T keys; 0 if none does.
 inline int attention_groups_for(int64_t T) {
   for (int groups : attention_groups) {

@@ -92,10 +92,10 @@ perfusion_status plan_cross_attention_layer(const perfusion_cross_attention_laye
                 absorbed ? "steps of one head's keys" : "K and V of one head and a step of the query's projection",
                 device.shared_per_block, static_cast<long long>(p.T), static_cast<long long>(absorbed ? p.C : p.d), plan->bytes);
   }
-  // A block for every place on the chip, while there are tiles: each loads K and V once. Absorbed keys are not kept, so all tiles
+  // As many blocks as the chip runs at once, while there are tiles: each loads K and V once. Absorbed keys are not kept, so all tiles
   // may as well have blocks of their own.
-  const int64_t places = int64_t{device.multiprocessors} * std::max(1, device.shared_per_multiprocessor / (plan->bytes + 1024));
-  const int64_t tiles = in_tiles(p.N, plan->rows), wanted = std::max<int64_t>(1, in_tiles(places, heads));
+  const int64_t tiles = in_tiles(p.N, plan->rows);
+  const int64_t wanted = std::max<int64_t>(1, seats(device, 32 * layer_warps, plan->bytes, attention_registers(p.T)) / heads);
   plan->splits = static_cast<int>(absorbed || single_tile(groups) ? tiles : std::min(tiles, wanted));
   plan->blocks = heads * plan->splits;
 

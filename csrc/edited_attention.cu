@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "attention_widths.h"
 #include "edited_attention_instances.cuh"
 
 namespace perfusion {
@@ -84,11 +85,12 @@ perfusion_status plan_edited_attention(const perfusion_edited_attention_params& 
                 device.shared_per_block, static_cast<long long>(p.T), static_cast<long long>(p.d),
                 static_cast<long long>(plan->bytes));
   }
-  // A block for every seat on the chip, while there are tiles to share out: each block loads K and V once more.
-  const int64_t seats = int64_t{device.multiprocessors} * std::max(1, device.shared_per_multiprocessor / (plan->bytes + 1024));
+  // As many blocks as the chip runs at once, while there are tiles to share out: each loads K and V once more, and one that had to
+  // wait for a seat would take as long again.
   const int64_t tiles = (p.N + query_rows - 1) / query_rows, heads = p.B * p.H;
   const int64_t useful = (tiles + plan->warps - 1) / plan->warps;
-  plan->splits = static_cast<int>(std::max<int64_t>(1, std::min(useful, (seats + heads - 1) / heads)));
+  const int64_t at_once = seats(device, 32 * plan->warps, plan->bytes, attention_registers(p.T));
+  plan->splits = static_cast<int>(std::max<int64_t>(1, std::min(useful, at_once / heads)));
 
   plan->wide_query = wide_rows(p.query, 4);
   plan->wide_key = wide_rows(p.key, 4);

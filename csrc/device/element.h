@@ -25,4 +25,12 @@ struct Device {
   int shared_per_multiprocessor;  // bytes
 };
 
+// Blocks that the device runs at once: as many as shared memory has room for, a KB of which each block takes beside its own, and
+// registers, 65,536 a multiprocessor.
+inline int64_t seats(const Device& device, int threads, int bytes, int registers = 168) {
+  const int by_memory = device.shared_per_multiprocessor / (bytes + 1024), by_registers = 65536 / (registers * threads);
+  const int each = by_memory < by_registers ? by_memory : by_registers;
+  return int64_t{device.multiprocessors} * (each > 1 ? each : 1);
+}
+
 }  // namespace perfusion

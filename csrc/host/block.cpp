@@ -10,12 +10,9 @@ namespace perfusion::host {
 
 namespace {
 
-// Blocks that the machine has at once: as shared memory allows, and registers, if a thread takes 168.
-int places(int threads, int bytes) {
-  const Machine& here = machine();
-  if (here.cache == 0) return 1;
-  const int by_memory = here.device.shared_per_multiprocessor / (bytes + 1024), by_registers = 65536 / (168 * threads);
-  return std::max(1, here.device.multiprocessors) * std::max(1, std::min(by_memory, by_registers));
+int64_t blocks_at_once(int threads, int bytes) {
+  const int64_t on_the_machine = seats(machine().device, threads, bytes);
+  return machine().cache == 0 || on_the_machine < 1 ? 1 : on_the_machine;
 }
 
 }  // namespace
@@ -26,7 +23,7 @@ Block::Block(int64_t index, int threads, int bytes)
 }
 
 Run::Run(int threads, int bytes, const std::function<void()>& kernel)
-    : kernel(kernel), threads(threads), bytes(bytes), at_once(places(threads, bytes)), cache(machine().cache), order(threads) {
+    : kernel(kernel), threads(threads), bytes(bytes), at_once(blocks_at_once(threads, bytes)), cache(machine().cache), order(threads) {
   std::iota(order.begin(), order.end(), 0);
   if (machine().order == Order::backward) std::reverse(order.begin(), order.end());
   become(scheduler);
@@ -122,7 +119,7 @@ bool Run::advance(Block& block) {
 
 // A block is not ordered before another.
 void Run::run_blocks(int64_t count) {
-  for (int64_t i = 0; i < count && message.empty(); i += at_once) run_together(i, std::min<int64_t>(at_once, count - i));
+  for (int64_t i = 0; i < count && message.empty(); i += at_once) run_together(i, std::min(at_once, count - i));
   order_after(&ended);
 }
 

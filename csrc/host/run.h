@@ -92,7 +92,7 @@ class Run {
 
   const std::function<void()>& kernel;
   const int threads, bytes;
-  const int at_once;  // blocks
+  const int64_t at_once;  // blocks
   int lane = 0;
   std::string message;
   Cache cache;

@@ -6,6 +6,9 @@ What mutants are killed by stands in functions `check_…(host)`: test_mutants.p
 import pytest
 import torch
 
+from bench import floors
+from bench.kernels.traffic_matrix import CHIPS
+
 from ..kernels import cases
 from .host import Refused, compare
 
@@ -199,6 +202,20 @@ def test_bytes(host):
     assert counted["read_narrow"] == counted["written_narrow"] == 0
     assert least <= counted["read_wide"] <= 1.1 * least
     assert counted["written_wide"] == 2 * case.query.numel()
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("rows", (1, 2, 16))
+@pytest.mark.parametrize("layer", sum(floors.UNETS.values(), ()), ids=lambda layer: f"N={layer.N}, d={layer.d}")
+def test_no_block_waits_for_a_seat_and_half_are_taken(host, layer, rows, chip):
+    """Where heads share the chip out: what waited would take as long again, and a free multiprocessor does nothing."""
+    machine, H, d = CHIPS[chip], layer.H, layer.d
+    host.configure(machine.multiprocessors, machine.shared_per_block, shared_per_multiprocessor=machine.shared_per_multiprocessor)
+    plan = host.module.plan_edited_attention(dict(B=rows, N=layer.N, T=77, H=H, d=d), {})
+    each = min(machine.shared_per_multiprocessor // (plan["bytes"] + 1024), 65536 // (168 * 32 * plan["warps"]))
+    seats, heads, most = machine.multiprocessors * max(1, each), rows * H, -(-layer.N // (16 * plan["warps"]))
+    assert plan["splits"] == 1 or heads * plan["splits"] <= seats
+    assert heads * plan["splits"] > seats / 2 or plan["splits"] == most
 
 
 @pytest.mark.parametrize("d, T", [(40, 77), (64, 80), (160, 154)])
