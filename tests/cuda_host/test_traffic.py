@@ -68,4 +68,5 @@ def test_the_committed_table_is_of_these_kernels(host):
     table = traffic_matrix.committed()
     for cell in counted_again(host):
         asked, moved = table[cell.case, cell.launch][cell.chip]
-        assert (cell.asked / cell.least, cell.moved / cell.least) == pytest.approx((asked, moved), abs=6e-4), cell
+        assert cell.asked / cell.least == pytest.approx(asked, abs=6e-4), cell
+        assert cell.moved / cell.least == pytest.approx(moved, abs=0.01), cell  # where tensors begin decides which lines they share
