@@ -10,36 +10,8 @@ from torch._dynamo.utils import counters
 
 from perfusion.base import UnsupportedPipeline, cross_attention_layers, describe_base
 from perfusion.handle import attach
-from tests.perfusion.editing import PLAIN, PROMPTS, attached_to, check_rows, draw, guided, hooks_of, make_concept, seen, unguided, use
+from tests.perfusion.editing import PLAIN, PROMPTS, check_rows, draw, guided, hooks_of, make_concept, seen, unguided, use
 from tests.perfusion.tiny import SMALL, tiny_sd
-
-
-@pytest.fixture(scope="module")
-def sd():
-    pipe = tiny_sd()
-    draw(pipe, "a cat")  # transformers sets hooks of its own at the first call
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def teddy(sd):
-    return make_concept(describe_base(sd), "teddy")
-
-
-@pytest.fixture
-def attached(sd, teddy):
-    """The shared pipeline, attached, with <teddy>; a test that leaves a hook fails."""
-    with attached_to(sd, teddy) as handle:
-        yield handle
-
-
-@pytest.fixture
-def fresh(teddy):
-    """A pipeline of its own, attached, for tests that change its weights or modules."""
-    pipe = tiny_sd()
-    with attach(pipe) as handle:
-        handle.load(teddy)
-        yield pipe
 
 
 def test_attention_slicing_and_default_processors_on_and_off(attached, sd, teddy):
