@@ -14,6 +14,11 @@ if not torch.cuda.is_available():
     assert "triton" not in sys.modules, "Triton was imported before its interpreter could be asked for"
     os.environ["TRITON_INTERPRET"] = "1"
 
+if "PERFUSION_CUDA_ON_HOST" in os.environ:
+    from .kernels import cuda_on_host  # which imports Triton
+
+    cuda_on_host.register()
+
 
 def pytest_configure() -> None:
     # a shell's background job starts with SIGINT ignored, and Python then leaves Ctrl-C ignored, too

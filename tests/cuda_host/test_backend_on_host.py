@@ -32,6 +32,16 @@ def test_the_compiled_kernels_are_a_backend_like_any_other(name):
     assert int(passed) >= 5 and not re.search("skipped|xfailed", others)
 
 
+def test_pipelines_take_them():
+    """Gates of every prompt are the compiled kernel's, which is the first choice where it runs."""
+    asked = "select('concept_gates', [*cases.make().arguments('concept_gates').values()])"
+    script = f"{REGISTER}; from tests.kernels import cases; from perfusion_kernels.backend import select; print({asked})"
+    assert run("-c", script).stdout.split()[-1] == "perfusion_kernels.concept_gates.cuda"
+    ran = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/perfusion/test_pipelines.py")
+    assert ran.returncode == 0, ran.stdout[-6000:]
+    assert re.fullmatch(r"\d+ passed.*", ran.stdout.splitlines()[-1]) and "skipped" not in ran.stdout.splitlines()[-1]
+
+
 def test_the_doctor_tries_them():
     script = f"{REGISTER}; from perfusion.cli import doctor; [*map(print, doctor.examine())]"
     found = [line for line in run("-c", script).stdout.splitlines() if "cuda on cpu" in line]

@@ -1,6 +1,7 @@
 """The compiled kernels as a backend for tensors in host memory, so that what holds for a backend is tried with them where there is no GPU.
 
-    PERFUSION_CUDA_ON_HOST=FILE pytest tests/kernels -k cuda
+    PERFUSION_CUDA_ON_HOST=FILE pytest tests/kernels -k cuda        what every backend must do
+    PERFUSION_CUDA_ON_HOST=FILE pytest tests/perfusion              pipelines and training, with compiled gates
 
 FILE is the library of csrc/torch over csrc/host/, with its operators' overloads named "cuda" (tests/cuda_host/build.py).
 """
