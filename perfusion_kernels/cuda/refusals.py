@@ -45,9 +45,12 @@ def dtypes(supported: tuple[torch.dtype, ...], **tensors: Tensor | None) -> str 
 
 def halves(**tensors: Tensor | None) -> str | None:
     """float16 or bfloat16, or what autocast makes that of."""
+    refused = dtypes(HALF, **tensors)
+    if refused is None:  # which spares ordinary calls the question
+        return None
     first = next(iter(tensors.values()))
     cast = autocasts(first) and torch.get_autocast_dtype(first.device.type) in HALF
-    return dtypes((*HALF, torch.float32) if cast else HALF, **tensors)
+    return dtypes((*HALF, torch.float32), **tensors) if cast else refused
 
 
 def concept_gates(encodings, targets, metric_targets, index, bias, temperature) -> str | None:
