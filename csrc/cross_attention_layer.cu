@@ -103,6 +103,8 @@ perfusion_status plan_cross_attention_layer(const perfusion_cross_attention_laye
   plan->second_rows = sums * in_tiles(tokens, tall) * across < device.multiprocessors ? flat : tall;
   plan->second_blocks = sums * in_tiles(tokens, plan->second_rows) * across;
   plan->second_bytes = project_bytes(absorbed, plan->second_rows);
+  const int64_t weights = absorbed ? p.B * p.T * p.H * p.C : p.C * p.H * p.d;
+  plan->streamed_output = workspace_bytes(p) + 2 * (weights + p.B * p.N * p.C) > device.cache;
 
   plan->wide_hidden_states = wide_rows(p.hidden_states, 3);
   plan->wide_query_weight = wide_rows(p.query_weight, 2);

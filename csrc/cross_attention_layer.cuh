@@ -7,6 +7,8 @@
 //            (of more than 80 keys two warps have half each, and exchange maxima and sums through shared memory)
 //   project  attended · W_Oᵀ, or weights · V' of the row, [64, 64] a block, + bias + residual, added in float32 ──► output
 //
+// What the second launch asks for once, the residual, leaves the cache to what all blocks read, W_O or V'; so do outputs that would
+// not stay in any case.
 // Absorbed heads are C wide, and nothing of that width is ever resident: both products stream it.
 #pragma once
 
@@ -210,22 +212,22 @@ PERFUSION_DEVICE void add_and_store(const float (&c)[Tile::m][Tile::n][4], float
     float x[8], more[8];
     PERFUSION_UNROLL
     for (int e = 0; e < 8; ++e) x[e] = sums[i / pieces * pitch + i % pieces * 8 + e];
-    const auto add = [&](const perfusion_tensor& summand, int64_t offset, int64_t stride, bool wide) {
+    const auto add = [&](const perfusion_tensor& summand, int64_t offset, int64_t stride, bool wide, bool streamed) {
       if (summand.data == nullptr) return;
-      load_eight(more, static_cast<const Element*>(summand.data) + offset + from * stride, stride, count, wide);
+      load_eight(more, static_cast<const Element*>(summand.data) + offset + from * stride, stride, count, wide, streamed);
       PERFUSION_UNROLL
       for (int e = 0; e < 8; ++e) x[e] += more[e];
     };
     const perfusion_tensor &bias = p.output_bias, &residual = p.residual;
-    add(bias, 0, bias.strides[0], plan.wide_bias);
-    add(residual, b * residual.strides[0] + n * residual.strides[1], residual.strides[2], plan.wide_residual);
+    add(bias, 0, bias.strides[0], plan.wide_bias, false);
+    add(residual, b * residual.strides[0] + n * residual.strides[1], residual.strides[2], plan.wide_residual, true);
     Words words;
     PERFUSION_UNROLL
     for (int e = 0; e < 4; ++e) words.word[e] = pack<Element>(x[2 * e], x[2 * e + 1]);
     const perfusion_tensor& y = p.output;
     Element* to = static_cast<Element*>(y.data) + b * y.strides[0] + n * y.strides[1] + from * y.strides[2];
     if (plan.wide_output && count == 8) {
-      store(reinterpret_cast<Words*>(to), words);
+      store(reinterpret_cast<Words*>(to), words, plan.streamed_output);
     } else {
       scatter(to, y.strides[2], words, count);
     }

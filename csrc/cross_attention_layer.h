@@ -44,6 +44,7 @@ struct CrossAttentionLayerPlan {
   int bytes, second_bytes;        // of shared memory
   int64_t blocks, second_blocks;
   bool wide_hidden_states, wide_query_weight, wide_key, wide_value, wide_output_weight, wide_bias, wide_residual, wide_output;
+  bool streamed_output;  // would not stay in the cache, and so makes room in it
 };
 
 // PERFUSION_UNSUPPORTED if K and V of one head do not fit into the device's shared memory, beside a step of the query's projection.

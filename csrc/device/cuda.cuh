@@ -123,6 +123,12 @@ PERFUSION_DEVICE Words load(const Words* pointer) {
   return {{x.x, x.y, x.z, x.w}};
 }
 
+PERFUSION_DEVICE Words load(const Words* pointer, bool streamed) {
+  if (!streamed) return load(pointer);
+  const uint4 x = __ldcs(reinterpret_cast<const uint4*>(pointer));
+  return {{x.x, x.y, x.z, x.w}};
+}
+
 template <class T>
 PERFUSION_DEVICE void store(T* pointer, const T& x) {
   *pointer = x;
@@ -134,6 +140,11 @@ PERFUSION_DEVICE void store(Words* pointer, const Words& x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(pointer)), "r"(x.word[0]), "r"(x.word[1]),
                "r"(x.word[2]), "r"(x.word[3])
                : "memory");
+}
+
+PERFUSION_DEVICE void store(Words* pointer, const Words& x, bool streamed) {
+  if (!streamed) return store(pointer, x);
+  __stcs(reinterpret_cast<uint4*>(pointer), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
 }
 
 PERFUSION_DEVICE float word_as_float(uint32_t word) { return __uint_as_float(word); }
@@ -179,6 +190,7 @@ inline perfusion_status device(const char* operation, Device* result) {
       {cudaDevAttrMultiProcessorCount, &result->multiprocessors},
       {cudaDevAttrMaxSharedMemoryPerBlockOptin, &result->shared_per_block},
       {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &result->shared_per_multiprocessor},
+      {cudaDevAttrL2CacheSize, &result->cache},
   };
   for (const auto& each : wanted) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(each.value, each.attribute, ordinal);

@@ -23,6 +23,7 @@ struct Device {
   int multiprocessors;
   int shared_per_block;           // bytes, with opt-in
   int shared_per_multiprocessor;  // bytes
+  int cache;                      // bytes, of the second level
 };
 
 // Blocks that the device runs at once: as many as shared memory has room for, a KB of which each block takes beside its own, and

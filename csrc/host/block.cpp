@@ -12,7 +12,7 @@ namespace {
 
 int64_t blocks_at_once(int threads, int bytes) {
   const int64_t on_the_machine = seats(machine().device, threads, bytes);
-  return machine().cache == 0 || on_the_machine < 1 ? 1 : on_the_machine;
+  return machine().device.cache == 0 || on_the_machine < 1 ? 1 : on_the_machine;
 }
 
 }  // namespace
@@ -23,7 +23,7 @@ Block::Block(int64_t index, int threads, int bytes)
 }
 
 Run::Run(int threads, int bytes, const std::function<void()>& kernel)
-    : kernel(kernel), threads(threads), bytes(bytes), at_once(blocks_at_once(threads, bytes)), cache(machine().cache), order(threads) {
+    : kernel(kernel), threads(threads), bytes(bytes), at_once(blocks_at_once(threads, bytes)), cache(machine().device.cache), order(threads) {
   std::iota(order.begin(), order.end(), 0);
   if (machine().order == Order::backward) std::reverse(order.begin(), order.end());
   become(scheduler);
@@ -138,10 +138,10 @@ Machine& machine() {
   return one;
 }
 
-void count(bool written, const void* address, int bytes) {
+void count(bool written, const void* address, int bytes, bool streamed) {
   Machine& one = machine();
   (written ? bytes == 16 ? one.written_wide : one.written_narrow : bytes == 16 ? one.read_wide : one.read_narrow) += bytes;
-  if (one.cache) here().cache.access(address, bytes, written);
+  if (one.device.cache) here().cache.access(address, bytes, written, streamed);
 }
 
 std::string run(int64_t blocks, int threads, int bytes, const std::function<void()>& kernel) {
@@ -152,7 +152,7 @@ std::string run(int64_t blocks, int threads, int bytes, const std::function<void
   run.run_blocks(blocks);
   Run::current() = nullptr;
   run.cache.empty();
-  if (machine().cache) machine().traffic.push_back({run.cache.asked, run.cache.read, run.cache.written});
+  if (machine().device.cache) machine().traffic.push_back({run.cache.asked, run.cache.read, run.cache.written});
   return run.message;
 }
 

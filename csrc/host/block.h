@@ -23,9 +23,8 @@ enum class Order { forward, backward, shuffled };  // which of the threads that 
 
 // What the run may be told, and what it tells.
 struct Machine {
-  Device device{2, 232448, 233472};
+  Device device{2, 232448, 233472, 0};  // its cache is empty before each launch; without one, no traffic is counted
   Order order = Order::forward;
-  int64_t cache = 0;  // bytes of the second-level cache, which is empty before each launch; 0: no traffic is counted
   uint64_t read_wide = 0, read_narrow = 0;        // bytes of global memory, in accesses of 16 bytes and in smaller ones
   uint64_t written_wide = 0, written_narrow = 0;  // the same
   std::vector<Traffic> traffic;                   // of each launch
@@ -40,7 +39,7 @@ Machine& machine();  // of this OS thread
 std::string run(int64_t blocks, int threads, int bytes, const std::function<void()>& kernel);
 
 // Every access to global memory comes by here.
-void count(bool written, const void* address, int bytes);
+void count(bool written, const void* address, int bytes, bool streamed = false);
 
 // Of the fiber that runs.
 int thread();

@@ -1,12 +1,21 @@
 #include "cache.h"
 
+#include <algorithm>
+
 namespace perfusion::host {
 
-void Cache::access(const void* address, int bytes, bool write) {
+Cache::Cache(int64_t bytes) {
+  const size_t all = bytes / line_bytes;
+  while (2 * least_ways * sets <= all) sets *= 2;
+  ways = all / sets;
+  lines.resize(sets * ways);
+}
+
+void Cache::access(const void* address, int bytes, bool write, bool streamed) {
   const auto first = reinterpret_cast<uint64_t>(address);
   asked += bytes;
   for (uint64_t sector = first / sector_bytes; sector <= (first + bytes - 1) / sector_bytes; ++sector) {
-    Line& line = use(sector * sector_bytes / line_bytes);
+    Line& line = use(sector * sector_bytes / line_bytes, streamed);
     const uint8_t bit = 1 << sector % (line_bytes / sector_bytes);
     if (!(line.held & bit) && !write) read += sector_bytes;  // a store brings nothing: the cache knows which bytes it has
     line.held |= bit;
@@ -14,26 +23,29 @@ void Cache::access(const void* address, int bytes, bool write) {
   }
 }
 
-Cache::Line& Cache::use(uint64_t number) {
-  const auto found = places.find(number);
-  if (found != places.end()) {
-    lines.splice(lines.begin(), lines, found->second);
-  } else {
-    if (lines.size() >= capacity) drop_oldest();
-    lines.push_front({number});
-    places[number] = lines.begin();
+Cache::Line& Cache::use(uint64_t number, bool streamed) {
+  // neighbours lie in different sets, and rows of a matrix are not crowded into a few
+  const uint64_t mixed = number ^ number / sets * 0x9e3779b97f4a7c15 >> 32;
+  const auto set = lines.begin() + mixed % sets * ways, end = set + ways;
+  auto line = std::find_if(set, end, [&](const Line& each) { return each.number == number; });
+  if (line == end) {
+    while (line != set && !line[-1].streamed) --line;
+    line = line == set ? end - 1 : line - 1;
+    drop(*line);
+    *line = {number};
   }
-  return lines.front();
+  line->streamed = streamed;
+  std::rotate(set, line, line + 1);
+  return *set;
 }
 
-void Cache::drop_oldest() {
-  for (int bits = lines.back().changed; bits; bits &= bits - 1) written += sector_bytes;
-  places.erase(lines.back().number);
-  lines.pop_back();
+void Cache::drop(Line& line) {
+  for (int bits = line.changed; bits; bits &= bits - 1) written += sector_bytes;
+  line = {};
 }
 
 void Cache::empty() {
-  while (!lines.empty()) drop_oldest();
+  for (Line& line : lines) drop(line);
 }
 
 }  // namespace perfusion::host

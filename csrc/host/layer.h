@@ -96,10 +96,22 @@ inline T load(const T* pointer) {
   return *pointer;
 }
 
+inline Words load(const Words* pointer, bool streamed) {
+  require_alignment(pointer, "load");
+  host::count(false, pointer, sizeof(Words), streamed);
+  return *pointer;
+}
+
 template <class T>
 inline void store(T* pointer, const T& x) {
   if (sizeof(T) == 16) require_alignment(pointer, "store");
   host::count(true, pointer, sizeof(T));
+  *pointer = x;
+}
+
+inline void store(Words* pointer, const Words& x, bool streamed) {
+  require_alignment(pointer, "store");
+  host::count(true, pointer, sizeof(Words), streamed);
   *pointer = x;
 }
 

@@ -172,19 +172,20 @@ py::dict layer_plan(const py::dict& sizes, const py::dict& tensors) {
                              {"bytes", made.bytes}, {"second_bytes", made.second_bytes}}) {
     result[name] = value;
   }
+  result["streamed_output"] = made.streamed_output;
   result["blocks"] = made.blocks;
   result["second_blocks"] = made.second_blocks;
   return result;
 }
 
-void configure(int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int order, int64_t cache) {
+void configure(int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int order, int cache) {
   host::Machine& machine = host::machine();
   machine = host::Machine{};
   machine.device.multiprocessors = multiprocessors;
   machine.device.shared_per_block = shared_per_block;
   machine.device.shared_per_multiprocessor = shared_per_multiprocessor;
+  machine.device.cache = cache;
   machine.order = static_cast<host::Order>(order);
-  machine.cache = cache;
 }
 
 py::dict counted() {
@@ -201,10 +202,13 @@ py::dict counted() {
   return result;
 }
 
-// (asked, read, written) after accesses (address, bytes, written), the cache emptied if that is wanted.
-std::tuple<uint64_t, uint64_t, uint64_t> cached(int64_t bytes, const std::vector<std::tuple<uintptr_t, int, bool>>& accesses, bool emptied) {
+// (asked, read, written) after accesses (address, bytes, written, streamed), the cache emptied if that is wanted.
+std::tuple<uint64_t, uint64_t, uint64_t> cached(int64_t bytes, const std::vector<std::tuple<uintptr_t, int, bool, bool>>& accesses,
+                                               bool emptied) {
   host::Cache cache(bytes);
-  for (auto [address, size, written] : accesses) cache.access(reinterpret_cast<const void*>(address), size, written);
+  for (auto [address, size, written, streamed] : accesses) {
+    cache.access(reinterpret_cast<const void*>(address), size, written, streamed);
+  }
   if (emptied) cache.empty();
   return {cache.asked, cache.read, cache.written};
 }

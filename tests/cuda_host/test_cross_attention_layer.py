@@ -317,6 +317,31 @@ def test_heads_share_hidden_states(host):
     check_heads_share_hidden_states_absorbed(host)
 
 
+def check_weights_stay_in_the_cache(host):
+    """Five turns of blocks, in a cache with room for W_O, the heads and outputs of a turn, and not for all residuals and outputs."""
+    case = small(B=1, H=8, N=1536, d=40, channels=320)
+    host.configure(8, 101376, shared_per_multiprocessor=102400, cache=512 << 10)
+    assert host.layer_plan(**layer(case))["streamed_output"]
+    run(host, layer(case))
+    _, read, written = host.counted()["traffic"][1]
+    _, least = floors.cross_attention_layer_launches(B=1, N=1536, C=320, T=77, H=8, d=40)
+    assert read + written <= 1.1 * least.bytes
+
+
+def test_weights_stay_in_the_cache(host):
+    check_weights_stay_in_the_cache(host)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_stay_for_the_next_launch_where_they_fit(host, shape):
+    N, C, H, d = shape
+    layer_bytes = 2 * (2 * 2 * N * C + C * C)  # two rows of heads and outputs, and W_O
+    for cache, streamed in ((layer_bytes, False), (layer_bytes - 1, True)):
+        host.configure(132, cache=cache)
+        case = small(B=2, H=H, N=N, d=d, channels=C)
+        assert host.layer_plan(**layer(case))["streamed_output"] == streamed
+
+
 @pytest.mark.parametrize("form, expected", [(layer, 64 * 96 * 48 + 2 * 64 * 40 * 80 + 64 * 64 * 128), (absorbed, 64 * 96 * 80 + 64 * 96 * 128)])
 def test_products(host, form, expected):
     """A head of 40 is multiplied as 48, 77 keys as 80, channels to the next 64 and sums to the next 32; nothing else is padded."""

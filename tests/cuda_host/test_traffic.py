@@ -1,5 +1,4 @@
-"""What of a kernel's accesses reaches device memory, over a model of the second-level cache: at most 1.1 times the least, with two
-exceptions on the chip with the smallest cache.
+"""What of a kernel's accesses reaches device memory, over a model of the second-level cache: at most 1.1 times the least.
 
 `bench/kernels/traffic_matrix.py` says how, and writes the page's table, of which a part is counted again here.
 """
@@ -13,28 +12,46 @@ from bench.kernels import traffic_matrix
 from ..kernels import cases
 
 LIMIT = 1.1
-TOO_WIDE = ("N = 576, C = 1280, d = 64, D = 1024", "N = 1024, C = 1280, d = 64, D = 2048")  # for 6 MiB, as the page says
+
+
+def line(number, offset=0, size=16, written=False, streamed=False):
+    """An access to a line of 128 bytes."""
+    return 128 * number + offset, size, written, streamed
 
 
 def test_a_cache_brings_a_sector_once(built):
     """Sectors of 32 bytes: two halves are one, what lies across two is both."""
-    assert built.cached(1024, [(64, 16, False), (80, 16, False), (64, 16, False)], True) == (48, 32, 0)
-    assert built.cached(1024, [(88, 16, False)], True) == (16, 64, 0)
+    assert built.cached(1024, [line(0, 64), line(0, 80), line(0, 64)], True) == (48, 32, 0)
+    assert built.cached(1024, [line(0, 88)], True) == (16, 64, 0)
 
 
 def test_what_was_used_longest_ago_makes_room(built):
-    """Two lines of 128 bytes: a third drives out the one that was not used since."""
-    a, b, c = ((128 * i, 16, False) for i in range(3))
+    """Two lines: a third drives out the one that was not used since."""
+    a, b, c = map(line, range(3))
     assert built.cached(256, [a, b, a, c, a], True)[1] == 3 * 32
     assert built.cached(256, [a, b, a, c, b], True)[1] == 4 * 32
 
 
+def test_what_streams_by_makes_room_first(built):
+    """And is there until then, also to be kept after all."""
+    a, b, c, streamed = line(0), line(1), line(2), line(1, streamed=True)
+    assert built.cached(256, [a, streamed, c, a], True)[1] == 3 * 32
+    assert built.cached(256, [a, streamed, streamed], True)[1] == 2 * 32
+    assert built.cached(256, [a, streamed, b, c, b], True)[1] == 3 * 32
+
+
+def test_a_line_makes_room_in_its_set(built):
+    """Two sets of 16: neighbours share them out, so 32 stay. Many lines spread over them too, whatever lies between."""
+    assert built.cached(32 * 128, [line(i) for i in range(32)] * 2, True)[1] == 32 * 32
+    assert built.cached(32 * 128, [line(2 * i) for i in range(24)] * 2, True)[1] <= 30 * 32
+
+
 def test_what_is_written_goes_to_memory_once(built):
     """In the end, or when its line makes room; it brings nothing, and is there to be read."""
-    store, other = (0, 16, True), (128, 16, False)
-    assert built.cached(256, [store, (16, 16, True), (0, 32, False)], False) == (64, 0, 0)
-    assert built.cached(256, [store, (16, 16, True), (0, 32, False)], True) == (64, 0, 32)
-    assert built.cached(128, [store, other, store], True) == (48, 32, 64)
+    store = line(0, written=True)
+    assert built.cached(256, [store, line(0, 16, written=True), line(0, size=32)], False) == (64, 0, 0)
+    assert built.cached(256, [store, line(0, 16, written=True), line(0, size=32)], True) == (64, 0, 32)
+    assert built.cached(128, [store, line(1), store], True) == (48, 32, 64)
 
 
 @pytest.mark.parametrize("operator", ("concept_gates", "edited_projection", "edited_attention", "fused_edited_attention", "cross_attention_layer"))
@@ -50,8 +67,7 @@ def test_blocks_that_run_at_once_give_the_same_bits(host, operator):
 def test_every_launch_of_the_table_moves_at_most_a_tenth_more():
     table = traffic_matrix.committed()
     assert len(table) >= 6 * len(floors.UNETS) + 4 * sum(map(len, floors.UNETS.values()))
-    over = {(row, chip) for row, chips in table.items() for chip, (_, moved) in chips.items() if moved > LIMIT}
-    assert over == {((shape, "cross_attention_layer, project"), "A10") for shape in TOO_WIDE}
+    assert all(moved <= LIMIT for chips in table.values() for _, moved in chips.values())
 
 
 def counted_again(host):
