@@ -64,6 +64,13 @@ class Arguments {
     tensor(name, half, {PERFUSION_FLOAT16, PERFUSION_BFLOAT16});
   }
 
+  void workspace(const void* address, int64_t bytes, int64_t needed) {
+    const bool there = address != nullptr && reinterpret_cast<uintptr_t>(address) % 16 == 0 && bytes >= needed;
+    if (status != PERFUSION_OK || needed == 0 || there) return;
+    status = fail(PERFUSION_INVALID_ARGUMENT, "%s: workspace must have %lld bytes from a 16-byte aligned address on; got %lld from %p on",
+                  operation, static_cast<long long>(needed), static_cast<long long>(bytes), address);
+  }
+
   void rule(bool holds, perfusion_status otherwise, const char* text, int64_t came) {
     if (status == PERFUSION_OK && !holds) {
       status = fail(otherwise, "%s: %s; got %lld", operation, text, static_cast<long long>(came));

@@ -7,14 +7,27 @@ namespace perfusion {
 
 namespace {
 
-perfusion_status check(const perfusion_concept_gates_params& p) {
-  Arguments arguments("concept_gates");
+int64_t tiles_of(const perfusion_concept_gates_params& p) { return (p.T + tokens_of_block - 1) / tokens_of_block; }
+
+void check_sizes(Arguments& arguments, const perfusion_concept_gates_params& p) {
   const struct {
     const char* name;
     int64_t value;
   } sizes[] = {{"B", p.B}, {"T", p.T}, {"D", p.D}, {"J", p.J}};
   for (const auto& size : sizes) arguments.size(size.name, size.value, 0, most_of_a_size);
-  arguments.rule(p.J <= max_places, PERFUSION_UNSUPPORTED, "J must be at most 128", p.J);
+  arguments.rule(p.J <= most_places, PERFUSION_UNSUPPORTED, "J must be at most 32768", p.J);
+  if (arguments.status != PERFUSION_OK) return;
+  arguments.rule(p.B * tiles_of(p) <= most_of_a_size, PERFUSION_UNSUPPORTED, "B * T must be below 2^34", p.B * p.T);
+}
+
+int64_t workspace_bytes(const perfusion_concept_gates_params& p) {
+  if (p.J <= resident_places) return 0;
+  return static_cast<int64_t>(sizeof(float)) * p.B * tiles_of(p) * gate_floats(static_cast<int>(p.J));
+}
+
+perfusion_status check(const perfusion_concept_gates_params& p) {
+  Arguments arguments("concept_gates");
+  check_sizes(arguments, p);
   if (arguments.status != PERFUSION_OK || is_empty({p.B, p.T, p.J})) return arguments.status;
 
   arguments.tensor("encodings", p.encodings, {PERFUSION_FLOAT16, PERFUSION_BFLOAT16, PERFUSION_FLOAT32});
@@ -25,14 +38,31 @@ perfusion_status check(const perfusion_concept_gates_params& p) {
   arguments.tensor("temperature", p.temperature, {PERFUSION_FLOAT32});
   arguments.tensor("gates", p.gates, {PERFUSION_FLOAT32});
   arguments.tensor("components", p.components, {PERFUSION_FLOAT32});
-  const int64_t tiles = (p.T + tokens_of_block - 1) / tokens_of_block;
-  arguments.rule(p.B * tiles <= most_of_a_size, PERFUSION_UNSUPPORTED, "B * T must be below 2^34", p.B * p.T);
+  arguments.workspace(p.workspace, p.workspace_bytes, workspace_bytes(p));
   return arguments.status;
+}
+
+template <bool resident>
+auto kernel_for(perfusion_dtype dtype) {
+  return dtype == PERFUSION_FLOAT16    ? concept_gates_kernel<Half, resident>
+         : dtype == PERFUSION_BFLOAT16 ? concept_gates_kernel<BFloat16, resident>
+                                       : concept_gates_kernel<float, resident>;
 }
 
 }  // namespace
 
 }  // namespace perfusion
+
+extern "C" perfusion_status perfusion_concept_gates_workspace(const perfusion_concept_gates_params* params, int64_t* bytes) {
+  using namespace perfusion;
+  if (params == nullptr || bytes == nullptr) {
+    return fail(PERFUSION_INVALID_ARGUMENT, "concept_gates_workspace: params and bytes must be given; got NULL");
+  }
+  Arguments arguments("concept_gates_workspace");
+  check_sizes(arguments, *params);
+  if (arguments.status == PERFUSION_OK) *bytes = workspace_bytes(*params);
+  return arguments.status;
+}
 
 extern "C" perfusion_status perfusion_concept_gates(const perfusion_concept_gates_params* params, perfusion_stream stream) {
   using namespace perfusion;
@@ -41,12 +71,11 @@ extern "C" perfusion_status perfusion_concept_gates(const perfusion_concept_gate
   const perfusion_status status = check(p);
   if (status != PERFUSION_OK || is_empty({p.B, p.T, p.J})) return status;
 
-  const int tiles = static_cast<int>((p.T + tokens_of_block - 1) / tokens_of_block);
+  const int tiles = static_cast<int>(tiles_of(p));
   const bool wide = wide_rows(p.encodings, 3) && wide_rows(p.targets, 2) && wide_rows(p.metric_targets, 2);
   const ConceptGatesLaunch arguments{p, {tiles, wide}};
-  const int bytes = static_cast<int>(sizeof(float)) * gate_floats(static_cast<int>(p.J));
-  auto* kernel = p.encodings.dtype == PERFUSION_FLOAT16    ? concept_gates_kernel<Half>
-                 : p.encodings.dtype == PERFUSION_BFLOAT16 ? concept_gates_kernel<BFloat16>
-                                                           : concept_gates_kernel<float>;
+  const bool resident = p.J <= resident_places;
+  const int bytes = static_cast<int>(sizeof(float)) * (gate_slices + (resident ? gate_floats(static_cast<int>(p.J)) : 0));
+  auto* kernel = resident ? kernel_for<true>(p.encodings.dtype) : kernel_for<false>(p.encodings.dtype);
   return launch("concept_gates", kernel, p.B * tiles, 32 * gate_warps, bytes, stream, arguments);
 }

@@ -2,7 +2,8 @@
 //
 // A block takes 16 tokens of one batch row: products of the row's metric targets with them and with its targets, which are
 // c and R but for the division by the energies, the diagonal of R before it. Then R is factored in place, L U without pivoting,
-// which is stable here, and each token's system solved: by one thread in registers for J <= 8, by a warp beyond.
+// which is stable here, and each token's system solved: by one thread in registers for J <= 8, by a warp beyond. What a block
+// keeps of it all is in shared memory, of more than 128 places in its part of the workspace.
 // A row without a concept writes its zeros and is done. Absent places have c = 0 and the identity's row and column in R.
 #pragma once
 
@@ -10,7 +11,8 @@
 
 namespace perfusion {
 
-constexpr int max_places = 128;  // the factors of many more would not fit into shared memory
+constexpr int resident_places = 128;  // in shared memory; the factors of many more would not fit
+constexpr int most_places = 1 << 15;  // whose factors are 4 GiB for each block
 
 struct ConceptGatesPlan {
   int tiles;  // of tokens_of_block tokens in T
@@ -24,13 +26,13 @@ struct ConceptGatesLaunch {
 
 PERFUSION_BOTH constexpr int places_in_steps(int J) { return (J + gate_places - 1) / gate_places * gate_places; }
 
-// Floats of shared memory: the warps' slices; R and a column per token; energies, biases and temperatures; slots.
-constexpr int gate_floats(int J) {
-  return gate_warps * slice_floats + J * J + tokens_of_block * J + 3 * J + places_in_steps(J);
-}
-static_assert(sizeof(float) * gate_floats(max_places) <= 99 * 1024, "as much as every supported device has");
+// Floats of a block: R and a column per token; energies, biases and temperatures; slots. Beside them, the warps' slices.
+PERFUSION_BOTH constexpr int gate_floats(int J) { return J * J + tokens_of_block * J + 3 * J + places_in_steps(J); }
+constexpr int gate_slices = gate_warps * slice_floats;
+static_assert(sizeof(float) * (gate_slices + gate_floats(resident_places)) <= 99 * 1024, "as much as every supported device has");
 
-template <class Element>
+// `resident`: at most resident_places.
+template <class Element, bool resident>
 PERFUSION_KERNEL(32 * gate_warps)
 concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
   const perfusion_concept_gates_params& p = launch.call;
@@ -42,17 +44,21 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
   auto* components = static_cast<float*>(p.components.data) + b * p.components.strides[0];
 
   auto* slices = reinterpret_cast<float*>(shared_memory());  // [gate_warps, slice_floats]
-  float* system = slices + gate_warps * slice_floats;        // [J, J]
+  float* system = slices + gate_slices;                      // [J, J]
+  if constexpr (!resident) system = static_cast<float*>(p.workspace) + block() * gate_floats(J);
   float* columns = system + J * J;                           // [tokens_of_block, J]
   float* energies = columns + tokens_of_block * J;           // [J]
   float* biases = energies + J;                              // [J]
   float* temperatures = biases + J;                          // [J]
   auto* slots = reinterpret_cast<int*>(temperatures + J);    // [places_in_steps(J)]
 
-  // thread j reads what place j has
+  // thread j reads what place j has, or place j + threads(), …
+  static_assert(resident_places <= 32 * gate_warps, "so that it is one");
   int slot = -1;
-  if (thread() < J) slot = load(static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0] + thread() * p.index.strides[1]);
-  if (thread() < places_in_steps(J)) slots[thread()] = slot;
+  for (int j = thread(); j < places_in_steps(J); j += threads()) {
+    slot = j < J ? load(static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0] + j * p.index.strides[1]) : -1;
+    slots[j] = slot;
+  }
   barrier();
   bool any = false;
   for (int j = 0; j < J; ++j) any = any || slots[j] >= 0;
@@ -65,11 +71,11 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
     }
     return;
   }
-  const auto of_place = [&](const perfusion_tensor& x) {
-    return load(static_cast<const float*>(x.data) + b * x.strides[0] + thread() * x.strides[1]);
+  const auto of_place = [&](const perfusion_tensor& x, int j) {
+    return load(static_cast<const float*>(x.data) + b * x.strides[0] + j * x.strides[1]);
   };
   float bias = 0.0f, temperature = 1.0f;  // in registers for now: stored, they would be waited for
-  if (slot >= 0) bias = of_place(p.bias), temperature = of_place(p.temperature);
+  if (resident && slot >= 0) bias = of_place(p.bias, thread()), temperature = of_place(p.temperature, thread());
 
   const GateProducts<Element> products{
       {static_cast<const Element*>(p.encodings.data) + b * p.encodings.strides[0], p.encodings.strides[1],
@@ -96,7 +102,10 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
       barrier();
     }
   }
-  if (thread() < J) biases[thread()] = bias, temperatures[thread()] = temperature;
+  for (int j = thread(); j < J; j += threads()) {
+    if (!resident && slots[j] >= 0) bias = of_place(p.bias, j), temperature = of_place(p.temperature, j);
+    biases[j] = bias, temperatures[j] = temperature;
+  }
   for (int i = thread(); i < J * J; i += threads()) system[i] /= energies[i / J];
   for (int i = thread(); i < tokens_of_block * J; i += threads()) columns[i] /= energies[i % J];
   barrier();

@@ -61,13 +61,7 @@ perfusion_status check(const perfusion_cross_attention_layer_params& p) {
   for (const auto& each : tensors) {
     if (each.wanted) arguments.tensor(each.name, each.tensor, {p.hidden_states.dtype});
   }
-  const auto address = reinterpret_cast<uintptr_t>(p.workspace);
-  arguments.rule(address != 0 && address % 16 == 0, PERFUSION_INVALID_ARGUMENT,
-                 "workspace must be given, 16-byte aligned; got address", static_cast<int64_t>(address));
-  if (arguments.status == PERFUSION_OK && p.workspace_bytes < workspace_bytes(p)) {
-    return fail(PERFUSION_INVALID_ARGUMENT, "cross_attention_layer: workspace must have %lld bytes; got %lld",
-                static_cast<long long>(workspace_bytes(p)), static_cast<long long>(p.workspace_bytes));
-  }
+  arguments.workspace(p.workspace, p.workspace_bytes, workspace_bytes(p));
   return arguments.status;
 }
 

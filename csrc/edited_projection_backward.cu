@@ -36,11 +36,7 @@ perfusion_status check(const perfusion_edited_projection_backward_params& p, con
   if (p.encodings_gradient.data != nullptr) {
     if (!empty) arguments.tensor("weight", p.weight, {p.gradient.dtype});
     arguments.tensor("encodings_gradient", p.encodings_gradient, {p.gradient.dtype});
-    const int64_t bytes = p.workspace == nullptr ? 0 : p.workspace_bytes;
-    arguments.rule(bytes >= plan.workspace_bytes, PERFUSION_INVALID_ARGUMENT,
-                   "workspace must have as many bytes as perfusion_edited_projection_backward_workspace says", bytes);
-    arguments.rule(reinterpret_cast<uintptr_t>(p.workspace) % 16 == 0, PERFUSION_INVALID_ARGUMENT,
-                   "workspace must be 16-byte aligned", reinterpret_cast<uintptr_t>(p.workspace) % 16);
+    arguments.workspace(p.workspace, p.workspace_bytes, plan.workspace_bytes);
   }
   const std::initializer_list<perfusion_dtype> any = {PERFUSION_FLOAT16, PERFUSION_BFLOAT16, PERFUSION_FLOAT32};
   const struct {

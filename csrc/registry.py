@@ -14,7 +14,7 @@ from pathlib import Path
 
 DTYPES = {"NS_4HalfE": "float16", "NS_8BFloat16E": "bfloat16", "f": "float32"}  # by the mangled name of a kernel's first template argument
 TILES = {  # what its other template arguments are; keys are counted in groups of 16
-    "concept_gates": (),
+    "concept_gates": ("resident",),
     "edited_attention": ("head_dim", "keys"),
     "fused_edited_attention": ("head_dim", "keys"),
     "cross_attention_layer_attend": ("head_dim", "keys", "rows"),
@@ -95,7 +95,10 @@ def dynamic_shared_memory(kernel: str, arguments: tuple[int, ...]) -> int:
         return stages * (steps_pitch * rows + (32 * pitch(64) if absorbed else 64 * steps_pitch))
     if kernel == "edited_projection":
         return 3 * pitch(64) * sum(arguments)
-    others = {"encodings_gradient": 86784, "coefficients_gradient": 512, "tables_gradient": 8192, "sum_of_splits": 0, "concept_gates": -1}
+    if kernel == "concept_gates":
+        (resident,) = arguments
+        return -1 if resident else 16384
+    others = {"encodings_gradient": 86784, "coefficients_gradient": 512, "tables_gradient": 8192, "sum_of_splits": 0}
     return others[kernel]
 
 

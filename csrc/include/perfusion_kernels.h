@@ -56,9 +56,14 @@ typedef struct perfusion_concept_gates_params {
   perfusion_tensor temperature;    /* [B, J] float32, not read where index is -1 */
   perfusion_tensor gates;          /* [B, T, J] float32, written: 0 where index is -1 */
   perfusion_tensor components;     /* [B, T, J] float32, written: 0 where index is -1 */
+  void *workspace;                 /* 16-byte aligned, where one is needed; its contents do not matter */
+  int64_t workspace_bytes;
 } perfusion_concept_gates_params;
 
-/* J <= 128. PERFUSION_INVALID_ARGUMENT, PERFUSION_UNSUPPORTED or PERFUSION_DEVICE_ERROR with a message, or PERFUSION_OK. */
+/* The bytes of workspace that a call of these sizes needs, 0 up to J = 128; tensors are not read. */
+PERFUSION_API perfusion_status perfusion_concept_gates_workspace(const perfusion_concept_gates_params *params, int64_t *bytes);
+
+/* J <= 32768, B * T < 2^34. PERFUSION_INVALID_ARGUMENT, PERFUSION_UNSUPPORTED or PERFUSION_DEVICE_ERROR with a message, or PERFUSION_OK. */
 PERFUSION_API perfusion_status perfusion_concept_gates(const perfusion_concept_gates_params *params, perfusion_stream stream);
 
 /* e Wᵀ + Σ_j (g_j outputs_j - a_j projected_targets_j) (DESIGN.md, (10)), added to the rounded product in float32 and rounded once

@@ -20,6 +20,12 @@ std::tuple<Tensor, Tensor> concept_gates(const Tensor& encodings, const Tensor& 
   p.temperature = call.tensor("temperature", temperature, {B, J});
   p.gates = call.tensor("gates", gates, {B, T, J});
   p.components = call.tensor("components", components, {B, T, J});
+  call.finish(perfusion_concept_gates_workspace(&p, &p.workspace_bytes));
+  MaybeTensor workspace;
+  if (p.workspace_bytes > 0) {
+    workspace = call.empty({p.workspace_bytes}, ScalarType::Byte);
+    p.workspace = workspace->data_ptr();
+  }
   call.finish(perfusion_concept_gates(&p, call.stream()));
   return {gates, components};
 }

@@ -14,7 +14,7 @@ HALF = (torch.float16, torch.bfloat16)
 NARROW = (*HALF, torch.float32)
 WIDTHS = (32, 40, 64, 80, 96, 128, 160)
 KEYS = 256
-PLACES = 128
+PLACES = 32768
 
 
 @torch.compiler.assume_constant_result

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../../csrc/concept_gates.cuh"
 #include "../../csrc/cross_attention_layer.h"
 #include "../../csrc/edited_attention.h"
 #include "../../csrc/edited_projection_backward.cuh"
@@ -91,6 +92,8 @@ perfusion_concept_gates_params gates(const py::dict& sizes, const py::dict& tens
                              {"components", &p.components}}) {
     *value = tensor(tensors, name);
   }
+  p.workspace = tensor(tensors, "workspace").data;
+  p.workspace_bytes = size(sizes, "workspace_bytes");
   return p;
 }
 
@@ -255,6 +258,12 @@ PYBIND11_MODULE(perfusion_host, module) {
     const auto p = gates(sizes, tensors);
     return outcome(perfusion_concept_gates(&p, nullptr));
   });
+  module.def("concept_gates_workspace", [](const py::dict& sizes, const py::dict& tensors) {
+    const auto p = gates(sizes, tensors);
+    int64_t bytes = -1;
+    const auto [status, message] = outcome(perfusion_concept_gates_workspace(&p, &bytes));
+    return std::tuple{status, message, bytes};
+  });
   module.def("edited_projection", [](const py::dict& sizes, const py::dict& tensors) {
     const auto p = projection(sizes, tensors);
     return outcome(perfusion_edited_projection(&p, nullptr));
@@ -279,6 +288,7 @@ PYBIND11_MODULE(perfusion_host, module) {
   shared_memory["coefficients_gradient"] = coefficients_gradient_bytes;
   shared_memory["tables_gradient"] = tables_gradient_bytes;
   module.attr("shared_memory") = shared_memory;
+  module.attr("gate_slices_bytes") = sizeof(float) * gate_slices;
   module.def("misuse", [](int which, int threads) { return host::run(1, threads, 1024, [which] { misuse(which); }); });
   module.def("convert", [](bool half, uintptr_t narrow, uintptr_t wide, int64_t count, bool widen) {
     (half ? convert<Half> : convert<BFloat16>)(narrow, wide, count, widen);

@@ -83,11 +83,19 @@ class Host:
         sizes, given = attention_call(tensors, None)
         return self.module.plan_edited_attention(sizes, described(given))
 
-    def concept_gates(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
-        (B, T, D), (S, _), J = tensors["encodings"].shape, tensors["targets"].shape, tensors["index"].shape[1]
-        results = {name: torch.full((B, T, J), torch.nan) for name in ("gates", "components")}
-        _raise(self.module.concept_gates(dict(B=B, T=T, D=D, J=J, S=S), described({**tensors, **results})))
+    def concept_gates(self, workspace: Tensor | None = None, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """The workspace is NaN, of the bytes that are asked for, if it is not given."""
+        sizes = gates_sizes(tensors)
+        results = {name: torch.full((sizes["B"], sizes["T"], sizes["J"]), torch.nan) for name in ("gates", "components")}
+        workspace = torch.full((self.gates_workspace_bytes(**tensors) // 4,), torch.nan) if workspace is None else workspace
+        sizes["workspace_bytes"] = 4 * workspace.numel()
+        _raise(self.module.concept_gates(sizes, described({**tensors, **results, "workspace": workspace})))
         return results["gates"], results["components"]
+
+    def gates_workspace_bytes(self, **tensors: Tensor) -> int:
+        status, message, count = self.module.concept_gates_workspace(gates_sizes(tensors), {})
+        _raise((status, message))
+        return count
 
     def edited_projection(self, *, result: Tensor | None = None, **tensors: Tensor | None) -> Tensor:
         """The public function's tensors by name -> [B, T, O]. `result` is written if given, else NaN is at first."""
@@ -119,6 +127,11 @@ class Host:
     def plan_projection(self, **tensors: Tensor | None) -> dict[str, int]:
         sizes, given = projection_call(tensors, None)
         return self.module.plan_edited_projection(sizes, described(given))
+
+
+def gates_sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
+    (B, T, D), (S, _), J = tensors["encodings"].shape, tensors["targets"].shape, tensors["index"].shape[1]
+    return dict(B=B, T=T, D=D, J=J, S=S)
 
 
 def projection_call(tensors: dict[str, Tensor | None], result: Tensor | None) -> tuple[dict[str, int], dict[str, Tensor]]:

@@ -138,6 +138,9 @@ int gates(perfusion_dtype dtype, int64_t T, int64_t D, int64_t J) {
   p.encodings = encodings.view, p.targets = targets.view, p.metric_targets = targets.view;  // C = 1
   p.index = {index.get(), PERFUSION_INT32, {J, 1}}, p.bias = bias.view, p.temperature = temperature.view;
   p.gates = result.view, p.components = components.view;
+  perfusion_concept_gates_workspace(&p, &p.workspace_bytes);
+  Tensor<float> workspace(PERFUSION_FLOAT32, {p.workspace_bytes / 4});
+  p.workspace = workspace.elements.get();
   const perfusion_status status = perfusion_concept_gates(&p, nullptr);
 
   double worst = 0;
@@ -323,6 +326,7 @@ int main(int count, char** arguments) {
       failures += gates<Half>(PERFUSION_FLOAT16, 18, 37, 3);
       failures += gates<BFloat16>(PERFUSION_BFLOAT16, 5, 64, 8);
       failures += gates<float>(PERFUSION_FLOAT32, 5, 64, 11);
+      failures += gates<Half>(PERFUSION_FLOAT16, 17, 192, 130);  // in the workspace
       failures += gates<BFloat16>(PERFUSION_BFLOAT16, 17, 603, 2);  // more slices than warps
     }
   }

@@ -26,6 +26,36 @@ def test_any_number_of_concepts(host, J):
     compare_exactly_absent(host, cases.make(J=J, D=48, T=5, seed=J))
 
 
+def check_more_than_a_block_holds(host):
+    """Up to 128 places stay in shared memory, more in the workspace, of which each block has a part."""
+    for J, T, dtype in ((128, 3, torch.float32), (129, 18, torch.bfloat16)):
+        compare_exactly_absent(host, cases.make(B=2, J=J, D=350, T=T, dtype=dtype, seed=J))
+
+
+def test_more_than_a_block_holds(host):
+    check_more_than_a_block_holds(host)
+
+
+def check_more_places_than_threads(host):
+    compare_exactly_absent(host, cases.make(B=2, J=259, D=500, T=2, dtype=torch.float16))
+
+
+def test_more_places_than_threads(host):
+    check_more_places_than_threads(host)
+
+
+def test_workspace(host):
+    """None up to 128 places; beyond, what each block of 16 tokens keeps: R, a column per token, three vectors and the slots in eights."""
+    needed = {J: host.gates_workspace_bytes(**cases.make(B=2, J=J, D=200, T=17).arguments("concept_gates")) for J in (0, 128, 129)}
+    assert needed == {0: 0, 128: 0, 129: 4 * 2 * 2 * (129 * 129 + 16 * 129 + 3 * 129 + 136)}
+    arguments = cases.make(B=2, J=129, D=200, T=17).arguments("concept_gates")
+    for workspace in (torch.empty(needed[129] // 4 - 1), torch.empty(0), torch.empty(needed[129] // 4 + 1)[1:]):
+        message = f"concept_gates: workspace must have {needed[129]} bytes from a 16-byte aligned address on; got {4 * len(workspace)} from"
+        with pytest.raises(Refused, match=message) as refused:
+            host.concept_gates(workspace, **arguments)
+        assert refused.value.status == 1
+
+
 @pytest.mark.parametrize("T", (1, 16, 77, 80, 154))
 def test_context_lengths(host, T):
     compare_exactly_absent(host, cases.make(B=max(2, 32 // T), T=T, J=2, seed=T))
@@ -156,7 +186,7 @@ def test_refusals(host):
     for changes, status, message in (
         ({"targets": arguments["targets"].half()}, 1, "concept_gates: targets must be float32; got float16"),
         ({"index": arguments["bias"]}, 1, "concept_gates: index must be int32; got float32"),
-        ({"index": torch.full((4, 129), -1, dtype=torch.int32)}, 2, "concept_gates: J must be at most 128; got 129"),
+        ({"index": torch.full((4, 1), -1, dtype=torch.int32).expand(4, 32769)}, 2, "J must be at most 32768; got 32769"),
     ):
         with pytest.raises(Refused, match=message) as refused:
             host.concept_gates(**{**arguments, **changes})

@@ -386,8 +386,8 @@ def test_refusals(host):
         ({"query_weight": case.query_weight.bfloat16()}, 1, "cross_attention_layer: query_weight must be float16; got bfloat16"),
         ({"residual": case.residual.bfloat16()}, 1, "cross_attention_layer: residual must be float16; got bfloat16"),
         ({"output_weight": None}, 1, "cross_attention_layer: output_weight must be given; got NULL"),
-        ({"workspace": small_room}, 1, "cross_attention_layer: workspace must have 1536 bytes; got 100"),
-        ({"workspace": torch.empty(1600, dtype=torch.uint8)[1:]}, 1, "cross_attention_layer: workspace must be given, 16-byte aligned; got address"),
+        ({"workspace": small_room}, 1, "cross_attention_layer: workspace must have 1536 bytes from a 16-byte aligned address on; got 100 from"),
+        ({"workspace": torch.empty(1600, dtype=torch.uint8)[1:]}, 1, "workspace must have 1536 bytes from a 16-byte aligned address on; got 1599 from"),
     ):
         with pytest.raises(Refused, match=message) as refused:
             host.cross_attention_layer(**{**arguments, **changes})

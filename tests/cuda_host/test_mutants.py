@@ -234,6 +234,10 @@ MUTANTS = {
         Change(LAYER, "x[e] += more[e];", "x[e] = to_float(Element{static_cast<uint16_t>(pack<Element>(x[e] + more[e], 0.0f))});"),
         layer.check_the_sum_is_rounded_once,
     ),
+    "a thread has a single place's bias": (
+        Change(GATES, "for (int j = thread(); j < J; j += threads()) {\n    if (!resident", "for (int j = thread(); j < J; j += J) {\n    if (!resident"),
+        gates.check_more_places_than_threads,
+    ),
     "outputs drive weights out of the cache": (Change(LAYER, "words, plan.streamed_output);", "words, false);"), layer.check_weights_stay_in_the_cache),
     "residuals drive weights out of the cache": (
         Change(LAYER, "plan.wide_residual, true);", "plan.wide_residual, false);"), layer.check_weights_stay_in_the_cache

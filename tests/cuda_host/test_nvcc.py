@@ -10,7 +10,7 @@ from bench.kernels import nvcc_matrix
 from .test_torch_library import compiled  # noqa: F401, a fixture
 
 SASS = """\
-\t\tFunction : _ZN9perfusion20concept_gates_kernelIfEEvNS_18ConceptGatesLaunchE
+\t\tFunction : _ZN9perfusion20concept_gates_kernelIfLb1EEEvNS_18ConceptGatesLaunchE
         /*0000*/                   LDC R1, c[0x0][0x28] ;                    /* 0x0 */
         /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;          /* 0x0 */
         /*0020*/                   LDGSTS.E.BYPASS.128 [R5], [R2.64], !P1 ;  /* 0x0 */
@@ -18,6 +18,7 @@ SASS = """\
         /*0040*/                   HMMA.16816.F32 R4, R8, R10, R4 ;          /* 0x0 */
         /*0050*/               @P2 STL [R1], R4 ;                            /* 0x0 */
         /*0060*/                   STG.E.128 desc[UR4][R2.64], R4 ;          /* 0x0 */
+        /*0070*/                   LDG.E.EF.128 R4, desc[UR4][R2.64] ;       /* 0x0 */
 """
 
 
@@ -28,7 +29,7 @@ def kernels(compiled):  # noqa: F811
 
 def test_instructions_are_counted():
     (counts,) = nvcc_matrix.count_instructions(SASS.splitlines()).values()
-    assert counts == dict(tensor=1, wide_loads=2, wide_stores=1, local=1)
+    assert counts == dict(tensor=1, wide_loads=3, wide_stores=1, streamed=1, local=1)
 
 
 def test_what_no_kernel_may_have():
@@ -39,13 +40,13 @@ def test_what_no_kernel_may_have():
         f"{good.name} for sm_80: {text}"
         for text in ("20 bytes spilled, 16 of stack, 0 local accesses", "no tensor-core instruction", "no 16-byte load", "no 16-byte store")
     ]
-    assert nvcc_matrix.complaints([nvcc_matrix.Kernel("concept_gates, float32", "sm_80", wide_loads=1)]) == []
+    assert nvcc_matrix.complaints([nvcc_matrix.Kernel("concept_gates, float32, 1", "sm_80", wide_loads=1)]) == []
 
 
 def test_names_are_readable():
     symbols = {
         "_ZN9perfusion23edited_attention_kernelINS_4HalfELi40ELi5EEEvNS_21EditedAttentionLaunchE": "edited_attention, float16, 40, 5",
-        "_ZN9perfusion20concept_gates_kernelIfEEvNS_18ConceptGatesLaunchE": "concept_gates, float32",
+        "_ZN9perfusion20concept_gates_kernelIfLb1EEEvNS_18ConceptGatesLaunchE": "concept_gates, float32, 1",
     }
     assert {symbol: nvcc_matrix.readable(*nvcc_matrix.REGISTRY.named(symbol)) for symbol in symbols} == symbols
 
@@ -66,6 +67,12 @@ def test_a_kernel_that_the_registry_does_not_know_is_refused(symbol):
 
 def test_no_kernel_spills_and_all_are_as_wide_as_wanted(kernels):
     assert nvcc_matrix.complaints(kernels) == []
+
+
+def test_what_streams_by_is_said_to(kernels):
+    """To the second-level cache: the layer's residual and output, and nothing else."""
+    assert all((kernel.streamed >= 2) == kernel.name.startswith("cross_attention_layer_project") for kernel in kernels)
+    assert all(kernel.streamed == 0 or kernel.name.startswith("cross_attention_layer_project") for kernel in kernels)
 
 
 SHARED = {"sm_80": 167936, "sm_86": 102400, "sm_89": 102400, "sm_90a": 233472, "sm_100a": 233472, "sm_120": 102400}  # a multiprocessor's
@@ -101,7 +108,7 @@ def test_a_written_table_is_read_as_it_was(tmp_path, monkeypatch):
     assert nvcc_matrix.committed() == ("", {})
     kernels = [
         nvcc_matrix.Kernel(name, arch, registers=registers, tensor=tensor, wide_loads=4)
-        for name in ("concept_gates, float32", "edited_attention, float16, 40, 5")
+        for name in ("concept_gates, float32, 1", "edited_attention, float16, 40, 5")
         for arch, registers, tensor in (("sm_80", 96, 30), ("sm_90a", 90, 31))
     ]
     nvcc_matrix.write(kernels, "13.0")

@@ -65,7 +65,7 @@ def shapes(name, T=77, d=40, N=3, **sizes):
         *((name, dict(D=D)) for name in ("edited_projection", "fused_edited_attention") for D in (0, 1, 9)),
         *((name, dict(dtype=dtype)) for name in ("edited_projection", *PLANS) for dtype in (torch.bfloat16, torch.float32)),
         *(("cross_attention_layer", dict(H=H)) for H in (0, 1)),
-        *(("concept_gates", dict(J=J, B=1, T=1)) for J in (0, 128, 129)),
+        *(("concept_gates", dict(J=J, B=1, T=1)) for J in (0, 128, 129, 32769)),
     ],
 )
 def test_shapes_and_dtypes(host, on_host, name, sizes):

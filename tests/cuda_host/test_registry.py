@@ -117,7 +117,12 @@ def test_shared_memory_is_that_of_the_plans(host, shared_memory, operator, plan,
 
 def test_shared_memory_of_one_size_is_that_of_the_launches(built, shared_memory):
     sizes = {kernel: size for (kernel, tile), size in shared_memory.items() if tile == ""}
-    assert sizes == {**built.shared_memory, "sum_of_splits": 0, "concept_gates": -1}  # -1: by J
+    assert sizes == {**built.shared_memory, "sum_of_splits": 0}
+
+
+def test_shared_memory_of_gates(built, shared_memory):
+    sizes = {tile: size for (kernel, tile), size in shared_memory.items() if kernel == "concept_gates"}
+    assert sizes == {"resident 1": -1, "resident 0": built.gate_slices_bytes}  # -1: by J
 
 
 def test_python_reads_the_same_table(table, facts):  # noqa: F811

@@ -233,8 +233,8 @@ def test_gates_take_what_is_compiled(gpu):
         changed = {name: change(arguments[name]) for name, change in changes.items()}
         return refusals.concept_gates(*cases.positional("concept_gates", {**arguments, **changed}))
 
-    assert refused() is None and refused(J=128) is None
-    assert refused(J=129) == "it takes J up to 128; got 129"
+    assert refused() is None and refused(J=129) is None
+    assert refused(J=1, index=lambda index: index.expand(1, 32769)) == "it takes J up to 32768; got 32769"
     assert refused(encodings=torch.Tensor.double) == "it takes encodings in float16 or bfloat16 or float32; got float64"
     assert refused(bias=torch.Tensor.double) == "it takes bias in float32; got float64"
 
