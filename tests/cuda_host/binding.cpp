@@ -11,6 +11,7 @@
 #include "../../csrc/host/cache.h"
 #include "../../csrc/include/perfusion_kernels.h"
 #include "../../csrc/rank_one_backward.cuh"
+#include "fragments.cuh"
 #include "misuse.cuh"
 
 namespace py = pybind11;
@@ -290,6 +291,20 @@ PYBIND11_MODULE(perfusion_host, module) {
   module.attr("shared_memory") = shared_memory;
   module.attr("gate_slices_bytes") = sizeof(float) * gate_slices;
   module.def("misuse", [](int which, int threads) { return host::run(1, threads, 1024, [which] { misuse(which); }); });
+  module.def("multiply_fragments", [](bool half, int k, uintptr_t a, uintptr_t b, uintptr_t c) {
+    const auto run_with = [=](auto multiply) {
+      return host::run(1, 32, 0, [=] {
+        multiply(k, reinterpret_cast<const uint32_t*>(a), reinterpret_cast<const uint32_t*>(b), reinterpret_cast<float*>(c));
+      });
+    };
+    return half ? run_with(multiply_fragments<Half>) : run_with(multiply_fragments<BFloat16>);
+  });
+  module.def("load_fragments", [](int matrices, bool transposed, uintptr_t rows, uintptr_t r) {
+    return host::run(1, 32, 0, [=] {
+      const auto load = matrices == 4 ? load_fragments<4> : load_fragments<2>;
+      load(transposed, reinterpret_cast<const uint16_t*>(rows), reinterpret_cast<uint32_t*>(r));
+    });
+  });
   module.def("convert", [](bool half, uintptr_t narrow, uintptr_t wide, int64_t count, bool widen) {
     (half ? convert<Half> : convert<BFloat16>)(narrow, wide, count, widen);
   });

@@ -53,3 +53,49 @@ def test_misuse_is_named(host, which):
 
 def test_only_whole_warps(built):
     assert built.misuse(0, 33) == "threads must be a multiple of 32"
+
+
+# Where the elements of an operand are that 32 lanes hold in registers, a dimension for each number of its place: size and stride. A place
+# counts along the first index of the matrix first. These are the numbers of CuTe's MMA_Traits<SM80_16x8x16_F32F16F16F32_TN> and
+# <SM80_16x8x8_…>, for a [M, K], b [N, K] and c [M, N]: lanes in fours and eights, then the elements of a lane.
+LANES = {16: ((4, 32), (8, 1)), 8: ((4, 16), (8, 1))}  # of 16 rows, of 8
+LAYOUTS = {
+    (16, "a"): (*LANES[16], (2, 16), (2, 8), (2, 128)),
+    (16, "b"): (*LANES[8], (2, 8), (2, 64)),
+    (8, "a"): (*LANES[16], (2, 16), (2, 8)),
+    (8, "b"): (*LANES[8], (2, 8)),
+    "c": (*LANES[16], (2, 16), (2, 8)),
+}
+# Of CuTe's Copy_Traits<SM75_U32x4_LDSM_N> and <SM75_U16x8_LDSM_T>, in 16-bit elements of rows of eight, matrix after matrix.
+MATRICES = {False: ((32, 2), (2, 1), (4, 64)), True: ((4, 16), (8, 1), (2, 8), (4, 64))}
+
+
+def places(layout):
+    """[32 lanes, elements of a lane]: where each of them belongs."""
+    place = torch.zeros(1, dtype=torch.int64)
+    for size, stride in reversed(layout):  # the first number is the one that changes fastest
+        place = (place[:, None] + stride * torch.arange(size)).flatten()
+    return place.reshape(-1, 32).T
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("k", (16, 8))
+def test_products_have_the_layout_of_the_hardware(built, k, dtype):
+    a, b, c = torch.randn(16, k).to(dtype), torch.randn(8, k).to(dtype), torch.randn(16, 8)
+    held = [x.T.flatten()[places(layout)].contiguous() for x, layout in ((a, LAYOUTS[k, "a"]), (b, LAYOUTS[k, "b"]), (c, LAYOUTS["c"]))]
+    assert [x.shape[1] for x in held] == [k // 2, k // 4, 4]
+    assert built.multiply_fragments(dtype == torch.float16, k, *(x.data_ptr() for x in held)) == ""
+    found = torch.empty(16 * 8)
+    found[places(LAYOUTS["c"])] = held[2]
+    torch.testing.assert_close(found.reshape(8, 16).T, c + a.float() @ b.float().T)
+
+
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("matrices", (4, 2))
+def test_matrices_are_loaded_with_the_layout_of_the_hardware(built, matrices, transposed):
+    rows = torch.arange(matrices * 64, dtype=torch.int16)
+    found = torch.empty(32, 2 * matrices, dtype=torch.int16)
+    storage = torch.empty(len(rows) + 8, dtype=torch.int16)
+    aligned = storage[-storage.data_ptr() % 16 // 2 :][: len(rows)].copy_(rows)
+    assert built.load_fragments(matrices, transposed, aligned.data_ptr(), found.data_ptr()) == ""
+    assert torch.equal(found, rows[places(MATRICES[transposed])[:, : 2 * matrices]])
