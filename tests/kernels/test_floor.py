@@ -88,7 +88,7 @@ def test_any_number_of_concepts(operator, backend, device, J):
 @each_run
 @pytest.mark.parametrize("T", (1, 16, 77, 80, 154, 231))
 def test_context_lengths(operator, backend, device, T):
-    B = max(4, 64 // T)
+    B = max(4, 64 // T) if operator == "concept_gates" else 4  # the largest error of a few gates would be luck
     compare_with_plain(operator, cases.make(B=B, T=T, device=device, backend=backend, seed=T), backend)
 
 
