@@ -36,7 +36,7 @@ PERFUSION_DEVICE ProductOperand<Element> hidden_states_of(const CrossAttentionLa
 
 // attended[b, n, h] = softmax(scale (x W_Q,hᵀ) K_hᵀ) V_h; max_groups as in edited_attention, tiles of `rows` tokens.
 template <class Element, int d, int max_groups, int rows>
-PERFUSION_KERNEL(32 * layer_warps)
+PERFUSION_KERNEL_BESIDE(32 * layer_warps, attend_beside(d, max_groups))
 cross_attention_layer_attend_kernel(PERFUSION_CONSTANT CrossAttentionLayerLaunch launch) {
   constexpr int pitch = tile_pitch(d), pieces = d / 8;
   using Tile = ProductTile<rows, query_columns(d), 2, 2, layer_depth, query_stages(d, max_groups, rows)>;

@@ -17,6 +17,10 @@ PERFUSION_BOTH constexpr int weigh_across(int groups) { return groups > 5 ? 2 : 
 PERFUSION_BOTH constexpr int weigh_threads(int groups, int rows) { return 2 * rows * weigh_across(groups); }
 PERFUSION_BOTH constexpr int weigh_beside(int groups, int rows) { return rows == tall ? weigh_across(groups) : 1; }
 
+// Blocks of the first launch that registers must have room for beside each other, as the plan counts: asked for none, ptxas takes up
+// to 243 a thread on 10.0 and 12.0. Wide heads have no room for three in shared memory.
+PERFUSION_BOTH constexpr int attend_beside(int d, int groups) { return groups <= 5 && d <= 96 ? 3 : 1; }
+
 // Whether a block of the first launch has a single tile: beside 256 scores registers hold nothing for a next one.
 PERFUSION_BOTH constexpr bool single_tile(int groups) { return groups > 5; }
 

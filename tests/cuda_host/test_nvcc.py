@@ -82,10 +82,11 @@ def test_registers_allow_the_blocks_that_the_plan_counts_on():
     """Of 128 threads, as many as shared memory and registers of 168 or, beyond 80 keys, 255 a thread leave room for: on every chip."""
     _, table = nvcc_matrix.committed()
     for name, registers in table.items():
-        if not name.startswith("edited_attention, "):
+        kernel, _, *numbers = name.split(", ")
+        if kernel not in ("edited_attention", "cross_attention_layer_attend"):
             continue
-        d, groups = map(int, name.split(", ")[2:])
-        bytes = nvcc_matrix.REGISTRY.dynamic_shared_memory("edited_attention", (d, groups))
+        _, groups, *_ = tile = tuple(map(int, numbers))
+        bytes = nvcc_matrix.REGISTRY.dynamic_shared_memory(kernel, tile)
         for arch, taken in registers.items():
             counted = min(SHARED[arch] // (bytes + 1024), 65536 // (128 * (168 if groups == 5 else 255)))
             assert 65536 // (128 * (-(-taken // 8) * 8)) >= counted, f"{name} for {arch}"
