@@ -5,7 +5,7 @@
 namespace perfusion::host {
 
 Cache::Cache(int64_t bytes) {
-  const size_t all = bytes / line_bytes;
+  const size_t all = std::max<int64_t>(bytes / line_bytes, 1);
   while (2 * least_ways * sets <= all) sets *= 2;
   ways = all / sets;
   lines.resize(sets * ways);
@@ -25,7 +25,7 @@ void Cache::access(const void* address, int bytes, bool write, bool streamed) {
 
 Cache::Line& Cache::use(uint64_t number, bool streamed) {
   // neighbours lie in different sets, and rows of a matrix are not crowded into a few
-  const uint64_t mixed = number ^ number / sets * 0x9e3779b97f4a7c15 >> 32;
+  const uint64_t mixed = number ^ (number / sets * 0x9e3779b97f4a7c15 >> 32);
   const auto set = lines.begin() + mixed % sets * ways, end = set + ways;
   auto line = std::find_if(set, end, [&](const Line& each) { return each.number == number; });
   if (line == end) {
