@@ -42,7 +42,7 @@ perfusion_status check(const perfusion_concept_gates_params& p) {
   return arguments.status;
 }
 
-template <bool resident>
+template <int resident>
 auto kernel_for(perfusion_dtype dtype) {
   return dtype == PERFUSION_FLOAT16    ? concept_gates_kernel<Half, resident>
          : dtype == PERFUSION_BFLOAT16 ? concept_gates_kernel<BFloat16, resident>
@@ -76,6 +76,6 @@ extern "C" perfusion_status perfusion_concept_gates(const perfusion_concept_gate
   const ConceptGatesLaunch arguments{p, {tiles, wide}};
   const bool resident = p.J <= resident_places;
   const int bytes = static_cast<int>(sizeof(float)) * (gate_slices + (resident ? gate_floats(static_cast<int>(p.J)) : 0));
-  auto* kernel = resident ? kernel_for<true>(p.encodings.dtype) : kernel_for<false>(p.encodings.dtype);
+  auto* kernel = resident ? kernel_for<1>(p.encodings.dtype) : kernel_for<0>(p.encodings.dtype);
   return launch("concept_gates", kernel, p.B * tiles, 32 * gate_warps, bytes, stream, arguments);
 }

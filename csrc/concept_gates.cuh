@@ -31,8 +31,8 @@ PERFUSION_BOTH constexpr int gate_floats(int J) { return J * J + tokens_of_block
 constexpr int gate_slices = gate_warps * slice_floats;
 static_assert(sizeof(float) * (gate_slices + gate_floats(resident_places)) <= 99 * 1024, "as much as every supported device has");
 
-// `resident`: at most resident_places.
-template <class Element, bool resident>
+// `resident`, 0 or 1: at most resident_places.
+template <class Element, int resident>
 PERFUSION_KERNEL(32 * gate_warps)
 concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
   const perfusion_concept_gates_params& p = launch.call;

@@ -7,6 +7,7 @@ from .build import ROOT
 EXPORTED = (
     "compiled_kernels",
     "concept_gates",
+    "concept_gates_workspace",
     "cross_attention_layer",
     "cross_attention_layer_workspace",
     "edited_attention",

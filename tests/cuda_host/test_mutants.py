@@ -86,7 +86,7 @@ MUTANTS = {
         Change(GATES, "columns[i] /= energies[i % J];\n  barrier();\n", "columns[i] /= energies[i % J];\n"), gates.check_any_order
     ),
     "slots are read before they stand there": (
-        Change(GATES, "slots[thread()] = slot;\n  barrier();\n", "slots[thread()] = slot;\n"), gates.check_any_order
+        Change(GATES, "slots[j] = slot;\n  }\n  barrier();\n", "slots[j] = slot;\n  }\n"), gates.check_any_order
     ),
     "the sum of seven warps": (Change(GATES, "for (int w = 0; w < gate_warps; ++w)", "for (int w = 0; w + 1 < gate_warps; ++w)"), gates.check_many_slices),
     "sums are added before all warps have theirs": (

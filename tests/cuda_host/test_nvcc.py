@@ -10,7 +10,7 @@ from bench.kernels import nvcc_matrix
 from .test_torch_library import compiled  # noqa: F401, a fixture
 
 SASS = """\
-\t\tFunction : _ZN9perfusion20concept_gates_kernelIfLb1EEEvNS_18ConceptGatesLaunchE
+\t\tFunction : _ZN9perfusion20concept_gates_kernelIfLi1EEEvNS_18ConceptGatesLaunchE
         /*0000*/                   LDC R1, c[0x0][0x28] ;                    /* 0x0 */
         /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;          /* 0x0 */
         /*0020*/                   LDGSTS.E.BYPASS.128 [R5], [R2.64], !P1 ;  /* 0x0 */
@@ -46,7 +46,7 @@ def test_what_no_kernel_may_have():
 def test_names_are_readable():
     symbols = {
         "_ZN9perfusion23edited_attention_kernelINS_4HalfELi40ELi5EEEvNS_21EditedAttentionLaunchE": "edited_attention, float16, 40, 5",
-        "_ZN9perfusion20concept_gates_kernelIfLb1EEEvNS_18ConceptGatesLaunchE": "concept_gates, float32, 1",
+        "_ZN9perfusion20concept_gates_kernelIfLi1EEEvNS_18ConceptGatesLaunchE": "concept_gates, float32, 1",
     }
     assert {symbol: nvcc_matrix.readable(*nvcc_matrix.REGISTRY.named(symbol)) for symbol in symbols} == symbols
 
