@@ -234,7 +234,7 @@ def check_rows_share_weights(host):
     """More weights than the cache holds, and two rows: what device memory brings and takes is the least, or within a tenth of that."""
     case = small(B=2, H=4, N=64, D=768, d=40)
     arguments = {name: getattr(case, name) for name in ("query", "encodings", "key_weight", "value_weight")}
-    host.configure(2, 101376, shared_per_multiprocessor=102400, cache=448 << 10)
+    host.configure(2, 101376, shared_per_multiprocessor=102400, cache=480 << 10)
     assert host.fused_plan(**arguments)["splits"] == 1
     host.fused_edited_attention(**arguments)
     [(_, read, written)] = host.counted()["traffic"]
