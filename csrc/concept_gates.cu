@@ -22,7 +22,7 @@ void check_sizes(Arguments& arguments, const perfusion_concept_gates_params& p) 
 
 int64_t workspace_bytes(const perfusion_concept_gates_params& p) {
   if (p.J <= resident_places) return 0;
-  return static_cast<int64_t>(sizeof(float)) * p.B * tiles_of(p) * gate_floats(static_cast<int>(p.J));
+  return static_cast<int64_t>(sizeof(float)) * p.B * tiles_of(p) * system_floats(static_cast<int>(p.J));
 }
 
 perfusion_status check(const perfusion_concept_gates_params& p) {
@@ -74,8 +74,7 @@ extern "C" perfusion_status perfusion_concept_gates(const perfusion_concept_gate
   const int tiles = static_cast<int>(tiles_of(p));
   const bool wide = wide_rows(p.encodings, 3) && wide_rows(p.targets, 2) && wide_rows(p.metric_targets, 2);
   const ConceptGatesLaunch arguments{p, {tiles, wide}};
-  const bool resident = p.J <= resident_places;
-  const int bytes = static_cast<int>(sizeof(float)) * (gate_slices + (resident ? gate_floats(static_cast<int>(p.J)) : 0));
-  auto* kernel = resident ? kernel_for<1>(p.encodings.dtype) : kernel_for<0>(p.encodings.dtype);
+  const int bytes = static_cast<int>(sizeof(float)) * shared_floats(static_cast<int>(p.J));
+  auto* kernel = p.J <= resident_places ? kernel_for<1>(p.encodings.dtype) : kernel_for<0>(p.encodings.dtype);
   return launch("concept_gates", kernel, p.B * tiles, 32 * gate_warps, bytes, stream, arguments);
 }

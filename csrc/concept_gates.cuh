@@ -2,10 +2,12 @@
 //
 // A block takes 16 tokens of one batch row: products of the row's metric targets with them and with its targets, which are
 // c and R but for the division by the energies, the diagonal of R before it. Then R is factored in place, L U without pivoting,
-// which is stable here, and each token's system solved: by one thread in registers for J <= 8, by a warp beyond. What a block
-// keeps of it all is in shared memory, of more than 128 places in its part of the workspace.
+// which is stable here, and each token's system solved: by one thread in registers for J <= 8, by a warp beyond. R and the tokens'
+// columns are in shared memory, of more than 128 places in the block's part of the workspace.
 // A row without a concept writes its zeros and is done. Absent places have c = 0 and the identity's row and column in R.
 #pragma once
+
+#include <type_traits>
 
 #include "concept_gates_products.cuh"
 
@@ -26,10 +28,21 @@ struct ConceptGatesLaunch {
 
 PERFUSION_BOTH constexpr int places_in_steps(int J) { return (J + gate_places - 1) / gate_places * gate_places; }
 
-// Floats of a block: R and a column per token; energies, biases and temperatures; slots. Beside them, the warps' slices.
-PERFUSION_BOTH constexpr int gate_floats(int J) { return J * J + tokens_of_block * J + 3 * J + places_in_steps(J); }
-constexpr int gate_slices = gate_warps * slice_floats;
-static_assert(sizeof(float) * (gate_slices + gate_floats(resident_places)) <= 99 * 1024, "as much as every supported device has");
+// Floats of a block: R, a column per token, and energies; in shared memory the warps' slices, and for resident places that all, with
+// biases, temperatures and slots.
+PERFUSION_BOTH constexpr int system_floats(int J) { return J * J + tokens_of_block * J + J; }
+constexpr int shared_floats(int J) {
+  return gate_warps * slice_floats + (J <= resident_places ? system_floats(J) + 2 * J + places_in_steps(J) : 0);
+}
+static_assert(sizeof(float) * shared_floats(resident_places) <= 99 * 1024, "as much as every supported device has");
+
+// The slots of a row as memory has them.
+struct SlotsInMemory {
+  const int32_t* index;
+  int64_t stride;
+  int J;
+  PERFUSION_DEVICE int operator[](int j) const { return j < J ? load(index + j * stride) : -1; }
+};
 
 // `resident`, 0 or 1: at most resident_places.
 template <class Element, int resident>
@@ -42,24 +55,33 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
   const int first = static_cast<int>(block() % plan.tiles) * tokens_of_block;
   auto* gates = static_cast<float*>(p.gates.data) + b * p.gates.strides[0];
   auto* components = static_cast<float*>(p.components.data) + b * p.components.strides[0];
+  const auto* index = static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0];
+  const auto of_place = [&](const perfusion_tensor& x, int j) {
+    return load(static_cast<const float*>(x.data) + b * x.strides[0] + j * x.strides[1]);
+  };
 
+  std::conditional_t<resident, float*, GlobalFloats> system;  // [J, J]
+  std::conditional_t<resident, const int*, SlotsInMemory> slots;
   auto* slices = reinterpret_cast<float*>(shared_memory());  // [gate_warps, slice_floats]
-  float* system = slices + gate_slices;                      // [J, J]
-  if constexpr (!resident) system = static_cast<float*>(p.workspace) + block() * gate_floats(J);
-  float* columns = system + J * J;                           // [tokens_of_block, J]
-  float* energies = columns + tokens_of_block * J;           // [J]
-  float* biases = energies + J;                              // [J]
-  float* temperatures = biases + J;                          // [J]
-  auto* slots = reinterpret_cast<int*>(temperatures + J);    // [places_in_steps(J)]
-
-  // thread j reads what place j has, or place j + threads(), …
-  static_assert(resident_places <= 32 * gate_warps, "so that it is one");
-  int slot = -1;
-  for (int j = thread(); j < places_in_steps(J); j += threads()) {
-    slot = j < J ? load(static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0] + j * p.index.strides[1]) : -1;
-    slots[j] = slot;
+  float* parameters = slices + gate_warps * slice_floats;    // [2, J], biases and temperatures, of resident places
+  float bias = 0.0f, temperature = 1.0f;                     // of place thread(): stored at once, they would be waited for
+  if constexpr (resident) {
+    static_assert(resident_places <= 32 * gate_warps, "a thread has a place at most");
+    auto* shared_slots = reinterpret_cast<int*>(parameters + 2 * J);  // [places_in_steps(J)]
+    slots = shared_slots;
+    system = parameters + 2 * J + places_in_steps(J);
+    int slot = -1;
+    if (thread() < J) slot = load(index + thread() * p.index.strides[1]);
+    if (thread() < places_in_steps(J)) shared_slots[thread()] = slot;
+    if (slot >= 0) bias = of_place(p.bias, thread()), temperature = of_place(p.temperature, thread());
+    barrier();
+  } else {
+    slots = {index, p.index.strides[1], J};
+    system = {static_cast<float*>(p.workspace) + block() * system_floats(J)};
   }
-  barrier();
+  const auto columns = system + J * J;                  // [tokens_of_block, J]
+  const auto energies = columns + tokens_of_block * J;  // [J]
+
   bool any = false;
   for (int j = 0; j < J; ++j) any = any || slots[j] >= 0;
   if (!any) {
@@ -71,13 +93,8 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
     }
     return;
   }
-  const auto of_place = [&](const perfusion_tensor& x, int j) {
-    return load(static_cast<const float*>(x.data) + b * x.strides[0] + j * x.strides[1]);
-  };
-  float bias = 0.0f, temperature = 1.0f;  // in registers for now: stored, they would be waited for
-  if (resident && slot >= 0) bias = of_place(p.bias, thread()), temperature = of_place(p.temperature, thread());
 
-  const GateProducts<Element> products{
+  const GateProducts<Element, decltype(slots)> products{
       {static_cast<const Element*>(p.encodings.data) + b * p.encodings.strides[0], p.encodings.strides[1],
        p.encodings.strides[2]},
       {static_cast<const float*>(p.targets.data), p.targets.strides[0], p.targets.strides[1]},
@@ -102,10 +119,7 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
       barrier();
     }
   }
-  for (int j = thread(); j < J; j += threads()) {
-    if (!resident && slots[j] >= 0) bias = of_place(p.bias, j), temperature = of_place(p.temperature, j);
-    biases[j] = bias, temperatures[j] = temperature;
-  }
+  if (resident && thread() < J) parameters[thread()] = bias, parameters[J + thread()] = temperature;
   for (int i = thread(); i < J * J; i += threads()) system[i] /= energies[i / J];
   for (int i = thread(); i < tokens_of_block * J; i += threads()) columns[i] /= energies[i % J];
   barrier();
@@ -113,8 +127,12 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
   for (int i = thread(); i < tokens_of_block * J; i += threads()) {
     const int t = first + i / J, j = i % J;
     if (t >= T) continue;
-    const float gate = 1.0f / (1.0f + exp((biases[j] - columns[i]) / temperatures[j]));
-    store(gates + t * p.gates.strides[1] + j * p.gates.strides[2], slots[j] >= 0 ? gate : 0.0f);
+    float gate = 0.0f;
+    if (slots[j] >= 0) {
+      const float at = resident ? parameters[j] : of_place(p.bias, j), over = resident ? parameters[J + j] : of_place(p.temperature, j);
+      gate = 1.0f / (1.0f + exp((at - columns[i]) / over));
+    }
+    store(gates + t * p.gates.strides[1] + j * p.gates.strides[2], gate);
   }
 
   // L below the diagonal, U on and above it
@@ -132,7 +150,7 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
   const auto store_component = [&](int t, int j, float a) {
     store(components + (first + t) * p.components.strides[1] + j * p.components.strides[2], slots[j] >= 0 ? a : 0.0f);
   };
-  if (J <= gate_places) {  // a thread has all of a token's c in registers
+  if (resident && J <= gate_places) {  // a thread has all of a token's c in registers
     const int t = thread();
     if (t >= tokens_of_block || first + t >= T) return;
     float c[gate_places];
@@ -158,7 +176,7 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
 
   // the warp's lanes take the rows below, then those above, each solved entry
   for (int t = warp(); t < tokens_of_block && first + t < T; t += gate_warps) {
-    float* c = columns + t * J;
+    const auto c = columns + t * J;
     for (int k = 0; k < J; ++k) {
       for (int j = k + 1 + lane(); j < J; j += 32) c[j] -= system[j * J + k] * c[k];
       warp_barrier();

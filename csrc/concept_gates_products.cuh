@@ -85,11 +85,11 @@ struct GateSlice {
   Eight<float> target[group_places], metric_target[group_places];
 };
 
-template <class Element>
+template <class Element, class Slots>
 struct GateProducts {
   Rows<Element> encodings;  // of the batch row
   Rows<float> targets, metric_targets;
-  const int* slots;  // by place, in shared memory: -1 where there is none, and up to a multiple of gate_places
+  Slots slots;  // by place: -1 where there is none, and up to a multiple of gate_places
   int first, T, D, J;
   bool wide;  // rows of all three
 

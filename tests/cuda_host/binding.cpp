@@ -289,7 +289,7 @@ PYBIND11_MODULE(perfusion_host, module) {
   shared_memory["coefficients_gradient"] = coefficients_gradient_bytes;
   shared_memory["tables_gradient"] = tables_gradient_bytes;
   module.attr("shared_memory") = shared_memory;
-  module.attr("gate_slices_bytes") = sizeof(float) * gate_slices;
+  module.attr("gate_slices_bytes") = sizeof(float) * gate_warps * slice_floats;
   module.def("misuse", [](int which, int threads) { return host::run(1, threads, 1024, [which] { misuse(which); }); });
   module.def("multiply_fragments", [](bool half, int k, uintptr_t a, uintptr_t b, uintptr_t c) {
     const auto run_with = [=](auto multiply) {

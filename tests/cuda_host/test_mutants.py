@@ -86,7 +86,7 @@ MUTANTS = {
         Change(GATES, "columns[i] /= energies[i % J];\n  barrier();\n", "columns[i] /= energies[i % J];\n"), gates.check_any_order
     ),
     "slots are read before they stand there": (
-        Change(GATES, "slots[j] = slot;\n  }\n  barrier();\n", "slots[j] = slot;\n  }\n"), gates.check_any_order
+        Change(GATES, "of_place(p.temperature, thread());\n    barrier();\n", "of_place(p.temperature, thread());\n"), gates.check_any_order
     ),
     "the sum of seven warps": (Change(GATES, "for (int w = 0; w < gate_warps; ++w)", "for (int w = 0; w + 1 < gate_warps; ++w)"), gates.check_many_slices),
     "sums are added before all warps have theirs": (
@@ -234,9 +234,9 @@ MUTANTS = {
         Change(LAYER, "x[e] += more[e];", "x[e] = to_float(Element{static_cast<uint16_t>(pack<Element>(x[e] + more[e], 0.0f))});"),
         layer.check_the_sum_is_rounded_once,
     ),
-    "a thread has a single place's bias": (
-        Change(GATES, "for (int j = thread(); j < J; j += threads()) {\n    if (!resident", "for (int j = thread(); j < J; j += J) {\n    if (!resident"),
-        gates.check_more_places_than_threads,
+    "the last of many places is taken for absent": (Change(GATES, "return j < J ? load", "return j + 1 < J ? load"), gates.check_more_than_a_block_holds),
+    "many places have the first one's bias": (
+        Change(GATES, "parameters[j] : of_place(p.bias, j)", "parameters[j] : of_place(p.bias, 0)"), gates.check_more_than_a_block_holds
     ),
     "outputs drive weights out of the cache": (Change(LAYER, "words, plan.streamed_output);", "words, false);"), layer.check_weights_stay_in_the_cache),
     "residuals drive weights out of the cache": (

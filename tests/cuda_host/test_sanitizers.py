@@ -62,6 +62,6 @@ def test_a_race_of_two_blocks_is_reported():
 
 def test_a_workspace_that_two_blocks_share_is_reported():
     """One block runs after the other here, so no result is wrong."""
-    shared = Change("concept_gates.cuh", "+ block() * gate_floats(J)", "+ 0 * gate_floats(J)")
+    shared = Change("concept_gates.cuh", "+ block() * system_floats(J)", "+ 0 * system_floats(J)")
     ran = sweep(THREAD, changes=(shared,))
     assert ran.stdout == "" and "ThreadSanitizer: data race" in ran.stderr

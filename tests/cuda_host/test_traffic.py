@@ -64,6 +64,16 @@ def test_blocks_that_run_at_once_give_the_same_bits(host, operator):
     assert all(map(torch.equal, *((x,) if torch.is_tensor(x) else x for x in (alone, together))))
 
 
+@pytest.mark.parametrize("chip", traffic_matrix.CHIPS)
+def test_gates_of_many_places_write_their_workspace_once(host, chip):
+    """And find it in the cache, however often they read it: beside the operator's least, that is all that reaches memory."""
+    arguments = cases.make(B=1, T=33, D=320, J=130, S=131, dtype=torch.float16, full=True).arguments("concept_gates")
+    host.configure(**vars(traffic_matrix.CHIPS[chip]))
+    host.concept_gates(**arguments)
+    [(_, read, written)] = host.counted()["traffic"]
+    assert read + written <= LIMIT * (floors.of("concept_gates", arguments).bytes + host.gates_workspace_bytes(**arguments))
+
+
 def test_every_launch_of_the_table_moves_at_most_a_tenth_more():
     table = traffic_matrix.committed()
     assert len(table) >= 6 * len(floors.UNETS) + 4 * sum(map(len, floors.UNETS.values()))
