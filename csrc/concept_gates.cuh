@@ -36,6 +36,21 @@ constexpr int shared_floats(int J) {
 }
 static_assert(sizeof(float) * shared_floats(resident_places) <= 99 * 1024, "as much as every supported device has");
 
+// Floats of global memory, to be used as a pointer to shared ones is.
+struct GlobalFloats {
+  struct Float {
+    float* at;
+    PERFUSION_DEVICE operator float() const { return load(at); }
+    PERFUSION_DEVICE void operator=(float x) const { store(at, x); }
+    PERFUSION_DEVICE void operator=(const Float& x) const { store(at, load(x.at)); }
+    PERFUSION_DEVICE void operator-=(float x) const { store(at, load(at) - x); }
+    PERFUSION_DEVICE void operator/=(float x) const { store(at, load(at) / x); }
+  };
+  float* data;
+  PERFUSION_DEVICE Float operator[](int i) const { return {data + i}; }
+  PERFUSION_DEVICE GlobalFloats operator+(int i) const { return {data + i}; }
+};
+
 // The slots of a row as memory has them.
 struct SlotsInMemory {
   const int32_t* index;

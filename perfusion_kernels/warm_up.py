@@ -13,9 +13,7 @@ from .edited_attention import edited_attention
 from .edited_projection import edited_projection
 from .fused_edited_attention import fused_edited_attention
 from .fused_edited_projection import fused_edited_projection
-from .measure_choices import Measured, measure_choices
-
-Layer = tuple[int, int, int, int]
+from .measure_choices import Layer, Measured, measure_choices
 
 
 @dataclass(frozen=True)

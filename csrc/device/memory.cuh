@@ -70,21 +70,6 @@ PERFUSION_DEVICE void load_columns(float (&x)[8], const perfusion_tensor& table,
   load_eight(x, table, row * table.strides[0] + column * table.strides[1], table.strides[1], wide, count);
 }
 
-// Floats of global memory, to be used as a pointer to shared ones is.
-struct GlobalFloats {
-  struct Float {
-    float* at;
-    PERFUSION_DEVICE operator float() const { return load(at); }
-    PERFUSION_DEVICE void operator=(float x) const { store(at, x); }
-    PERFUSION_DEVICE void operator=(const Float& x) const { store(at, load(x.at)); }
-    PERFUSION_DEVICE void operator-=(float x) const { store(at, load(at) - x); }
-    PERFUSION_DEVICE void operator/=(float x) const { store(at, load(at) / x); }
-  };
-  float* data;
-  PERFUSION_DEVICE Float operator[](int i) const { return {data + i}; }
-  PERFUSION_DEVICE GlobalFloats operator+(int i) const { return {data + i}; }
-};
-
 // Floats of shared memory, whose addresses are multiples of 16 bytes.
 template <int n>
 PERFUSION_DEVICE void read_floats(float (&x)[n], const float* from) {
