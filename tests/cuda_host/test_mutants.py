@@ -81,7 +81,7 @@ MUTANTS = {
         Change(GATES, "      system[i * J + k] -= system[i * J + j] * system[j * J + k];\n    }\n    barrier();\n",
                "      system[i * J + k] -= system[i * J + j] * system[j * J + k];\n    }\n"), gates.check_any_order
     ),
-    "another place's temperature": (Change(GATES, "/ temperatures[j]", "/ temperatures[j ? j - 1 : 1]"), gates.check_mixed_rows),
+    "another place's temperature": (Change(GATES, "parameters[J + j]", "parameters[J + (j ? j - 1 : 1)]"), gates.check_mixed_rows),
     "biases are read before they stand there": (
         Change(GATES, "columns[i] /= energies[i % J];\n  barrier();\n", "columns[i] /= energies[i % J];\n"), gates.check_any_order
     ),
