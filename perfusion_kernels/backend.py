@@ -155,6 +155,11 @@ def select(operator: str, arguments: Sequence, backend: str | None = None) -> Op
     raise BackendUnavailable(f"{operator}: no backend can run this call")
 
 
+def requested() -> str | None:
+    """The backend that calls run on which name none, if one was asked for; None: chosen for each call."""
+    return None if _requested == "auto" else _requested
+
+
 def differentiated(arguments: Sequence) -> bool:
     """Whether the call will be differentiated."""
     return torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in arguments)

@@ -53,7 +53,9 @@ def halves(**tensors: Tensor | None) -> str | None:
     return dtypes((*HALF, torch.float32), **tensors) if cast else refused
 
 
-def concept_gates(encodings, targets, metric_targets, index, bias, temperature) -> str | None:
+def concept_gates(encodings, targets, metric_targets, index, bias, temperature, places, floor) -> str | None:
+    if places is not None:
+        return "places are not supported yet"
     if index.shape[1] > PLACES:
         return f"it takes J up to {PLACES}; got {index.shape[1]}"
     return dtypes(NARROW, encodings=encodings) or dtypes(
@@ -77,7 +79,11 @@ def edited_projection_backward(gradient, *arguments_and_needs) -> str | None:
     return halves(gradient=gradient) or edited_projection(*arguments)
 
 
-def edited_attention(query, key, value, *edit_and_scale) -> str | None:
+def edited_attention(query, key, value, *rest) -> str | None:
+    *edit, slots, query_regions, key_regions, scale = rest
+    if slots is not None or query_regions is not None:
+        return "slots and regions are not supported yet"
+    edit_and_scale = (*edit, scale)
     return (
         halves(query=query, key=key, value=value)
         or edit_dtypes(*edit_and_scale[:-1])

@@ -6,7 +6,8 @@ from torch.nn import functional
 from .edited_attention import edited_attention, edited_attention_backward
 from .look_up import wide
 
-NO_EDIT = (None,) * 7
+NO_EDIT = (None,) * 10
+"""Of `edited_attention`: no edit, no slots, no regions."""
 
 
 def cross_attention_layer(
@@ -56,7 +57,7 @@ def cross_attention_layer_backward(
     else:
         by_attended = (gradient @ output_weight).unflatten(-1, key.shape[2:])
     by_query, by_key, by_value, *_ = edited_attention_backward(
-        by_attended, query, key, value, *NO_EDIT, scale, (True,) * 3 + (False,) * 8
+        by_attended, query, key, value, *NO_EDIT, scale, (True,) * 3 + (False,) * 11
     )
     by_hidden_states = by_query_weight = by_output_weight = None
     if query_weight is None:

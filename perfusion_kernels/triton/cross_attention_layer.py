@@ -90,7 +90,7 @@ def _attend(hidden_states: Tensor, query_weight: Tensor, key: Tensor, value: Ten
     if hidden_states.dtype == torch.float32:
         # without tensor cores the factors of products stand in registers, which do not hold both kinds of product
         query = functional.linear(hidden_states, query_weight).unflatten(-1, (H, d))
-        return edited_attention(query, key, value, *(None,) * 7, scale)
+        return edited_attention(query, key, value, *(None,) * 10, scale)
     result = hidden_states.new_empty((B, N, H, d))
 
     def run(tiles):
@@ -222,7 +222,7 @@ def cross_attention_layer_backward(
         if needs[1]:
             found[1] = by_query.flatten(0, 1).mT @ hidden_states.flatten(0, 1)
     if needs[4]:
-        attended = edited_attention(query, key, value, *no_edit, scale)
+        attended = edited_attention(query, key, value, *no_edit, None, None, None, scale)
         found[4] = gradient.flatten(0, 1).mT @ attended.flatten(2).flatten(0, 1)
     if needs[5]:
         found[5] = gradient.sum((0, 1))
