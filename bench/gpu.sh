@@ -79,9 +79,6 @@ for suite in gates projection attention fused layer; do
     --seconds "${SECONDS_EACH:-0.2}" --rounds 10 --out "$out/$suite.jsonl"
 done
 stage bench-overhead 20 "$python" bench/run.py --suite overhead --out "$out/overhead.jsonl"
-files=()
-for suite in projection layer; do [[ ! -e $out/$suite.jsonl ]] || files+=("$out/$suite.jsonl"); done
-stage choices 20 "$python" bench/choices.py --out "$out" "${files[@]}"
 files=("$out"/*.jsonl)
 [[ -e ${files[0]} ]] && "$python" bench/report.py "${files[@]}" | tee "$out/report.md"
 

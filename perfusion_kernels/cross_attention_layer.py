@@ -2,9 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .arguments import FLOATING, Arguments, dtypes_beside, once
-from .backend import call, register
+from .arguments import FLOATING, Arguments, autocasts, dtypes_beside, once
+from .backend import call, register, requested
+from .edited_attention import edited_attention
 from .reference import cross_attention_layer as reference
 from .registration import Operator
 from .validation import check_values
@@ -27,8 +29,7 @@ def cross_attention_layer(
 
     key and value are those of the prompt, edited already (`edited_projection`). With `query_weight` and
     `output_weight` both None they are absorbed ones, from `absorb_projections`: the heads are then C wide and
-    the result is residual + output_bias + Σ_h softmax(scale · x K_hᵀ) V_h. `absorb_where_faster` takes the form that was
-    measured to be faster.
+    the result is residual + output_bias + Σ_h softmax(scale · x K_hᵀ) V_h.
 
     Args:
         hidden_states [B, N, C]: float16, bfloat16, float32 or float64; any strides.
@@ -40,7 +41,8 @@ def cross_attention_layer(
         validate: whether to check that key and value are finite, which waits for the device. None: on ordinary
             host tensors outside torch.compile only, and not again until one is written in place as torch counts it,
             so not through `.data` or numpy.
-        backend: "cuda", "triton" or "reference"; None chooses.
+        backend: "cuda", "triton" or "reference"; None chooses: on a GPU, torch's products around `edited_attention`, which
+            then chooses for itself.
 
     Returns:
         [B, N, C], contiguous, in the dtype of hidden_states; under autocast, in autocast's, to which every
@@ -57,6 +59,8 @@ def cross_attention_layer(
     if scale is None:
         scale = 1.0 if query_weight is None else key.shape[-1] ** -0.5
     arguments = (*tensors, float(scale))
+    if backend is None and requested() is None and query_weight is not None and not hidden_states.is_cpu:
+        return around_attention(*arguments)
     return call("cross_attention_layer", arguments, backend)
 
 
@@ -116,6 +120,31 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, gradient):
     return reference.cross_attention_layer_backward(gradient, *ctx.saved_tensors, ctx.scale, ctx.needs_input_grad)
+
+
+def around_attention(
+    hidden_states: Tensor,
+    query_weight: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor | None,
+    residual: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The default on a GPU: torch's products before and after `edited_attention`. Not an operator; its parts have the derivatives."""
+    tensors = (hidden_states, query_weight, key, value, output_weight, output_bias, residual)
+    device_type = hidden_states.device.type
+    if autocasts(hidden_states):
+        dtype = torch.get_autocast_dtype(device_type)
+        tensors = tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+        with torch.autocast(device_type, enabled=False):
+            return around_attention(*tensors, scale)
+    hidden_states, query_weight, key, value, output_weight, output_bias, residual = tensors
+    query = functional.linear(hidden_states, query_weight).unflatten(-1, key.shape[2:])
+    attended = edited_attention(query, key, value, scale=scale, validate=False)
+    result = functional.linear(attended.flatten(2), output_weight, output_bias)
+    return result if residual is None else result + residual
 
 
 OPERATOR = Operator(

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from perfusion_kernels import absorb_projections, cross_attention_layer, edited_attention
+from perfusion_kernels.cross_attention_layer import around_attention
 
 from . import cases, plain
 from .tolerance import assert_no_worse, twice_rounded
@@ -103,6 +104,31 @@ def test_bias_and_residual_may_be_absent(backend, device, form):
         part = cross_attention_layer(**{**arguments, **dict.fromkeys(missing)}, backend=backend)
         again = part + sum(summands[name] for name in missing)  # rounded twice
         torch.testing.assert_close(again, whole, **twice_rounded(whole.dtype))
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATING)
+@pytest.mark.parametrize("without", ((), ("output_bias", "residual")))
+def test_the_default_on_a_gpu_is_the_layer(dtype, without):
+    """torch's products around `edited_attention`, here run in host memory; derivatives and autocast included."""
+    case = cases.make(dtype=dtype)
+    arguments = {**layer(case), **dict.fromkeys(without)}
+    given = leaves(arguments)
+    scale = case.key.shape[-1] ** -0.5
+    mine = around_attention(*{**arguments, **given}.values(), scale)
+    zero = {name: torch.zeros_like(layer(case)[name]) for name in without}
+    naive = plain.cross_attention_layer(**{**layer(case), **zero}, scale=scale)
+    exact = plain.cross_attention_layer(**{**layer(case.double()), **{name: x.double() for name, x in zero.items()}}, scale=scale)
+    assert_no_worse(mine, naive, exact, case.index)
+    if dtype == torch.float64:
+        expected = cross_attention_layer(**{**arguments, **given})
+        gradients = (torch.autograd.grad(each.square().sum(), list(given.values())) for each in (mine, expected))
+        for own, reference in zip(*gradients):
+            torch.testing.assert_close(own, reference, **TIGHT)
+    if dtype == torch.float32:
+        halves = (x if x is None else x.bfloat16() for x in arguments.values())
+        with torch.autocast("cpu", torch.bfloat16):
+            result = around_attention(*arguments.values(), scale)
+        assert result.dtype == torch.bfloat16 and torch.equal(result, around_attention(*halves, scale))
 
 
 @each_run

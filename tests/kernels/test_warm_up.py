@@ -8,15 +8,12 @@ import pytest
 import torch
 
 from perfusion_kernels import BackendUnavailable, warm_up
-from perfusion_kernels.measure_choices import Measured
-from perfusion_kernels.warm_up import WarmedUp
 
 from . import cases
 
 MODULE = sys.modules["perfusion_kernels.warm_up"]  # the package's attribute is the function
 LAYERS = [(5, 12, 2, 4), (3, 9, 1, 8), (5, 12, 2, 4)]
 CHOSEN = {"a device": {"a launch": {"BLOCK_N": 16}}}
-MEASURED = Measured((), ("a reason",))
 
 
 @pytest.fixture
@@ -37,7 +34,6 @@ def calls(monkeypatch):
     monkeypatch.setattr(MODULE, "_require_triton", lambda device: None)
     tuning = importlib.import_module("perfusion_kernels.triton.tuning")
     monkeypatch.setattr(tuning, "tuning", lambda: tuned(found))
-    monkeypatch.setattr(MODULE, "measure_choices", lambda *arguments, **options: found.append(("measured", (arguments, options))) or MEASURED)
     return found
 
 
@@ -50,10 +46,8 @@ def tuned(found):
 @pytest.mark.parametrize("gradients", (False, True))
 def test_every_operator_at_every_shape_once(calls, gradients):
     sizes = dict(rows=3, tokens=7, text_width=6, concepts=2)
-    assert warm_up(LAYERS, device="cpu", dtype=torch.float32, gradients=gradients, **sizes) == WarmedUp(CHOSEN, MEASURED)
-    # with the tiles that were chosen, the choices are measured
-    assert calls[-2:] == [("tuned", ()), ("measured", ((LAYERS,), {"device": "cpu", "dtype": torch.float32, **sizes}))]
-    del calls[-2:]
+    assert warm_up(LAYERS, device="cpu", dtype=torch.float32, gradients=gradients, **sizes) == CHOSEN
+    assert calls.pop() == ("tuned", ())
     names = [name for name, _ in calls]
     assert set(names) == set(cases.PUBLIC)
     shapes = {name: [tuple(result.shape) for each, result in calls if each == name] for name in set(names) - {"concept_gates"}}
@@ -71,8 +65,7 @@ def test_every_operator_at_every_shape_once(calls, gradients):
 
 def test_half_precision(calls):
     warm_up(LAYERS[:1], device="cpu", dtype=torch.float16)
-    assert {results.dtype for name, results in calls[:-2] if name != "concept_gates"} == {torch.float16}
-    assert calls[-1][1][1]["dtype"] == torch.float16
+    assert {results.dtype for name, results in calls[:-1] if name != "concept_gates"} == {torch.float16}
 
 
 def test_a_device_without_triton_is_refused_by_name():
