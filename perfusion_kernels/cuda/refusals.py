@@ -103,17 +103,6 @@ def fused_edited_attention(query, encodings, key_weight, value_weight, *edit_and
     )
 
 
-def cross_attention_layer(hidden_states, query_weight, key, value, output_weight, output_bias, residual, scale) -> str | None:
-    rest = dict(query_weight=query_weight, output_weight=output_weight, output_bias=output_bias, residual=residual)
-    refused = halves(hidden_states=hidden_states, key=key, value=value, **rest) or at_least_one(H=key.shape[2])
-    T, H, d = key.shape[1:]
-    if refused or query_weight is None:  # absorbed: a head is C wide, and steps of its keys fit into any device's shared memory
-        return refused or context(T)
-    multiprocessors, _ = limits(key.device.index)
-    rows = 32 if key.shape[0] * H * -(-hidden_states.shape[1] // 64) < multiprocessors else 64
-    return head(d, T) or fits(layer_bytes(d, T, rows), key, T)
-
-
 def edit_dtypes(gates, components, index, key_outputs, key_targets, value_outputs, value_targets) -> str | None:
     return dtypes((torch.float32,), gates=gates, components=components) or dtypes(
         NARROW, key_outputs=key_outputs, key_targets=key_targets, value_outputs=value_outputs, value_targets=value_targets
@@ -151,11 +140,6 @@ def fused_bytes(d: int, T: int, sides: int) -> int:
     projected = 80 + (2 if d <= 80 else 1) * columns(d)
     queries = 4 * 16 * row(d) + edit_bytes(d, T, sides)
     return resident(d, T) + max(steps(of_sum(d), projected), queries)  # the projection's steps, then queries of four warps
-
-
-def layer_bytes(d: int, T: int, rows: int) -> int:
-    stages = 3 if T <= 80 and rows == 32 else of_sum(d)
-    return resident(d, T) + max(steps(stages, rows + columns(d)), rows * row(d))  # the same, of the query
 
 
 def edit_bytes(d: int, T: int, sides: int) -> int:
