@@ -25,6 +25,7 @@ KERNELS = (
     "concept_gates.cu",
     "edited_projection.cu",
     "edited_projection_backward.cu",
+    "limits.cu",
     *(f"{name}{part}.cu" for name in ATTENTION for part in ("", "_float16", "_bfloat16")),
 )
 PLAIN = ("status.cpp", "host/block.cpp", "host/cache.cpp", "host/copies.cpp", "host/fiber.cpp", "host/warp.cpp")
