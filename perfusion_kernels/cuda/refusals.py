@@ -54,8 +54,6 @@ def halves(**tensors: Tensor | None) -> str | None:
 
 
 def concept_gates(encodings, targets, metric_targets, index, bias, temperature, places, floor) -> str | None:
-    if places is not None:
-        return "places are not supported yet"
     if index.shape[1] > PLACES:
         return f"it takes J up to {PLACES}; got {index.shape[1]}"
     return dtypes(NARROW, encodings=encodings) or dtypes(
@@ -81,14 +79,12 @@ def edited_projection_backward(gradient, *arguments_and_needs) -> str | None:
 
 def edited_attention(query, key, value, *rest) -> str | None:
     *edit, slots, query_regions, key_regions, scale = rest
-    if slots is not None or query_regions is not None:
-        return "slots and regions are not supported yet"
     edit_and_scale = (*edit, scale)
     return (
         halves(query=query, key=key, value=value)
         or edit_dtypes(*edit_and_scale[:-1])
         or head(query.shape[3], key.shape[1])
-        or fits(attention_bytes(query.shape[3], key.shape[1], sides(*edit_and_scale)), query, key.shape[1])
+        or fits(attention_bytes(query.shape[3], key.shape[1], sides(*edit_and_scale), key_regions is not None), query, key.shape[1])
     )
 
 
@@ -132,8 +128,8 @@ def fits(needed: int, heads: Tensor, T: int) -> str | None:
     return None
 
 
-def attention_bytes(d: int, T: int, sides: int) -> int:
-    return resident(d, T) + 16 * row(d) + edit_bytes(d, T, sides)  # the queries of one warp
+def attention_bytes(d: int, T: int, sides: int, regions: bool) -> int:
+    return resident(d, T) + 4 * keys(T) * regions + 16 * row(d) + edit_bytes(d, T, sides)  # the queries of one warp
 
 
 def fused_bytes(d: int, T: int, sides: int) -> int:

@@ -23,6 +23,7 @@ BUILD = ROOT / "build" / "cuda_host"
 ATTENTION = ("edited_attention", "fused_edited_attention")
 KERNELS = (
     "concept_gates.cu",
+    "device_errors.cu",
     "edited_projection.cu",
     "edited_projection_backward.cu",
     *(f"{name}{part}.cu" for name in ATTENTION for part in ("", "_float16", "_bfloat16")),

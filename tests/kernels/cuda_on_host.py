@@ -6,12 +6,14 @@
 FILE is the library of csrc/torch over csrc/host/, with its operators' overloads named "cuda" (tests/cuda_host/build.py).
 """
 
+import ctypes
+import functools
 import os
 
 import torch
 
 from perfusion_kernels import backend, cuda
-from perfusion_kernels.cuda import refusals
+from perfusion_kernels.cuda import library, refusals
 
 DEVICE = (2, 232448)  # multiprocessors, and bytes of shared memory of a block
 
@@ -23,6 +25,8 @@ def registered() -> bool:
 def register() -> None:
     """Refusals stay as they are, but for those that ask for a device."""
     torch.ops.load_library(os.environ["PERFUSION_CUDA_ON_HOST"])
+    library.loaded = functools.cache(lambda: ctypes.CDLL(os.environ["PERFUSION_CUDA_ON_HOST"]))  # whom check_device asks
+    library.loaded()
     refusals.anywhere, refusals.limits = lambda *arguments: None, lambda index: DEVICE
     backend._unavailable["cuda"] = lambda: None
     cuda.register_all()
