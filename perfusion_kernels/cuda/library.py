@@ -159,5 +159,5 @@ def shared_memory(device: int) -> int:
 def ask(question: str, *numbers: int) -> int:
     """What fits: a function of the C API without its prefix, as "edited_attention_longest"."""
     function = getattr(loaded(), f"perfusion_{question}")
-    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64, ctypes.c_int32, ctypes.c_int64][: len(numbers)]
+    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * len(numbers)
     return function(*numbers)

@@ -27,14 +27,15 @@ def most_places() -> int:
 @torch.compiler.assume_constant_result
 def compiled_widths(operator: str) -> tuple[int, ...]:
     """Head widths, for which some context fits where shared memory has no end."""
-    return tuple(d for d in range(8, 257, 8) if library.ask(f"{operator}_longest", d, 0, 1 << 30))
+    more = (0,) * (operator == "edited_attention")  # no regions
+    return tuple(d for d in range(8, 257, 8) if library.ask(f"{operator}_longest", 1 << 30, d, 0, *more))
 
 
 @torch.compiler.assume_constant_result
-def longest_context(operator: str, d: int, sides: int, index: int) -> tuple[int, int]:
-    """The largest T, and the bytes of shared memory of a block that it follows from."""
+def longest_context(operator: str, index: int, *what: int) -> tuple[int, int]:
+    """The largest T on the device of this index, and the bytes of shared memory of a block that it follows from."""
     limit = library.shared_memory(index)
-    return library.ask(f"{operator}_longest", d, sides, limit), limit
+    return library.ask(f"{operator}_longest", limit, *what), limit
 
 
 def anywhere(*arguments) -> str | None:
@@ -64,8 +65,6 @@ def halves(**tensors: Tensor | None) -> str | None:
 
 
 def concept_gates(encodings, targets, metric_targets, index, bias, temperature, places, floor) -> str | None:
-    if places is not None:
-        return "places are not supported yet"
     if index.shape[1] > most_places():
         return f"it takes J up to {most_places()}; got {index.shape[1]}"
     return dtypes(NARROW, encodings=encodings) or dtypes(
@@ -91,9 +90,11 @@ def edited_projection_backward(gradient, *arguments_and_needs) -> str | None:
 
 def edited_attention(query, key, value, *rest) -> str | None:
     *edit, slots, query_regions, key_regions, scale = rest
-    if slots is not None or query_regions is not None:
-        return "slots and regions are not supported yet"
-    return halves(query=query, key=key, value=value) or edit_dtypes(*edit) or context("edited_attention", query, key.shape[1], edit)
+    return (
+        halves(query=query, key=key, value=value)
+        or edit_dtypes(*edit)
+        or context("edited_attention", query, key.shape[1], edit, query_regions is not None)
+    )
 
 
 def fused_edited_attention(query, encodings, key_weight, value_weight, *rest) -> str | None:
@@ -116,7 +117,7 @@ def at_least_one(**sizes: int) -> str | None:
     return next((f"it takes {letter} from 1 on; got {size}" for letter, size in sizes.items() if size < 1), None)
 
 
-def context(operator: str, heads: Tensor, T: int, edit: tuple[Tensor | None, ...]) -> str | None:
+def context(operator: str, heads: Tensor, T: int, edit: tuple[Tensor | None, ...], *more: bool) -> str | None:
     """Whether K and V of one head, of T tokens and of the width of `heads` [..., d], fit into the device's shared memory."""
     widths = compiled_widths(operator)
     d = next((width for width in widths if width == heads.shape[-1]), None)  # a constant, where the size is a symbol
@@ -124,5 +125,5 @@ def context(operator: str, heads: Tensor, T: int, edit: tuple[Tensor | None, ...
         return f"it takes d of {', '.join(map(str, widths))}; got {heads.shape[-1]}"
     _, _, index, key_outputs, _, value_outputs, _ = edit
     sides = 0 if index is None or index.shape[1] == 0 else sum(outputs is not None for outputs in (key_outputs, value_outputs))
-    longest, limit = longest_context(operator, d, sides, heads.device.index)
+    longest, limit = longest_context(operator, heads.device.index, d, sides, *more)
     return f"it takes T up to {longest} at d = {d} with {limit} bytes of shared memory a block; got {T}" if T > longest else None

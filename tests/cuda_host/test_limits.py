@@ -48,7 +48,7 @@ def test_the_longest_context_runs_and_the_next_is_refused(host, asked, name):
     found = set()
     for d, shared, sides in itertools.product(cases.WIDTHS, SHARED_MEMORY, (0, 2) if name == "edited_attention" else (2,)):
         asked(name, attention(name, d, 1, sides), shared)  # loads the library
-        longest = library.ask(f"{name}_longest", d, sides, shared)
+        longest = library.ask(f"{name}_longest", shared, d, sides, *[0] * (name == "edited_attention"))
         host.configure(0, shared)
         for T in {longest, longest + 1} - {0}:
             arguments = attention(name, d, T, sides)

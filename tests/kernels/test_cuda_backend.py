@@ -64,7 +64,7 @@ def answer(question, *numbers):
     """As a library would whose kernels have heads of 32 and 40 columns, and whose memory holds 200 tokens of one edited side."""
     if question == "concept_gates_most":
         return 1000
-    d, sides, shared_memory = numbers
+    shared_memory, d, sides, *_ = numbers
     return 0 if d not in (32, 40) else 256 if shared_memory > 101376 else 201 - sides
 
 
