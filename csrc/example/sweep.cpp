@@ -2,7 +2,8 @@
 // each result is compared with the formula in double precision. Links the C API and nothing else of the library, so it runs on
 // the CPU build, and on a GPU under compute-sanitizer's memcheck, racecheck, synccheck and initcheck.
 //
-//   sweep [OPERATOR…]      all of them without a name; the exit status is the number of cases that failed, at most 99
+//   sweep [dense] [OPERATOR…]      all of them without a name; dense: without views. The exit status is the number of cases that
+//                                  failed, at most 99
 //
 // A tensor has memory of its own and of exactly its size. That of a view has gaps, filled with NaN, which must be neither read nor written.
 #include <perfusion_kernels.h>
@@ -364,9 +365,12 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
 }  // namespace
 
 int main(int count, char **names) {
-  const auto wanted = [&](const std::string &name) { return count == 1 || std::count(names + 1, names + count, name) > 0; };
+  const bool dense = count > 1 && std::string(names[1]) == "dense";
+  const auto first = names + 1 + dense, last = names + count;
+  const auto wanted = [&](const std::string &name) { return first == last || std::count(first, last, name) > 0; };
   constexpr auto half = PERFUSION_FLOAT16, brain = PERFUSION_BFLOAT16, single = PERFUSION_FLOAT32;
   for (bool gaps : {false, true}) {
+    if (gaps && dense) break;
     if (wanted("concept_gates")) {
       concept_gates(half, 18, 37, 3, gaps);
       concept_gates(brain, 5, 64, 8, gaps);
