@@ -15,9 +15,10 @@ from pathlib import Path
 DTYPES = {"NS_4HalfE": "float16", "NS_8BFloat16E": "bfloat16", "f": "float32"}  # by the mangled name of a kernel's first template argument
 TILES = {  # what its other template arguments are; keys are counted in groups of 16
     "concept_gates": ("resident",),
-    "edited_attention": ("head_dim", "keys"),
+    "edited_attention": ("head_dim", "keys", "m"),  # tiles of 16 m rows
     "fused_edited_attention": ("head_dim", "keys"),
     "edited_projection": ("rows", "columns"),
+    "fused_edited_projection": ("rows", "columns"),
     "encodings_gradient": (),
     "sum_of_splits": (),
     "coefficients_gradient": (),
@@ -73,13 +74,13 @@ def dynamic_shared_memory(kernel: str, arguments: tuple[int, ...]) -> int:
     by J. An edit takes the place of the second stage, and more where that is too small for its concepts."""
     steps_pitch = pitch(32)  # of the steps of a product inside an attention kernel
     if kernel == "edited_attention":
-        d, groups = arguments
-        return pitch(d) * (2 * 16 * groups + 4 * 2 * 16)
+        d, groups, m = arguments
+        return pitch(d) * (2 * 16 * groups + 4 * 2 * 16 * m)
     if kernel == "fused_edited_attention":
         d, groups = arguments
         sides, stages = 2 if d <= 80 else 1, 3 if d <= 128 else 2
         return 2 * 16 * groups * pitch(d) + max(steps_pitch * stages * (80 + sides * -(-d // 16) * 16), 4 * 2 * 16 * pitch(d))
-    if kernel == "edited_projection":
+    if kernel in ("edited_projection", "fused_edited_projection"):
         return 3 * pitch(64) * sum(arguments)
     if kernel == "concept_gates":
         (resident,) = arguments
