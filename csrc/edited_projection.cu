@@ -11,8 +11,6 @@ namespace {
 
 constexpr int64_t most = int64_t{1} << 30;  // of every size: rows and blocks are counted in 32 bits
 
-// Every compiled tile, the largest first.
-#define PERFUSION_PROJECTION_TILES(USE) USE(80, 128) USE(80, 64) USE(32, 64)
 #define PERFUSION_PROJECTION_TILE(ROWS, COLUMNS) {ROWS, COLUMNS, product_bytes<ProjectionTile<ROWS, COLUMNS>, true>()},
 constexpr struct Tile {
   int rows, columns, bytes;

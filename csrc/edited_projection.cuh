@@ -30,6 +30,9 @@ constexpr int places_at_a_time = 8;
 template <int rows, int columns>
 using ProjectionTile = ProductTile<rows, columns, 1, projection_warps>;
 
+// Every compiled tile, the largest first.
+#define PERFUSION_PROJECTION_TILES(USE) USE(80, 128) USE(80, 64) USE(32, 64)
+
 struct EditedProjectionLaunch {
   perfusion_edited_projection_params call;
   EditedProjectionPlan plan;

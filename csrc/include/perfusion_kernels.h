@@ -170,6 +170,15 @@ typedef struct perfusion_fused_edited_attention_params {
 PERFUSION_API perfusion_status perfusion_fused_edited_attention(const perfusion_fused_edited_attention_params *params,
                                                                 perfusion_stream stream);
 
+/* What fits, without a call and without a device: the longest context, T, that an operator takes where a block has so many bytes of
+ * shared memory (cudaDevAttrMaxSharedMemoryPerBlockOptin), at head width d, with `sides` of K and V edited, 0 to 2, and with regions
+ * or without. 0: none, because the width is not compiled or one token is too many. */
+PERFUSION_API int64_t perfusion_edited_attention_longest(int64_t shared_memory, int64_t d, int64_t sides, int64_t regions);
+PERFUSION_API int64_t perfusion_fused_edited_attention_longest(int64_t shared_memory, int64_t d, int64_t sides);
+
+/* The largest J that perfusion_concept_gates takes. */
+PERFUSION_API int64_t perfusion_concept_gates_most(void);
+
 /* A kernel as it was compiled for one architecture, from the words of ptxas. Bytes of spills are those stored and loaded, of stack
  * those of a thread's local memory, of shared memory those of a block. */
 typedef struct perfusion_compiled_kernel {

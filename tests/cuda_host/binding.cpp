@@ -253,12 +253,6 @@ PYBIND11_MODULE(perfusion_host, module) {
   module.def("configure", &configure);
   module.def("counted", &counted);
   module.def("cached", &cached);
-  py::dict shared_memory;  // bytes of a block, of kernels whose tile has one size
-  shared_memory["encodings_gradient"] = product_bytes<EncodingsGradientTile, false>();
-  shared_memory["coefficients_gradient"] = coefficients_gradient_bytes;
-  shared_memory["tables_gradient"] = tables_gradient_bytes;
-  module.attr("shared_memory") = shared_memory;
-  module.attr("gate_slices_bytes") = sizeof(float) * gate_warps * slice_floats;
   module.def("misuse", [](int which, int threads) { return host::run(1, threads, 1024, [which] { misuse(which); }); });
   module.def("multiply_fragments", [](bool half, int k, uintptr_t a, uintptr_t b, uintptr_t c) {
     const auto run_with = [=](auto multiply) {
