@@ -134,6 +134,7 @@ py::dict told(perfusion_status status, const EditedAttentionPlan& made) {
   result["warps"] = made.warps;
   result["m"] = made.m;
   result["blocks"] = made.blocks;
+  result["resident"] = made.resident;
   result["stages"] = made.stages;
   result["splits"] = made.splits;
   result["places"] = made.places;
@@ -171,6 +172,8 @@ py::dict counted() {
   result["written_wide"] = machine.written_wide;
   result["written_narrow"] = machine.written_narrow;
   result["products"] = machine.products;
+  result["matrices"] = machine.matrices;
+  result["matrix_cycles"] = machine.matrix_cycles;
   py::list traffic;
   for (const host::Traffic& launch : machine.traffic) traffic.append(py::make_tuple(launch.asked, launch.read, launch.written));
   result["traffic"] = traffic;
@@ -225,6 +228,10 @@ PYBIND11_MODULE(perfusion_host, module) {
   module.def("edited_projection", [](const py::dict& sizes, const py::dict& tensors) {
     const auto p = projection(sizes, tensors);
     return outcome(perfusion_edited_projection(&p, nullptr));
+  });
+  module.def("fused_edited_projection", [](const py::dict& sizes, const py::dict& tensors) {
+    const auto p = projection(sizes, tensors);
+    return outcome(perfusion_fused_edited_projection(&p, nullptr));
   });
   module.def("edited_projection_backward", [](const py::dict& sizes, const py::dict& tensors) {
     const auto p = projection_backward(sizes, tensors);

@@ -84,6 +84,11 @@ class Host:
         _raise(self.module.edited_projection(sizes, described(given)))
         return given["result"]
 
+    def fused_edited_projection(self, *, result: Tensor | None = None, **tensors: Tensor | None) -> Tensor:
+        sizes, given = projection_call(tensors, result)
+        _raise(self.module.fused_edited_projection(sizes, described(given)))
+        return given["result"]
+
     def projection_workspace_bytes(self, **tensors: Tensor) -> int:
         status, message, count = self.module.edited_projection_backward_workspace(projection_call(tensors, tensors["encodings"])[0], {})
         _raise((status, message))
