@@ -168,17 +168,9 @@ def _concept_gates(
     tl.store(components + at, a, mask=written)
 
 
-def _beyond_registers(
-    encodings: Tensor,
-    targets: Tensor,
-    metric_targets: Tensor,
-    index: Tensor,
-    bias: Tensor,
-    temperature: Tensor,
-    places: Tensor | None,
-    floor: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _beyond_registers(*arguments) -> tuple[Tensor, Tensor]:
     """The same for any J: the sums over D by a kernel, elimination and gates as the reference has them."""
+    encodings, targets, metric_targets, index, bias, temperature, places, floor = arguments
     (B, T, D), J = encodings.shape, index.shape[1]
     present = law.in_range(index, len(targets))
     products = encodings.new_empty((B, J, T + J), dtype=torch.float32)
