@@ -148,8 +148,8 @@ struct Softmax {
 };
 
 // Scores to weights exp2(scale s - largest), 0 at masked keys, packed as left operands. What was summed with the largest score before
-// is to be multiplied by kept[i][r].
-template <class Element, int max_groups, int m, class OfRow>
+// is to be multiplied by kept[i][r], if there was `more` before.
+template <class Element, int max_groups, int m, bool more, class OfRow>
 PERFUSION_DEVICE void weigh(uint32_t (&p)[m][max_groups][4], Softmax<m>& softmax, float (&kept)[m][2], float (&s)[m][2 * max_groups][4],
                             int groups, float scale, int T, const int32_t* regions, OfRow of_row) {
   if (!(scale > 0.0f)) {  // the largest score is looked for before they are scaled, and must be the largest behind it too
@@ -176,8 +176,8 @@ PERFUSION_DEVICE void weigh(uint32_t (&p)[m][max_groups][4], Softmax<m>& softmax
       high = maximum(high, shuffle_xor(high, 1));
       high = maximum(high, shuffle_xor(high, 2));
       subtrahend[r] = high == -infinity() ? 0.0f : high * scale;  // nothing is left: exp2(-inf) and not exp2(-inf + inf)
-      kept[i][r] = exp2(softmax.high[i][r] * scale - subtrahend[r]);
-      sum[r] = softmax.sum[i][r] * kept[i][r];
+      kept[i][r] = more ? exp2(softmax.high[i][r] * scale - subtrahend[r]) : 1.0f;
+      sum[r] = more ? softmax.sum[i][r] * kept[i][r] : 0.0f;
       softmax.high[i][r] = high;
     }
     PERFUSION_UNROLL
@@ -261,7 +261,7 @@ PERFUSION_DEVICE void attend_tile(Element* tile, const Element* keys, const Elem
     {
       float s[m][2 * max_groups][4];
       multiply_by_keys<Element, d, max_groups, m>(s, tile, keys, groups);
-      weigh<Element, max_groups, m>(weights, softmax, kept, s, groups, scale, T, regions, of_row);
+      weigh<Element, max_groups, m, false>(weights, softmax, kept, s, groups, scale, T, regions, of_row);
     }
     invert();
     PERFUSION_UNROLL
@@ -278,7 +278,7 @@ PERFUSION_DEVICE void attend_tile(Element* tile, const Element* keys, const Elem
       uint32_t weights[m][part][4];
       float s[m][2 * part][4];
       multiply_by_keys<Element, d, part, m>(s, tile, keys + first * 16 * pitch, groups - first);
-      weigh<Element, part, m>(weights, softmax, kept, s, groups - first, scale, T - 16 * first,
+      weigh<Element, part, m, true>(weights, softmax, kept, s, groups - first, scale, T - 16 * first,
                               regions == nullptr ? nullptr : regions + 16 * first, of_row);
       PERFUSION_UNROLL
       for (int i = 0; i < m; ++i) {
