@@ -200,7 +200,7 @@ def plan(host, chip: str, layer: floors.Layer, rows: int) -> Plan:
     """The library's plan of a call without an edit; host: tests/cuda_host/host.py's."""
     one = CHIPS[chip]
     host.configure(one.multiprocessors, one.shared_per_block, shared_per_multiprocessor=one.shared_per_multiprocessor)
-    made = host.module.plan_edited_attention(dict(B=rows, N=layer.N, T=T, H=layer.H, d=layer.d), {})
+    made = host.planned("edited_attention", {}, B=rows, N=layer.N, T=T, H=layer.H, d=layer.d)
     names = ("warps", "m", "stages", "splits", "blocks", "resident", "bytes")
     return Plan(chip, layer, rows, *(made[name] for name in names))
 
