@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from perfusion_kernels import concept_gates
+
 from ..kernels import cases
 from .host import Refused, compare
 
@@ -14,6 +16,22 @@ def compare_exactly_absent(host, case):
     absent = (case.index < 0)[:, None].expand_as(case.gates)
     for result in host.concept_gates(**case.arguments("concept_gates")):
         assert (result[absent] == 0).all() and torch.isfinite(result).all()
+
+
+def test_words(host):
+    """Each concept's own places, some of them another's too, and none; in registers' few places and in shared memory's many."""
+    for J in (3, 9):
+        case = cases.make(B=4, T=13, J=J)
+        arguments = case.arguments("concept_gates")
+        generator = torch.Generator().manual_seed(J)
+        words = torch.randint(-1, 13, (4, J, 2), generator=generator, dtype=torch.int32)
+        words[1, 1, 0] = words[1, 0, 0]
+        floor = torch.rand(4, J, generator=generator)
+        gates, _ = host.concept_gates(**arguments, places=words, floor=floor)
+        expected, _ = concept_gates(**{n: x.double() if x.is_floating_point() else x for n, x in arguments.items()}, places=words,
+                                    floor=floor.double(), validate=False)  # fmt: skip
+        torch.testing.assert_close(gates.double(), expected, rtol=1e-4, atol=1e-4)
+        assert not torch.equal(gates, host.concept_gates(**arguments)[0])
 
 
 def test_more_than_a_block_holds(host):

@@ -130,6 +130,34 @@ def test_stretches(host):
     compare(host, "edited_attention", case)
 
 
+def test_slots_and_regions(host):
+    """Rows that read others' slots, one of which is none; tokens with all, some and no positions."""
+    host.configure()
+    case = small(B=4, N=40, T=30, d=32)
+    generator = torch.Generator().manual_seed(0)
+    regions = {
+        "query_regions": torch.randint(0, 4, (4, 40), generator=generator, dtype=torch.int32),
+        "key_regions": torch.randint(0, 4, (4, 30), generator=generator, dtype=torch.int32),
+    }
+    regions["key_regions"][3], regions["query_regions"][3, :5] = 4, -5
+    given = {**plainly(case), **regions, "slots": torch.tensor([2, -1, 1, 0], dtype=torch.int32)}
+    result = host.edited_attention(**given)
+    expected = edited_attention(**{**given, **plainly(case.double())}, scale=0.3, backend="reference", validate=False)
+    torch.testing.assert_close(result.double(), expected, rtol=2e-3, atol=4e-3)
+    assert not result[1].any() and not result[3, :5].any() and host.module.device_errors() == [True, False]
+    assert host.module.device_errors() == [False, False]
+
+
+def test_long_contexts(host):
+    """More keys than there are scores at once, the largest of which come last."""
+    host.configure()
+    case = small(B=1, N=33, T=231, d=32)
+    key = case.key * torch.linspace(0.1, 3, 231)[:, None, None].half()
+    given = {**plainly(case), "key": key}
+    expected = edited_attention(**{name: x.double() for name, x in given.items()}, scale=0.3, backend="reference")
+    torch.testing.assert_close(host.edited_attention(**given).double(), expected, rtol=2e-3, atol=4e-3)
+
+
 @pytest.mark.parametrize("m", (1, 2))
 @pytest.mark.parametrize("T, d", [(77, 40), (80, 64), (13, 160), (72, 96), (77, 128), (65, 80), (5, 32)])
 def test_tiles_of_16_and_of_32_rows(host, m, T, d):

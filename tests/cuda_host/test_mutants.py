@@ -22,19 +22,19 @@ ATTENTION, TILES, EDIT, STREAM, FUSED, GATES, GATE_PRODUCTS, PRODUCT, PROJECTION
 )
 MUTANTS = {
     "the barrier after K and V is gone": (
-        Change(ATTENTION, "  wait_for_copies<0>();\n  barrier();\n", "  wait_for_copies<0>();\n"), attention.test_long_streams
+        Change(ATTENTION, "    wait_for_copies<0>();\n    barrier();\n", "    wait_for_copies<0>();\n"), attention.test_long_streams
     ),
     "the mask lets one key too many in": (
-        Change(TILES, "8 * n + first + e % 2 < T ?", "8 * n + first + e % 2 <= T ?"), attention.test_short_last_group
+        Change(TILES, "8 * last + first + e % 2 < T ?", "8 * last + first + e % 2 <= T ?"), attention.test_short_last_group
     ),
     "the maximum is of half a row": (
-        Change(TILES, "    high[r] = maximum(high[r], shuffle_xor(high[r], 2));\n", ""), attention.test_mixed_rows
+        Change(TILES, "      high = maximum(high, shuffle_xor(high, 2));\n", ""), attention.test_mixed_rows
     ),
     "the sum is of the wrong lanes": (
-        Change(TILES, "    sum[r] += shuffle_xor(sum[r], 2);\n", "    sum[r] += shuffle_xor(sum[r], 4);\n"), attention.test_mixed_rows
+        Change(TILES, "    all += shuffle_xor(all, 2);\n", "    all += shuffle_xor(all, 4);\n"), attention.test_mixed_rows
     ),
     "the next tile lands on this one": (
-        Change(STREAM, "load(which ^ 1, tile + step)", "load(which, tile + step)"), attention.test_long_streams
+        Change(STREAM, "load(which ^ 1, tile + plan.warps)", "load(which, tile + plan.warps)"), attention.test_long_streams
     ),
     "a stage is read before it has landed": (
         Change(STREAM, "        commit_copies();\n        wait_for_copies<1>();\n", "        commit_copies();\n        wait_for_copies<2>();\n"),
@@ -52,7 +52,7 @@ MUTANTS = {
         Change(STREAM, "    if (n >= N) continue;\n", "    if (n > N) continue;\n"), attention.test_nothing_is_written_outside
     ),
     "halves of the left operand exchanged": (
-        Change(TILES, "load_matrices(a, queries + l % 16 * pitch + k + l / 16 * 8)", "load_matrices(a, queries + l % 16 * pitch + k + (1 - l / 16) * 8)"),
+        Change(TILES, "* pitch + k + l / 16 * 8);", "* pitch + k + (1 - l / 16) * 8);"),
         attention.test_mixed_rows,
     ),
     "the last 8 columns of a head are left out": (
@@ -68,7 +68,7 @@ MUTANTS = {
         Change(EDIT, "          barrier();  // those before have been read\n", ""), attention.test_schedules_agree
     ),
     "queries land on an edit that is being read": (
-        Change(ATTENTION, "    edit.apply(keys, values);\n    barrier();\n", "    edit.apply(keys, values);\n"), attention.test_long_streams
+        Change(ATTENTION, "      edit.apply(keys, values);\n      barrier();\n", "      edit.apply(keys, values);\n"), attention.test_long_streams
     ),
     "rows are divided by another's energy": (
         Change(GATES, "system[i] /= energies[i / J]", "system[i] /= energies[i % J]"), gates.test_mixed_rows
@@ -118,7 +118,7 @@ MUTANTS = {
         Change("device/warp.cuh", "(upper ? x[i + half] : x[i]) + shuffle_xor(given, half)", "(upper ? x[i] : x[i + half]) + shuffle_xor(given, half)"), gates.test_mixed_rows
     ),
     "a step of the product lands on the one being read": (
-        Change(PRODUCT, "next_left.load(stage(step));", "next_left.load(stage(step + 1));"), projection.test_mixed_rows
+        Change(PRODUCT, "written = written + stage == all ? 0 : written + stage;", "written = written + stage == all ? stage : written + stage;"), projection.test_mixed_rows
     ),
     "no barrier between two steps of the product": (
         Change(PRODUCT, "    wait_for_copies<Tile::stages - 2>();\n    barrier();\n", "    wait_for_copies<Tile::stages - 2>();\n"), projection.test_schedules_agree
@@ -174,6 +174,22 @@ MUTANTS = {
         ),
         projection_backward.test_sides_and_slots_share_the_gradient,
     ),
+    "a head lands on another that is being read": (
+        Change(ATTENTION, "    if (others) barrier();  // all have read the head before\n", ""), attention.test_stretches
+    ),
+    "a stretch goes on in the head before": (Change(ATTENTION, "++stretch.head, stretch.at = 0", "stretch.at = 0"), attention.test_stretches),
+    "every row reads its own keys": (Change(ATTENTION, "p.key, row, h, T", "p.key, b, h, T"), attention.test_slots_and_regions),
+    "slots are not looked at": (Change(ATTENTION, "if (slot >= 0 && slot < p.P) return slot;", "if (slot >= -1) return slot;"), attention.test_slots_and_regions),
+    "positions without a region are seen by nobody": (
+        Change(TILES, "if (key != 0 && (query", "if ((query"), attention.test_slots_and_regions
+    ),
+    "the regions of the row above": (Change(TILES, "of_row(8 * i + lane() / 4)", "of_row(8 * i + lane() / 8)"), attention.test_slots_and_regions),
+    "a token with nothing left is not a number": (Change(TILES, "high == -infinity() ? 0.0f : high * scale", "high * scale"), attention.test_slots_and_regions),
+    "what was summed before keeps its scale": (
+        Change(TILES, "o[i][n][e] *= kept[i][e / 2];", "o[i][n][e] *= kept[i][e / 2] > 0.0f ? 1.0f : 0.0f;"), attention.test_long_contexts
+    ),
+    "words of other concepts keep their gates": (Change(GATES, "if (!own) return other ? 0.0f : gate;", "if (!own) return gate;"), gates.test_words),
+    "the floor of the neighbour": (Change(GATES, "+ j * p.floor.strides[1])", "+ (j ? j - 1 : j) * p.floor.strides[1])"), gates.test_words),
     "the edit does not wait for the projection": (Change(FUSED, "    barrier();  // all of K and V stands\n", ""), fused.test_mixed_rows),
     "rows that share a head's weights run apart": (
         Change(
@@ -190,7 +206,7 @@ MUTANTS = {
         Change(FUSED, "Tokens(encodings, first, 0), side", "Tokens(encodings, 0, 0), side"), fused.test_one_side_after_the_other
     ),
     "values are projected by the keys' weight": (
-        Change(FUSED, "side == 0 ? key() : value(), steps_of_sum", "side == 0 ? key() : key(), steps_of_sum"), fused.test_one_side_after_the_other
+        Change(FUSED, "side == 0 ? key() : value(), wide, steps_of_sum", "side == 0 ? key() : key(), wide, steps_of_sum"), fused.test_one_side_after_the_other
     ),
     "a row of a weight goes on after D": (
         Change(FUSED, "d, static_cast<int>(D), weight", "d, static_cast<int>(D + 7) / 8 * 8, weight"), fused.test_a_width_within_longer_rows
@@ -198,7 +214,7 @@ MUTANTS = {
     "blocks are counted without their turns": (
         Change("fused_edited_attention.cu", "const int64_t work = turns * (", "const int64_t work = (void(turns), 1) * ("), fused.test_no_other_share_is_cheaper
     ),
-    "the last of many places is taken for absent": (Change(GATES, "return j < J ? load", "return j + 1 < J ? load"), gates.test_more_than_a_block_holds),
+    "the last of many places is taken for absent": (Change(GATES, "return j < J ? bank_slot", "return j + 1 < J ? bank_slot"), gates.test_more_than_a_block_holds),
     "many places have the first one's bias": (
         Change(GATES, "parameters[j] : of_place(p.bias, j)", "parameters[j] : of_place(p.bias, 0)"), gates.test_more_than_a_block_holds
     ),
