@@ -98,7 +98,7 @@ EDIT = {
     "targets added": ("- a[:, None] * target[None, :]", "+ a[:, None] * target[None, :]"),
     "rows without a concept rewritten": ("if concepts > 0:", "if concepts >= 0:"),
     "rounded twice": ("rounded(unedited + edit, result.dtype.element_ty)", "unedited.to(tl.float16) + edit.to(tl.float16)"),
-    "the first concept for all": ("slot = tl.load(index + b * index_b + j * index_j).to(tl.int64)\n        if", "slot = tl.load(index + b * index_b).to(tl.int64)\n        if"),
+    "the first concept for all": ("        slot = slots_at(index + b * index_b + j * index_j, True", "        slot = slots_at(index + b * index_b, True"),
 }  # fmt: skip
 FUSED = {
     "the gates of the first row": ("gates += b * gates_b", "gates += 0 * b"),
