@@ -258,9 +258,10 @@ void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, i
   p.B = B, p.T = T, p.D = D, p.O = O, p.J = J, p.S = edit.S;
   p.encodings = encodings.view, p.weight = weight.view, p.gates = edit.gates.view, p.components = edit.components.view;
   p.index = edit.index.view, p.outputs = edit.outputs.view, p.projected_targets = edit.targets.view, p.result = result.view;
-  {
-    const perfusion_status status = perfusion_edited_projection(&p, nullptr);
-    Case one(label("edited_projection", dtype, {{"T", T}, {"D", D}, {"O", O}, {"J", J}, {"gaps", gaps}}), status);
+  for (bool fused : {false, true}) {
+    const perfusion_status status = fused ? perfusion_fused_edited_projection(&p, nullptr) : perfusion_edited_projection(&p, nullptr);
+    const char *name = fused ? "fused_edited_projection" : "edited_projection";
+    Case one(label(name, dtype, {{"T", T}, {"D", D}, {"O", O}, {"J", J}, {"gaps", gaps}}), status);
     one.results({&result});
     for (int64_t i = 0; i < B * T * O; ++i) {
       Sum sum;
@@ -400,7 +401,7 @@ int main(int count, char **names) {
       concept_gates(brain, 17, 603, 2, gaps);           // more slices of columns than warps
       if (!gaps) concept_gates(half, 17, 192, 130, gaps);  // in the workspace
     }
-    if (wanted("edited_projection")) {
+    if (wanted("edited_projection")) {  // with fused_edited_projection and the derivatives of both
       edited_projection(half, 17, 19, 300, 2, gaps);
       edited_projection(brain, 3, 16, 24, 9, gaps);
       edited_projection(brain, 41, 72, 131, 1, gaps);

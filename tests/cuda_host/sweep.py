@@ -27,4 +27,5 @@ def sweep(
 
 def concerned(file: str) -> tuple[str, ...]:
     """The operators whose kernels use a file of csrc/: its own, or all."""
-    return next(((each,) for each in sorted(OPERATORS, key=len, reverse=True) if file.startswith(each)), OPERATORS)
+    name = file.removeprefix("fused_") if file.startswith("fused_edited_projection") else file
+    return next(((each,) for each in sorted(OPERATORS, key=len, reverse=True) if name.startswith(each)), OPERATORS)
