@@ -125,7 +125,7 @@ def test_one_even_wave(host, chip):
 def test_stretches(host):
     """Blocks whose tiles are of one head and a part of the next, on a machine that holds a few."""
     host.configure(3, shared_per_multiprocessor=40000)
-    case = small(B=3, H=2, N=330, T=20, d=32)
+    case = small(B=3, H=2, N=330, T=20, d=40)
     assert host.plan(**plainly(case))["splits"] == 0
     compare(host, "edited_attention", case)
 
@@ -133,7 +133,7 @@ def test_stretches(host):
 def test_slots_and_regions(host):
     """Rows that read others' slots, one of which is none; tokens with all, some and no positions."""
     host.configure()
-    case = small(B=4, N=40, T=30, d=32)
+    case = small(B=4, N=40, T=30, d=40)
     generator = torch.Generator().manual_seed(0)
     regions = {
         "query_regions": torch.randint(0, 4, (4, 40), generator=generator, dtype=torch.int32),
@@ -151,7 +151,7 @@ def test_slots_and_regions(host):
 def test_long_contexts(host):
     """More keys than there are scores at once, the largest of which come last."""
     host.configure()
-    case = small(B=1, N=33, T=231, d=32)
+    case = small(B=1, N=33, T=231, d=40)
     key = case.key * torch.linspace(0.1, 3, 231)[:, None, None].half()
     given = {**plainly(case), "key": key}
     expected = edited_attention(**{name: x.double() for name, x in given.items()}, scale=0.3, backend="reference")
