@@ -82,6 +82,13 @@ def cross_attention_layer(hidden_states, query_weight, key, value, output_weight
     return linear(attended.flatten(2), output_weight, output_bias) + residual
 
 
+def addmm_cross_attention_layer(hidden_states, query_weight, key, value, output_weight, output_bias, residual, scale):
+    """The expert's, with the residual as the C of the last product in place of an addition behind it."""
+    query = linear(hidden_states, query_weight).unflatten(-1, key.shape[2:])
+    attended = sdpa(query, key, value, scale).flatten(0, 1).flatten(1)
+    return (residual + output_bias).flatten(0, 1).addmm_(attended, output_weight.T).unflatten(0, residual.shape[:2])
+
+
 def expert_cross_attention_layer(hidden_states, query_weight, key, value, output_weight, output_bias, residual, scale):
     query = linear(hidden_states, query_weight).unflatten(-1, key.shape[2:])
     return linear(sdpa(query, key, value, scale).flatten(2), output_weight, output_bias) + residual

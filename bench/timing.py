@@ -19,7 +19,8 @@ class Contestant:
     """Something to time: `call` does it once, inside `context`, which is entered outside the clock.
 
     check: gives what is compared with the truth, if that is not what `call` returns. `reason` says why it cannot run, or is
-    empty. on_graph: whether a CUDA graph of the call is a contestant too, where there is a GPU.
+    empty. on_graph: whether a CUDA graph of the call is a contestant too, where there is a GPU. calls: how many calls `call` makes;
+    times are of one.
     """
 
     provider: str
@@ -28,6 +29,7 @@ class Contestant:
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     check: Callable[[], object] | None = None
     on_graph: bool = False
+    calls: int = 1
 
 
 @dataclasses.dataclass
@@ -81,7 +83,7 @@ def _cuda_sampler(device: torch.device) -> Callable[[Contestant], Callable[[], f
             begin.record()
             contestant.call()
             end.record()
-        return lambda: begin.elapsed_time(end) * 1e-3
+        return lambda: begin.elapsed_time(end) * 1e-3 / contestant.calls
 
     return sample
 
@@ -97,6 +99,6 @@ def _cpu_sampler(contestants: Sequence[Contestant], clock: Callable[[], float]) 
                 contestant.call()
             found = (clock() - start) / count
         calls.setdefault(contestant.provider, max(1, round(SHORTEST / max(found, 1e-9))))
-        return lambda: found
+        return lambda: found / contestant.calls
 
     return sample
