@@ -28,14 +28,9 @@ SDPA = {
 }
 
 
-def ours(
-    operator: str, arguments: Mapping[str, Tensor | None], form: str = "", *, default: bool = False, **options
-) -> Iterator[Contestant]:
-    """One per backend; `form` stands behind its name. default: also what runs where none is named, if that is another way."""
+def ours(operator: str, arguments: Mapping[str, Tensor | None], form: str = "", **options) -> Iterator[Contestant]:
+    """One per backend; `form` stands behind its name."""
     device = next(tensor.device for tensor in arguments.values() if tensor is not None)
-    if default and device.type != "cpu":
-        call = functools.partial(cases.PUBLIC[operator], **arguments, **options, validate=False)
-        yield Contestant(f"default{form}", call, on_graph=True)
     for name in backend.ORDER:
         call = functools.partial(cases.PUBLIC[operator], **arguments, **options, backend=name, validate=False)
         interpreted = name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"

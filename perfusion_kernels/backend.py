@@ -31,8 +31,7 @@ DEFAULTS = {
     "fused_edited_projection": ("triton", "reference"),
     "edited_attention": ("cuda", "triton", "reference"),
     "fused_edited_attention": ("cuda", "triton", "reference"),
-    # on a GPU the public function makes the library's products around `edited_attention`; this is for a host, and absorbed
-    "cross_attention_layer": ("triton", "reference"),
+    "cross_attention_layer": ("reference",),  # absorbed; else the public function makes torch's products around `edited_attention`
 }
 
 _requested: str | None = os.environ.get("PERFUSION_BACKEND") or None

@@ -41,8 +41,8 @@ def cross_attention_layer(
         validate: whether to check that key and value are finite, which waits for the device. None: on ordinary
             host tensors outside torch.compile only, and not again until one is written in place as torch counts it,
             so not through `.data` or numpy.
-        backend: "cuda", "triton" or "reference"; None chooses: on a GPU, torch's products around `edited_attention`, which
-            then chooses for itself.
+        backend: that of `edited_attention`, around which torch makes the products: "cuda", "triton", or None, which chooses.
+            "reference" is the formula in plain torch, and what absorbed keys and values run on every device.
 
     Returns:
         [B, N, C], contiguous, in the dtype of hidden_states; under autocast, in autocast's, to which every
@@ -59,9 +59,9 @@ def cross_attention_layer(
     if scale is None:
         scale = 1.0 if query_weight is None else key.shape[-1] ** -0.5
     arguments = (*tensors, float(scale))
-    if backend is None and requested() is None and query_weight is not None and not hidden_states.is_cpu:
-        return around_attention(*arguments)
-    return call("cross_attention_layer", arguments, backend)
+    if query_weight is None or (backend or requested()) == "reference":
+        return call("cross_attention_layer", arguments, backend)
+    return _around_attention(*arguments, backend)
 
 
 @once
@@ -122,7 +122,7 @@ def _backward(ctx, gradient):
     return reference.cross_attention_layer_backward(gradient, *ctx.saved_tensors, ctx.scale, ctx.needs_input_grad)
 
 
-def around_attention(
+def _around_attention(
     hidden_states: Tensor,
     query_weight: Tensor,
     key: Tensor,
@@ -131,20 +131,25 @@ def around_attention(
     output_bias: Tensor | None,
     residual: Tensor | None,
     scale: float,
+    backend: str | None,
 ) -> Tensor:
-    """The default on a GPU: torch's products before and after `edited_attention`. Not an operator; its parts have the derivatives."""
+    """torch's products before and after `edited_attention`. Not an operator; its parts have the derivatives."""
     tensors = (hidden_states, query_weight, key, value, output_weight, output_bias, residual)
     device_type = hidden_states.device.type
     if autocasts(hidden_states):
         dtype = torch.get_autocast_dtype(device_type)
         tensors = tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
         with torch.autocast(device_type, enabled=False):
-            return around_attention(*tensors, scale)
-    hidden_states, query_weight, key, value, output_weight, output_bias, residual = tensors
+            return _around_attention(*tensors, scale, backend)
     query = functional.linear(hidden_states, query_weight).unflatten(-1, key.shape[2:])
-    attended = edited_attention(query, key, value, scale=scale, validate=False)
-    result = functional.linear(attended.flatten(2), output_weight, output_bias)
-    return result if residual is None else result + residual
+    attended = edited_attention(query, key, value, scale=scale, validate=False, backend=backend).flatten(2)
+    if residual is None:
+        return functional.linear(attended, output_weight, output_bias)
+    # The product is added to residual + bias by its own epilogue: a copy that torch.addmm would make brings the bias instead.
+    added = residual.clone() if output_bias is None else residual + output_bias
+    added = added.contiguous()
+    added.view(-1, added.shape[-1]).addmm_(attended.flatten(0, 1), output_weight.mT)
+    return added
 
 
 OPERATOR = Operator(

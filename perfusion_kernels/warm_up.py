@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .backend import BackendUnavailable, available_backends
 from .concept_gates import concept_gates
-from .cross_attention_layer import cross_attention_layer
 from .edited_attention import edited_attention
 from .edited_projection import edited_projection
 from .fused_edited_attention import fused_edited_attention
@@ -28,7 +27,7 @@ def warm_up(
     concepts: int = 1,
     gradients: bool = False,
 ) -> Tiles:
-    """Calls every operator at the shapes of a model's cross-attention layers, and keeps the fastest tile sizes found.
+    """Calls every operator that has kernels at the shapes of a model's cross-attention layers, and keeps the fastest tile sizes found.
 
     Without it a process compiles each kernel in the first call that needs it, and takes tile sizes that are
     sensible and untried. What is found here is kept in the user's cache folder, for later processes too.
@@ -102,14 +101,12 @@ def _calls(
     yield lambda: (edited_projection(encodings, **tables, **edit),)
     yield lambda: (fused_edited_projection(encodings, **tables, **edit),)
 
-    for N, C, H, d in dict.fromkeys(layers):
+    for N, H, d in dict.fromkeys((N, H, d) for N, _, H, d in layers):
         O = H * d
         query, key, value = draw(B, N, H, d), draw(B, T, H, d), draw(B, T, H, d)
         names = ("key_outputs", "key_targets", "value_outputs", "value_targets")
         tables = {name: draw(J, O) for name in names}
         weights = draw(O, D), draw(O, D)
-        layer = draw(B, N, C), draw(O, C), key, value, draw(C, O), draw(C), draw(B, N, C)
         yield lambda: (edited_attention(query, key, value),)
         yield lambda: (edited_attention(query, key, value, **edit, **tables),)
         yield lambda: (fused_edited_attention(query, encodings, *weights, **edit, **tables),)
-        yield lambda: (cross_attention_layer(*layer, validate=False),)

@@ -39,7 +39,6 @@ class Kernel:
     tensor: int = 0  # matrix multiply-accumulate instructions
     wide_loads: int = 0  # of 16 bytes from global memory, synchronous or not
     wide_stores: int = 0
-    streamed: int = 0  # accesses whose data make room in the second-level cache first
     local: int = 0  # accesses to local memory
 
 
@@ -75,13 +74,12 @@ def count_instructions(sass: Iterable[str]) -> dict[str, dict[str, int]]:
     counts = {}
     for line in sass:
         if function := re.match(r"\s*Function : (\S+)", line):
-            mine = counts[function[1]] = dict(tensor=0, wide_loads=0, wide_stores=0, streamed=0, local=0)
+            mine = counts[function[1]] = dict(tensor=0, wide_loads=0, wide_stores=0, local=0)
         elif operation := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line):
             wide = ".128" in operation[1]
             mine["tensor"] += operation[1].startswith(("HMMA", "UTCHMMA", "HGMMA"))
             mine["wide_loads"] += wide and operation[1].startswith("LDG")  # LDGSTS too
             mine["wide_stores"] += wide and operation[1].startswith("STG")
-            mine["streamed"] += ".EF." in operation[1]  # evict first
             mine["local"] += operation[1].startswith(("LDL", "STL"))
     return counts
 

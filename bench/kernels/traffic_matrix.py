@@ -22,7 +22,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 import torch  # noqa: E402
 
 from bench import floors  # noqa: E402
-from perfusion_kernels import absorb_projections  # noqa: E402
 from tests.cuda_host.build import build_module  # noqa: E402
 from tests.cuda_host.host import Host  # noqa: E402
 from tests.kernels import cases  # noqa: E402
@@ -82,18 +81,6 @@ def layer_cells(host: Host, chip: str, layer: floors.Layer, D: int) -> Iterator[
     for operator in ("edited_attention", "fused_edited_attention"):
         arguments = one.arguments(operator)
         yield from run(host, chip, case, operator, arguments, {operator: floors.of(operator, arguments)})
-    arguments = one.arguments("cross_attention_layer")
-    sizes = dict(B=B, N=N, C=C, T=T, H=H)
-    names = "cross_attention_layer, attend", "cross_attention_layer, project"
-    works = floors.cross_attention_layer_launches(**sizes, d=d)
-    yield from run(host, chip, case, "cross_attention_layer", arguments, dict(zip(names, works)))
-    if T * H > C + T:  # absorbed, it would multiply more
-        return
-    key, value = absorb_projections(one.query_weight, one.key, one.value, one.output_weight)
-    absorbed = {**arguments, "query_weight": None, "output_weight": None, "key": key, "value": value}
-    names = "cross_attention_layer, absorbed, weigh", "cross_attention_layer, absorbed, project"
-    works = floors.cross_attention_layer_launches(**sizes)
-    yield from run(host, chip, case, "cross_attention_layer", absorbed, dict(zip(names, works)))
 
 
 def model_cells(host: Host, chip: str, D: int, O: int) -> Iterator[Cell]:

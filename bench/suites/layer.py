@@ -1,4 +1,4 @@
-"""`cross_attention_layer`: to_q to residual, of the keys and values of a prompt; ours also absorbed, diffusers' with its projections."""
+"""`cross_attention_layer`: to_q to residual, of the keys and values of a prompt; diffusers' with its projections of the text."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,6 @@ from bench.measure import Options, Problem
 from bench.providers import formula, library, ours
 from bench.suites.draw import T, case, problem, unets
 from bench.timing import Contestant
-from perfusion_kernels import absorb_projections
 from tests.kernels import cases
 
 
@@ -22,12 +21,8 @@ def problems(options: Options) -> Iterator[Problem]:
 
             def contestants(arguments: dict, one: cases.Case = one, scale: float = scale) -> list[Contestant]:
                 positional = cases.positional("cross_attention_layer", arguments, scale)
-                weights = {name: arguments[name] for name in ("query_weight", "key", "value", "output_weight")}
-                key, value = absorb_projections(**weights, scale=scale)
-                absorbed = {**arguments, "query_weight": None, "output_weight": None, "key": key, "value": value}
                 return [
-                    *ours("cross_attention_layer", arguments, scale=scale, default=True),
-                    *ours("cross_attention_layer", absorbed, " absorbed"),
+                    *ours("cross_attention_layer", arguments, scale=scale),
                     *library(lambda: formulas.expert_cross_attention_layer(*positional)),
                     Contestant("expert addmm", lambda: formulas.addmm_cross_attention_layer(*positional), on_graph=True),
                     diffusers(one),

@@ -12,9 +12,7 @@ from ..registration import Operator
 from . import refusals
 from .library import absent, unavailable  # noqa: F401  the backend's reason
 
-OPERATORS = (
-    "concept_gates", "edited_projection", "edited_attention", "fused_edited_attention", "cross_attention_layer"
-)  # fmt: skip
+OPERATORS = ("concept_gates", "edited_projection", "edited_attention", "fused_edited_attention")
 
 
 def refuses(name: str):

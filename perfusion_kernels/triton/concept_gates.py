@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import concept_gates as law
-from .device import refuses as refuses
+from . import device
 from .tuning import launch
 
 IN_REGISTERS = 8  # places
@@ -35,8 +35,19 @@ def tiles(J: int) -> tuple[dict[str, int], ...]:
     return TILES if J <= 4 else TILES[1:]
 
 
+def refuses(*arguments) -> str | None:
+    return "places are not supported yet" if arguments[6] is not None else device.refuses(*arguments)
+
+
 def concept_gates(
-    encodings: Tensor, targets: Tensor, metric_targets: Tensor, index: Tensor, bias: Tensor, temperature: Tensor
+    encodings: Tensor,
+    targets: Tensor,
+    metric_targets: Tensor,
+    index: Tensor,
+    bias: Tensor,
+    temperature: Tensor,
+    places: Tensor | None,
+    floor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     (B, T, D), J = encodings.shape, index.shape[1]
     if J > IN_REGISTERS:

@@ -25,11 +25,16 @@ def refuses_backward(
     targets: Tensor,
     metric_targets: Tensor,
     index: Tensor,
+    bias: Tensor,
+    temperature: Tensor,
+    places: Tensor | None,
     *rest,
 ) -> str | None:
+    if places is not None:
+        return "gates by word are plain torch's to differentiate"
     if index.shape[1] > IN_REGISTERS:
         return f"it holds the system of up to {IN_REGISTERS} concepts in registers; got J = {index.shape[1]}"
-    return device.refuses(gates_gradient, components_gradient, encodings, targets, metric_targets, index, *rest)
+    return device.refuses(gates_gradient, components_gradient, encodings, targets, metric_targets, index, bias, temperature, *rest)
 
 
 def concept_gates_backward(
@@ -41,6 +46,8 @@ def concept_gates_backward(
     index: Tensor,
     bias: Tensor,
     temperature: Tensor,
+    places: Tensor | None,
+    floor: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients that are needed, in order."""

@@ -21,6 +21,8 @@ PROGRAMS = 512
 
 def refuses(query: Tensor, key: Tensor, *value_edit_and_scale) -> str | None:
     T, d = key.shape[1], query.shape[3]
+    if any(each is not None for each in value_edit_and_scale[-4:-1]):
+        return "slots and regions are not supported yet"
     return (
         device.refuses(query, key, *value_edit_and_scale)
         or refuses_sizes(T, d)
@@ -39,6 +41,9 @@ def edited_attention(
     key_targets: Tensor | None,
     value_outputs: Tensor | None,
     value_targets: Tensor | None,
+    slots: Tensor | None,
+    query_regions: Tensor | None,
+    key_regions: Tensor | None,
     scale: float,
 ) -> Tensor:
     (B, N, H, d), T = query.shape, key.shape[1]

@@ -36,6 +36,8 @@ from .tuning import launch
 
 
 def refuses_backward(gradient: Tensor, query: Tensor, key: Tensor, *value_edit_scale_and_needs) -> str | None:
+    if any(each is not None for each in value_edit_scale_and_needs[-5:-2]):
+        return "slots and regions are plain torch's to differentiate"
     reason = device.refuses(gradient, query, key, *value_edit_scale_and_needs)
     return reason or refuses_gradients(query, key.shape[1], query.shape[3])
 
@@ -61,6 +63,9 @@ def edited_attention_backward(
     key_targets: Tensor | None,
     value_outputs: Tensor | None,
     value_targets: Tensor | None,
+    slots: Tensor | None,
+    query_regions: Tensor | None,
+    key_regions: Tensor | None,
     scale: float,
     needs: list[bool],
 ) -> list[Tensor]:

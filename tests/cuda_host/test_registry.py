@@ -61,7 +61,7 @@ def test_every_kernel_is_there_for_every_architecture(table):
     for dtype in ("float16", "bfloat16"):
         for keys in (80, 160, 256):
             assert all(("edited_attention", dtype, f"head_dim {d}, keys {keys}", "sm_80") in rows for d in WIDTHS)
-    assert set(OPERATORS) - {kernel for kernel, *_ in rows} == {"cross_attention_layer"}  # whose kernels have names of their own
+    assert set(OPERATORS) <= {kernel for kernel, *_ in rows}
     assert all(16 <= row.registers <= 255 and row.spills == row.stack == row.static_shared_memory == 0 for row in table)
 
 
@@ -82,16 +82,6 @@ def attention_plan(host, kernel, head_dim, keys):
     return plan(**{name: tensor for name, tensor in arguments.items() if name in plain})["bytes"]
 
 
-def layer_plan(host, kernel, rows, head_dim=32, keys=80, absorbed=0):
-    layer = cases.make(B=1, T=keys, N=129, H=1, d=head_dim, D=11, J=1, dtype=torch.float16).arguments("cross_attention_layer")
-    if absorbed or kernel.endswith("_weigh"):
-        layer |= {"query_weight": None, "output_weight": None}
-    host.configure({64: 1, 32: 64}[rows])  # flat tiles where there are many multiprocessors
-    plan = host.layer_plan(**layer)
-    assert plan["rows"] == plan["second_rows"] == rows
-    return plan["second_bytes" if kernel.endswith("_project") else "bytes"]
-
-
 def projection_plan(host, kernel, rows, columns):
     host.configure({(80, 128): 1, (80, 64): 3, (32, 64): 100}[rows, columns])
     plan = host.plan_projection(encodings=torch.empty(1, 160, 8).half(), weight=torch.empty(128, 8).half())
@@ -104,7 +94,6 @@ def projection_plan(host, kernel, rows, columns):
     [
         ("edited_attention", attention_plan, 7 * 3),
         ("fused_edited_attention", attention_plan, 7 * 2),
-        ("cross_attention_layer", layer_plan, 7 * 4 + 6 + 4),
         ("edited_projection", projection_plan, 3),
     ],
 )

@@ -16,6 +16,9 @@ LAYERS = [(5, 12, 2, 4), (3, 9, 1, 8), (5, 12, 2, 4)]
 CHOSEN = {"a device": {"a launch": {"BLOCK_N": 16}}}
 
 
+WITH_KERNELS = set(cases.PUBLIC) - {"cross_attention_layer"}  # torch's products around `edited_attention`
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """What `warm_up` calls: (operator, results), run by the reference as if this machine had a GPU."""
@@ -29,7 +32,7 @@ def calls(monkeypatch):
 
         return call
 
-    for name in cases.PUBLIC:
+    for name in WITH_KERNELS:
         monkeypatch.setattr(MODULE, name, recorded(name, getattr(MODULE, name)))
     monkeypatch.setattr(MODULE, "_require_triton", lambda device: None)
     tuning = importlib.import_module("perfusion_kernels.triton.tuning")
@@ -49,14 +52,13 @@ def test_every_operator_at_every_shape_once(calls, gradients):
     assert warm_up(LAYERS, device="cpu", dtype=torch.float32, gradients=gradients, **sizes) == CHOSEN
     assert calls.pop() == ("tuned", ())
     names = [name for name, _ in calls]
-    assert set(names) == set(cases.PUBLIC)
+    assert set(names) == WITH_KERNELS
     shapes = {name: [tuple(result.shape) for each, result in calls if each == name] for name in set(names) - {"concept_gates"}}
     assert shapes == {
         "edited_projection": [(3, 7, 8 + 8 + 8)],
         "fused_edited_projection": [(3, 7, 8 + 8 + 8)],
         "edited_attention": [(3, 5, 2, 4), (3, 5, 2, 4), (3, 3, 1, 8), (3, 3, 1, 8)],
         "fused_edited_attention": [(3, 5, 2, 4), (3, 3, 1, 8)],
-        "cross_attention_layer": [(3, 5, 12), (3, 3, 9)],
     }
     for name, results in calls:
         for result in results if isinstance(results, tuple) else (results,):
