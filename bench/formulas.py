@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 
-def concept_gates(encodings, targets, metric_targets, index, bias, temperature):
+def concept_gates(encodings, targets, metric_targets, index, bias, temperature, *by_word):  # which is not measured
     index, encodings = index.long(), encodings.to(targets.dtype)
     i, m = targets[index], metric_targets[index]  # [B, J, D]
     products = encodings @ m.mT  # [B, T, J]
