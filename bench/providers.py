@@ -75,11 +75,8 @@ def with_graphs(contestants: list[Contestant], copies: Sequence[list[Contestant]
         if contestant.on_graph:
             calls = [contestant.call, *(each[number].call for each in copies)]
             graph = _Graphed(calls, contestant.context)
-            found.append(
-                Contestant(
-                    f"{contestant.provider} graph", graph, contestant.reason, check=graph.first if contestant.call else None, calls=CALLS
-                )
-            )
+            check = contestant.check or (lambda *_, graph=graph: graph.first())
+            found.append(Contestant(f"{contestant.provider} graph", graph, contestant.reason, check=check, calls=CALLS))
     return found
 
 
@@ -122,7 +119,8 @@ def attempt(contestant: Contestant) -> tuple[object, str]:
         warnings.simplefilter("always")
         try:
             with contestant.context():
-                return (contestant.check or contestant.call)(), ""
+                call = contestant.call
+                return contestant.check(call, contestant.calls) if contestant.check else call(), ""
         except Exception as error:  # whatever a library raises for a call that it does not take
             texts = [str(error), *(str(each.message) for each in said)]
     lines = dict.fromkeys(line for text in texts for line in [" ".join(text.split("(Triggered internally")[0].split())[:300]] if line)

@@ -36,6 +36,8 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
     suite, device, dtype = key
     if suite == "overhead":
         return _overheads(list(found.values()))
+    if suite == "decide" and device != "cpu":
+        return _rates(device, list(found.values()))
     cases = list(dict.fromkeys(case for case, _ in found))
     # never an empty column: who ran nowhere is named below
     ran = list(dict.fromkeys(name for (_, name), row in found.items() if row["gate"] == "passed"))
@@ -54,6 +56,17 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     reasons: dict[str, str] = {name: row["reason"] for (_, name), row in found.items() if name not in ran}
     lines += ["", *(f"- {name} did not run: {reason}" for name, reason in reasons.items())] if reasons else []
+    return "\n".join(lines)
+
+
+def _rates(device: str, rows: list[dict[str, Any]]) -> str:
+    lines = [f"**decide: rates on one {device}**", "", "| case | what | µs | TB/s | TFLOP/s |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row["gate"] != "passed":
+            lines.append(f"| {row['case']} | {row['provider']}: {row['reason']} | | | |")
+            continue
+        rates = [f"{row[name] / 1e12:.2f}" if name in row else "" for name in ("bytes_per_s", "flops_per_s")]
+        lines.append(f"| {row['case']} | {row['provider']} | {row['median_us']:.2f} | {rates[0]} | {rates[1]} |")
     return "\n".join(lines)
 
 

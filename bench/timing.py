@@ -18,7 +18,7 @@ SHORTEST = 2e-4  # seconds a sample on a CPU should take, so that reading the cl
 class Contestant:
     """Something to time: `call` does it once, inside `context`, which is entered outside the clock.
 
-    check: gives what is compared with the truth, if that is not what `call` returns. `reason` says why it cannot run, or is
+    check: gives what is compared with the truth, if that is not what `call` returns, from `call` and `calls`. `reason` says why it cannot run, or is
     empty. on_graph: whether a CUDA graph of the call is a contestant too, where there is a GPU. calls: how many calls `call` makes;
     times are of one.
     """
@@ -27,7 +27,7 @@ class Contestant:
     call: Callable[[], object] | None
     reason: str = ""
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    check: Callable[[], object] | None = None
+    check: Callable[[Callable[[], object], int], object] | None = None
     on_graph: bool = False
     calls: int = 1
 
@@ -59,6 +59,8 @@ def interleave(
     On a GPU a sample is one call between two events, behind a write that empties the L2 cache and keeps the device busy
     while the call is issued. On a CPU it is as many calls as take a while, by `clock`, with whatever the caches hold.
     """
+    if not contestants:
+        return []
     sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sampler(contestants, clock)
     for contestant in contestants:  # warm up
         sample(contestant)
