@@ -23,7 +23,6 @@ done
   refuse "$python has no torch that sees the GPU; PYTHON=... names another one."
 
 capability=${gpu##*, }
-[[ $capability == 9.0 || $capability == 10.0 ]] && capability+=a # with the instructions of that architecture alone
 export TORCH_CUDA_ARCH_LIST=$capability MAX_JOBS=${MAX_JOBS:-$(nproc)} PERFUSION_CUDA=1 PYTHONPATH=$PWD:$PWD/python
 mkdir -p "$out"
 echo "$gpu, compute capability $capability; logs and rows in $out"

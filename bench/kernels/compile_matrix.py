@@ -1,4 +1,4 @@
-"""What the Triton kernels become on each architecture: registers, memory and instructions. Table of docs/kernels-triton.md.
+"""What the Triton kernels become on each architecture: registers, memory and instructions. Table of bench/results/compile_matrix.md.
 
     PYTHONPATH=.:python python bench/kernels/compile_matrix.py --jobs 2        # everything, without a GPU
     PYTHONPATH=.:python python bench/kernels/compile_matrix.py --quick         # every kernel in one form
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--anew", action="store_true", help="forget the rows that are there")
     parser.add_argument("--rows", type=Path, default=ROOT / "bench/results/compile_matrix.jsonl")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/kernels-triton.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "bench/results/compile_matrix.md")
     options = parser.parse_args()
     options.rows.parent.mkdir(parents=True, exist_ok=True)
     found = []

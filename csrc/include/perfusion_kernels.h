@@ -163,7 +163,7 @@ PERFUSION_API perfusion_status perfusion_fused_edited_attention(const perfusion_
 typedef struct perfusion_compiled_kernel {
   const char *kernel;            /* "edited_attention"; an operator may have several */
   const char *tile;              /* the numbers it is compiled for, as "head_dim 40, keys 80"; "" where there are none */
-  const char *architecture;      /* "sm_90a" */
+  const char *architecture;      /* "sm_90" */
   perfusion_dtype dtype;         /* of what it reads and writes */
   int32_t registers;             /* of a thread */
   int32_t spills;

@@ -69,7 +69,7 @@ def test_no_kernel_spills_and_all_are_as_wide_as_wanted(kernels):
     assert nvcc_matrix.complaints(kernels) == []
 
 
-SHARED = {"sm_80": 167936, "sm_86": 102400, "sm_89": 102400, "sm_90a": 233472, "sm_100a": 233472, "sm_120": 102400}  # a multiprocessor's
+SHARED = {"sm_80": 167936, "sm_86": 102400, "sm_89": 102400, "sm_90": 233472, "sm_100": 233472, "sm_120": 102400}  # a multiprocessor's
 
 
 def test_registers_allow_the_blocks_that_the_plan_counts_on():
@@ -104,10 +104,10 @@ def test_a_written_table_is_read_as_it_was(tmp_path, monkeypatch):
     kernels = [
         nvcc_matrix.Kernel(name, arch, registers=registers, tensor=tensor, wide_loads=4)
         for name in ("concept_gates, float32, 1", "edited_attention, float16, 40, 5")
-        for arch, registers, tensor in (("sm_80", 96, 30), ("sm_90a", 90, 31))
+        for arch, registers, tensor in (("sm_80", 96, 30), ("sm_90", 90, 31))
     ]
     nvcc_matrix.write(kernels, "13.0")
-    assert nvcc_matrix.committed() == ("13.0", {kernel.name: {"sm_80": 96, "sm_90a": 90} for kernel in kernels})
+    assert nvcc_matrix.committed() == ("13.0", {kernel.name: {"sm_80": 96, "sm_90": 90} for kernel in kernels})
     text = nvcc_matrix.PAGE.read_text()
     assert "| edited_attention, float16, 40, 5 | 23,040 | 30–31 | 4 | 0 | 96 | 90 |" in text
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "Not written" not in text

@@ -18,7 +18,7 @@ from .test_torch_library import compiled, facts  # noqa: F401, fixtures
 
 ELEMENTS = {"perfusion::Half": "float16", "perfusion::BFloat16": "bfloat16", "float": "float32"}
 PTXAS = re.compile(r"entry function '(\S+)' for '(\w+)'.*?(\d+) bytes stack.*?Used (\d+) registers", re.DOTALL)
-WIDTHS, ARCHITECTURES = (32, 40, 64, 80, 96, 128, 160), ("sm_80", "sm_90a")
+WIDTHS, ARCHITECTURES = (32, 40, 64, 80, 96, 128, 160), ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_python_reads_the_same_table(table, facts):  # noqa: F811
 
 SPILLING = """\
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN9perfusion24edited_projection_kernelINS_8BFloat16ELi32ELi64EEEvv' for 'sm_90a'
+ptxas info    : Compiling entry function '_ZN9perfusion24edited_projection_kernelINS_8BFloat16ELi32ELi64EEEvv' for 'sm_90'
 ptxas info    : Function properties for _ZN9perfusion24edited_projection_kernelINS_8BFloat16ELi32ELi64EEEvv
     16 bytes stack frame, 20 bytes spill stores, 24 bytes spill loads
 ptxas info    : Used 96 registers, used 1 barriers, 16 bytes cumulative stack size, 48 bytes smem, 400 bytes cmem[0]
@@ -143,7 +143,7 @@ def written(folder, words):
 
 def test_what_no_kernel_here_has_is_listed_too(tmp_path):
     (row,) = written(tmp_path, SPILLING)
-    assert (row.kernel, DTYPES[row.dtype], row.tile, row.architecture) == ("edited_projection", "bfloat16", "rows 32, columns 64", "sm_90a")
+    assert (row.kernel, DTYPES[row.dtype], row.tile, row.architecture) == ("edited_projection", "bfloat16", "rows 32, columns 64", "sm_90")
     assert (row.registers, row.spills, row.stack, row.static_shared_memory) == (96, 44, 16, 48)
 
 

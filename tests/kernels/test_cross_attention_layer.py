@@ -9,9 +9,8 @@ from torch.nn import functional
 from perfusion_kernels import BackendUnavailable, absorb_projections, cross_attention_layer, edited_attention
 
 from . import cases, plain
-from .tolerance import assert_no_worse, twice_rounded
+from .tolerance import TIGHT, assert_no_worse, exactly, twice_rounded
 
-TIGHT = dict(rtol=0, atol=1e-12)
 RUNS = [(None, "cpu"), *cases.runs("edited_attention")]  # the attention in its middle
 each_run = pytest.mark.parametrize("backend, device", RUNS)
 
@@ -32,9 +31,9 @@ def absorbed(case, scale=None):
     return {**arguments, "query_weight": None, "key": key, "value": value, "output_weight": None}
 
 
-def exactly(case, scale=None):
-    arguments = layer(case.double())
-    return plain.cross_attention_layer(**arguments, scale=case.key.shape[-1] ** -0.5 if scale is None else scale)
+def truth(case, scale=None):
+    scale = case.key.shape[-1] ** -0.5 if scale is None else scale
+    return exactly(lambda: plain.cross_attention_layer(**layer(case.double()), scale=scale))[0]
 
 
 def test_is_the_attention_of_diffusers():
@@ -83,7 +82,7 @@ def each_run_in(*dtypes):
 def test_absorbed_is_no_worse_than_the_plain_formula(dtype, channels):
     case = cases.make(dtype=dtype, channels=channels)
     naive = plain.cross_attention_layer(**layer(case), scale=case.key.shape[-1] ** -0.5)
-    assert_no_worse(cross_attention_layer(**absorbed(case)), naive, exactly(case), case.index)
+    assert_no_worse(cross_attention_layer(**absorbed(case)), naive, truth(case), case.index)
 
 
 def test_absorbed_is_plain_torch_s():
@@ -103,7 +102,7 @@ def test_sizes_in_half_precision(backend, device, form, sizes):
     """Where tensor cores multiply, which in float32 they do not, sizes are cut into other tiles."""
     case = made(backend, device, **{"B": 2, "N": 5, "H": 2, **sizes}, dtype=torch.float16)
     naive = plain.cross_attention_layer(**layer(case), scale=case.key.shape[-1] ** -0.5)
-    assert_no_worse(cross_attention_layer(**form(case), backend=backend), naive, exactly(case), case.index)
+    assert_no_worse(cross_attention_layer(**form(case), backend=backend), naive, truth(case), case.index)
 
 
 @each_form
@@ -129,7 +128,8 @@ def test_the_layer_around_an_attention(backend, device, dtype, without):
     mine = cross_attention_layer(**{**arguments, **given}, backend=backend)
     zero = {name: torch.zeros_like(layer(case)[name]) for name in without}
     naive = plain.cross_attention_layer(**{**layer(case), **zero}, scale=scale)
-    exact = plain.cross_attention_layer(**{**layer(case.double()), **{name: x.double() for name, x in zero.items()}}, scale=scale)
+    doubles = {**layer(case.double()), **{name: x.double() for name, x in zero.items()}}
+    (exact,) = exactly(lambda: plain.cross_attention_layer(**doubles, scale=scale))
     assert_no_worse(mine, naive, exact, case.index)
     if dtype == torch.float64:
         expected = cross_attention_layer(**{**arguments, **given}, backend="reference")
