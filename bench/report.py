@@ -36,6 +36,8 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
     suite, device, dtype = key
     if suite == "overhead":
         return _overheads(list(found.values()))
+    if suite == "nsight":
+        return _counters(device, list(found.values()))
     if suite == "decide" and device != "cpu":
         return _rates(device, list(found.values()))
     cases = list(dict.fromkeys(case for case, _ in found))
@@ -56,6 +58,19 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     reasons: dict[str, str] = {name: row["reason"] for (_, name), row in found.items() if name not in ran}
     lines += ["", *(f"- {name} did not run: {reason}" for name, reason in reasons.items())] if reasons else []
+    return "\n".join(lines)
+
+
+def _counters(device: str, rows: list[dict[str, Any]]) -> str:
+    lines = [f"**nsight: counters on one {device}**", "", "| launch | kernel | µs | L2, MB | L2, TB/s | memory, MB | issue slots | bank conflicts |"]
+    lines.append("|---" * 8 + "|")
+    for row in rows:
+        if row["gate"] != "profiled":
+            lines.append(f"| | {row['reason']} | | | | | | |")
+            continue
+        time, l2, memory = row["time"], row.get("l2_bytes", 0), row.get("memory_bytes", 0)
+        numbers = f"{1e6 * time:.1f} | {l2 / 1e6:.1f} | {l2 / time / 1e12:.2f} | {memory / 1e6:.1f}"
+        lines.append(f"| {row['case']} | `{row['provider']}` | {numbers} | {row.get('issue_active', 0):.0f} % | {row.get('bank_conflicts', 0):.0f} |")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import torch
 from perfusion.covariance import Covariance
 from perfusion.models import TOYBOX, load_pipeline
 from perfusion.toybox.judge import load_judge
+from perfusion.toybox.model import write_vocabulary
 from perfusion.toybox.render import render
 from perfusion.toybox.score import accuracy, base_prompts, draw, identity, judge_accuracy
 from perfusion.toybox.world import repeat_instance, sample_instances, sample_pictures
@@ -25,6 +26,14 @@ def judge():
 
 def test_it_is_small():
     assert sum(path.stat().st_size for path in TOYBOX.rglob("*") if path.is_file()) <= 16_000_000
+
+
+def test_both_majors_of_transformers_find_their_tokenizer_files(tmp_path):
+    """transformers 4 reads vocab.json and merges.txt, 5 tokenizer.json: they say the same."""
+    (tmp_path / "tokenizer.json").write_text((TOYBOX / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"), encoding="utf-8")
+    write_vocabulary(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / name).read_bytes() == (TOYBOX / "tokenizer" / name).read_bytes(), name
 
 
 def test_the_judge_is_right_on_pictures_it_has_not_seen(judge):

@@ -51,6 +51,14 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
+def write_vocabulary(folder: Path) -> None:
+    """vocab.json and merges.txt beside a tokenizer.json, from it: transformers 4 loads a CLIPTokenizer from nothing else."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+
+
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
