@@ -5,6 +5,7 @@
 #   STAGES="decide core" bench/gpu.sh      some stages; each is of use alone
 #   PYTHON=.venv/bin/python                which Python: one with a CUDA build of torch from 2.10 on
 #   WHEELS=FOLDER                          wheels that it lacks (diffusers, pytest, cmake, ninja, ...), installed beside it, without a network
+#   PATIENCE=3                             all limits, and the budget, times as much
 #   DEVICE=cpu QUICK=1                     a rehearsal: small shapes, no GPU
 #
 # decide    what plans rest on: how fast L2 is read, mma.sync beside the library's product, launches, and what Nsight Compute counts, if it is there
@@ -20,7 +21,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-budget=530
+budget=530 patience=${PATIENCE:-1}
 known="decide core layer engine sanitize tests train"
 stages=${STAGES:-$known} device=${DEVICE:-cuda} python=${PYTHON:-python3} failed=()
 out=$(realpath -m "${1:-build/gpu}") scratch=$PWD/build/gpu-scratch
@@ -49,12 +50,12 @@ echo "$gpu; log, rows and report in $out" | tee -a "$log"
 
 # step NAME SECONDS COMMAND...
 step() {
-  local name=$1 limit=$2 begin=$SECONDS left=$((budget - SECONDS)) status=0
+  local name=$1 limit=$(($2 * patience)) begin=$SECONDS left=$((budget * patience - SECONDS)) status=0
   shift 2
   ((limit < left)) || limit=$left
   printf '\n==> %s: %s\n' "$name" "$*" >> "$log"
   if ((limit < 1)); then
-    status="not begun, the $budget s are over"
+    status="not begun, the $((budget * patience)) s are over"
   elif ! command -v "$1" > /dev/null; then
     status="not begun, $1 is not on PATH"
   else
@@ -77,14 +78,14 @@ measure() {
 
 report() {
   [[ -e $rows ]] || return 0
-  timeout 10 "$python" bench/report.py "$rows" > "$out/report.md" 2>> "$log" || failed+=("report")
+  timeout $((10 * patience)) "$python" bench/report.py "$rows" > "$out/report.md" 2>> "$log" || failed+=("report")
 }
 
 all=(--model sd15 --model sd21 --model sdxl --rows 2 --rows 16 --compile none)
-main=(--model sd15 --model sdxl --tokens 4096 --tokens 1024 --rows 2 --compile max-autotune) # where most of the time is
+main=(--model sd15 --model sdxl --tokens 4096 --tokens 1024 --rows 2) # where most of the time is
 
-step library 70 "$python" setup.py -q build_cuda --inplace
-step backends 10 "$python" -c 'import perfusion_kernels as p; print(*p.available_backends(), sep="\n")'
+step library 60 "$python" setup.py -q build_cuda --inplace
+step backends 20 "$python" -c 'import perfusion_kernels as p; print(*p.available_backends(), sep="\n")'
 for stage in $stages; do
   case $stage in
     decide)
@@ -93,12 +94,12 @@ for stage in $stages; do
       step nsight 20 "$python" bench/nsight.py --out "$rows"
       ;;
     core)
-      measure core-main 35 --suite attention --places 0 "${main[@]}"
+      measure core-main 35 --suite attention --places 0 "${main[@]}" --compile max-autotune
       measure core 40 --suite attention --places 0 "${all[@]}"
       measure core-edited 15 --suite attention --places 1 "${main[@]}" --compile none
       ;;
     layer)
-      measure layer-main 35 --suite layer "${main[@]}"
+      measure layer-main 35 --suite layer "${main[@]}" --compile max-autotune
       measure layer 40 --suite layer "${all[@]}"
       ;;
     engine)
