@@ -65,6 +65,8 @@ def build(
         own = [f for f in flags if not (source.startswith("csrc/host/") and f == "-fsanitize=thread")]
         if source.endswith("/binding.cpp"):
             own += PYTHON
+        if source.startswith("csrc/example/"):
+            own += ["-DPERFUSION_HOST", f"-I{ROOT}/csrc/include"]
         if source.startswith("csrc/torch/"):
             own += [*named, "-DPERFUSION_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
         tree = "changed" if all(Path(source).name.startswith(operator) for operator in operators) else "others"
