@@ -6,6 +6,7 @@ CMake compiles them; CMakeLists.txt lists files and architectures. No GPU is loo
     TORCH_CUDA_ARCH_LIST   compute capabilities, as 8.0;9.0;10.0+PTX; all of them: 8.0;8.6;8.9;9.0;10.0+PTX;12.0
     CUDACXX, CUDA_HOME     where nvcc is, if not on PATH
     MAX_JOBS               files compiled at a time
+    PERFUSION_MANYLINUX    1: for wheels that are given away, which load wherever there is glibc 2.28 or newer
 
 perfusion_kernels/cuda/build.json says for what was compiled and with what, or why nothing was; the library lists its kernels itself.
 `perfusion doctor` reads both.
@@ -85,6 +86,7 @@ def compile_library() -> tuple[Path, dict]:
     definitions = {
         "CMAKE_BUILD_TYPE": "Release", "CMAKE_MAKE_PROGRAM": ninja, "CMAKE_CUDA_COMPILER": nvcc, "PERFUSION_TORCH": torch,
         "CMAKE_EXPORT_COMPILE_COMMANDS": "ON", "Python3_EXECUTABLE": sys.executable,
+        "PERFUSION_MANYLINUX": "ON" if os.environ.get("PERFUSION_MANYLINUX") == "1" else "OFF",
     }  # fmt: skip
     configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{name}={value}" for name, value in definitions.items())]
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
