@@ -29,7 +29,7 @@ METRICS = {  # by ncu's names
     "bank_conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
 }
 SHAPES = ({"B": 2, "N": 4096, "H": 8, "d": 40}, {"B": 2, "N": 1024, "H": 20, "d": 64}, {"B": 16, "N": 1024, "H": 20, "d": 64})
-SCALES = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "nsecond": 1e-9, "usecond": 1e-6, "msecond": 1e-3, "second": 1.0, "ns": 1e-9, "us": 1e-6, "ms": 1e-3}
+SCALES = {"nsecond": 1e-9, "usecond": 1e-6, "msecond": 1e-3, "ns": 1e-9, "us": 1e-6, "ms": 1e-3}  # of base units, which differ by version
 LIMIT = 60  # seconds
 
 
@@ -55,7 +55,8 @@ def measured() -> Iterator[dict[str, Any]]:
     if shutil.which("ncu") is None:
         yield reason("ncu is not on PATH")
         return
-    command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS.values()), "--kernel-name", "regex:_kernel"]
+    command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--kernel-name", "regex:_kernel"]
+    command += ["--metrics", ",".join(METRICS.values())]
     try:
         ran = subprocess.run([*command, sys.executable, __file__, "--target"], capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:

@@ -38,7 +38,7 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
         return _overheads(list(found.values()))
     if suite == "nsight":
         return _counters(device, list(found.values()))
-    if suite == "decide" and device != "cpu":
+    if suite == "decide":
         return _rates(device, list(found.values()))
     cases = list(dict.fromkeys(case for case, _ in found))
     # never an empty column: who ran nowhere is named below
@@ -62,15 +62,16 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
 
 
 def _counters(device: str, rows: list[dict[str, Any]]) -> str:
-    lines = [f"**nsight: counters on one {device}**", "", "| launch | kernel | µs | L2, MB | L2, TB/s | memory, MB | issue slots | bank conflicts |"]
-    lines.append("|---" * 8 + "|")
+    heads = ("launch", "kernel", "µs", "L2, MB", "L2, TB/s", "memory, MB", "issue slots", "bank conflicts")
+    lines = [f"**nsight: counters on one {device}**", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         if row["gate"] != "profiled":
             lines.append(f"| | {row['reason']} | | | | | | |")
             continue
         time, l2, memory = row["time"], row.get("l2_bytes", 0), row.get("memory_bytes", 0)
         numbers = f"{1e6 * time:.1f} | {l2 / 1e6:.1f} | {l2 / time / 1e12:.2f} | {memory / 1e6:.1f}"
-        lines.append(f"| {row['case']} | `{row['provider']}` | {numbers} | {row.get('issue_active', 0):.0f} % | {row.get('bank_conflicts', 0):.0f} |")
+        numbers += f" | {row.get('issue_active', 0):.0f} % | {row.get('bank_conflicts', 0):.0f}"
+        lines.append(f"| {row['case']} | `{row['provider']}` | {numbers} |")
     return "\n".join(lines)
 
 
@@ -81,7 +82,8 @@ def _rates(device: str, rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['case']} | {row['provider']}: {row['reason']} | | | |")
             continue
         rates = [f"{row[name] / 1e12:.2f}" if name in row else "" for name in ("bytes_per_s", "flops_per_s")]
-        lines.append(f"| {row['case']} | {row['provider']} | {row['median_us']:.2f} | {rates[0]} | {rates[1]} |")
+        time = "ran" if device == "cpu" else f"{row['median_us']:.2f}"
+        lines.append(f"| {row['case']} | {row['provider']} | {time} | {rates[0]} | {rates[1]} |")
     return "\n".join(lines)
 
 

@@ -73,9 +73,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", action="append", type=int, help="batch rows; may be repeated; by default 1, 2, 8 and 16")
     parser.add_argument("--tokens", action="append", type=int, help="image tokens: layers with so many alone; may be repeated")
     parser.add_argument("--places", action="append", type=int, help="concepts of a row; may be repeated; by default those of the suite")
-    parser.add_argument(
-        "--compile", action="append", choices=["none", "default", "max-autotune"], help="modes of torch.compile that take part; may be repeated"
-    )
+    modes = ["none", "default", "max-autotune"]
+    parser.add_argument("--compile", action="append", choices=modes, help="modes of torch.compile that take part; may be repeated")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each contestant of a case, within the limits of --rounds")
     parser.add_argument("--rounds", type=int, default=10, help="samples at least; at most ten times as many")
     parser.add_argument("--clock", choices=["wall", "process"], default="wall", help="process: a CPU's time for this process alone")

@@ -26,7 +26,8 @@ def build(folder: Path, architecture: str) -> Path:
     number = architecture.replace(".", "")
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{LIBRARY}.part"
-    command = [nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-gencode=arch=compute_{number},code=sm_{number}"]
+    target = f"-gencode=arch=compute_{number},code=sm_{number}"
+    command = [nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", target]
     ran = subprocess.run([*command, "-o", part, *sorted(FOLDER.glob("*.cu")), ROOT / "csrc/status.cpp"], capture_output=True, text=True)
     if ran.returncode:
         raise RuntimeError(f"the microbenchmarks do not compile: {ran.stderr.strip()[-500:]}")

@@ -82,7 +82,7 @@ def product(options: Options) -> Problem:
         edit = dict(gates=none, components=none, index=none[0, :1].int(), outputs=table, projected_targets=table)
         return [
             Contestant("library", functools.partial(torch.nn.functional.linear, x, weight), on_graph=True),
-            *(on_gpu(f"mma.sync {rows}x{columns}", options, functools.partial(tile, rows, columns), on_graph=True) for rows, columns in TILES),
+            *(on_gpu(f"mma.sync {shape[0]}x{shape[1]}", options, functools.partial(tile, *shape), on_graph=True) for shape in TILES),
             *ours("edited_projection", {"encodings": x, "weight": weight, **edit}, " edited_projection"),
         ]
 
@@ -117,8 +117,8 @@ def read(mebibytes: int, options: Options) -> Problem:
         return modulo(words.sum(dtype=torch.int64) * repeats)
 
     return Problem(
-        f"read, {mebibytes} MiB, {repeats} times", dict(MiB=mebibytes, repeats=repeats), torch.int32, one_row(options), exact=truth, plain=truth,
-        contestants=[on_gpu("ld.global.cg", options, make, check=checked)], facts={"bytes": words.nbytes * repeats},
+        f"read, {mebibytes} MiB, {repeats} times", dict(MiB=mebibytes, repeats=repeats), torch.int32, one_row(options),
+        exact=truth, plain=truth, contestants=[on_gpu("ld.global.cg", options, make, check=checked)], facts={"bytes": words.nbytes * repeats},
     )  # fmt: skip
 
 

@@ -55,8 +55,8 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 def make_readable_by_transformers_4(folder: Path) -> None:
     """Change a saved pipeline so that transformers 4 and 5 both load it.
 
-    4 reads a CLIPTokenizer from vocab.json and merges.txt, which 5 does not write beside its tokenizer.json, and wants `text_model.` before the
-    names of a text encoder's weights, with which 5 loads it as well. Without, 4 draws weights at random and warns.
+    4 reads a CLIPTokenizer from vocab.json and merges.txt, which 5 does not write beside its tokenizer.json, and wants `text_model.`
+    before the names of a text encoder's weights, with which 5 loads it as well. Without, 4 draws weights at random and warns.
     """
     tokenizer, weights = folder / "tokenizer", folder / "text_encoder" / "model.safetensors"
     if (tokenizer / "tokenizer.json").exists():

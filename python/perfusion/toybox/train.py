@@ -23,7 +23,16 @@ from perfusion.covariance import compute_covariance
 from perfusion.models import load_pipeline
 
 from .judge import Judge, judge_loss, save_judge
-from .model import Denoiser, build_pipeline, build_scheduler, build_text_encoder, build_tokenizer, build_unet, make_readable_by_transformers_4, token_ids
+from .model import (
+    Denoiser,
+    build_pipeline,
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    make_readable_by_transformers_4,
+    token_ids,
+)
 from .render import render
 from .vae import PatchAutoencoder
 from .world import Pictures, caption, sample_pictures
