@@ -94,7 +94,8 @@ def measure(suite: str, problem: Problem, options: Options) -> Iterator[dict[str
         ratios = {name: [round(value, 4) for value in mine.ratio(other)] for name, other in times.items() if other is not mine}
         yield {
             **row, "gate": "passed", "median_us": middle, "p20_us": low, "p80_us": high, "repeats": len(mine.samples),
-            "calls": contestant.calls, "l2": "cold" if on_gpu else "warm", "clock": "cuda events" if on_gpu else options.clock, "ratios": ratios,
+            "calls": contestant.calls, "l2": "cold" if on_gpu else "warm", "clock": "cuda events" if on_gpu else options.clock,
+            "ratios": ratios,
             **(_rates(common, middle) if on_gpu else {}),
         }  # fmt: skip
 

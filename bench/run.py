@@ -57,6 +57,8 @@ def _said(row: dict) -> str:
     """Times only where they mean something."""
     if "overhead_us" in row:
         return f"{row['overhead_us']:.1f} µs beside the work, of {row['limit_us']:.0f} allowed"
+    if "file_bytes" in row:
+        return f"{row['file_bytes']} bytes {row['gate']}"
     if row["gate"] != "passed":
         return row["reason"]
     return f"passed, {row['repeats']} samples" if row["device"] == "cpu" else f"{row['median_us']:.1f} µs"

@@ -19,8 +19,8 @@ class Contestant:
     """Something to time: `call` does it once, inside `context`, which is entered outside the clock.
 
     check: gives what is compared with the truth, if that is not what `call` returns, from `call` and `calls`. `reason` says why it
-    cannot run, or is empty. on_graph: whether a CUDA graph of the call is a contestant too, where there is a GPU. calls: how many calls `call` makes;
-    times are of one.
+    cannot run, or is empty. on_graph: whether a CUDA graph of the call is a contestant too, where there is a GPU. calls: how many
+    calls `call` makes; times are of one.
     """
 
     provider: str

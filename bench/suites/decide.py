@@ -118,7 +118,8 @@ def read(mebibytes: int, options: Options) -> Problem:
 
     return Problem(
         f"read, {mebibytes} MiB, {repeats} times", dict(MiB=mebibytes, repeats=repeats), torch.int32, one_row(options),
-        exact=truth, plain=truth, contestants=[on_gpu("ld.global.cg", options, make, check=checked)], facts={"bytes": words.nbytes * repeats},
+        exact=truth, plain=truth, contestants=[on_gpu("ld.global.cg", options, make, check=checked)],
+        facts={"bytes": words.nbytes * repeats},
     )  # fmt: skip
 
 
