@@ -22,10 +22,11 @@ ROOT = Path(__file__).parents[1]
 PLATFORM = "manylinux_2_28_x86_64"
 LIBRARY = "perfusion_kernels/cuda/libperfusion_kernels_torch.so"
 LARGEST = 40 * 2**20
+PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
 pytestmark = [
     pytest.mark.proof,
     pytest.mark.skipif(
-        not (shutil.which("nvcc") and shutil.which("patchelf") and all(map(importlib.util.find_spec, ("build", "auditwheel")))),
+        not (shutil.which("nvcc") and shutil.which("patchelf", path=PATH) and all(map(importlib.util.find_spec, ("build", "auditwheel")))),
         reason="a wheel takes nvcc, build, auditwheel and patchelf",
     ),
 ]
@@ -50,7 +51,8 @@ print(json.dumps({
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     architecture = os.environ.get("PERFUSION_WHEEL_ARCHITECTURES", "9.0")
-    ran = subprocess.run([ROOT / ".ci/wheel", folder], capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable, "TORCH_CUDA_ARCH_LIST": architecture})
+    environment = {**os.environ, "PYTHON": sys.executable, "TORCH_CUDA_ARCH_LIST": architecture}
+    ran = subprocess.run([ROOT / ".ci/wheel", folder], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     (found,) = folder.glob("*.whl")
     return found
@@ -75,11 +77,11 @@ def test_it_loads_in_a_clean_environment(wheel, tmp_path):
     """Installed by pip; torch and what else it requires are those of this environment, behind the wheel's own packages."""
     venv.create(tmp_path / "clean", with_pip=True)
     python = tmp_path / "clean/bin/python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel], check=True, cwd=tmp_path)
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PERFUSION", "TRITON"))}
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel], check=True, cwd=tmp_path, env=clean)
     (packages,) = (tmp_path / "clean/lib").glob("python*/site-packages")
     others = dict.fromkeys(str(Path(module.__file__).parents[1]) for module in (torch, pytest))
     (packages / "others.pth").write_text("".join(f"{path}\n" for path in others))
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PERFUSION", "TRITON"))}
     ran = subprocess.run([python, "-c", LOAD], capture_output=True, text=True, cwd=tmp_path, env=clean)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)

@@ -23,7 +23,8 @@ UNETS = {
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     ),
     "sdxl": dict(
-        block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10),
+        block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
+        transformer_layers_per_block=(1, 2, 10),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
         addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
@@ -47,7 +48,8 @@ def perfusion(model: str, folder: Path) -> str:
 
     layers = {name: layer_width(layer) for name, layer in cross_attention_layers(unet(model)).items()}
     widths, family = TEXT_WIDTHS[model], {"sd15": "sd1", "sdxl": "sdxl"}[model]
-    base = Base(family=family, encoding_dim=sum(widths), text_widths=widths, layers=layers, text_encoder=".".join([FINGERPRINT] * len(widths)))
+    encoders = ".".join([FINGERPRINT] * len(widths))
+    base = Base(family=family, encoding_dim=sum(widths), text_widths=widths, layers=layers, text_encoder=encoders)
     target = torch.ones(base.encoding_dim)
     Concept(
         name="subject", superclass="cat", base=base, value_outputs=torch.zeros(base.outputs), target=target, metric_target=target,
