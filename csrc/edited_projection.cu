@@ -11,8 +11,6 @@ namespace {
 
 constexpr int64_t most = int64_t{1} << 30;  // of every size: rows and blocks are counted in 32 bits
 
-// Every compiled tile, the largest first.
-#define PERFUSION_PROJECTION_TILES(USE) USE(80, 128) USE(80, 64) USE(32, 64)
 #define PERFUSION_PROJECTION_TILE(ROWS, COLUMNS) {ROWS, COLUMNS, product_bytes<ProjectionTile<ROWS, COLUMNS>, true>()},
 constexpr struct Tile {
   int rows, columns, bytes;
@@ -85,7 +83,7 @@ extern "C" perfusion_status perfusion_edited_projection(const perfusion_edited_p
                                                         perfusion_stream stream) {
   using namespace perfusion;
   if (params == nullptr) return fail(PERFUSION_INVALID_ARGUMENT, "edited_projection: params must be given; got NULL");
-  EditedProjectionLaunch arguments{*params, {}};
+  EditedProjectionLaunch arguments{*params, {}, nullptr};
   perfusion_edited_projection_params& p = arguments.call;
   perfusion_status status = check(p);
   if (status != PERFUSION_OK || is_empty({p.B, p.T, p.O})) return status;
@@ -95,6 +93,7 @@ extern "C" perfusion_status perfusion_edited_projection(const perfusion_edited_p
   status = device("edited_projection", &here);
   if (status == PERFUSION_OK) status = plan_edited_projection(p, here, &arguments.plan);
   if (status != PERFUSION_OK) return status;
+  arguments.errors = here.errors;
   const int64_t blocks = int64_t{arguments.plan.row_tiles} * arguments.plan.column_tiles;
   if (blocks > most) {
     return fail(PERFUSION_UNSUPPORTED, "edited_projection: B * T * O must be below 2^41; got %lld * %lld", static_cast<long long>(p.B * p.T),

@@ -26,9 +26,13 @@ constexpr int places_at_a_time = 8;
 template <int rows, int columns>
 using ProjectionTile = ProductTile<rows, columns, 1, projection_warps>;
 
+// Every compiled tile, the largest first.
+#define PERFUSION_PROJECTION_TILES(USE) USE(80, 128) USE(80, 64) USE(32, 64)
+
 struct EditedProjectionLaunch {
   perfusion_edited_projection_params call;
   EditedProjectionPlan plan;
+  int32_t* errors;
 };
 
 // Slots, gates and components of a tile's rows at eight places, in shared memory; slot -1 where nothing is to be added.
@@ -38,14 +42,15 @@ struct Coefficients {
   float gates[rows][places_at_a_time], components[rows][places_at_a_time];
 
   // By all threads, for rows from `row` of [B T] and places from `place` on.
-  PERFUSION_DEVICE void load_from(const perfusion_edited_projection_params& p, int row, int place) {
+  PERFUSION_DEVICE void load_from(const perfusion_edited_projection_params& p, int row, int place, int32_t* errors) {
     const int T = static_cast<int>(p.T), M = static_cast<int>(p.B) * T;
     for (int i = thread(); i < rows * places_at_a_time; i += threads()) {
       const int r = i / places_at_a_time, j = i % places_at_a_time;
       slots[r][j] = -1;
       if (row + r >= M || place + j >= p.J) continue;
       const int64_t b = (row + r) / T, t = (row + r) % T, at = place + j;
-      const int32_t slot = load(static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0] + at * p.index.strides[1]);
+      const auto* index = static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0] + at * p.index.strides[1];
+      const int32_t slot = bank_slot(index, p.S, errors);
       if (slot < 0) continue;
       slots[r][j] = slot;
       gates[r][j] = load(static_cast<const float*>(p.gates.data) + b * p.gates.strides[0] + t * p.gates.strides[1] +
@@ -85,7 +90,7 @@ edited_projection_kernel(PERFUSION_CONSTANT EditedProjectionLaunch launch) {
 
   for (int place = 0; place < p.J; place += places_at_a_time) {
     if (place > 0) barrier();  // those before have been read
-    coefficients.load_from(p, row, place);
+    coefficients.load_from(p, row, place, launch.errors);
     barrier();
     for (int j = 0; j < places_at_a_time && place + j < p.J; ++j) {
       const auto below = [&](int32_t bound) {  // the largest slot of these rows that is; -1 if none is

@@ -26,6 +26,7 @@ struct FusedEditedAttentionLaunch {
   perfusion_tensor encodings, key_weight, value_weight;
   int64_t D;
   FusedEditedAttentionPlan plan;
+  int32_t* errors;
 };
 
 // K's rows of a step and V's below them.
@@ -100,18 +101,20 @@ fused_edited_attention_kernel(PERFUSION_CONSTANT FusedEditedAttentionLaunch laun
   Element* rest = values + groups * 16 * pitch;
   project_keys<Element, d>(keys, values, rest, groups, launch, b, h);
 
-  QueryStream<Element, d> stream(p, plan, b, h, static_cast<int>(block() % plan.splits), rest);
+  const int tiles = (static_cast<int>(p.N) + 15) / 16, part = static_cast<int>(block() % plan.splits);
+  const auto tile = [&](int part) { return static_cast<int>(int64_t{tiles} * part / plan.splits); };
+  QueryStream<Element, d, 1> stream(p, plan, b, h, tile(part), tile(part + 1), rest);
   stream.load_first();
   commit_copies();
-  if (has_concept(p, b)) {
-    const HeadEdit<Element, d> edit(p, plan, b, h, groups * 16, stream.behind_first());
+  if (has_concept(p, b, launch.errors)) {
+    const HeadEdit<Element, d> edit(p, plan, b, h, groups * 16, stream.behind_first(), launch.errors);
     edit.load_places(0);
     barrier();  // all of K and V stands
     edit.apply(keys, values);
   }
   wait_for_copies<0>();
   barrier();
-  stream.template attend<max_groups>(keys, values, groups);
+  stream.template attend<max_groups>(keys, values, nullptr, groups);
 }
 
 }  // namespace perfusion

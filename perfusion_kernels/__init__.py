@@ -10,6 +10,7 @@
     ConceptBank             the resident concepts that the operators index
     warm_up                 compiles and tunes the kernels for a model's shapes before the first request
     validate_concepts       the checks on values that operators do not make on a device
+    check_device            raises what kernels met and could not: slots and indices out of range
     metric                  C⁻¹: targets in the metric, conditioning, shrinkage
     compiled_kernels        what the CUDA library of this installation holds, or why there is none
 
@@ -23,6 +24,7 @@ from .backend import BackendUnavailable, available_backends, use_backend
 from .concept_bank import ConceptBank
 from .concept_gates import concept_gates
 from .cross_attention_layer import cross_attention_layer
+from .device_errors import check_device
 from .edited_attention import edited_attention
 from .edited_projection import edited_projection
 from .fused_edited_attention import fused_edited_attention
@@ -37,6 +39,7 @@ __all__ = [
     "available_backends",
     "compiled_kernels",
     "concept_gates",
+    "check_device",
     "cross_attention_layer",
     "edited_attention",
     "edited_projection",

@@ -6,11 +6,14 @@
 
 #include "../status.h"
 #include "element.h"
+#include "once.h"
 
 #define PERFUSION_DEVICE __device__ __forceinline__
 #define PERFUSION_BOTH __host__ __device__
-// 1: blocks that a multiprocessor must hold. With it ptxas takes the registers that it needs; without, it spills a few to fit more.
-#define PERFUSION_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+// `blocks` are those that a multiprocessor must hold. With 1 ptxas takes the registers that it needs; without, it spills a few to fit
+// more.
+#define PERFUSION_KERNEL(threads) PERFUSION_KERNEL_BESIDE(threads, 1)
+#define PERFUSION_KERNEL_BESIDE(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define PERFUSION_CONSTANT const __grid_constant__
 #define PERFUSION_UNROLL _Pragma("unroll")
 
@@ -167,9 +170,18 @@ PERFUSION_DEVICE float exp(float x) { return ::expf(x); }
 PERFUSION_DEVICE float maximum(float x, float y) { return ::fmaxf(x, y); }
 PERFUSION_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
-inline perfusion_status device(const char* operation, Device* result) {
-  int ordinal = 0;
-  cudaError_t error = cudaGetDevice(&ordinal);
+// Calls of the runtime that a capture on another of this thread's streams would forbid, though nothing of them is captured:
+// memory that is allocated once, and a kernel's first load.
+class BesideCapture {
+ public:
+  BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  ~BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
+
+ private:
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+};
+
+inline cudaError_t ask_device(int ordinal, Device* result) {
   const struct {
     cudaDeviceAttr attribute;
     int* value;
@@ -180,22 +192,70 @@ inline perfusion_status device(const char* operation, Device* result) {
       {cudaDevAttrL2CacheSize, &result->cache},
   };
   for (const auto& each : wanted) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(each.value, each.attribute, ordinal);
+    const cudaError_t error = cudaDeviceGetAttribute(each.value, each.attribute, ordinal);
+    if (error != cudaSuccess) return error;
   }
-  if (error == cudaSuccess) return PERFUSION_OK;
-  return fail(PERFUSION_DEVICE_ERROR, "%s: the device cannot be asked: %s", operation, cudaGetErrorString(error));
+  const BesideCapture beside;
+  void* errors = nullptr;  // kept as long as the process lives: kernels in flight may write them
+  const cudaError_t error = cudaHostAlloc(&errors, PERFUSION_DEVICE_ERRORS * sizeof(int32_t), cudaHostAllocPortable | cudaHostAllocMapped);
+  if (error != cudaSuccess) return error;
+  result->errors = static_cast<int32_t*>(errors);
+  for (int i = 0; i < PERFUSION_DEVICE_ERRORS; ++i) result->errors[i] = 0;
+  return cudaSuccess;
+}
+
+// The current device, asked once.
+inline perfusion_status device(const char* operation, Device* result) {
+  static OncePerDevice once;
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  int ordinal = 0;
+  cudaError_t error = cudaGetDevice(&ordinal);
+  if (error == cudaSuccess) {
+    error = static_cast<cudaError_t>(once(nullptr, ordinal, [&] {
+      Device asked{};
+      const cudaError_t refused = ask_device(ordinal, &asked);
+      const std::lock_guard<std::mutex> guard(mutex);
+      if (refused == cudaSuccess) known[ordinal] = asked;
+      return refused;
+    }));
+  }
+  if (error != cudaSuccess) {
+    return fail(PERFUSION_DEVICE_ERROR, "%s: the device cannot be asked: %s", operation, cudaGetErrorString(error));
+  }
+  const std::lock_guard<std::mutex> guard(mutex);
+  *result = known[ordinal];
+  return PERFUSION_OK;
+}
+
+// Lets a kernel have all of the shared memory that a block may have on the current device. Once for each: launches of one kernel with
+// different needs, from several host threads, would otherwise take each other's limit away.
+inline cudaError_t allow_shared_memory(const void* kernel) {
+  static OncePerDevice once;
+  int ordinal = 0;
+  const cudaError_t error = cudaGetDevice(&ordinal);
+  if (error != cudaSuccess) return error;
+  return static_cast<cudaError_t>(once(kernel, ordinal, [&] {
+    const BesideCapture beside;
+    int most = 0;
+    cudaFuncAttributes attributes{};
+    cudaError_t refused = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
+    if (refused == cudaSuccess) refused = cudaFuncGetAttributes(&attributes, kernel);
+    if (refused != cudaSuccess) return refused;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - static_cast<int>(attributes.sharedSizeBytes));
+  }));
 }
 
 template <class Arguments>
 perfusion_status launch(const char* operation, void (*kernel)(Arguments), int64_t blocks, int threads, int bytes,
                         perfusion_stream stream, const Arguments& arguments) {
-  cudaError_t error = cudaSuccess;
-  if (bytes > 48 * 1024) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = bytes > 48 * 1024 ? allow_shared_memory(function) : cudaSuccess;
   if (error == cudaSuccess) {
     // not <<<>>> and cudaGetLastError, which would also give what an earlier call of somebody else has left there
     void* values[] = {const_cast<Arguments*>(&arguments)};
-    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(threads), values,
-                             static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
+    error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads), values, static_cast<size_t>(bytes),
+                             static_cast<cudaStream_t>(stream));
   }
   if (error == cudaSuccess) return PERFUSION_OK;
   return fail(PERFUSION_DEVICE_ERROR, "%s: the launch was refused: %s", operation, cudaGetErrorString(error));

@@ -11,8 +11,12 @@
 // From `new`, so that an address sanitizer knows its exact end; aligned to 16 bytes, as `new` of large types is.
 inline void *allocate(size_t bytes) { return ::operator new[](bytes); }
 inline void free_device(void *device) { ::operator delete[](device); }
-inline void copy_to_device(void *device, const void *host, size_t bytes) { std::memcpy(device, host, bytes); }
-inline void copy_to_host(void *host, const void *device, size_t bytes) { std::memcpy(host, device, bytes); }
+inline void copy_to_device(void *device, const void *host, size_t bytes) {
+  if (bytes > 0) std::memcpy(device, host, bytes);
+}
+inline void copy_to_host(void *host, const void *device, size_t bytes) {
+  if (bytes > 0) std::memcpy(host, device, bytes);
+}
 
 #else
 

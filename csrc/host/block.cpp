@@ -12,7 +12,7 @@ namespace perfusion::host {
 namespace {
 
 int64_t blocks_at_once(int threads, int bytes) {
-  const int64_t on_the_machine = seats(machine().device, threads, bytes);
+  const int64_t on_the_machine = int64_t{machine().device.multiprocessors} * resident_blocks(machine().device, bytes, 65536 / (168 * threads));
   return machine().device.cache == 0 || on_the_machine < 1 ? 1 : on_the_machine;
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../device/element.h"
+#include "../include/perfusion_kernels.h"
 
 namespace perfusion::host {
 
@@ -23,7 +24,8 @@ enum class Order { forward, backward, shuffled };  // which of the threads that 
 
 // What the run may be told, and what it tells.
 struct Machine {
-  Device device{2, 232448, 233472, 0};  // each launch finds its cache full of other things; without one, no traffic is counted
+  int32_t errors[PERFUSION_DEVICE_ERRORS] = {};  // what kernels note
+  Device device{2, 232448, 233472, 0, nullptr};  // each launch finds its cache full of other things; without one, no traffic is counted
   Order order = Order::forward;
   uint64_t read_wide = 0, read_narrow = 0;        // bytes of global memory, in accesses of 16 bytes and in smaller ones
   uint64_t written_wide = 0, written_narrow = 0;  // the same

@@ -14,6 +14,7 @@
 #define PERFUSION_DEVICE inline
 #define PERFUSION_BOTH
 #define PERFUSION_KERNEL(threads) void
+#define PERFUSION_KERNEL_BESIDE(threads, blocks) void
 #define PERFUSION_CONSTANT const
 #define PERFUSION_UNROLL
 
@@ -109,6 +110,7 @@ inline float infinity() { return std::numeric_limits<float>::infinity(); }
 
 inline perfusion_status device(const char*, Device* result) {
   *result = host::machine().device;
+  result->errors = host::machine().errors;
   return PERFUSION_OK;
 }
 

@@ -1,7 +1,7 @@
 """The compiled CUDA kernels, as operators of torch; see csrc/ and setup.py for where they come from.
 
 An operator's kernel is registered by the library itself (csrc/torch/<operator>.cpp). Here it gets its schema, and a function of
-the operator's name in refusals.py, `<operator>_backward` where its derivatives are compiled too. Importing this loads
+the operator's name in supports.py, `<operator>_backward` where its derivatives are compiled too. Importing this loads
 nothing: library.py says when that happens.
 """
 
@@ -9,15 +9,15 @@ import importlib
 
 from ..backend import differentiated, register, register_backward
 from ..registration import Operator
-from . import refusals
+from . import supports
 from .library import absent, unavailable  # noqa: F401  the backend's reason
 
 OPERATORS = ("concept_gates", "edited_projection", "edited_attention", "fused_edited_attention")
 
 
 def refuses(name: str):
-    own = getattr(refusals, name)
-    return lambda *arguments: refusals.anywhere(*arguments) or own(*arguments)
+    own = getattr(supports, name)
+    return lambda *arguments: supports.anywhere(*arguments) or own(*arguments)
 
 
 def declines(operator: Operator):
@@ -36,7 +36,7 @@ def register_all() -> None:
     for name in OPERATORS:
         operator = importlib.import_module(f"..{name}", __name__).OPERATOR
         register("cuda", operator, None, refuses=refuses(name), declines=declines(operator))
-        if hasattr(refusals, f"{name}_backward"):
+        if hasattr(supports, f"{name}_backward"):
             register_backward("cuda", operator, None, refuses=refuses(f"{name}_backward"))
 
 

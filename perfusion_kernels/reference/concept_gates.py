@@ -39,13 +39,19 @@ def concept_gates(
     projection = _project(encodings, targets, metric_targets, index)
     gates = torch.sigmoid(_logits(projection, bias, temperature))
     gates = torch.where(projection.present[..., None], gates, 0)
-    if places is not None:
-        own, other = words(places, projection.present, encodings.shape[1])
-        least = 0 if floor is None else torch.where(projection.present, floor.to(gates.dtype), 0)[..., None]
-        gates = torch.where(own, gates.clamp(min=least), torch.where(other, 0, gates))
+    gates = by_word(gates, projection.present, places, floor)
     components = _solve(projection.system, projection.similarities)
     components = torch.where(projection.present[..., None], components, 0)
     return gates.mT.contiguous(), components.mT.contiguous()
+
+
+def by_word(gates: Tensor, present: Tensor, places: Tensor | None, floor: Tensor | None) -> Tensor:
+    """gates [B, J, T], where there are places at least the floor at a concept's own words, and 0 at those of others."""
+    if places is None:
+        return gates
+    own, other = words(places, present, gates.shape[2])
+    least = 0 if floor is None else torch.where(present, floor.to(gates.dtype), 0)[..., None]
+    return torch.where(own, gates.clamp(min=least), torch.where(other, 0, gates))
 
 
 def words(places: Tensor, present: Tensor, T: int) -> tuple[Tensor, Tensor]:

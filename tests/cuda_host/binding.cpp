@@ -44,9 +44,11 @@ perfusion_edited_attention_params attention(const py::dict& sizes, const py::dic
   for (auto [name, value] : {std::pair{"query", &p.query}, {"key", &p.key}, {"value", &p.value}, {"gates", &p.gates},
                              {"components", &p.components}, {"index", &p.index}, {"key_outputs", &p.key_outputs},
                              {"key_targets", &p.key_targets}, {"value_outputs", &p.value_outputs},
-                             {"value_targets", &p.value_targets}, {"output", &p.output}}) {
+                             {"value_targets", &p.value_targets}, {"output", &p.output}, {"slots", &p.slots},
+                             {"query_regions", &p.query_regions}, {"key_regions", &p.key_regions}}) {
     *value = tensor(tensors, name);
   }
+  p.P = size(sizes, "P");
   p.scale = scale;
   return p;
 }
@@ -72,9 +74,10 @@ perfusion_concept_gates_params gates(const py::dict& sizes, const py::dict& tens
   for (auto [name, value] : {std::pair{"B", &p.B}, {"T", &p.T}, {"D", &p.D}, {"J", &p.J}, {"S", &p.S}}) *value = size(sizes, name);
   for (auto [name, value] : {std::pair{"encodings", &p.encodings}, {"targets", &p.targets}, {"metric_targets", &p.metric_targets},
                              {"index", &p.index}, {"bias", &p.bias}, {"temperature", &p.temperature}, {"gates", &p.gates},
-                             {"components", &p.components}}) {
+                             {"components", &p.components}, {"places", &p.places}, {"floor", &p.floor}}) {
     *value = tensor(tensors, name);
   }
+  p.P = size(sizes, "P");
   p.workspace = tensor(tensors, "workspace").data;
   p.workspace_bytes = size(sizes, "workspace_bytes");
   return p;
@@ -129,6 +132,8 @@ py::dict told(perfusion_status status, const EditedAttentionPlan& made) {
   result["status"] = static_cast<int>(status);
   result["message"] = outcome(status).second;
   result["warps"] = made.warps;
+  result["m"] = made.m;
+  result["blocks"] = made.blocks;
   result["stages"] = made.stages;
   result["splits"] = made.splits;
   result["places"] = made.places;
@@ -231,17 +236,16 @@ PYBIND11_MODULE(perfusion_host, module) {
     const auto [status, message] = outcome(perfusion_edited_projection_backward_workspace(&p, &bytes));
     return std::make_tuple(status, message, bytes);
   });
+  module.def("device_errors", [] {
+    int32_t errors[PERFUSION_DEVICE_ERRORS];
+    perfusion_device_errors(errors);
+    return std::vector<bool>(errors, errors + PERFUSION_DEVICE_ERRORS);
+  });
   module.def("plan_edited_attention", &plan);
   module.def("plan_edited_projection", &plan_projection);
   module.def("configure", &configure);
   module.def("counted", &counted);
   module.def("cached", &cached);
-  py::dict shared_memory;  // bytes of a block, of kernels whose tile has one size
-  shared_memory["encodings_gradient"] = product_bytes<EncodingsGradientTile, false>();
-  shared_memory["coefficients_gradient"] = coefficients_gradient_bytes;
-  shared_memory["tables_gradient"] = tables_gradient_bytes;
-  module.attr("shared_memory") = shared_memory;
-  module.attr("gate_slices_bytes") = sizeof(float) * gate_warps * slice_floats;
   module.def("misuse", [](int which, int threads) { return host::run(1, threads, 1024, [which] { misuse(which); }); });
   module.def("multiply_fragments", [](bool half, int k, uintptr_t a, uintptr_t b, uintptr_t c) {
     const auto run_with = [=](auto multiply) {

@@ -65,6 +65,7 @@ class Host:
 
     def concept_gates(self, workspace: Tensor | None = None, **tensors: Tensor) -> tuple[Tensor, Tensor]:
         """The workspace is NaN, of the bytes that are asked for, if it is not given."""
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         sizes = gates_sizes(tensors)
         results = {name: torch.full((sizes["B"], sizes["T"], sizes["J"]), torch.nan) for name in ("gates", "components")}
         workspace = torch.full((self.gates_workspace_bytes(**tensors) // 4,), torch.nan) if workspace is None else workspace
@@ -111,13 +112,13 @@ class Host:
 
 def gates_sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
     (B, T, D), (S, _), J = tensors["encodings"].shape, tensors["targets"].shape, tensors["index"].shape[1]
-    return dict(B=B, T=T, D=D, J=J, S=S)
+    return dict(B=B, T=T, D=D, J=J, S=S, P=tensors["places"].shape[2] if tensors.get("places") is not None else 0)
 
 
 def projection_call(tensors: dict[str, Tensor | None], result: Tensor | None) -> tuple[dict[str, int], dict[str, Tensor]]:
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     (B, T, D), O = given["encodings"].shape, given["weight"].shape[0]
-    sizes = dict(B=B, T=T, D=D, O=O, J=given["index"].shape[1] if "index" in given else 0)
+    sizes = dict(B=B, T=T, D=D, O=O, J=given["index"].shape[1] if "index" in given else 0, S=slots_of_bank(given))
     given["result"] = torch.full((B, T, O), torch.nan, dtype=given["encodings"].dtype) if result is None else result
     return sizes, given
 
@@ -127,7 +128,8 @@ def attention_call(tensors: dict[str, Tensor | None], output: Tensor | None) -> 
     query = given["query"]
     B, N, H, d = query.shape
     T = given["key" if "key" in given else "encodings"].shape[1]
-    sizes = dict(B=B, N=N, H=H, d=d, T=T, J=given["index"].shape[1] if "index" in given else 0)
+    sizes = dict(B=B, N=N, H=H, d=d, T=T, J=given["index"].shape[1] if "index" in given else 0, S=slots_of_bank(given))
+    sizes["P"] = given["key"].shape[0] if "key" in given else B
     given["output"] = torch.full((B, N, H, d), torch.nan, dtype=query.dtype) if output is None else output
     return sizes, given
 
@@ -135,6 +137,11 @@ def attention_call(tensors: dict[str, Tensor | None], output: Tensor | None) -> 
 def fused_call(tensors: dict[str, Tensor | None], output: Tensor | None) -> tuple[dict[str, int], dict[str, Tensor]]:
     sizes, given = attention_call(tensors, output)
     return {**sizes, "D": given["encodings"].shape[2]}, given
+
+
+def slots_of_bank(given: dict[str, Tensor]) -> int:
+    """S, by whichever table there is."""
+    return next((given[name].shape[0] for name in ("outputs", "key_outputs", "value_outputs") if name in given), 0)
 
 
 def described(tensors: dict[str, Tensor]) -> dict[str, tuple]:

@@ -1,16 +1,18 @@
 """`edited_attention` with slots and regions, and `concept_gates` by places, on every backend, against formulas written plainly."""
 
+import contextlib
 import re
 
 import pytest
 import torch
 
-from perfusion_kernels import concept_gates, edited_attention, use_backend
+from perfusion_kernels import check_device, concept_gates, edited_attention, use_backend
+from perfusion_kernels.schemas import SCHEMAS
 
 from . import cases, plain
-from .tolerance import assert_no_worse
+from .tolerance import assert_no_worse, exactly
 
-NOT_YET = ("triton", "cuda")
+NOT_YET = ()
 # None is what a call gets that names no backend
 RUNS = {
     name: [(None, "cpu"), *(run for run in cases.runs(name) if run[0] not in NOT_YET)] for name in ("concept_gates", "edited_attention")
@@ -46,7 +48,8 @@ def agrees(arguments: dict, backend: str | None) -> torch.Tensor:
     """The public function beside the plain formula in the same dtype, both against float64."""
     result = edited_attention(**arguments, scale=0.3, backend=backend)
     exact = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in arguments.items()}
-    same, truth = (plain.edited_attention(*cases.positional("edited_attention", x)) for x in (arguments, exact))
+    same = plain.edited_attention(*cases.positional("edited_attention", arguments))
+    (truth,) = exactly(plain.edited_attention, *cases.positional("edited_attention", exact))
     index = arguments["index"] if arguments.get("slots") is None else arguments["index"][arguments["slots"].long()]
     assert_no_worse(result, same, truth, index)
     assert result.is_contiguous()
@@ -74,7 +77,7 @@ def test_more_and_fewer_rows_than_slots(backend, device, rows):
     edit = dict.fromkeys(n for n in arguments if n not in ("query", "key", "value", *WHERE))
     result = edited_attention(**{**arguments, **edit}, scale=0.3, backend=backend)
     double = {n: x.double() if x.is_floating_point() else x for n, x in arguments.items() if n not in edit}
-    truth = edited_attention(**double, scale=0.3, backend="reference")
+    (truth,) = exactly(lambda: edited_attention(**double, scale=0.3, backend="reference"))
     same = edited_attention(**{**arguments, **edit}, scale=0.3, backend="reference")
     assert_no_worse(result, same, truth, arguments["index"][:0].new_empty((rows, 0)))
 
@@ -105,6 +108,47 @@ def test_an_index_out_of_range_is_absent(backend, device, bad):
     index = index.clone()
     index[1, 0] = -1
     assert torch.equal(result, edited_attention(**{**arguments, "index": index}, backend=backend))
+
+
+KERNELS = [
+    (operator, *run)
+    for operator in SCHEMAS
+    for run in cases.runs(operator)
+    if run[0] != "reference" and run[0] not in NOT_YET and " index" in SCHEMAS[operator]
+]
+
+
+def forget(device):
+    """What other tests have met."""
+    with contextlib.suppress(RuntimeError):
+        check_device(device)
+
+
+@pytest.mark.parametrize("operator, backend, device", KERNELS)
+def test_a_device_reports_an_index_out_of_range(operator, backend, device):
+    """Every kernel that looks something up: nothing is read, other rows keep their bits, and the device remembers."""
+    arguments = cases.make(J=2, S=5, device=device, backend=backend).arguments(operator)
+    arguments["index"] = arguments["index"].clone()
+    expected = cases.PUBLIC[operator](**arguments, backend=backend)
+    forget(device)
+    for bad in (5, -2):
+        arguments["index"][1] = bad
+        result = cases.PUBLIC[operator](**arguments, backend=backend, validate=False)
+        for mine, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (result, expected))):
+            assert torch.equal(mine[2:], other[2:]) and mine[1].isfinite().all()
+        with pytest.raises(RuntimeError, match="^kernels on .* out of range: index: a row named a concept outside of the bank"):
+            check_device(device)
+        check_device(device)  # said once
+
+
+@pytest.mark.parametrize("backend, device", [run for run in RUNS["edited_attention"] if run[0] not in (None, "reference")])
+def test_a_device_reports_a_slot_out_of_range(backend, device):
+    case, arguments = extended(device=device, backend=backend)
+    arguments["slots"][2] = 4
+    forget(device)
+    edited_attention(**arguments, backend=backend, validate=False)
+    with pytest.raises(RuntimeError, match="out of range: slots: a row named a slot outside of key and value; it gave zeros. Call"):
+        check_device(device)
 
 
 def test_gradients_through_slots_and_regions():
@@ -188,7 +232,8 @@ def test_gates_by_word(backend, device, floor, J):
         arguments["floor"] = None
     gates, components = concept_gates(**arguments, backend=backend)
     exact = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in arguments.items()}
-    same, truth = (plain.concept_gates(*cases.positional("concept_gates", x)) for x in (arguments, exact))
+    same = plain.concept_gates(*cases.positional("concept_gates", arguments))
+    truth = exactly(plain.concept_gates, *cases.positional("concept_gates", exact))
     assert_no_worse(gates, same[0], truth[0], arguments["index"])
     published = concept_gates(**{**arguments, "places": None, "floor": None}, backend=backend)
     assert torch.equal(components, published[1]) and not torch.equal(gates, published[0])
