@@ -46,8 +46,8 @@ wheel: $(VENV)/.installed-release ## build the wheel that is given away, with ke
 	@PYTHON=$(BIN)/python .ci/wheel dist
 
 bench-regression: $(VENV)/.installed-bench ## time operators, load and swap beside a saved run: ratios to a yardstick, never times
-	$(say) 'bench/regression.py'
-	@OMP_NUM_THREADS=1 $(BIN)/python bench/regression.py $(ARGS)
+	$(say) 'python -m bench.regression'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.regression $(ARGS)
 
 lint: $(VENV)/.installed-dev ## look for mistakes that need no run
 	$(say) 'ruff check'
