@@ -213,14 +213,14 @@ PERFUSION_DEVICE void multiply_by_values(float (&o)[m][columns / 8][4], const ui
   }
 }
 
-// Columns of the outputs that are in registers at a time: all of them, or halves where two tiles of rows leave no room.
-PERFUSION_BOTH constexpr int output_columns(int d, int m) { return m > 1 && d > 40 ? d / 2 : d; }
+// Columns of the outputs that are in registers at a time: all of them, or halves where the weights leave no room.
+PERFUSION_BOTH constexpr int output_columns(int d, int groups, int m) { return (m > 1 || groups > 10) && d > 40 ? d / 2 : d; }
 
 // Attention of the tile's 16 m tokens, which give way to its outputs. Zeros stand in keys and values from T on.
 template <class Element, int d, int max_groups, int m, class OfRow>
 PERFUSION_DEVICE void attend_tile(Element* tile, const Element* keys, const Element* values, int groups, float scale, int T,
                                   const int32_t* regions, OfRow of_row) {
-  constexpr int pitch = tile_pitch(d), columns = output_columns(d, m);
+  constexpr int pitch = tile_pitch(d), columns = output_columns(d, max_groups, m);
   uint32_t weights[m][max_groups][4];
   float inverse[m][2];
   {

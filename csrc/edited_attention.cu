@@ -106,11 +106,12 @@ void fit(EditedAttentionPlan* plan, const perfusion_edited_attention_params& p, 
 // loads K and V of a head; where whole parts of heads do not share the work out evenly, it takes a stretch of all heads' tiles, and
 // loads those of each head that the stretch touches.
 void share_out(EditedAttentionPlan* plan, const perfusion_edited_attention_params& p, const Device& device) {
-  const int64_t rows = 16 * plan->m, tiles = (p.N + rows - 1) / rows, heads = p.B * p.H, each = resident(*plan, static_cast<int>(p.d), p.T, device);
+  const int64_t rows = 16 * plan->m, tiles = (p.N + rows - 1) / rows, heads = p.B * p.H;
+  const int64_t each = plan->resident = resident(*plan, static_cast<int>(p.d), p.T, device);
   const int64_t at_once = each * device.multiprocessors, useful = (tiles + plan->warps - 1) / plan->warps;
   plan->splits = static_cast<int>(std::max<int64_t>(1, std::min(useful, at_once / heads)));
   plan->blocks = heads * plan->splits;
-  if (plan->splits == useful || at_once == 0) return;
+  if (at_once == 0 || (plan->splits == useful && plan->blocks <= at_once)) return;
   // rows of d that a multiprocessor moves: queries and outputs, keys and values
   const double both = 2.0 * keys_of(p.T), parts = static_cast<double>((tiles + plan->splits - 1) / plan->splits);
   const double by_parts = static_cast<double>((plan->blocks + device.multiprocessors - 1) / device.multiprocessors) * (parts * 2 * rows + both);

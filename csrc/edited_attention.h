@@ -13,6 +13,7 @@ struct EditedAttentionPlan {
   int stages;      // of query tiles per warp: 2 overlaps a load with the tile before
   int splits;      // blocks that share one head of one row; 0 if a block's tiles may be of several heads
   int64_t blocks;
+  int resident;    // blocks that a multiprocessor holds at once
   int places;      // of the edit in shared memory at once; 0 without one
   int bytes;       // of shared memory
   bool wide_query, wide_key, wide_value, wide_output;  // accesses of 16 bytes

@@ -7,6 +7,8 @@
 //   │ row 0, 1, … │   │ e Wᵀ + edit     │          more, and stores 16 bytes a row, wherever the destination is.
 //   └─────────────┘   └────────┴────────┴─ …
 //
+// `fused_edited_projection` leaves the first rounding out: its tile in shared memory has the float32 sums.
+//
 // Rows of a tile may be of several batch rows: each has its own concepts, whose slots, gates and components are brought into shared
 // memory eight places at a time. A row to which nothing is added keeps its bits. Row tiles come first in the order of blocks, so
 // that those that share weights run together.
@@ -14,6 +16,8 @@
 // Bytes, with R row tiles and L column tiles: read 2 (R O D + L B T D) of the product, 12 L B T J of slots, gates and components at
 // most, and 2 J table pieces for each thread's rows, as long as their slot is one; written 2 B T O.
 #pragma once
+
+#include <type_traits>
 
 #include "edited_projection.h"
 #include "matrix_product.cuh"
@@ -61,24 +65,30 @@ struct Coefficients {
   }
 };
 
-template <class Element, int rows, int columns>
-PERFUSION_KERNEL(32 * projection_warps)
-edited_projection_kernel(PERFUSION_CONSTANT EditedProjectionLaunch launch) {
+// once: the edit is added to the product's float32 sums, and the result rounded once; else to the product as it is rounded.
+template <class Element, int rows, int columns, bool once>
+PERFUSION_DEVICE void project_and_edit(const EditedProjectionLaunch& launch) {
   using Tile = ProjectionTile<rows, columns>;
-  constexpr int pitch = tile_pitch(columns), pieces = columns / 8, mine = rows / (Tile::threads / pieces);  // rows of a thread
-  static_assert(2 * rows * pitch + sizeof(Coefficients<rows>) <= product_bytes<Tile, true>(), "the epilogue takes the product's place");
+  // elements from a row of the tile to the next: an odd number of 16-byte pieces
+  constexpr int pitch = once ? columns + 4 : tile_pitch(columns), pieces = columns / 8, mine = rows / (Tile::threads / pieces);
+  using Sum = std::conditional_t<once, float, Element>;
+  static_assert(sizeof(Sum) * rows * pitch + sizeof(Coefficients<rows>) <= product_bytes<Tile, true>(), "the epilogue takes the product's place");
   const perfusion_edited_projection_params& p = launch.call;
   const EditedProjectionPlan& plan = launch.plan;
   const int B = static_cast<int>(p.B), T = static_cast<int>(p.T), D = static_cast<int>(p.D), O = static_cast<int>(p.O);
   const int row = static_cast<int>(block() % plan.row_tiles) * rows;
   const int column = static_cast<int>(block() / plan.row_tiles) * columns;
 
-  auto* tile = reinterpret_cast<Element*>(shared_memory());
+  auto* tile = reinterpret_cast<Sum*>(shared_memory());
   auto& coefficients = *reinterpret_cast<Coefficients<rows>*>(tile + rows * pitch);
-  multiply_tile<Tile, true>(tile, product_operand<Element>(p.encodings, B, T, D, plan.wide_encodings),
+  multiply_tile<Tile, true>(reinterpret_cast<Element*>(shared_memory()), product_operand<Element>(p.encodings, B, T, D, plan.wide_encodings),
                             product_operand<Element>(p.weight, O, D, plan.wide_weight), row, column, 0,
                             [&](int r, int n, float x, float y) {
-                              *reinterpret_cast<uint32_t*>(tile + r * pitch + n) = pack<Element>(x, y);
+                              if constexpr (once) {
+                                tile[r * pitch + n] = x, tile[r * pitch + n + 1] = y;
+                              } else {
+                                *reinterpret_cast<uint32_t*>(tile + r * pitch + n) = pack<Element>(x, y);
+                              }
                             });
   barrier();
 
@@ -86,7 +96,14 @@ edited_projection_kernel(PERFUSION_CONSTANT EditedProjectionLaunch launch) {
   const int there = O - column - piece * 8 < 8 ? O - column - piece * 8 : 8;  // columns of the piece
   float x[mine][8];
   PERFUSION_UNROLL
-  for (int i = 0; i < mine; ++i) widen(x[i], *reinterpret_cast<const Words*>(tile + (first + i) * pitch + piece * 8), Element{});
+  for (int i = 0; i < mine; ++i) {
+    const Sum* sums = tile + (first + i) * pitch + piece * 8;
+    if constexpr (once) {
+      read_floats(x[i], sums);
+    } else {
+      widen(x[i], *reinterpret_cast<const Words*>(sums), Element{});
+    }
+  }
 
   for (int place = 0; place < p.J; place += places_at_a_time) {
     if (place > 0) barrier();  // those before have been read
@@ -126,6 +143,18 @@ edited_projection_kernel(PERFUSION_CONSTANT EditedProjectionLaunch launch) {
                   (column + piece * 8) * p.result.strides[2];
     store_eight(to, p.result.strides[2], x[i], there, plan.wide_result);
   }
+}
+
+template <class Element, int rows, int columns>
+PERFUSION_KERNEL(32 * projection_warps)
+edited_projection_kernel(PERFUSION_CONSTANT EditedProjectionLaunch launch) {
+  project_and_edit<Element, rows, columns, false>(launch);
+}
+
+template <class Element, int rows, int columns>
+PERFUSION_KERNEL(32 * projection_warps)
+fused_edited_projection_kernel(PERFUSION_CONSTANT EditedProjectionLaunch launch) {
+  project_and_edit<Element, rows, columns, true>(launch);
 }
 
 }  // namespace perfusion

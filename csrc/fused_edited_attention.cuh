@@ -35,10 +35,10 @@ struct BothSides {
   Loader key, value;
   int apart;  // elements
 
-  template <class Element>
+  template <bool wide, bool whole, class Element>
   PERFUSION_DEVICE void load(Element* stage) {
-    key.load(stage);
-    value.load(stage + apart);
+    key.template load<wide, whole>(stage);
+    value.template load<wide, whole>(stage + apart);
   }
 };
 
@@ -66,15 +66,16 @@ PERFUSION_DEVICE void project_keys(Element* keys, Element* values, Element* step
   const auto key = [&] { return Side(head_of<Element>(launch.key_weight, h, d, D, launch.plan.wide_key_weight), 0, 0); };
   const auto value = [&] { return Side(head_of<Element>(launch.value_weight, h, d, D, launch.plan.wide_value_weight), 0, 0); };
   const int steps_of_sum = (D + Tile::depth - 1) / Tile::depth;
+  const bool wide = launch.plan.wide_encodings && launch.plan.wide_key_weight && launch.plan.wide_value_weight;
 
   for (int first = 0; first < 16 * groups; first += projected_tokens) {
     for (int side = 0; side < 3 - sides; ++side) {
       float c[Tile::m][Tile::n][4] = {};
       if constexpr (sides == 2) {
         const BothSides<Side> both{key(), value(), columns * tile_pitch(Tile::depth)};
-        multiply_steps<Tile, true>(c, steps, Tokens(encodings, first, 0), both, steps_of_sum);
+        multiply_steps<Tile, true>(c, steps, Tokens(encodings, first, 0), both, wide, steps_of_sum);
       } else {
-        multiply_steps<Tile, true>(c, steps, Tokens(encodings, first, 0), side == 0 ? key() : value(), steps_of_sum);
+        multiply_steps<Tile, true>(c, steps, Tokens(encodings, first, 0), side == 0 ? key() : value(), wide, steps_of_sum);
       }
       hand_over<Tile>(c, [&](int r, int n, float x, float y) {
         Element* tile = side + n / columns == 0 ? keys : values;

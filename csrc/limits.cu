@@ -65,7 +65,9 @@ int shared_memory_of(const char* kernel, std::initializer_list<int> numbers) {
   if (is("fused_edited_attention")) return planned(plan_fused_edited_attention, 1024, tile[0], tile[1]).attention.bytes;
   if (is("concept_gates")) return tile[0] ? -1 : static_cast<int>(sizeof(float)) * gate_warps * slice_floats;
 #define PERFUSION_BYTES(ROWS, COLUMNS) \
-  if (is("edited_projection") && tile[0] == ROWS && tile[1] == COLUMNS) return product_bytes<ProjectionTile<ROWS, COLUMNS>, true>();
+  if ((is("edited_projection") || is("fused_edited_projection")) && tile[0] == ROWS && tile[1] == COLUMNS) {          \
+    return product_bytes<ProjectionTile<ROWS, COLUMNS>, true>();                                                       \
+  }
   PERFUSION_PROJECTION_TILES(PERFUSION_BYTES)
 #undef PERFUSION_BYTES
   if (is("encodings_gradient")) return product_bytes<EncodingsGradientTile, false>();

@@ -19,6 +19,7 @@ TILES = {  # what its other template arguments are
     "edited_attention": ("head_dim", "keys", "query_rows"),
     "fused_edited_attention": ("head_dim", "keys"),
     "edited_projection": ("rows", "columns"),
+    "fused_edited_projection": ("rows", "columns"),
     "encodings_gradient": (),
     "sum_of_splits": (),
     "coefficients_gradient": (),

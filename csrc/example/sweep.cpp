@@ -2,7 +2,8 @@
 // each result is compared with the formula in double precision. Links the C API and nothing else of the library, so it runs on
 // the CPU build, and on a GPU under compute-sanitizer's memcheck, racecheck, synccheck and initcheck.
 //
-//   sweep [OPERATOR…]      all of them without a name; the exit status is the number of cases that failed, at most 99
+//   sweep [dense] [OPERATOR…]      all of them without a name; dense: without views. The exit status is the number of cases that
+//                                  failed, at most 99
 //
 // A tensor has memory of its own and of exactly its size. That of a view has gaps, filled with NaN, which must be neither read nor written.
 #include <perfusion_kernels.h>
@@ -189,15 +190,19 @@ struct Edit {
   Tensor gates, components, index, outputs, targets;
 };
 
-void concept_gates(perfusion_dtype dtype, int64_t T, int64_t D, int64_t J, bool gaps) {
-  const int64_t B = 3, S = J + 2;
+// words: gates by word, for concepts of up to two words, some of whose places are beyond the text.
+void concept_gates(perfusion_dtype dtype, int64_t T, int64_t D, int64_t J, bool gaps, bool words = false) {
+  const int64_t B = 3, S = J + 2, P = 2;
   Edit edit(B, T, J, 1, PERFUSION_FLOAT32, gaps);  // for its index
   Tensor encodings(dtype, {B, T, D}, gaps, normal), targets(PERFUSION_FLOAT32, {S, D}, gaps, normal);
   Tensor bias(PERFUSION_FLOAT32, {B, J}, gaps, [](int64_t i) { return 0.1 * (i % 7); });
   Tensor temperature(PERFUSION_FLOAT32, {B, J}, gaps, [](int64_t i) { return 0.5 + 0.1 * (i % 3); });
   Tensor gates(PERFUSION_FLOAT32, {B, T, J}, gaps, nothing), components(PERFUSION_FLOAT32, {B, T, J}, gaps, nothing);
+  Tensor places(PERFUSION_INT32, {B, J, P}, gaps, [T](int64_t i) { return i % 5 == 4 ? -1 : i * 3 % (T + 1); });
+  Tensor floor(PERFUSION_FLOAT32, {B, J}, gaps, [](int64_t i) { return 0.25 * (i % 4); });
   perfusion_concept_gates_params p = {};
   p.B = B, p.T = T, p.D = D, p.J = J, p.S = S;
+  if (words) p.places = places.view, p.P = P, p.floor = floor.view;
   p.encodings = encodings.view, p.targets = targets.view, p.metric_targets = targets.view;  // C = 1
   p.index = edit.index.view, p.bias = bias.view, p.temperature = temperature.view;
   p.gates = gates.view, p.components = components.view;
@@ -206,8 +211,13 @@ void concept_gates(perfusion_dtype dtype, int64_t T, int64_t D, int64_t J, bool 
   p.workspace = workspace.data;
   if (status == PERFUSION_OK) status = perfusion_concept_gates(&p, nullptr);
 
-  Case one(label("concept_gates", dtype, {{"T", T}, {"D", D}, {"J", J}, {"gaps", gaps}}), status);
+  Case one(label("concept_gates", dtype, {{"T", T}, {"D", D}, {"J", J}, {"gaps", gaps}, {"words", words}}), status);
   one.results({&gates, &components});
+  const auto is_word = [&](int64_t b, int64_t j, int64_t t) {
+    bool found = false;
+    for (int64_t i = 0; i < P && words && edit.slot(b, j) >= 0; ++i) found = found || places[(b * J + j) * P + i] == t;
+    return found;
+  };
   for (int64_t b = 0; b < B; ++b) {
     std::vector<double> energy(J), gram(J * J);
     for (int64_t i = 0; i < J * J; ++i) {
@@ -227,7 +237,12 @@ void concept_gates(perfusion_dtype dtype, int64_t T, int64_t D, int64_t J, bool 
         rest = product;
         for (int64_t k = 0; k < J; ++k) rest.add(-components[(b * T + t) * J + k] * gram[j * J + k] / energy[j]);
         const double steepness = 1 / (0.5 + 0.1 * ((b * J + j) % 3));
-        one.compare(gates, i, 1 / (1 + std::exp((0.1 * ((b * J + j) % 7) - product.value) * steepness)), steepness * product.terms, 16);
+        double gate = 1 / (1 + std::exp((0.1 * ((b * J + j) % 7) - product.value) * steepness));
+        bool of_another = false;
+        for (int64_t k = 0; k < J; ++k) of_another = of_another || (k != j && is_word(b, k, t));
+        if (is_word(b, j, t)) gate = std::max(gate, floor[b * J + j]);
+        else if (of_another) gate = 0;
+        one.compare(gates, i, gate, steepness * product.terms, 16);
         one.compare(components, i, components[i] + rest.value, rest.terms, 64);
       }
     }
@@ -293,13 +308,16 @@ void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, i
   }
 }
 
-// edited_attention, or with a D fused_edited_attention; J = 0 is the plain one.
-void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J, int64_t D, bool gaps) {
-  const int64_t B = 3, H = 2, O = H * d;
+// edited_attention, or with a D fused_edited_attention; J = 0 is the plain one. mapped: slots and regions too.
+void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J, int64_t D, bool gaps, bool mapped = false) {
+  const int64_t B = 3, H = 2, O = H * d, P = mapped ? 4 : B;
   const double scale = 0.7 / std::sqrt(static_cast<double>(d));
-  Edit of_keys(B, T, J, O, dtype, gaps);
+  Edit of_keys(P, T, J, O, dtype, gaps);
+  Tensor slots(PERFUSION_INT32, {B}, gaps, [](int64_t b) { return (b + 3) % 4; });
+  Tensor query_regions(PERFUSION_INT32, {B, N}, gaps, [](int64_t i) { return 1 << i % 3; });
+  Tensor key_regions(PERFUSION_INT32, {B, T}, gaps, [](int64_t i) { return i % 4 ? 1 << i % 3 : 0; });
   Tensor value_outputs(dtype, {J + 2, O}, gaps, normal), value_targets(dtype, {J + 2, O}, gaps, normal);
-  Tensor query(dtype, {B, N, H, d}, gaps, normal), key(dtype, {B, T, H, d}, gaps, normal), value(dtype, {B, T, H, d}, gaps, normal);
+  Tensor query(dtype, {B, N, H, d}, gaps, normal), key(dtype, {P, T, H, d}, gaps, normal), value(dtype, {P, T, H, d}, gaps, normal);
   Tensor output(dtype, {B, N, H, d}, gaps, nothing);
   const auto small = [D](int64_t i) { return normal(i) / std::sqrt(D + 1.0); };
   Tensor encodings(dtype, {B, T, D}, gaps, normal), key_weight(dtype, {O, D}, gaps, small), value_weight(dtype, {O, D}, gaps, small);
@@ -316,6 +334,7 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
     perfusion_edited_attention_params p = {};
     fill(p);
     p.key = key.view, p.value = value.view;
+    if (mapped) p.slots = slots.view, p.P = P, p.query_regions = query_regions.view, p.key_regions = key_regions.view;
     status = perfusion_edited_attention(&p, nullptr);
   } else {
     perfusion_fused_edited_attention_params p = {};
@@ -325,7 +344,7 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
   }
 
   const char *name = D ? "fused_edited_attention" : "edited_attention";
-  Case one(label(name, dtype, {{"N", N}, {"T", T}, {"D", D}, {"d", d}, {"J", J}, {"gaps", gaps}}), status);
+  Case one(label(name, dtype, {{"N", N}, {"T", T}, {"D", D}, {"d", d}, {"J", J}, {"gaps", gaps}, {"mapped", mapped}}), status);
   one.results({&output});
   const auto side = [&](const Tensor &base, const Tensor &weight, const Tensor &outputs, const Tensor &targets, int64_t m, int64_t o) {
     const int64_t b = m / T, t = m % T;
@@ -337,9 +356,10 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
   };
   std::vector<Sum> k(T * O), v(T * O);
   for (int64_t b = 0; b < B; ++b) {
+    const int64_t row = mapped ? static_cast<int64_t>(slots[b]) : b;
     for (int64_t i = 0; i < T * O; ++i) {
-      k[i] = side(key, key_weight, of_keys.outputs, of_keys.targets, b * T + i / O, i % O);
-      v[i] = side(value, value_weight, value_outputs, value_targets, b * T + i / O, i % O);
+      k[i] = side(key, key_weight, of_keys.outputs, of_keys.targets, row * T + i / O, i % O);
+      v[i] = side(value, value_weight, value_outputs, value_targets, row * T + i / O, i % O);
     }
     for (int64_t n = 0; n < N; ++n) {
       for (int64_t h = 0; h < H; ++h) {
@@ -348,6 +368,8 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
         double most = -INFINITY, sum = 0, loose = 0;  // loose: how much a rounding of the factors moves a score
         for (int64_t t = 0; t < T; ++t) {
           for (int64_t x = 0; x < d; ++x) score[t].add(scale * query[at + x], k[t * O + h * d + x]);
+          const int reach = static_cast<int>(key_regions[b * T + t]);
+          if (mapped && reach != 0 && !(reach & static_cast<int>(query_regions[b * N + n]))) score[t].value = -INFINITY;
           most = std::max(most, score[t].value), loose = std::max(loose, score[t].terms);
         }
         for (int64_t t = 0; t < T; ++t) sum += std::exp(score[t].value - most);
@@ -364,13 +386,17 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
 }  // namespace
 
 int main(int count, char **names) {
-  const auto wanted = [&](const std::string &name) { return count == 1 || std::count(names + 1, names + count, name) > 0; };
+  const bool dense = count > 1 && std::string(names[1]) == "dense";
+  const auto first = names + 1 + dense, last = names + count;
+  const auto wanted = [&](const std::string &name) { return first == last || std::count(first, last, name) > 0; };
   constexpr auto half = PERFUSION_FLOAT16, brain = PERFUSION_BFLOAT16, single = PERFUSION_FLOAT32;
   for (bool gaps : {false, true}) {
+    if (gaps && dense) break;
     if (wanted("concept_gates")) {
       concept_gates(half, 18, 37, 3, gaps);
       concept_gates(brain, 5, 64, 8, gaps);
       concept_gates(single, 5, 64, 11, gaps);
+      concept_gates(half, 18, 37, 3, gaps, true);
       concept_gates(brain, 17, 603, 2, gaps);           // more slices of columns than warps
       if (!gaps) concept_gates(half, 17, 192, 130, gaps);  // in the workspace
     }
@@ -384,6 +410,8 @@ int main(int count, char **names) {
       attention(brain, 5, 81, 40, 1, 0, gaps);
       attention(brain, 150, 16, 40, 9, 0, gaps);
       attention(half, 33, 154, 40, 0, 0, gaps);
+      attention(half, 70, 77, 40, 2, 0, gaps, true);
+      attention(brain, 300, 21, 40, 1, 0, gaps, true);
     }
     if (wanted("fused_edited_attention")) {
       attention(half, 33, 77, 40, 2, 100, gaps);

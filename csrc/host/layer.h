@@ -65,7 +65,7 @@ inline void load_matrices_as(uint32_t (&r)[matrices], const void* row, bool tran
     require_alignment(row, "load_matrices");
     for (int i = 0; i < 8; ++i) elements[i] = static_cast<const uint16_t*>(row)[i];
   }
-  host::exchange_matrices(r, elements, matrices, transposed);
+  host::exchange_matrices(r, elements, row, matrices, transposed);
 }
 
 template <int matrices>

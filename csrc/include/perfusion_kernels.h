@@ -87,7 +87,12 @@ typedef struct perfusion_edited_projection_params {
 PERFUSION_API perfusion_status perfusion_edited_projection(const perfusion_edited_projection_params *params,
                                                            perfusion_stream stream);
 
-/* Derivatives of perfusion_edited_projection for a gradient of its result (DESIGN.md, (14)): those whose tensors are given are
+/* The same sum with the edit added to the product's float32 sums, rounded once. A row without a concept has the bits of this function
+ * without index, not those of perfusion_edited_projection. */
+PERFUSION_API perfusion_status perfusion_fused_edited_projection(const perfusion_edited_projection_params *params,
+                                                                 perfusion_stream stream);
+
+/* Derivatives of perfusion_edited_projection and perfusion_fused_edited_projection for a gradient of its result (DESIGN.md, (14)): those whose tensors are given are
  * written. Every sum has one order, so equal calls give equal bits. */
 typedef struct perfusion_edited_projection_backward_params {
   int64_t B, T, D, O, J, S;

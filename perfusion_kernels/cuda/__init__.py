@@ -12,7 +12,7 @@ from ..registration import Operator
 from . import supports
 from .library import absent, unavailable  # noqa: F401  the backend's reason
 
-OPERATORS = ("concept_gates", "edited_projection", "edited_attention", "fused_edited_attention")
+OPERATORS = ("concept_gates", "edited_projection", "fused_edited_projection", "edited_attention", "fused_edited_attention")
 
 
 def refuses(name: str):

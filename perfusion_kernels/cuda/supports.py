@@ -68,7 +68,7 @@ def concept_gates(encodings, targets, metric_targets, index, bias, temperature, 
     if index.shape[1] > most_places():
         return f"it takes J up to {most_places()}; got {index.shape[1]}"
     return dtypes(NARROW, encodings=encodings) or dtypes(
-        (torch.float32,), targets=targets, metric_targets=metric_targets, bias=bias, temperature=temperature
+        (torch.float32,), targets=targets, metric_targets=metric_targets, bias=bias, temperature=temperature, floor=floor
     )
 
 
@@ -86,6 +86,9 @@ def edited_projection_backward(gradient, *arguments_and_needs) -> str | None:
     if needs[1]:
         return "it has no derivative of weight"
     return halves(gradient=gradient) or edited_projection(*arguments)
+
+
+fused_edited_projection, fused_edited_projection_backward = edited_projection, edited_projection_backward
 
 
 def edited_attention(query, key, value, *rest) -> str | None:

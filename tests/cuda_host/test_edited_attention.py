@@ -6,8 +6,8 @@ What mutants are killed by stands in functions `check_…(host)`: test_mutants.p
 import pytest
 import torch
 
-from bench import floors
-from bench.kernels.traffic_matrix import CHIPS
+from bench import plans
+from perfusion_kernels import edited_attention
 
 from ..kernels import cases
 from .host import Refused, compare
@@ -204,18 +204,54 @@ def test_bytes(host):
     assert counted["written_wide"] == 2 * case.query.numel()
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("rows", (1, 2, 16))
-@pytest.mark.parametrize("layer", sum(floors.UNETS.values(), ()), ids=lambda layer: f"N={layer.N}, d={layer.d}")
-def test_no_block_waits_for_a_seat_and_half_are_taken(host, layer, rows, chip):
-    """Where heads share the chip out: what waited would take as long again, and a free multiprocessor does nothing."""
-    machine, H, d = CHIPS[chip], layer.H, layer.d
-    host.configure(machine.multiprocessors, machine.shared_per_block, shared_per_multiprocessor=machine.shared_per_multiprocessor)
-    plan = host.module.plan_edited_attention(dict(B=rows, N=layer.N, T=77, H=H, d=d), {})
-    each = min(machine.shared_per_multiprocessor // (plan["bytes"] + 1024), 65536 // (168 * 32 * plan["warps"]))
-    seats, heads, most = machine.multiprocessors * max(1, each), rows * H, -(-layer.N // (16 * plan["warps"]))
-    assert plan["splits"] == 1 or heads * plan["splits"] <= seats
-    assert heads * plan["splits"] > seats / 2 or plan["splits"] == most
+@pytest.mark.parametrize("chip", plans.CHIPS)
+def test_one_even_wave(host, chip):
+    """No block waits for another to end, every tile has one block, and where all have tiles, nobody has many more than others."""
+    for layer in plans.layers():
+        for rows in (1, 2, 16, 20, 64):
+            plan = plans.plan(host, chip, layer, rows)
+            assert plan.blocks <= plan.at_once, plan
+            stretches = plan.stretches()
+            assert [first for first, _ in stretches[1:]] == [end for _, end in stretches[:-1]]
+            assert stretches[0][0] == 0 and stretches[-1][1] == plan.tiles
+            assert plan.rounds == 1 or plan.fill() >= 0.7, plan
+
+
+def check_stretches(host):
+    """Blocks whose tiles are of one head and a part of the next, on a machine that holds a few."""
+    host.configure(3, shared_per_multiprocessor=40000)
+    case = small(B=3, H=2, N=330, T=20, d=32)
+    assert host.plan(**plainly(case))["splits"] == 0
+    compare(host, "edited_attention", case)
+
+
+def test_stretches(host):
+    check_stretches(host)
+
+
+@pytest.mark.parametrize("m", (1, 2))
+@pytest.mark.parametrize("T, d", [(77, 40), (80, 64), (13, 160), (72, 96), (77, 128), (65, 80), (5, 32)])
+def test_tiles_of_16_and_of_32_rows(host, m, T, d):
+    """The number of multiprocessors says which: few have work enough with tall ones."""
+    host.configure({1: 64, 2: 1}[m])
+    case = small(B=2, H=2, N=130, T=T, d=d)
+    assert host.plan(**case.arguments("edited_attention"))["m"] == m
+    compare(host, "edited_attention", case)
+
+
+@pytest.mark.parametrize("scale", (-0.3, 0.0))
+def test_scales_that_turn_the_order_round(host, scale):
+    case = small(T=77, d=40)
+    expected = edited_attention(*(x.double() for x in plainly(case).values()), scale=scale, backend="reference")
+    torch.testing.assert_close(host.edited_attention(**plainly(case), scale=scale).double(), expected, rtol=2e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+def test_no_two_rows_of_a_matrix_share_a_bank(host, d):
+    host.configure(1)
+    host.edited_attention(**plainly(small(B=1, H=1, N=40, T=77, d=d)))
+    counted = host.counted()
+    assert counted["matrices"] > 0 and counted["matrix_cycles"] == counted["matrices"]
 
 
 @pytest.mark.parametrize("d, T", [(40, 77), (64, 80), (160, 154)])

@@ -20,7 +20,7 @@ BARRIERS = [
 @pytest.mark.parametrize("flags", (ADDRESS, THREAD), ids=("address", "thread"))
 @pytest.mark.parametrize("multiprocessors", SCHEDULES)
 def test_nothing_to_report(flags, multiprocessors):
-    ran = sweep(flags=flags, multiprocessors=multiprocessors)
+    ran = sweep(*["dense"] * (flags == THREAD), flags=flags, multiprocessors=multiprocessors)  # a race is one in any layout
     reports = [line for line in ran.stderr.splitlines() if "swapcontext" not in line]  # a general remark on programs with fibers
     assert (ran.returncode, ran.stdout, reports) == (0, "every case is right\n", [])
 
@@ -35,7 +35,7 @@ def test_an_overrun_is_reported():
 def test_without_a_barrier_a_race_is_reported(barrier):
     """Each barrier of each kernel, left out: no kernel has one too many, and none could lose one unseen."""
     for multiprocessors in SCHEDULES:
-        ran = sweep(*concerned(barrier), flags=THREAD, multiprocessors=multiprocessors, drop=barrier)
+        ran = sweep("dense", *concerned(barrier), flags=THREAD, multiprocessors=multiprocessors, drop=barrier)
         if "ThreadSanitizer: SEGV" in ran.stderr:  # after an index that is not there yet
             return
         if "ThreadSanitizer: data race" in ran.stderr:  # of shared memory, not a lane's stack
@@ -50,12 +50,12 @@ def test_a_race_of_two_blocks_is_reported():
         Change("query_stream.cuh", "tile(split * plan.warps + warp())", "tile((void(split), warp()))"),
         Change("query_stream.cuh", "step(plan.splits * plan.warps)", "step(plan.warps)"),
     )
-    ran = sweep("edited_attention", flags=THREAD, changes=all_of_it, multiprocessors="64")
+    ran = sweep("dense", "edited_attention", flags=THREAD, changes=all_of_it, multiprocessors="64")
     assert ran.stdout == "" and "ThreadSanitizer: data race" in ran.stderr
 
 
 def test_a_workspace_that_two_blocks_share_is_reported():
     """One block runs after the other here, so no result is wrong."""
     shared = Change("concept_gates.cuh", "+ block() * system_floats(J)", "+ 0 * system_floats(J)")
-    ran = sweep("concept_gates", flags=THREAD, changes=(shared,))
+    ran = sweep("dense", "concept_gates", flags=THREAD, changes=(shared,))
     assert ran.stdout == "" and "ThreadSanitizer: data race" in ran.stderr

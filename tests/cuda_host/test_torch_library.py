@@ -1,7 +1,4 @@
-"""The library that is installed, compiled by nvcc for two architectures; it loads without a GPU, and all but a launch can be seen.
-
-`make test` compiles it when it installs, into the folder that is used here; then there is nothing left to compile.
-"""
+"""The library that an installation compiles, by nvcc for all architectures; it loads without a GPU, and all but a launch can be seen."""
 
 import importlib.util
 import json

@@ -14,6 +14,8 @@ from . import cases
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.proof
+
 SOURCES = Path(reference.__file__).parents[1] / "triton"
 DEVICE = cases.runs("edited_attention")[-1][1]
 
