@@ -23,7 +23,12 @@ def autocasts(tensor: Tensor) -> bool:
     if tensor.is_cpu:
         return torch.is_autocast_enabled("cpu")
     device_type = tensor.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look inside before torch 2.12
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 _NONE = type(None)
