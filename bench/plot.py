@@ -88,7 +88,7 @@ def startup(figure: Any, rows: Rows) -> None:
         axes.text(high + 0.08, number, f"{row['peak_bytes'] / 2**20:.0f} MiB", va="center", fontsize=8, color=INK)
     axes.set_yticks(range(len(mine)), [row["provider"] for row in mine])
     axes.margins(x=0.15)
-    axes.set_xlabel("time of a fresh process over that of `import torch` (CPU ratios), and its peak memory")
+    axes.set_xlabel("processor time of a fresh process over that of `import torch`, and its peak memory")
     tidy(axes, "x")
 
 
@@ -149,8 +149,8 @@ def roofline(figure: Any, rows: Rows) -> None:
     axes, machine = figure.subplots(), floors.H200
     balance = machine.tensor / machine.bandwidth
     axes.plot([1, balance, 1e4], [machine.bandwidth, machine.tensor, machine.tensor], color=INK, lw=1)
-    axes.text(2.1, 2.4e12, f"{machine.bandwidth / 1e12:.1f} TB/s", rotation=37, fontsize=8)
-    axes.text(2.2e3, 1.12 * machine.tensor, f"{machine.tensor / 1e12:.0f} TFLOP/s", fontsize=8)
+    axes.annotate(f"{machine.bandwidth / 1e12:.1f} TB/s", (15, 15 * machine.bandwidth), (-48, 4), textcoords="offset points", fontsize=8)
+    axes.annotate(f"{machine.tensor / 1e12:.0f} TFLOP/s", (600, machine.tensor), (0, 4), textcoords="offset points", fontsize=8)
     kinds = list(dict.fromkeys(row["suite"] for row in rows))
     for kind, colour in zip(kinds, (OURS, *OTHERS)):
         for row in (row for row in rows if row["suite"] == kind):
@@ -159,6 +159,8 @@ def roofline(figure: Any, rows: Rows) -> None:
         axes.plot([], [], "o", color=colour, label=kind)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_xlim(8, 2000)
+    axes.set_ylim(3e13, 1.6e15)
     axes.set_xlabel("FLOP per byte of device memory")
     axes.set_ylabel("FLOP per second")
     axes.set_title(f"roofline of one {machine.name}: filled is measured, open is predicted")

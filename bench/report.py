@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench import model  # noqa: E402
 from bench.rows import read  # noqa: E402
 
 
@@ -28,7 +29,7 @@ def tables(rows: list[dict[str, Any]], against: str) -> str:
     groups: dict[tuple, dict[tuple[str, str], dict]] = {}
     for row in rows:
         group = groups.setdefault((row["suite"], row["device"], row["dtype"]), {})
-        group[row["case"], row["provider"]] = row
+        group[row["case"], row.get("what", row["provider"])] = row
     return "\n\n".join(_table(key, found, against) for key, found in groups.items()) + "\n"
 
 
@@ -36,6 +37,12 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
     suite, device, dtype = key
     if suite == "overhead":
         return _overheads(list(found.values()))
+    if suite == "model":
+        return model.table(list(found.values()))
+    if suite == "storage":
+        return _storage(list(found.values()))
+    if suite == "startup":
+        return _startup(list(found.values()))
     if suite == "nsight":
         return _counters(device, list(found.values()))
     if suite == "decide":
@@ -58,6 +65,31 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     reasons: dict[str, str] = {name: row["reason"] for (_, name), row in found.items() if name not in ran}
     lines += ["", *(f"- {name} did not run: {reason}" for name, reason in reasons.items())] if reasons else []
+    return "\n".join(lines)
+
+
+def _storage(rows: list[dict[str, Any]]) -> str:
+    models = list(dict.fromkeys(row["case"] for row in rows))
+    lines = ["**storage: bytes of one learned subject, in float16**", ""]
+    lines += [f"| what | {' | '.join(models)} | over ours, {models[0]} | what it holds |", "|---" * (len(models) + 3) + "|"]
+    found = {(row["provider"], row["case"]): row for row in rows if "file_bytes" in row}
+    for name in dict.fromkeys(row["provider"] for row in rows):
+        cells = [f"{found[name, model]['file_bytes']:,}" if (name, model) in found else "–" for model in models]
+        one = found.get((name, models[0]))
+        times = f"{one['file_bytes'] / found['perfusion', models[0]]['file_bytes']:,.2f}" if one else "–"
+        lines.append(f"| {name} | {' | '.join(cells)} | {times} | {one['holds'] if one else ''} |")
+    return "\n".join(lines)
+
+
+def _startup(rows: list[dict[str, Any]]) -> str:
+    lines = ["**startup: a fresh process; processor time over that of `import torch`, 20th to 80th percentile, and peak memory**", ""]
+    lines += ["| process | time | | peak, MiB |", "|---|---|---|---|"]
+    for row in rows:
+        if row["gate"] != "passed":
+            lines.append(f"| {row['provider']}: {row['reason']} | – | | – |")
+            continue
+        low, middle, high = row["ratios"].get("import torch", (1.0, 1.0, 1.0))
+        lines.append(f"| {row['provider']} | {middle:.2f} | {low:.2f} to {high:.2f} | {row['peak_bytes'] / 2**20:.0f} |")
     return "\n".join(lines)
 
 
