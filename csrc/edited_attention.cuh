@@ -61,7 +61,8 @@ edited_attention_kernel(PERFUSION_CONSTANT EditedAttentionLaunch launch) {
 
   Stretch stretch = stretch_of(plan, tiles, p.B * p.H);
   for (bool others = false; stretch.count > 0; ++stretch.head, stretch.at = 0) {
-    const int64_t b = stretch.head / H, h = stretch.head % H, row = row_of_slot(p, b, launch.errors);
+    const int b = stretch.head / H, h = stretch.head % H;
+    const int64_t row = row_of_slot(p, b, launch.errors);
     const int end = stretch.count < tiles - stretch.at ? stretch.at + static_cast<int>(stretch.count) : tiles;
     stretch.count -= end - stretch.at;
     if (others) barrier();  // all have read the head before

@@ -45,35 +45,29 @@ template <class Element, int d, int m>
 struct QueryStream {
   static constexpr int rows = 16 * m, pitch = tile_pitch(d);
 
-  const Element* query;
-  Element* output;
   Element* own;  // this warp's tile of the first stage; those of all warps are neighbours
   const perfusion_edited_attention_params& p;
   const EditedAttentionPlan& plan;
-  const int64_t b;
+  const int b, h;
   int tile, end;
 
-  PERFUSION_DEVICE QueryStream(const perfusion_edited_attention_params& p, const EditedAttentionPlan& plan, int64_t b, int64_t h,
-                               int first, int end, Element* stages)
-      : query(static_cast<const Element*>(p.query.data) + b * p.query.strides[0] + h * p.query.strides[2]),
-        output(static_cast<Element*>(p.output.data) + b * p.output.strides[0] + h * p.output.strides[2]),
-        own(stages + warp() * rows * pitch),
-        p(p),
-        plan(plan),
-        b(b),
-        tile(first + warp()),
-        end(end) {}
+  PERFUSION_DEVICE QueryStream(const perfusion_edited_attention_params& p, const EditedAttentionPlan& plan, int b, int h, int first,
+                               int end, Element* stages)
+      : own(stages + warp() * rows * pitch), p(p), plan(plan), b(b), h(h), tile(first + warp()), end(end) {}
+
+  // Where the head begins; counted anew for each tile, which costs less than the registers to keep it.
+  PERFUSION_DEVICE int64_t head(const perfusion_tensor& x) const { return b * x.strides[0] + h * x.strides[2]; }
 
   PERFUSION_DEVICE Element* stage(int which) const { return own + which * plan.warps * rows * pitch; }
 
   PERFUSION_DEVICE void load(int which, int tile) const {
-    load_queries<Element, d, m>(stage(which), query, p.query.strides[1], p.query.strides[3], tile * rows, static_cast<int>(p.N),
-                                plan.wide_query);
+    load_queries<Element, d, m>(stage(which), static_cast<const Element*>(p.query.data) + head(p.query), p.query.strides[1],
+                                p.query.strides[3], tile * rows, static_cast<int>(p.N), plan.wide_query);
   }
 
   PERFUSION_DEVICE void store(int which) const {
-    store_outputs<Element, d, m>(output, p.output.strides[1], p.output.strides[3], stage(which), tile * rows, static_cast<int>(p.N),
-                                 plan.wide_output);
+    store_outputs<Element, d, m>(static_cast<Element*>(p.output.data) + head(p.output), p.output.strides[1], p.output.strides[3],
+                                 stage(which), tile * rows, static_cast<int>(p.N), plan.wide_output);
   }
 
   PERFUSION_DEVICE void load_first() const {
