@@ -186,22 +186,24 @@ def tidy(axes: Any, grid: str) -> None:
 
 
 def predicted_kernels(rows: Rows) -> Rows:
-    """Rows of the operators at real shapes: those measured, or where there are none, the model's share of the floor."""
-    from bench import floors, model
+    """Rows of the operators at real shapes: those measured, or where there are none, those of bench/predictions.jsonl for an H200 and two
+    rows; of the layer, whose products are the library's, the model's share of the floor."""
+    from bench import floors, model, predictions
 
     measured = [row for row in rows if row.get("flops_per_s") and row.get("bytes") and row["provider"].split()[0] in ("cuda", "triton")]
     if measured:
         return measured
     a, found = model.Assumptions(), []
-    for layers in floors.UNETS.values():
-        for layer in layers:
-            sizes = dict(B=2, N=layer.N, T=model.T, H=layer.H, d=layer.d)
-            for suite, work, share in (
-                ("edited_attention", floors.edited_attention(**sizes), a.core_efficiency),
-                ("cross_attention_layer", floors.cross_attention_layer(C=layer.C, **sizes), a.product_efficiency),
-            ):
-                rate = share * work.flops / work.floor(a.machine())
-                found.append({"suite": suite, "gate": "predicted", "flops": work.flops, "bytes": work.bytes, "flops_per_s": rate})
+
+    def add(kernel: str, work: floors.Work, seconds: float) -> None:
+        found.append({"suite": kernel, "gate": "predicted", "flops": work.flops, "bytes": work.bytes, "flops_per_s": work.flops / seconds})
+
+    for each in predictions.read(floors.H200.name):
+        if each["rows"] == 2 and each["kernel"] != "concept_gates":
+            add(each["kernel"], predictions.work(each), 1e-6 * each["microseconds"])
+    for layer in (layer for layers in floors.UNETS.values() for layer in layers):
+        work = floors.cross_attention_layer(B=2, N=layer.N, C=layer.C, T=model.T, H=layer.H, d=layer.d)
+        add("cross_attention_layer", work, work.floor(a.machine()) / a.product_efficiency)
     return found
 
 

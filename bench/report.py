@@ -20,17 +20,31 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import model  # noqa: E402
+from bench import model, predictions  # noqa: E402
 from bench.rows import read  # noqa: E402
 
 
 def tables(rows: list[dict[str, Any]], against: str) -> str:
-    """Markdown, one table per suite, device and dtype."""
+    """Markdown, one table per suite, device and dtype; then what was predicted of these kernels."""
     groups: dict[tuple, dict[tuple[str, str], dict]] = {}
     for row in rows:
         group = groups.setdefault((row["suite"], row["device"], row["dtype"]), {})
         group[row["case"], row.get("what", row["provider"])] = row
-    return "\n\n".join(_table(key, found, against) for key, found in groups.items()) + "\n"
+    made = [_table(key, found, against) for key, found in groups.items()]
+    return "\n\n".join([*made, *filter(None, [_predicted([row for found in groups.values() for row in found.values()])])]) + "\n"
+
+
+def _predicted(rows: list[dict[str, Any]]) -> str:
+    """What was measured of compiled kernels over what bench/predictions.jsonl says of this chip."""
+    lines = []
+    for row in rows:
+        expected = predictions.of(row) if row["gate"] == "passed" else None
+        if expected:
+            over = row["median_us"] / expected["microseconds"]
+            numbers = f"{expected['microseconds']:.1f} | {row['median_us']:.1f} | {over:.2f} | {expected['bound']}"
+            lines.append(f"| {row['suite']}, {row['case']} | {row['provider']} | {numbers} |")
+    heads = "| case | what | predicted, µs | measured, µs | measured / predicted | bound by, as predicted |"
+    return "\n".join(["**predictions, and what became of them**", "", heads, "|---" * 6 + "|", *lines]) if lines else ""
 
 
 def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], against: str) -> str:

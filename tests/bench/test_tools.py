@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare, nsight, plot, rows
+from bench import compare, floors, nsight, plot, predictions, rows
 from bench.regression.__main__ import compared, ratios
 from bench.report import tables
 
@@ -42,6 +42,28 @@ def test_measured_kernels_take_the_place_of_predictions(tmp_path):
     assert {row["gate"] for row in plot.predicted_kernels([])} == {"predicted"}
     plot.draw("roofline", [one], tmp_path)
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
+
+
+# predictions
+
+
+def test_a_measured_kernel_stands_beside_its_prediction():
+    expected = next(each for each in predictions.read("H100") if each["kernel"] == "edited_attention" and each["rows"] == 2)
+    shapes = {"B": 2, "T": 77, "J": 0, **{name: expected[name] for name in ("N", "H", "d")}}
+    row = {"suite": "attention", "case": "c", "provider": "cuda graph", "device": "NVIDIA H100 80GB HBM3", "shapes": shapes, "gate": "passed"}
+    assert predictions.of(row) == expected
+    changes = ({"provider": "cuda"}, {"provider": "expert graph"}, {"device": "cpu"}, {"shapes": {**shapes, "J": 1}}, {"shapes": {}})
+    assert all(predictions.of({**row, **change}) is None for change in changes)
+    assert predictions.of({**row, "device": "NVIDIA A100-SXM4-80GB"})["chip"] == "A100"
+    page = tables([{**row, "dtype": "bfloat16", "median_us": 2 * expected["microseconds"], "ratios": {}}], "expert")
+    assert "| attention, c | cuda graph |" in page and "| 2.00 |" in page
+
+
+def test_every_prediction_is_above_its_floor():
+    for each in predictions.read("H200"):
+        if each["kernel"] != "concept_gates":  # which waits for latency
+            floor = predictions.work(each).floor(floors.H200)
+            assert 1e-6 * each["microseconds"] > floor, each
 
 
 # compare
