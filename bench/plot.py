@@ -160,7 +160,7 @@ def roofline(figure: Any, rows: Rows) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(8, 2000)
-    axes.set_ylim(3e13, 1.6e15)
+    axes.set_ylim(0.7 * min(row["flops_per_s"] for row in rows), 2 * machine.tensor)
     axes.set_xlabel("FLOP per byte of device memory")
     axes.set_ylabel("FLOP per second")
     axes.set_title(f"roofline of one {machine.name}: filled is measured, open is predicted")
