@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
 from .backend import call, register
 from .reference import fused_edited_attention as reference
 from .registration import Operator
+from .shape_checks import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
 from .validation import check_values, validate_edit
 
 
@@ -64,19 +64,8 @@ def fused_edited_attention(
 
 
 @once
-def _check(
-    query: Tensor,
-    encodings: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    gates: Tensor,
-    components: Tensor,
-    index: Tensor,
-    key_outputs: Tensor,
-    key_targets: Tensor,
-    value_outputs: Tensor,
-    value_targets: Tensor,
-) -> None:
+def _check(query: Tensor, encodings: Tensor, key_weight: Tensor, value_weight: Tensor, *edit: Tensor) -> None:
+    gates, components, index, key_outputs, key_targets, value_outputs, value_targets = edit
     check = Arguments("fused_edited_attention")
     check("query", query, "B N H d", FLOATING)
     check("encodings", encodings, "B T D", dtypes_beside(query), "as query")

@@ -44,7 +44,7 @@ def warm_up(
     Raises:
         BackendUnavailable: no Triton here, or the device is none that it serves. ValueError: no layer is given.
 
-    Source: DESIGN.md, "Tile sizes".
+    Source: docs/kernels-triton.md, "Tile sizes".
     """
     layers = list(layers)
     if not layers:

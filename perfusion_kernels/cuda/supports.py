@@ -7,8 +7,8 @@ memory. The public functions have checked the rest. Sizes that exceed 2^30 are l
 import torch
 from torch import Tensor
 
-from ..arguments import autocasts
 from ..constant_result import constant_result
+from ..shape_checks import autocasts
 from . import library
 
 HALF = (torch.float16, torch.bfloat16)

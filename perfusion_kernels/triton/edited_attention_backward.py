@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_errors import words
+from ..reference.edit import Edit, of_keys, of_values, unpacked
 from . import device, shared_memory
 from .attention_tiles import (
     LOG2_E,
@@ -52,43 +53,22 @@ def unsupported_gradients(query: Tensor, T: int, d: int) -> str | None:
     )
 
 
-def edited_attention_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gates: Tensor | None,
-    components: Tensor | None,
-    index: Tensor | None,
-    key_outputs: Tensor | None,
-    key_targets: Tensor | None,
-    value_outputs: Tensor | None,
-    value_targets: Tensor | None,
-    slots: Tensor | None,
-    query_regions: Tensor | None,
-    key_regions: Tensor | None,
-    scale: float,
-    needs: list[bool],
-) -> list[Tensor]:
+def edited_attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest) -> list[Tensor]:
     """The gradients that are needed, in order."""
-    edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
+    edit, *_, scale, needs = unpacked(rest)
     by_query, by_key, by_value = attention_gradients(gradient, query, key, value, edit, scale)
     found = [by_query, by_key.to(key.dtype), by_value.to(value.dtype), *edit_gradients(by_key, by_value, edit, needs[3:10])]
     return [x for x, need in zip(found, needs) if need]
 
 
-def edit_gradients(by_key: Tensor, by_value: Tensor, edit: tuple, needs: list[bool]) -> list[Tensor | None]:
+def edit_gradients(by_key: Tensor, by_value: Tensor, edit: Edit, needs: list[bool]) -> list[Tensor | None]:
     """What the edit's seven arguments get from dK̃ and dṼ [B, T, H, d]; `needs` are theirs."""
-    gates, components, index, key_outputs, key_targets, value_outputs, value_targets = edit
     by_gates, by_components, by_tables = [], [], []
-    for by_base, outputs, targets, wanted in (
-        (by_key, key_outputs, key_targets, needs[3:5]),
-        (by_value, value_outputs, value_targets, needs[5:7]),
-    ):
+    for by_base, side, wanted in ((by_key, of_keys(edit), needs[3:5]), (by_value, of_values(edit), needs[5:7])):
         sums = (None,) * 5
-        if outputs is not None and (needs[0] or needs[1] or any(wanted)):
+        if side[3] is not None and (needs[0] or needs[1] or any(wanted)):
             asked = (needs[0], needs[1], False, *wanted)
-            sums = rank_one_backward(by_base.flatten(2), gates, components, index, outputs, targets, asked)
+            sums = rank_one_backward(by_base.flatten(2), *side, asked)
             by_gates.append(sums[0])
             by_components.append(sums[1])
         by_tables += sums[3:]
@@ -96,7 +76,7 @@ def edit_gradients(by_key: Tensor, by_value: Tensor, edit: tuple, needs: list[bo
 
 
 def attention_gradients(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, edit: tuple, scale: float
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, edit: Edit, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq in the dtype of query, dK̃ and dṼ in float32: what the edit gets of them is computed before they are rounded."""
     (B, N, H, d), T = query.shape, key.shape[1]
@@ -105,7 +85,7 @@ def attention_gradients(
         empty = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
         return by_query, empty, empty.clone()
     errors = words(query.device)
-    tensors, edit_strides, J, S, places = edit_arguments(*edit)
+    tensors, edit_strides, J, S, places = edit_arguments(edit)
     strides = (*query.stride(), *key.stride(), *value.stride(), *gradient.stride(), *edit_strides)
     aligned = alignment(*(x.stride(2) for x in (query, key, value, gradient)))
     constants = {"d": d, "PLACES": places, "ALIGNED": aligned, "PRECISION": precision(query)}

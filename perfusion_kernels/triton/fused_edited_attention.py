@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..device_errors import words
+from ..reference.edit import unpacked
 from . import device, shared_memory
 from .attention_tiles import add_product, alignment, at_head, load_tile, padded, precision, sizes, unsupported_sizes
 from .device import rounded
@@ -30,27 +31,13 @@ def unsupported(query: Tensor, encodings: Tensor, *weights_edit_and_scale) -> st
     )
 
 
-def fused_edited_attention(
-    query: Tensor,
-    encodings: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    gates: Tensor,
-    components: Tensor,
-    index: Tensor,
-    key_outputs: Tensor,
-    key_targets: Tensor,
-    value_outputs: Tensor,
-    value_targets: Tensor,
-    scale: float,
-) -> Tensor:
+def fused_edited_attention(query: Tensor, encodings: Tensor, key_weight: Tensor, value_weight: Tensor, *rest) -> Tensor:
+    edit, scale = unpacked(rest)
     (B, N, H, d), (_, T, D) = query.shape, encodings.shape
     result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if result.numel() == 0:
         return result
-    edit, edit_strides, J, S, places = edit_arguments(
-        gates, components, index, key_outputs, key_targets, value_outputs, value_targets
-    )
+    edit, edit_strides, J, S, places = edit_arguments(edit)
 
     def run(tiles):
         programs, each = share(N, B * H, tiles["BLOCK_N"])
@@ -172,25 +159,12 @@ def unsupported_backward(gradient: Tensor, *arguments_and_needs) -> str | None:
 
 
 def fused_edited_attention_backward(
-    gradient: Tensor,
-    query: Tensor,
-    encodings: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    gates: Tensor,
-    components: Tensor,
-    index: Tensor,
-    key_outputs: Tensor,
-    key_targets: Tensor,
-    value_outputs: Tensor,
-    value_targets: Tensor,
-    scale: float,
-    needs: list[bool],
+    gradient: Tensor, query: Tensor, encodings: Tensor, key_weight: Tensor, value_weight: Tensor, *rest
 ) -> list[Tensor]:
     """The gradients that are needed: attention's by its kernels, the projections' by products of the library."""
     key = functional.linear(encodings, key_weight).unflatten(-1, query.shape[2:])
     value = functional.linear(encodings, value_weight).unflatten(-1, query.shape[2:])
-    edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
+    edit, scale, needs = unpacked(rest)
     by_query, by_key, by_value = attention_gradients(gradient, query, key, value, edit, scale)
     by_edit = edit_gradients(by_key, by_value, edit, needs[4:11])
     by_key, by_value = (x.flatten(2).to(encodings.dtype) for x in (by_key, by_value))

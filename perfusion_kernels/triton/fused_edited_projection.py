@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_errors import words
+from ..reference.edit import Edit
 from .attention_tiles import add_product, load_tile, pieces, precision, store_tile
 from .device import unsupported as unsupported
 from .edited_projection import edited_projection_backward as fused_edited_projection_backward
@@ -37,9 +38,9 @@ def fused_edited_projection(
     result = torch.empty((B, T, O), dtype=encodings.dtype, device=encodings.device)
     if result.numel() == 0:
         return result
-    (gates, components, index, outputs, targets, _, _), strides, J, S, places = edit_arguments(
+    (gates, components, index, outputs, targets, _, _), strides, J, S, places = edit_arguments(Edit(
         gates, components, index, outputs, projected_targets, None, None
-    )
+    ))
     parts = triton.cdiv(T, TOKENS)
     each = triton.cdiv(T, parts)
     T0, T1 = pieces(each)

@@ -1,4 +1,4 @@
-"""The CUDA source of `edited_projection`'s derivatives, run on the CPU, against the law in float64.
+"""The CUDA source of `edited_projection`'s derivatives, run on the CPU, against the reference in float64.
 
 test_mutants.py calls some of these tests with a changed library.
 """
@@ -26,17 +26,17 @@ def gradient_of(arguments, seed=0):
 NAMES = ("encodings", "weight", "gates", "components", "index", "outputs", "projected_targets")
 
 
-def law(gradient, arguments):
+def reference(gradient, arguments):
     return edited_projection_backward(gradient, *cases.positional("edited_projection", arguments), (True,) * 7)
 
 
 def compare(host, case, needs=NEEDS):
-    """Each derivative against the law's in the same dtype, both against float64: over all, and for each concept."""
+    """Each derivative against the reference's in the same dtype, both against float64: over all, and for each concept."""
     arguments = case.arguments("edited_projection")
     gradient = gradient_of(arguments)
     found = host.edited_projection_backward(gradient, needs, **arguments)
-    same = dict(zip(NAMES, law(gradient, arguments)))
-    exact = dict(zip(NAMES, exactly(law, gradient.double(), case.double().arguments("edited_projection"))))
+    same = dict(zip(NAMES, reference(gradient, arguments)))
+    exact = dict(zip(NAMES, exactly(reference, gradient.double(), case.double().arguments("edited_projection"))))
     slots = torch.arange(arguments["outputs"].shape[0])[:, None]
     for name, mine in found.items():
         if mine.numel():

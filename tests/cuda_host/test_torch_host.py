@@ -62,9 +62,9 @@ def test_gradients_are_those_of_the_law(operators):
     arguments = {key: x.clone().requires_grad_(x.is_floating_point()) for key, x in made(name).arguments(name).items()}
     wanted = [x for x in arguments.values() if x.requires_grad]
     out = operators[name](*cases.positional(name, arguments))
-    law = cases.overload_of(name)(*cases.positional(name, arguments))
+    reference = cases.overload_of(name)(*cases.positional(name, arguments))
     gradient = torch.randn(out.shape).to(out.dtype)
-    for mine, theirs in zip(torch.autograd.grad(out, wanted, gradient), torch.autograd.grad(law, wanted, gradient)):
+    for mine, theirs in zip(torch.autograd.grad(out, wanted, gradient), torch.autograd.grad(reference, wanted, gradient)):
         assert torch.equal(mine, theirs)
 
 

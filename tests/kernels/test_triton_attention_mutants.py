@@ -64,14 +64,14 @@ def differs(package, operator, case) -> float:
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
     try:
         function = getattr(package(operator), operator)
-        law = getattr(importlib.import_module(f"perfusion_kernels.reference.{forward}"), operator)
+        reference = getattr(importlib.import_module(f"perfusion_kernels.reference.{forward}"), operator)
         if operator == forward:
-            found, right = [function(*arguments)], [law(*arguments)]
+            found, right = [function(*arguments)], [reference(*arguments)]
         else:
             needs = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in arguments]
             gradient = torch.linspace(-1, 2, case.query.numel(), device=DEVICE).view(case.query.shape)
             found = function(gradient, *arguments, needs)
-            right = [x for x, need in zip(law(gradient, *arguments, tuple(needs)), needs) if need]
+            right = [x for x, need in zip(reference(gradient, *arguments, tuple(needs)), needs) if need]
     finally:
         torch.use_deterministic_algorithms(False)
     errors = torch.stack([(x - y).abs().max() / y.abs().max() for x, y in zip(found, right, strict=True)])
