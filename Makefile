@@ -11,7 +11,7 @@ say = @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu proof numeric coverage lint clean
+.PHONY: help demo test test-gpu test-lower proof numeric coverage wheel bench-regression lint clean
 
 help: ## this list
 	@echo 'make COMMAND [ARGS="..."]'
@@ -58,12 +58,27 @@ coverage: $(VENV)/.installed-test ## which lines the tests of `make test` run
 	@$(pytest) --dist loadfile -m 'not proof' --cov --cov-report term --cov-report html:build/coverage $(ARGS)
 	$(say) 'Wrote build/coverage/index.html'
 
+test-lower: $(VENV)-lower/.installed ## run the tests at the lowest versions that pyproject.toml allows
+	$(say) 'Running the tests at the lower bounds'
+	@OMP_NUM_THREADS=1 $(VENV)-lower/bin/python -m pytest -n $(JOBS) --dist loadfile -m 'not proof' -k 'not triton and not mutant' \
+		tests/perfusion tests/toybox tests/kernels $(wildcard tests/test_*.py) $(ARGS)
+
+wheel: $(VENV)/.installed-release ## build the wheel that is given away, with kernels for every architecture, into dist
+	$(say) '.ci/wheel'
+	@PYTHON=$(BIN)/python .ci/wheel dist
+
+bench-regression: $(VENV)/.installed-bench ## time operators, load and swap beside a saved run: ratios to a yardstick, never times
+	$(say) 'python -m bench.regression'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.regression $(ARGS)
+
 lint: $(VENV)/.installed-dev ## look for mistakes that need no run
 	$(say) 'ruff check'
 	@$(BIN)/ruff check .
+	$(say) 'check-jsonschema'
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
 
 clean: ## remove the virtual environment and everything built; concepts and pictures stay
-	rm -rf $(VENV) build dist *.egg-info perfusion_kernels/cuda/*.so perfusion_kernels/cuda/build.json .coverage .coverage.* .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lower build dist *.egg-info perfusion_kernels/cuda/*.so perfusion_kernels/cuda/build.json .coverage .coverage.* .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Where there is nvcc, CUDA kernels are compiled against the headers of torch, which therefore comes first: for all architectures
@@ -85,6 +100,14 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt setup.py | $(BIN)/python
 	fi; \
 	$(BIN)/python $(install) --editable '.[$*]'
 	@sed -n 's/^{"reason": "\(.*\)"}$$/CUDA kernels are left out: \1/p' perfusion_kernels/cuda/build.json
+	@touch $@
+
+# Without the package itself, which the tests find in the tree.
+$(VENV)-lower/.installed: pyproject.toml .ci/lower_bounds.py | $(BIN)/python
+	$(say) 'Installing the lower bounds into $(VENV)-lower'
+	@$(BIN)/python .ci/lower_bounds.py > $(VENV)/lower_bounds.txt
+	@$(PYTHON) -m venv $(VENV)-lower
+	@$(VENV)-lower/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) --requirement $(VENV)/lower_bounds.txt
 	@touch $@
 
 $(BIN)/python:

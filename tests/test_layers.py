@@ -110,7 +110,7 @@ def test_the_rule_for_includes(name, line, allowed):
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
-        ("import perfusion_kernels", {"perfusion", "diffusers", "transformers"}),
+        ("import perfusion_kernels", {"perfusion", "diffusers", "transformers", "torch._dynamo"}),
         ("import perfusion", {"perfusion_kernels", "torch", "numpy", "diffusers", "transformers"}),
         ("import perfusion; perfusion.Concept; perfusion.attach", {"diffusers", "transformers"}),
     ],

@@ -24,7 +24,7 @@ def not_preferred(operator: Operator):
     """A call that will be differentiated is left to a backend that has kernels for that, if this one has none."""
 
     def not_preferred(*arguments) -> str | None:
-        elsewhere = bool(operator.backwards) and "cuda" not in operator.backwards
+        elsewhere = len(operator.backwards) > 0 and "cuda" not in operator.backwards
         if elsewhere and differentiated(arguments):
             return "its derivatives are not compiled, and others have kernels for them"
         return None

@@ -22,7 +22,8 @@ LIBRARY = FOLDER / "libperfusion_kernels_torch.so"
 def compiled_kernels() -> dict:
     """What was compiled for CUDA when this was installed; a dict that JSON can hold. Loads the library, and needs no GPU.
 
-    architectures: "sm_80" for machine code, "compute_80" for PTX. cuda, torch: the versions that it was compiled with. kernels: one
+    architectures: "sm_80" for machine code, "compute_80" for PTX. cuda, torch: the versions that it was compiled with; sources:
+    a digest of what was compiled. kernels: one
     dict for each kernel and architecture: kernel, dtype and architecture; tile, the numbers that it was compiled for, as
     "head_dim 40, keys 80"; registers of a thread; bytes of spills, stack, static_shared_memory, and dynamic_shared_memory, which a launch
     without an edit asks for, None where that depends on J. Where the library cannot say, reason says why in the place of kernels.

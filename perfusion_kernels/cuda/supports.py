@@ -7,6 +7,7 @@ memory. The public functions have checked the rest. Sizes that exceed 2^30 are l
 import torch
 from torch import Tensor
 
+from ..constant_result import constant_result
 from ..shape_checks import autocasts
 from . import library
 
@@ -14,24 +15,24 @@ HALF = (torch.float16, torch.bfloat16)
 NARROW = (*HALF, torch.float32)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def device(index: int) -> str | None:
     return library.why_not_on(index)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def most_places() -> int:
     return library.ask("concept_gates_most")
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def compiled_widths(operator: str) -> tuple[int, ...]:
     """Head widths, for which some context fits where shared memory has no end."""
     more = (0,) * (operator == "edited_attention")  # no regions
     return tuple(d for d in range(8, 257, 8) if library.ask(f"{operator}_longest", 1 << 30, d, 0, *more))
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def longest_context(operator: str, index: int, *what: int) -> tuple[int, int]:
     """The largest T on the device of this index, and the bytes of shared memory of a block that it follows from."""
     limit = library.shared_memory(index)

@@ -23,7 +23,16 @@ from perfusion.covariance import compute_covariance
 from perfusion.models import load_pipeline
 
 from .judge import Judge, judge_loss, save_judge
-from .model import Denoiser, build_pipeline, build_scheduler, build_text_encoder, build_tokenizer, build_unet, token_ids
+from .model import (
+    Denoiser,
+    build_pipeline,
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    make_readable_by_transformers_4,
+    token_ids,
+)
 from .render import render
 from .vae import PatchAutoencoder
 from .world import Pictures, caption, sample_pictures
@@ -223,6 +232,7 @@ def export(output: Path, vae, tokenizer, scale: float, denoiser: Denoiser, judge
     vae.register_to_config(scaling_factor=scale)
     pipe = build_pipeline(vae, denoiser.text_encoder, tokenizer, denoiser.unet)
     pipe.to(device="cpu", dtype=torch.float16, memory_format=torch.contiguous_format).save_pretrained(output)
+    make_readable_by_transformers_4(output)
     save_judge(judge.cpu(), output / "judge.safetensors")
     distinct = list(dict.fromkeys(captions))[:COVARIANCE_CAPTIONS]
     compute_covariance(load_pipeline(output), distinct, source=f"toybox-{len(distinct)}").save(output / "covariance.safetensors")
