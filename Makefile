@@ -11,7 +11,7 @@ say = @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test peers lint clean
 
 help: ## this list
 	@echo 'make COMMAND [ARGS="..."]'
@@ -35,6 +35,14 @@ test: $(VENV)/.installed-test ## run every test, with coverage
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report term --cov-report html:build/coverage \
 		--junitxml build/tests.xml $(ARGS)
 	$(say) 'Wrote build/tests.xml and build/coverage/index.html'
+
+.PHONY: named-diffusers
+named-diffusers:
+	@test -d '$(DIFFUSERS)/tests' || { echo 'error: give a checkout of diffusers: make peers DIFFUSERS=folder' >&2; exit 1; }
+
+peers: named-diffusers $(VENV)/.installed-test ## run diffusers' own tests with perfusion attached: DIFFUSERS=a checkout of diffusers
+	$(say) 'diffusers'"'"' tests of the pipelines: plain, attached, and with a concept loaded'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.peers '$(DIFFUSERS)' $(ARGS)
 
 lint: $(VENV)/.installed-dev ## look for mistakes that need no run
 	$(say) 'ruff check'

@@ -20,14 +20,14 @@ SUPPORTED = (
     "included)."
 )
 _JOINT = (
-    "mixes text and image states in joint attention: what stands for a word changes in every block, and no key or value of it is left to edit"
+    "mixes text and image states in joint attention: a word's states change in every block, and no key or value of it stays to be edited"
 )
 # the start of a transformer's class name -> what it does, and what to use with that model instead
 TRANSFORMERS = {
     "SD3": (_JOINT, "diffusers' examples/dreambooth/train_dreambooth_lora_sd3.py"),
     "Flux": (_JOINT, "diffusers' examples/dreambooth/train_dreambooth_lora_flux.py"),
     "PixArt": (
-        "reads the text through a projection of its own, masks the padding, and adds a bias to keys and values, which the edit does not cover",
+        "reads the text through a projection of its own, masks the padding, and adds a bias to keys and values, which the edit ignores",
         "a LoRA of that model by peft",
     ),
 }
