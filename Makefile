@@ -11,7 +11,7 @@ say = @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu test-lower proof numeric coverage wheel bench-regression lint clean
+.PHONY: help demo test peers test-gpu test-lower proof numeric coverage wheel bench-regression lint clean
 
 help: ## this list
 	@echo 'make COMMAND [ARGS="..."]'
@@ -70,6 +70,14 @@ wheel: $(VENV)/.installed-release ## build the wheel that is given away, with ke
 bench-regression: $(VENV)/.installed-bench ## time operators, load and swap beside a saved run: ratios to a yardstick, never times
 	$(say) 'python -m bench.regression'
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.regression $(ARGS)
+
+.PHONY: named-diffusers
+named-diffusers:
+	@test -d '$(DIFFUSERS)/tests' || { echo 'error: give a checkout of diffusers: make peers DIFFUSERS=folder' >&2; exit 1; }
+
+peers: named-diffusers $(VENV)/.installed-test ## run diffusers' own tests with perfusion attached: DIFFUSERS=a checkout of diffusers
+	$(say) 'diffusers'"'"' tests of the pipelines: plain, attached, and with a concept loaded'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.peers '$(DIFFUSERS)' $(ARGS)
 
 lint: $(VENV)/.installed-dev ## look for mistakes that need no run
 	$(say) 'ruff check'

@@ -76,20 +76,23 @@ class TextHook:
     """
 
     def __init__(self, pipe: Any, words: Mapping[str, LoadedConcept], on_encode: Callable[[], None] = lambda: None):
-        if not callable(getattr(pipe, "encode_prompt", None)):
+        # InstructPix2Pix has the second alone
+        names = [name for name in ("encode_prompt", "_encode_prompt") if callable(getattr(pipe, name, None))]
+        if not names:
             raise UnsupportedPipeline(f"{type(pipe).__name__} is not supported: it has no encode_prompt, where concepts are read.")
+        self._method = names[0]
         self.pipe, self.words, self.enabled, self._on_encode = pipe, words, True, on_encode
         self._known = EncodingRegistry()
         self._expected: list[list[_Expected]] = [[] for _ in text_encoders(pipe, required=False)]
         self._handles: list[Any] = []
-        self._own = self._wrapper = None  # encode_prompt as the pipeline object had it, normally not at all, and as it has it now
+        self._own = self._wrapper = None  # that method as the pipeline object had it, normally not at all, and as it has it now
 
     def install(self) -> None:
         for number, (_, encoder) in enumerate(text_encoders(self.pipe, required=False)):
             embedding = getattr(encoder, "_orig_mod", encoder).get_input_embeddings()
             self._handles.append(embedding.register_forward_hook(functools.partial(self._substitute, number)))
-        self._own = self.pipe.__dict__.get("encode_prompt")
-        original = self.pipe.encode_prompt
+        self._own = self.pipe.__dict__.get(self._method)
+        original = getattr(self.pipe, self._method)
         signature = inspect.signature(original)
 
         @functools.wraps(original)
@@ -97,16 +100,17 @@ class TextHook:
             # somebody who wrapped this one may call it still after `remove`
             return self._encode(original, signature.bind(*args, **kwargs)) if self._handles else original(*args, **kwargs)
 
-        self.pipe.encode_prompt = self._wrapper = encode_prompt
+        self._wrapper = encode_prompt
+        setattr(self.pipe, self._method, encode_prompt)
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._wrapper is not None and self.pipe.__dict__.get("encode_prompt") is self._wrapper:
-            del self.pipe.encode_prompt
+        if self._wrapper is not None and self.pipe.__dict__.get(self._method) is self._wrapper:
+            delattr(self.pipe, self._method)
             if self._own is not None:
-                self.pipe.encode_prompt = self._own
+                setattr(self.pipe, self._method, self._own)
 
     def parse(self, text: str, tokens: Collection[str] | None = None) -> Prompt:
         """The prompt, every mention with its strength, without those of strength 0: they are the superclass word and no concept."""
@@ -144,7 +148,8 @@ class TextHook:
             if not self._expected or self.pipe.text_encoder is None:
                 raise PromptError(f"prompt {text!r}: the global key lock encodes the superclass prompt, and there is no text encoder.")
             with torch.no_grad():
-                key_encoding = self.pipe.encode_prompt(prompt.text, row.device, 1, False)[0][0].cpu()
+                encoded = getattr(self.pipe, self._method)(prompt.text, row.device, 1, False)
+                key_encoding = _parts(encoded, {})[0][0].cpu()
             if key_encoding.shape != row.shape:
                 raise PromptError(f"prompt {text!r}: the global key lock needs encodings of {len(key_encoding)} tokens, got {len(row)}.")
         request = self.row_request(mentions, [prompt] * max(1, len(self.tokenizers())), key_encoding)
@@ -204,7 +209,7 @@ class TextHook:
         sides = self._sides(arguments, parsed)
         result = self._run(original, bound, sides) if mentioned else original(*bound.args, **bound.kwargs)
         if self.words and not self._trained():  # plain rows are remembered as plain, while there is anything else to be
-            self._remember(original, bound, result, sides)
+            self._remember(original, bound, _parts(result, arguments), sides)
         return result
 
     def _trained(self) -> bool:
@@ -306,7 +311,7 @@ class TextHook:
         rows = [(here, side.request(row, copies)) for side in sides for row, here in enumerate(mentions[side.place])]
         if any(self._locks(here, request) for here, request in rows if here):
             with torch.no_grad():  # the superclass prompt itself: nothing is expected now, so nothing is substituted
-                plain = original(*bound.args, **bound.kwargs)
+                plain = _parts(original(*bound.args, **bound.kwargs), bound.arguments)
 
         requests: dict[tuple[int, int], RowRequest | None] = {}  # rows that are copies share theirs, so they share keys and values
 
@@ -338,6 +343,14 @@ class TextHook:
         if request is not None and request.key_lock is not None:
             return request.key_lock == "global"
         return any(self.words[mention.name].global_lock for mention in mentions)
+
+
+def _parts(result: Any, arguments: Mapping[str, Any]) -> Any:
+    """The encodings of the prompt and of the negative one; InstructPix2Pix gives one tensor: prompts, negatives, negatives."""
+    if not isinstance(result, Tensor):
+        return result
+    rows = len(result) // 3 if arguments.get("do_classifier_free_guidance") else len(result)
+    return result[:rows], result[rows : 2 * rows]
 
 
 def _in_chunks(places: tuple[int, ...], tokenizers: Sequence[Any], length: int) -> tuple[int, ...]:
