@@ -114,6 +114,10 @@ class TextHook:
         mentions = [dataclasses.replace(mention, strength=self._strength(mention)) for mention in prompt.mentions]
         return dataclasses.replace(prompt, mentions=tuple(mention for mention in mentions if mention.strength))
 
+    def places(self, number: int, text: str) -> list[int]:
+        """Where text encoder `number` reads each concept of a prompt, after textual inversions before it have become their tokens."""
+        return [position for _, position, _ in self._expect(number, [self.parse(text)]).substitutions]
+
     def check(self, text: str, tokens: Collection[str] | None = None) -> tuple[Mention, ...]:
         """The concepts that act in a prompt. PromptError, or what else would stop it when it is drawn; nothing is encoded."""
         prompt = self.parse(text, tokens)

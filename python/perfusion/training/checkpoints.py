@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perfusion.files import whole
 
-__all__ = ["Checkpoint", "latest", "load", "save"]
+__all__ = ["Checkpoint", "all_of", "latest", "load", "save"]
 
 _FORMAT = "perfusion-training-1"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
@@ -56,14 +56,14 @@ def save(folder: Path, step: int, facts: dict[str, Any], tensors: dict[str, Tens
         draft.write_bytes(to_bytes(tensors, metadata))  # safetensors' own errors name the draft, in words
     for old in set(others) - {path}:
         old.unlink(missing_ok=True)
-    for old in _all(folder)[:-limit]:
-        old.unlink()
+    for old in all_of(folder)[:-limit]:
+        old.unlink(missing_ok=True)
     return path
 
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint in a folder, or None."""
-    return next(reversed(_all(folder)), None)
+    return next(reversed(all_of(folder)), None)
 
 
 def load(path: Path) -> Checkpoint:
@@ -86,7 +86,8 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, step, facts, tensors)
 
 
-def _all(folder: Path) -> list[Path]:
+def all_of(folder: Path) -> list[Path]:
+    """Every checkpoint of a folder, the oldest first."""
     return sorted(
         (path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=lambda path: int(_NAME.fullmatch(path.name)[1])
     )
