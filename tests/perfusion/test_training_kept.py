@@ -219,7 +219,7 @@ def test_resume_takes_a_folder_a_bare_name_and_latest(pipe, pictures, tmp_path):
             at_step(patch, 2, lambda: fail(KeyboardInterrupt))
             learn(pipe, pictures, output=tmp_path / "part", overwrite=True)
         assert same(whole, learn(pipe, pictures, output=tmp_path / "part", resume=resume)), resume
-    with pytest.raises(FileNotFoundError, match="no such checkpoint: step-7. In .*checkpoints' there are: step-000002, step-000004"):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint: step-7. In .*checkpoints' there are: step-000002"):
         learn(pipe, pictures, steps=9, output=tmp_path / "part", resume="step-7")
     with pytest.raises(ValueError, match="there is no checkpoint to continue from in .*empty"):
         (tmp_path / "empty").mkdir()
