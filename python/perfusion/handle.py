@@ -16,7 +16,7 @@ from perfusion.base import Base, UnsupportedPipeline, describe_base
 from perfusion.concept import Concept, check_name
 from perfusion.editor import Edit, Editor, Tables, make_edit
 from perfusion.prompts import Mention, check_settings
-from perfusion.text import TextHook, added_tokens, single_token, text_encoders
+from perfusion.text import TextHook, added_tokens, superclass_tokens, text_encoders
 from perfusion_kernels import ConceptBank
 
 __all__ = ["Handle", "LoadedConcept", "attach", "detach"]
@@ -136,7 +136,7 @@ class Handle:
                 command="Give this concept another name with --concept NAME=FILE.",
             )
         for tokenizer, _ in text_encoders(self.pipe):
-            single_token(tokenizer, concept.superclass)
+            superclass_tokens(tokenizer, concept.superclass)
         self._warn_about_covariance(name, concept)
         self._bank.add(
             name,

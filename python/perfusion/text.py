@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,10 @@ from perfusion.base import UnsupportedPipeline, text_encoders
 from perfusion.prompts import Mention, Prompt, PromptError, parse_prompt
 from perfusion.rows import KnownRows, RowEdit
 
-__all__ = ["RowEdit", "TextHook", "Word", "added_tokens", "single_token"]
+__all__ = ["RowEdit", "TextHook", "Word", "added_tokens", "superclass_tokens", "warn_of_unknown_word"]
+
+MOST_TOKENS = 16  # of a superclass
+PIECES = 3  # tokens of a word that a model may still know
 
 # suggested as superclasses where the tokenizer has them: no small vocabulary has them all
 _NOUNS = ("teddy", "dog", "cat", "teapot", "mug", "cup", "boat", "car", "house", "robot", "fish", "toy", "bag", "shoe", "person")
@@ -212,10 +216,12 @@ class TextHook:
         substitutions = []
         for row, prompt in enumerate(prompts):
             for mention in prompt.mentions:
-                position = 1 + (len(ids(mention.prefix, add_special_tokens=False)) if mention.prefix.strip() else 0)
+                word = superclass_tokens(tokenizer, self.words[mention.name].superclass)
+                first = 1 + (len(ids(mention.prefix, add_special_tokens=False)) if mention.prefix.strip() else 0)
+                position = first + len(word) - 1
                 if position >= length - 1:
                     raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> lies beyond the {length} tokens that the encoder reads.")
-                if table[row, position] != single_token(tokenizer, self.words[mention.name].superclass):
+                if table[row, first : position + 1].tolist() != word:
                     raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> must stand as a word of its own.")
                 substitutions.append((row, position, mention))
         return _Expected(table, substitutions)
@@ -265,23 +271,29 @@ def added_tokens(pipe: Any) -> set[str]:
     return set().union(*(tokenizer.get_added_vocab() for tokenizer, _ in text_encoders(pipe)))
 
 
-def single_token(tokenizer: Any, word: str) -> int:
-    """The id of a word that is one token. ValueError says what to do when it is not."""
-    ids = _ids(tokenizer, word)
-    if not _is_single(tokenizer, ids):
-        pieces = tokenizer.convert_ids_to_tokens(ids)
-        known = [repr(each) for each in _NOUNS if _is_single(tokenizer, _ids(tokenizer, each))][:3]
+def superclass_tokens(tokenizer: Any, word: str) -> list[int]:
+    """The ids of a superclass, a word or several ("coffee mug"). The concept stands at the last of them. ValueError when there are none.
+
+    In a causal text encoder the last token alone has read the whole word, and in English the last word says what the thing is: so
+    the concept's embedding replaces the last token's, i* and s are encodings there, and the tokens before it stay as they are.
+    """
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if not ids or tokenizer.unk_token_id in ids:
+        raise ValueError(f"superclass {word!r} holds nothing that this model's tokenizer knows. Give a word for what the thing is.")
+    if len(ids) > MOST_TOKENS:
+        raise ValueError(f"superclass {word!r} is {len(ids)} tokens long; at most {MOST_TOKENS} are read as one. Give a shorter name.")
+    return ids
+
+
+def warn_of_unknown_word(tokenizer: Any, word: str) -> None:
+    """Warn where a superclass falls into so many pieces that the model can hardly know it, as words do that a small vocabulary lacks."""
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) > PIECES * len(word.split()):
+        pieces = ", ".join(tokenizer.convert_ids_to_tokens(ids))
+        known = [repr(each) for each in _NOUNS if len(tokenizer(each, add_special_tokens=False).input_ids) == 1][:3]
         such = f", such as {' or '.join(filter(None, [', '.join(known[:-1]), known[-1]]))}" if known else ""
-        raise ValueError(
-            f"superclass {word!r} must be a single token of this model's tokenizer, but it becomes {len(ids)} ({', '.join(pieces)}). "
-            f"Choose one common word for what the thing is{such}."
+        warnings.warn(
+            f"superclass {word!r} becomes {len(ids)} tokens ({pieces}), so this model hardly knows the word. A word that it knows for "
+            f"what the thing is makes a better start{such}.",
+            stacklevel=4,
         )
-    return ids[0]
-
-
-def _ids(tokenizer: Any, word: str) -> list[int]:
-    return tokenizer(word, add_special_tokens=False).input_ids
-
-
-def _is_single(tokenizer: Any, ids: list[int]) -> bool:
-    return len(ids) == 1 and ids[0] != tokenizer.unk_token_id

@@ -255,8 +255,8 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_pictures_are_read(p
     ("options", "message"),
     [
         (
-            {"superclass": "armadillo"},
-            "superclass 'armadillo' must be a single token of this model's tokenizer, but it becomes .* Choose one common word",
+            {"superclass": "zyx" * 6},
+            "superclass 'zyx.*' is 18 tokens long; at most 16 are read as one. Give a shorter name",
         ),
         ({"name": "My Teddy"}, "name must be 1 to 32 characters"),
         ({"resolution": 17}, "resolution must be a multiple of 2"),

@@ -35,7 +35,7 @@ _NOTES = {"images", "base"}  # what `save` writes beside the settings
 class TrainingConfig:
     """How a concept is learned (arXiv 2305.01644). ValueError names the setting, its rule and what came.
 
-    superclass: one word for what the thing is, one token of the tokenizer. name: what prompts will write as <name>.
+    superclass: what the thing is, in a word or several. name: what prompts will write as <name>.
     steps, batch_size: optimiser steps and pictures per step. learning_rate: of the value outputs o*_V.
     word_learning_rate: of the word embedding. bias, temperature: of the gate while training. inference_bias,
     inference_temperature: the defaults written into the concept. ema_decay: of the target input i*. flip: probability of a

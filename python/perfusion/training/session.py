@@ -24,7 +24,7 @@ from perfusion.covariance import Covariance
 from perfusion.editor import Edit, Editor, Tables, make_edit
 from perfusion.hoist import Hoist, obstacle
 from perfusion.masks import masked_loss
-from perfusion.text import TextHook, Word, single_token
+from perfusion.text import TextHook, Word, superclass_tokens
 from perfusion.training.config import TrainingConfig
 from perfusion.training.data import Picture, digest, encode_pictures
 
@@ -82,7 +82,7 @@ class TrainingSession:
         self.latents = self._groups[0][1]  # of all pictures, unless `config.buckets`
         self.captions = [[_named(caption, config.name) for caption in picture.captions] for picture in pictures]
         self.step = 0
-        ids = [single_token(tokenizer, config.superclass) for tokenizer, _ in text_encoders(pipe)]
+        ids = [superclass_tokens(tokenizer, config.superclass)[-1] for tokenizer, _ in text_encoders(pipe)]
         embeddings = [encoder.get_input_embeddings().weight[i] for (_, encoder), i in zip(text_encoders(pipe), ids)]
         self.words = [torch.nn.Parameter(row.detach().to(self.device, torch.float32, copy=True)) for row in embeddings]
         self._text = TextHook(pipe, {config.name: Word(config.superclass, self.words)})

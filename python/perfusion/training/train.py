@@ -24,7 +24,7 @@ from perfusion.concept import Concept, check_name
 from perfusion.covariance import Covariance, get_covariance
 from perfusion.files import whole
 from perfusion.termination import terminable, undisturbed
-from perfusion.text import added_tokens, single_token
+from perfusion.text import added_tokens, superclass_tokens, warn_of_unknown_word
 from perfusion.training import checkpoints
 from perfusion.training.card import write_card
 from perfusion.training.config import TrainingConfig
@@ -147,7 +147,8 @@ def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
     if getattr(pipe, "_all_hooks", None):
         raise UnsupportedPipeline("the pipeline offloads its models, which gradients do not survive; call pipe.remove_all_hooks() first.")
     for tokenizer, _ in text_encoders(pipe):
-        single_token(tokenizer, config.superclass)
+        superclass_tokens(tokenizer, config.superclass)
+    warn_of_unknown_word(text_encoders(pipe)[0][0], config.superclass)
     if f"<{config.name}>" in {token.lower() for token in added_tokens(pipe)}:
         raise ValueError(
             f"name {config.name!r} collides: the tokenizer has a word <{config.name}> of its own (a textual inversion). "
