@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from perfusion.base import UnsupportedPipeline, text_encoders
+from perfusion.encoding_registry import KnownRows, RowEdit
 from perfusion.prompts import Mention, Prompt, PromptError, parse_prompt
-from perfusion.rows import KnownRows, RowEdit
 
 __all__ = ["RowEdit", "TextHook", "Word", "added_tokens", "superclass_tokens", "warn_of_unknown_word"]
 

@@ -1,4 +1,4 @@
-"""perfusion.text and perfusion.rows: the word's embedding in its place, and the encodings that are known again."""
+"""perfusion.text and perfusion.encoding_registry: the word's embedding in its place, and the encodings that are known again."""
 
 import re
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from perfusion import rows as rows_module
+from perfusion import encoding_registry as rows_module
 from perfusion.base import UnsupportedPipeline
+from perfusion.encoding_registry import KnownRows, RowEdit
 from perfusion.models import TOYBOX
 from perfusion.prompts import Mention, PromptError
-from perfusion.rows import KnownRows, RowEdit
 from perfusion.text import TextHook, Word, superclass_tokens, warn_of_unknown_word
 from tests.perfusion.editing import hooks_of
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl

@@ -18,10 +18,10 @@ import torch
 from tqdm.auto import tqdm
 
 from perfusion import contact_sheet
-from perfusion.advice import advise
 from perfusion.base import Base, UnsupportedPipeline, describe_base, fingerprints_match, text_encoders
 from perfusion.concept import Concept, check_name
 from perfusion.covariance import Covariance, get_covariance
+from perfusion.errors import advise
 from perfusion.files import whole
 from perfusion.termination import terminable, undisturbed
 from perfusion.text import added_tokens, superclass_tokens, warn_of_unknown_word
