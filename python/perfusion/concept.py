@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from perfusion.base import Base
-from perfusion.concept_file import decode, encode, read_bytes
 from perfusion.files import write_bytes
 from perfusion.settings import BIAS, TEMPERATURE, Setting
 
@@ -174,22 +173,15 @@ class Concept:
         write_bytes(Path(path), data)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Concept:
-        """Reads and checks a concept file; tensors come as float32 on the CPU.
+    def load(cls, path: str | os.PathLike[str], revision: str | None = None) -> Concept:
+        """Reads a concept file; tensors come as float32 on the CPU. See `perfusion.concept_file.read`.
 
-        ConceptFileError when it is not a concept file, damaged, hostile, or of another format version; OSError when it
-        cannot be opened.
+        path may also be an id on the Hugging Face hub, "user/concept" or "user/concept@revision": its file is fetched, unless the
+        cache has it. HubError (a ValueError) when it cannot be had.
         """
-        return cls.from_bytes(read_bytes(path), source=str(path))
+        from perfusion import concept_file, hub
 
-    def to_bytes(self, dtype: torch.dtype = torch.float16) -> bytes:
-        """The concept file's bytes; equal concepts give equal bytes. ValueError when a tensor does not fit `dtype`."""
-        return encode(self, dtype)
-
-    @classmethod
-    def from_bytes(cls, data: bytes, source: str = "concept file") -> Concept:
-        """A concept from a file's bytes; `source` names them in errors. ConceptFileError as `load`."""
-        return decode(data, cls, source)
+        return concept_file.read(hub.concept_file(path, revision) if hub.hub_id(path) else path)
 
     def __repr__(self) -> str:
         lock = "" if self.key_outputs is None else ", keys not locked"

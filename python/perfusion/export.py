@@ -25,7 +25,7 @@ from perfusion.files import whole
 from perfusion.handle import attach
 from perfusion.text import superclass_tokens
 
-__all__ = ["EXPORTS", "ExportError", "Fit", "embedding_tensors", "export", "fit_scale", "lora_tensors"]
+__all__ = ["EXPORTS", "ExportError", "Fit", "embedding_tensors", "export", "file_names", "fit_scale", "lora_tensors"]
 
 EXPORTS = ("lora", "embedding", "a1111", "comfyui")
 CAPTIONS = 256
@@ -153,6 +153,17 @@ def peft_names(tensors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     return {f"unet.{name}.{key}.weight": each for name, pair in tensors.items() for key, each in zip(("lora_A", "lora_B"), pair)}
 
 
+def file_names(concept: Concept, to: str) -> list[str]:
+    """What `export` writes, under its folder. ExportError for an unknown form."""
+    if to not in EXPORTS:
+        raise ExportError(f"to must be one of {', '.join(EXPORTS)}, got {to!r}")
+    name = concept.name
+    if to in ("lora", "embedding"):
+        return [f"{name}-embedding.safetensors", *([f"{name}-lora.safetensors"] if to == "lora" else [])]
+    loras, embeddings = ("models/Lora", "embeddings") if to == "a1111" else ("models/loras", "models/embeddings")
+    return [f"{embeddings}/{name}.safetensors", f"{loras}/{name}.safetensors"]
+
+
 def export(
     concept: Concept, pipe: Any, to: str, folder: Path, *, scale: float | None = None, dtype: torch.dtype = torch.float16
 ) -> tuple[list[Path], list[str]]:
@@ -162,30 +173,23 @@ def export(
     "comfyui", the files of these programs under the folders in which they look. scale: κ, by default fitted (`fit_scale`).
     ExportError for a concept of another model, or with trained keys.
     """
-    if to not in EXPORTS:
-        raise ExportError(f"to must be one of {', '.join(EXPORTS)}, got {to!r}")
-    words, notes, files = embedding_tensors(concept, pipe), [], {}
-    two = {"clip_l": words[0], "clip_g": words[1]} if len(words) == 2 else None
+    names, words, notes = file_names(concept, to), embedding_tensors(concept, pipe), []
+    word = f"<{concept.name}>" if to in ("lora", "embedding") else "emb_params"
+    files = {names[0]: {"clip_l": words[0], "clip_g": words[1]} if len(words) == 2 else {word: words[0]}}
     if to != "embedding":
-        fit = fit_scale(concept, pipe) if scale is None else None
-        scale = fit.scale if fit is not None else scale
-        notes += [str(fit)] if fit is not None else []
+        if scale is None:
+            fit = fit_scale(concept, pipe)
+            scale = fit.scale
+            notes.append(str(fit))
         tensors = lora_tensors(concept, pipe, scale)
+        files[names[1]] = peft_names(tensors) if to == "lora" else kohya_names(tensors, pipe)
     name = concept.name
-    if to in ("lora", "embedding"):
-        files[f"{name}-embedding.safetensors"] = two or {f"<{name}>": words[0]}
-        if to == "lora":
-            files[f"{name}-lora.safetensors"] = peft_names(tensors)
-        notes.append(f"Prompts write <{name}>. Load the embedding with load_textual_inversion" + (
-            ", and the LoRA with load_lora_weights." if to == "lora" else "; without the LoRA it is the learned word alone."))  # fmt: skip
-    else:
-        loras, embeddings = ("models/Lora", "embeddings") if to == "a1111" else ("models/loras", "models/embeddings")
-        files[f"{loras}/{name}.safetensors"] = kohya_names(tensors, pipe)
-        files[f"{embeddings}/{name}.safetensors"] = two or {"emb_params": words[0]}
-        notes.append(
-            f"Copy the folder's content into the program's. Prompts write {name} <lora:{name}:1>." if to == "a1111"
-            else f"Copy the folder's content into the program's, load the LoRA in its node, and write embedding:{name} in prompts."
-        )  # fmt: skip
+    notes.append({
+        "lora": f"Prompts write <{name}>: load the embedding with load_textual_inversion, the LoRA with load_lora_weights.",
+        "embedding": f"Prompts write <{name}>: load it with load_textual_inversion. Without the LoRA it is the learned word alone.",
+        "a1111": f"Copy the folder's content into the program's. Prompts write {name} <lora:{name}:1>.",
+        "comfyui": f"Copy the folder's content into the program's, load the LoRA in its node, and write embedding:{name} in prompts.",
+    }[to])  # fmt: skip
     return [_write(folder / file, content, concept, dtype) for file, content in files.items()], notes
 
 

@@ -113,7 +113,8 @@ class Handle:
     def load(self, concept: str | os.PathLike[str] | Concept, name: str | None = None) -> str:
         """Make a concept usable as `<name>`; returns the name, by default the concept's own.
 
-        concept: a file or a Concept. ValueError when it was made for another base (both are named), when the name is
+        concept: a file, an id on the Hugging Face hub ("user/concept", "user/concept@revision") or a Concept. ValueError when it
+        was made for another base (both are named), when the name is
         taken, when no place is free, or when the file cannot be trusted (ConceptFileError). A failed load changes nothing.
         """
         self._require_attached()

@@ -30,7 +30,9 @@ class HubError(ValueError):
 
 def hub_id(text: Any) -> tuple[str, str | None, str | None] | None:
     """(repository, file, revision) of `user/name`, `user/name@revision` or `user/name/file.safetensors`; None for paths and other text."""
-    if not isinstance(text, str) or Path(text).expanduser().exists() or text.endswith((".ckpt", ".bin", ".pt")):
+    if not isinstance(text, str) or text.endswith((".ckpt", ".bin", ".pt")):
+        return None
+    if Path(text).expanduser().exists() or Path(text.split("/")[0]).is_dir():  # a path, or one that is mistyped: no network for it
         return None
     found = _ID.fullmatch(text)
     if found is None or (found["file"] is None and found["repo"].endswith(".safetensors")):
@@ -50,7 +52,6 @@ def _offline() -> bool:
 
 def _info(repo: str, revision: str | None) -> Any:
     """The repository's files and their sizes; None offline, or where the hub cannot be reached: then the cache has to do."""
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -65,7 +66,9 @@ def _info(repo: str, revision: str | None) -> Any:
             f"{repo!r} is neither a file or folder here nor a repository on the hub that can be read. Check the spelling; for a private "
             "one, log in with `hf auth login`."
         ) from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, (HfHubHTTPError, OSError)) and type(error).__module__.split(".")[0] not in ("httpx", "requests"):
+            raise
         _tell(f"{repo}: the hub cannot be reached ({str(error).splitlines()[0]}); looking into the cache.")
         return None
 

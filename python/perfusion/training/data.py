@@ -184,17 +184,20 @@ def digest(pictures: Sequence[Picture]) -> str:
 
 
 @torch.no_grad()
-def encode_pictures(pipe: Any, pictures: Sequence[Picture]) -> Latents:
+def encode_pictures(pipe: Any, pictures: Sequence[Picture], *, tiled: bool = False) -> Latents:
     """Latents of all pictures and their mirror images, scaled as the UNet expects them, in float32 on the pipeline's device.
 
     What is drawn anew at each step, the posterior's noise, is not in the cache: mean and deviation are. A VAE that
-    overflows in half precision (SDXL's) runs in float32 and gets its precision back.
+    overflows in half precision (SDXL's) runs in float32 and gets its precision back. tiled: encode in tiles, in less memory.
     """
     vae, device = pipe.vae, pipe._execution_device
     before = vae.dtype
     dtype = torch.float32 if getattr(vae.config, "force_upcast", False) else before
     means, deviations = [], []
+    tiling = getattr(vae, "use_tiling", None)
     try:
+        if tiled and tiling is not None:
+            vae.use_tiling = True
         _cast(vae, dtype)
         for picture in pictures:
             encoded = vae.encode(torch.stack([picture.pixels, picture.pixels.flip(-1)]).to(device, dtype))
@@ -205,6 +208,8 @@ def encode_pictures(pipe: Any, pictures: Sequence[Picture]) -> Latents:
                 means.append(encoded.latents.float())
     finally:
         _cast(vae, before)
+        if tiling is not None:
+            vae.use_tiling = tiling
     scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
     mean = (torch.stack(means) - shift) * scale
     mask = None

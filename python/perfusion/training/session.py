@@ -78,7 +78,9 @@ class TrainingSession:
         self.pipe, self.base, self.config, self.covariance, self.pictures = pipe, base, config, covariance, pictures
         self.device = torch.device(pipe._execution_device)
         self.noise_scheduler = _noise_scheduler(pipe)
-        self._groups = [(group, encode_pictures(pipe, [pictures[i] for i in group])) for group in _by_shape(pictures)]
+        self._groups = [
+            (group, encode_pictures(pipe, [pictures[i] for i in group], tiled=config.low_memory)) for group in _by_shape(pictures)
+        ]
         self.latents = self._groups[0][1]  # of all pictures, unless `config.buckets`
         self.captions = [[_named(caption, config.name) for caption in picture.captions] for picture in pictures]
         self.step = 0
@@ -117,11 +119,23 @@ class TrainingSession:
                 module.training = value
 
         undo.callback(restore)
+        if self.config.low_memory:
+            self._put_the_vae_away(undo)
         for model in models:
             model.requires_grad_(False).eval()
         if self.config.checkpointing and not unet.is_gradient_checkpointing:
             undo.callback(unet.disable_gradient_checkpointing)
             unet.enable_gradient_checkpointing()
+
+    def _put_the_vae_away(self, undo: contextlib.ExitStack) -> None:
+        """Latents are cached: until pictures are drawn, the VAE is not needed on the device, and then it decodes in tiles."""
+        vae = self.pipe.vae
+        tiling = getattr(vae, "use_tiling", None)
+        if tiling is not None:
+            undo.callback(setattr, vae, "use_tiling", tiling)
+            vae.use_tiling = True
+        undo.callback(vae.to, vae.device)
+        vae.to("cpu")
 
     @torch.no_grad()
     def _start(self) -> None:
@@ -325,7 +339,8 @@ class TrainingSession:
     def sample(self, prompts: list[str], steps: int) -> list[Any]:
         """PIL images of prompts with "{}" in them, drawn by the pipeline as its user would, one by one, the same seeds each time."""
         self._editor.forget()
-        scheduler = self.pipe.scheduler
+        scheduler, home = self.pipe.scheduler, self.pipe.vae.device
+        self.pipe.vae.to(self.device)
         self.pipe.scheduler = type(scheduler).from_config(scheduler.config)  # its own one would remember the last run
         try:
             return [
@@ -338,6 +353,7 @@ class TrainingSession:
             ]
         finally:
             self.pipe.scheduler = scheduler
+            self.pipe.vae.to(home)
 
     def check_prompts(self) -> None:
         """ValueError, before anything is learned, for a validation prompt that could not be drawn."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from perfusion import contact_sheet
+from perfusion import contact_sheet, memory
 from perfusion.base import Base, UnsupportedPipeline, describe_base, fingerprints_match, text_encoders
 from perfusion.concept import Concept, check_name
 from perfusion.covariance import Covariance, get_covariance
@@ -78,6 +78,8 @@ def train(
     resolution, step = _resolution(pipe, config)
     tell = (lambda text: tqdm.write(text, file=sys.stderr)) if progress else None
     pictures = read_pictures(images, config, resolution, clipseg, step=step, tell=tell)
+    if tell is not None and pipe._execution_device.type != "cpu":
+        _tell_memory(pipe, config, resolution, tell)
     covariance = covariance or get_covariance(pipe, progress=progress)
     if not fingerprints_match(covariance.text_encoder, base.text_encoder):
         raise ValueError(
@@ -97,6 +99,28 @@ def train(
         config.save(folder / "config.yaml", images=[picture.path for picture in pictures], base=str(base))
         with terminable():
             return _learn(session, folder, progress, own, stale)
+
+
+def _tell_memory(pipe: Any, config: TrainingConfig, resolution: int, tell: Callable[[str], None]) -> None:
+    """What training will take on the device, part by part, before it begins; and what there is."""
+
+    def count(model: Any) -> int:
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    base = describe_base(pipe)
+    parts = memory.Parts(
+        count(pipe.unet), sum(count(encoder) for _, encoder in text_encoders(pipe)), count(pipe.vae),
+        base.encoding_dim, base.outputs, resolution, pipe.vae_scale_factor,
+    )  # fmt: skip
+    saved = memory.saved_by_backward(dict(pipe.unet.config), resolution // pipe.vae_scale_factor, pipe.unet.dtype)
+    needed = memory.training(
+        parts, saved, pipe.unet.dtype, rows=config.rows, checkpointing=config.checkpointing, low_memory=config.low_memory
+    )
+    there = ""
+    if pipe._execution_device.type == "cuda":
+        there = f"; the device has {torch.cuda.get_device_properties(pipe._execution_device).total_memory / 1e9:.1f} GB"
+    advice = "" if config.low_memory else ". --low-memory (low_memory=True) takes less"
+    tell(f"memory: {memory.table(needed)}{there}{advice}.")
 
 
 def _save(concept: Concept, file: Path) -> None:
