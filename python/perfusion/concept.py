@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from perfusion.base import Base
+from perfusion.concept_file import decode, encode, read_bytes
 from perfusion.files import write_bytes
 from perfusion.settings import BIAS, TEMPERATURE, Setting
 
@@ -95,6 +96,8 @@ class Concept:
         _check_number(TEMPERATURE, self.temperature)
         if not isinstance(self.base, Base):
             raise ValueError(f"a concept's base must be a perfusion.base.Base, got {type(self.base).__name__}")
+        if not self.base.text_encoder:
+            raise ValueError("a concept's base must know its text encoders; this one is of a pipeline without them")
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -174,14 +177,26 @@ class Concept:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], revision: str | None = None) -> Concept:
-        """Reads a concept file; tensors come as float32 on the CPU. See `perfusion.concept_file.read`.
+        """Reads and checks a concept file; tensors come as float32 on the CPU.
 
         path may also be an id on the Hugging Face hub, "user/concept" or "user/concept@revision": its file is fetched, unless the
-        cache has it. HubError (a ValueError) when it cannot be had.
+        cache has it. ConceptFileError when it is not a concept file, damaged, hostile, or of another format version; OSError when
+        it cannot be opened; HubError (a ValueError) when the hub does not give it.
         """
-        from perfusion import concept_file, hub
+        from perfusion import hub
 
-        return concept_file.read(hub.concept_file(path, revision) if hub.hub_id(path) else path)
+        if hub.hub_id(path) is not None:
+            path = hub.concept_file(str(path), revision)
+        return cls.from_bytes(read_bytes(path), source=str(path))
+
+    def to_bytes(self, dtype: torch.dtype = torch.float16) -> bytes:
+        """The concept file's bytes; equal concepts give equal bytes. ValueError when a tensor does not fit `dtype`."""
+        return encode(self, dtype)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "concept file") -> Concept:
+        """A concept from a file's bytes; `source` names them in errors. ConceptFileError as `load`."""
+        return decode(data, cls, source)
 
     def __repr__(self) -> str:
         lock = "" if self.key_outputs is None else ", keys not locked"
