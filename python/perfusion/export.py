@@ -77,7 +77,7 @@ def fit_scale(concept: Concept, pipe: Any, *, captions: int = CAPTIONS) -> Fit:
                     prompt = handle._text.parse(text)
                     length = len(tokenizer(prompt.text, truncation=True, max_length=tokenizer.model_max_length).input_ids)
                     here = torch.zeros(length, dtype=torch.bool)
-                    here[handle._text.places(0, text)] = True
+                    here[handle._text.read_at(0, text)] = True
                     similarities.append(c[row, :length])
                     at_word.append(here)
     c, here = torch.cat(similarities).double(), torch.cat(at_word)

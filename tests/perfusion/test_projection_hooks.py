@@ -4,9 +4,9 @@ import weakref
 
 import pytest
 import torch
+from perfusion.editor import Edit, Editor, Tables, make_edit
 
 from perfusion.base import UnsupportedPipeline, describe_base
-from perfusion.editor import Edit, Editor, Tables, make_edit
 from tests.perfusion.editing import check_rows, hooks_of, make_concept, use, watch
 from tests.perfusion.tiny import tiny_sd
 
