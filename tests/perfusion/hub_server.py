@@ -61,8 +61,10 @@ def hub_server(repositories: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
                 return self.answer(404, b"{}", X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
             if api:
                 siblings = [{"rfilename": file, "size": len(data)} for file, data in files.items()]
-                tree = [{"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for file, data in files.items()]
-                body = tree if rest[:1] == ["tree"] else {"id": name, "modelId": name, "sha": SHA, "siblings": siblings, "tags": [], "private": False}
+                if rest[:1] == ["tree"]:
+                    body = [{"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for f, d in files.items()]
+                else:
+                    body = {"id": name, "modelId": name, "sha": SHA, "siblings": siblings, "tags": [], "private": False}
                 return self.answer(200, json.dumps(body).encode())
             file = "/".join(rest[2:])
             if file not in files:
@@ -75,6 +77,8 @@ def hub_server(repositories: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
         def do_POST(self):
             hub.requests.append(f"{self.command} {self.path}")
             path, body = self.path.split("?")[0], self.read()
+            if path == "/api/validate-yaml":
+                return self.answer(200, b"{}")
             if path == "/api/repos/create":
                 told = json.loads(body)
                 name = "/".join(filter(None, (told.get("organization"), told["name"])))
