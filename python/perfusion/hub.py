@@ -50,10 +50,15 @@ def _offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
+def _of_the_network(error: Exception) -> bool:
+    """Whether it is an error of the connection or of the hub, whichever library speaks HTTP for huggingface_hub."""
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0].startswith(("http", "requests", "huggingface_hub"))
+
+
 def _info(repo: str, revision: str | None) -> Any:
     """The repository's files and their sizes; None offline, or where the hub cannot be reached: then the cache has to do."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     if _offline():
         return None
@@ -67,7 +72,7 @@ def _info(repo: str, revision: str | None) -> Any:
             "one, log in with `hf auth login`."
         ) from error
     except Exception as error:
-        if not isinstance(error, (HfHubHTTPError, OSError)) and type(error).__module__.split(".")[0] not in ("httpx", "requests"):
+        if not _of_the_network(error):
             raise
         _tell(f"{repo}: the hub cannot be reached ({str(error).splitlines()[0]}); looking into the cache.")
         return None
@@ -79,7 +84,7 @@ def _size(count: int) -> str:
 
 def _fetch(repo: str, info: Any, files: list[str], tell: Callable[[str], None]) -> Path:
     """Download what the cache has not; where the files are."""
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
     missing = [name for name in files if not isinstance(try_to_load_from_cache(repo, name, revision=info.sha), str)]
@@ -87,7 +92,17 @@ def _fetch(repo: str, info: Any, files: list[str], tell: Callable[[str], None]) 
         total, rest = sum(sizes[name] for name in files), sum(sizes[name] for name in missing)
         cached = "" if rest == total else f" of {_size(total)}, the rest is in the cache"
         tell(f"{repo}: fetching {len(missing)} file{'' if len(missing) == 1 else 's'}, {_size(rest)}{cached} (revision {info.sha[:7]}).")
-    return Path(snapshot_download(repo, revision=info.sha, allow_patterns=files, endpoint=os.environ.get("HF_ENDPOINT")))
+    folder = None
+    for name in files:
+        try:
+            path = Path(hf_hub_download(repo, name, revision=info.sha, endpoint=os.environ.get("HF_ENDPOINT")))
+        except Exception as error:
+            if not _of_the_network(error):
+                raise
+            why = str(error).splitlines()[0]
+            raise HubError(f"{repo}/{name} could not be fetched: {why} What is in the cache by now is kept.") from error
+        folder = path.parents[name.count("/")]
+    return folder
 
 
 def _cached(repo: str, revision: str | None) -> Path:
@@ -179,7 +194,6 @@ def push(source: str | Path, repo: str, *, private: bool = False, references: bo
     which are kept back otherwise, as are config.yaml and the log, which name files of this computer.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     from perfusion.concept import Concept
 
@@ -200,7 +214,9 @@ def push(source: str | Path, repo: str, *, private: bool = False, references: bo
         api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
         url = api.create_repo(repo, private=private, exist_ok=True)
         api.create_commit(repo, operations, commit_message=message or f"The concept <{concept.name}>")
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:
+        if not _of_the_network(error):
+            raise
         raise HubError(f"{repo!r} could not be written: {str(error).splitlines()[0]} Log in with `hf auth login` first.") from error
     return str(url)
 
