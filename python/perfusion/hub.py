@@ -82,7 +82,7 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} KB"
 
 
-def _fetch(repo: str, info: Any, files: list[str], tell: Callable[[str], None]) -> Path:
+def _fetch(repo: str, info: Any, revision: str | None, files: list[str], tell: Callable[[str], None]) -> Path:
     """Download what the cache has not; where the files are."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
@@ -95,7 +95,7 @@ def _fetch(repo: str, info: Any, files: list[str], tell: Callable[[str], None]) 
     folder = None
     for name in files:
         try:
-            path = Path(hf_hub_download(repo, name, revision=info.sha, endpoint=os.environ.get("HF_ENDPOINT")))
+            path = Path(hf_hub_download(repo, name, revision=revision, endpoint=os.environ.get("HF_ENDPOINT")))
         except Exception as error:
             if not _of_the_network(error):
                 raise
@@ -129,10 +129,11 @@ def model_path(text: str, *, half: bool = False, tell: Callable[[str], None] = _
         return folder if file is None and "model_index.json" in names else folder / _single(repo, names, file)
     names = [sibling.rfilename for sibling in info.siblings]
     if file is None and "model_index.json" in names:
-        index = json.loads((_fetch(repo, info, ["model_index.json"], lambda _: None) / "model_index.json").read_text(encoding="utf-8"))
-        return _fetch(repo, info, pipeline_files(names, index, half), tell)
+        folder = _fetch(repo, info, revision, ["model_index.json"], lambda _: None)
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        return _fetch(repo, info, revision, pipeline_files(names, index, half), tell)
     name = _single(repo, names, file)
-    return _fetch(repo, info, [name], tell) / name
+    return _fetch(repo, info, revision, [name], tell) / name
 
 
 def _no_id(text: str) -> Any:
@@ -179,12 +180,13 @@ def _single(repo: str, names: list[str], file: str | None) -> str:
 def concept_file(text: str, revision: str | None = None, *, tell: Callable[[str], None] = _tell) -> Path:
     """The concept file of a hub id, `user/concept`. HubError when it cannot be had."""
     repo, file, at = hub_id(text) or _no_id(text)
-    info = _info(repo, revision or at)
+    revision = revision or at
+    info = _info(repo, revision)
     if info is None:
-        folder = _cached(repo, revision or at)
+        folder = _cached(repo, revision)
         return folder / _single(repo, [path.name for path in folder.iterdir()], file)
     name = _single(repo, [sibling.rfilename for sibling in info.siblings], file)
-    return _fetch(repo, info, [name], tell) / name
+    return _fetch(repo, info, revision, [name], tell) / name
 
 
 def push(source: str | Path, repo: str, *, private: bool = False, references: bool = False, message: str | None = None) -> str:

@@ -1,7 +1,7 @@
 """Memory that training and drawing take on a device, reckoned part by part before anything is loaded.
 
 Weights are counted from a model's configuration. What a backward has to keep is not guessed: the UNet runs once on the meta
-device, which has shapes and no numbers, and every tensor that autograd saves is added up.
+device, which has shapes and no numbers, and every tensor that autograd saves is added up, attention being fused as it is on GPUs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 __all__ = ["Parts", "Saved", "drawing", "saved_by_backward", "table", "total", "training"]
 
@@ -37,6 +38,30 @@ class Saved:
 
     whole: int
     checkpointed: int
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What a fused attention keeps for its backward: query, key, value, output, and a number for each row. Shapes only."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
+        ctx.save_for_backward(query, key, value, output, torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        raise NotImplementedError("it counts, and computes nothing")
+
+
+class _Fused(TorchFunctionMode):
+    """Attention as GPUs and CPUs run it, where the meta device would write the scores down."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            query, key, value = arguments[:3] if len(arguments) >= 3 else [*arguments, *(options or {}).values()][:3]
+            return _FusedAttention.apply(query, key, value)
+        return function(*arguments, **(options or {}))
 
 
 def saved_by_backward(config: dict[str, Any], size: int, dtype: torch.dtype = torch.float32) -> Saved:
@@ -89,7 +114,7 @@ def saved_by_backward(config: dict[str, Any], size: int, dtype: torch.dtype = to
     for module in unet.modules():
         if isinstance(module, (BasicTransformerBlock, ResnetBlock2D)):
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Fused():
         result = unet(sample, step, text, added_cond_kwargs=added, return_dict=False)  # kept: storages are known by their addresses
     del result
     return Saved(outside + sum(blocks), outside + inputs + max(blocks))

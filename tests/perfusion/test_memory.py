@@ -32,8 +32,7 @@ def test_what_is_counted_on_shapes_is_what_a_backward_keeps(make):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         unet(torch.zeros(1, 4, 8, 8), torch.tensor(5), text, added_cond_kwargs=added)
     counted = saved_by_backward(dict(unet.config), 8)
-    # attention on the meta device writes its scores down, where the CPU's kernel keeps a sum per row
-    assert counted.whole == pytest.approx(sum(seen.values()), rel=0.35) and counted.checkpointed < counted.whole
+    assert counted.whole == pytest.approx(sum(seen.values()), rel=0.1) and counted.checkpointed < counted.whole
 
 
 @pytest.mark.parametrize(("family", "latents", "limit"), [("sd1", 64, 6e9), ("sdxl", 128, 12e9)])
