@@ -144,15 +144,15 @@ def test_a_process_that_dies_while_it_draws_has_its_checkpoint(pictures, tmp_pat
 
 def full(monkeypatch, times=10**9):
     """The disk takes no checkpoint and no concept in the folder."""
-    write, left = checkpoints.to_bytes, [times]
+    write, left = checkpoints.save_tensors, [times]
 
-    def to_bytes(*arguments):
+    def save_tensors(*arguments):
         if left[0] > 0:
             left[0] -= 1
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(*arguments)
 
-    monkeypatch.setattr(checkpoints, "to_bytes", to_bytes)
+    monkeypatch.setattr(checkpoints, "save_tensors", save_tensors)
 
 
 def test_a_full_disk_for_a_while_is_warned_about_and_training_goes_on(pipe, pictures, tmp_path, monkeypatch):
