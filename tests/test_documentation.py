@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "csrc/README.md"]
 ELSEWHERE = {"add-an-operator.md": ROOT / "tests/kernels/test_docs.py"}  # pages with a test of their own
 SHORT = {"train": ["--steps", "2"], "generate": ["--steps", "2"]}  # the last of two equal options counts
-REASONS = {"needs a GPU": 2, "needs a checkpoint": 3}  # how many blocks may say so
+REASONS = {"needs a GPU": 2, "needs a checkpoint": 5}  # how many blocks may say so
 
 BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>[^\n]*) -->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 

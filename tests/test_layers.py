@@ -17,8 +17,9 @@ STANDARD = set(sys.stdlib_module_names)
 PACKAGES = {  # folder -> what it may import beside the standard library and itself
     "perfusion_kernels": {"torch", "triton", "platformdirs"},
     "python/perfusion": {
-        *("perfusion_kernels", "torch", "diffusers", "transformers", "tokenizers", "accelerate", "safetensors"),
+        *("perfusion_kernels", "torch", "diffusers", "transformers", "tokenizers", "accelerate", "safetensors", "huggingface_hub"),
         *("PIL", "jinja2", "markdown", "numpy", "tqdm", "typer", "yaml"),
+        *("peft", "pillow_heif"),  # where they are installed
     },
 }
 

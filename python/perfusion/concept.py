@@ -176,12 +176,17 @@ class Concept:
         write_bytes(Path(path), data)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Concept:
+    def load(cls, path: str | os.PathLike[str], revision: str | None = None) -> Concept:
         """Reads and checks a concept file; tensors come as float32 on the CPU.
 
-        ConceptFileError when it is not a concept file, damaged, hostile, or of another format version; OSError when it
-        cannot be opened.
+        path may also be an id on the Hugging Face hub, "user/concept" or "user/concept@revision": its file is fetched, unless the
+        cache has it. ConceptFileError when it is not a concept file, damaged, hostile, or of another format version; OSError when
+        it cannot be opened; HubError (a ValueError) when the hub does not give it.
         """
+        from perfusion import hub
+
+        if hub.hub_id(path) is not None:
+            path = hub.concept_file(str(path), revision)
         return cls.from_bytes(read_bytes(path), source=str(path))
 
     def to_bytes(self, dtype: torch.dtype = torch.float16) -> bytes:

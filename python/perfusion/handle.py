@@ -21,7 +21,7 @@ from perfusion.loaded_concept import LoadedConcept, Schedule
 from perfusion.prompts import Mention
 from perfusion.requests import RowRequest, check_schedule
 from perfusion.settings import GATES, KEY_LOCKS, one_of
-from perfusion.text import TextHook, added_tokens, single_token
+from perfusion.text import TextHook, added_tokens, superclass_tokens
 from perfusion_kernels import ConceptBank
 
 __all__ = ["Handle", "LoadedConcept", "attach", "detach"]
@@ -106,7 +106,8 @@ class Handle:
     def load(self, concept: str | os.PathLike[str] | Concept, name: str | None = None) -> str:
         """Make a concept usable as `<name>`; returns the name, by default the concept's own.
 
-        concept: a file or a Concept. ValueError when it was made for another base (both are named), when the name is
+        concept: a file, an id on the Hugging Face hub ("user/concept", "user/concept@revision") or a Concept. ValueError when it
+        was made for another base (both are named), when the name is
         taken, when no place is free, or when the file cannot be trusted (ConceptFileError). A failed load changes nothing.
         """
         self._require_attached()
@@ -129,7 +130,7 @@ class Handle:
                 command="Give this concept another name with --concept NAME=FILE.",
             )
         for tokenizer in self._text.tokenizers():
-            single_token(tokenizer, concept.superclass)
+            superclass_tokens(tokenizer, concept.superclass)
         self._warn_about_covariance(name, concept)
         self._bank.add(
             name,

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import numbers
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,10 @@ from perfusion.prompts import Mention, Prompt, PromptError, parse_prompt
 from perfusion.requests import Request, RowRequest
 from perfusion.settings import SETTINGS
 
-__all__ = ["TextHook", "added_tokens", "single_token"]
+__all__ = ["TextHook", "added_tokens", "superclass_tokens", "warn_of_unknown_word"]
+
+MOST_TOKENS = 16  # of a superclass
+PIECES = 3  # tokens of a word that a model may still know
 
 # suggested as superclasses where the tokenizer has them: no small vocabulary has them all
 _NOUNS = ("teddy", "dog", "cat", "teapot", "mug", "cup", "boat", "car", "house", "robot", "fish", "toy", "bag", "shoe", "person")
@@ -122,6 +126,10 @@ class TextHook:
         prompt = parse_prompt(str(text), superclasses, tokens)
         mentions = [self._settled(mention, request) for mention in prompt.mentions]
         return Prompt(prompt.text, tuple(mention for mention in mentions if mention.strength != 0), request)
+
+    def read_at(self, number: int, text: str) -> list[int]:
+        """Where text encoder `number` reads each concept of a prompt, after textual inversions before it have become their tokens."""
+        return [position for _, position, _ in self._expect(number, [self.parse(text)]).substitutions]
 
     def check(self, text: str, tokens: Collection[str] | None = None) -> tuple[Mention, ...]:
         """The concepts that act in a prompt. PromptError, or what else would stop it when it is drawn; nothing is encoded."""
@@ -250,10 +258,10 @@ class TextHook:
         substitutions = []
         for row, prompt in enumerate(prompts):
             for mention in prompt.mentions:
-                position = self._position(number, mention)
+                word, position = self._word(number, mention), self._position(number, mention)
                 if position >= length - 1:
                     raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> lies beyond the {length} tokens that the encoder reads.")
-                if table[row, position] != single_token(tokenizer, self.words[mention.name].superclass):
+                if table[row, position + 1 - len(word) : position + 1].tolist() != word:
                     raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> must stand as a word of its own.")
                 substitutions.append((row, position, mention))
         return _Expected(table, substitutions)
@@ -264,9 +272,14 @@ class TextHook:
         return tokenizer(convert(text, tokenizer), **{"max_length": tokenizer.model_max_length, "truncation": True, **options}).input_ids
 
     def _position(self, number: int, mention: Mention) -> int:
-        """The token of a text encoder's input that is the mention's word; it may lie beyond the end."""
+        """The token of a text encoder's input at which the concept stands, the last one of its superclass; it may lie beyond the end."""
         prefix = mention.prefix
-        return 1 + (len(self._ids(number, prefix, add_special_tokens=False, truncation=False)) if prefix.strip() else 0)
+        before = len(self._ids(number, prefix, add_special_tokens=False, truncation=False)) if prefix.strip() else 0
+        return before + len(self._word(number, mention))
+
+    def _word(self, number: int, mention: Mention) -> list[int]:
+        """The tokens of the mention's superclass."""
+        return superclass_tokens(self.tokenizers()[number], self.words[mention.name].superclass)
 
     def tokenizers(self) -> list[Any]:
         """Those that the pipeline has, also where the text encoders are gone."""
@@ -368,23 +381,29 @@ def added_tokens(pipe: Any) -> set[str]:
     return set().union(*(tokenizer.get_added_vocab() for tokenizer, _ in text_encoders(pipe, required=False)))
 
 
-def single_token(tokenizer: Any, word: str) -> int:
-    """The id of a word that is one token. ValueError says what to do when it is not."""
-    ids = _ids(tokenizer, word)
-    if not _is_single(tokenizer, ids):
-        pieces = tokenizer.convert_ids_to_tokens(ids)
-        known = [repr(each) for each in _NOUNS if _is_single(tokenizer, _ids(tokenizer, each))][:3]
+def superclass_tokens(tokenizer: Any, word: str) -> list[int]:
+    """The ids of a superclass, a word or several ("coffee mug"). The concept stands at the last of them. ValueError when there are none.
+
+    In a causal text encoder the last token alone has read the whole word, and in English the last word says what the thing is: so
+    the concept's embedding replaces the last token's, i* and s are encodings there, and the tokens before it stay as they are.
+    """
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if not ids or tokenizer.unk_token_id in ids:
+        raise ValueError(f"superclass {word!r} holds nothing that this model's tokenizer knows. Give a word for what the thing is.")
+    if len(ids) > MOST_TOKENS:
+        raise ValueError(f"superclass {word!r} is {len(ids)} tokens long; at most {MOST_TOKENS} are read as one. Give a shorter name.")
+    return ids
+
+
+def warn_of_unknown_word(tokenizer: Any, word: str) -> None:
+    """Warn where a superclass falls into so many pieces that the model can hardly know it, as words do that a small vocabulary lacks."""
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) > PIECES * len(word.split()):
+        pieces = ", ".join(tokenizer.convert_ids_to_tokens(ids))
+        known = [repr(each) for each in _NOUNS if len(tokenizer(each, add_special_tokens=False).input_ids) == 1][:3]
         such = f", such as {' or '.join(filter(None, [', '.join(known[:-1]), known[-1]]))}" if known else ""
-        raise ValueError(
-            f"superclass {word!r} must be a single token of this model's tokenizer, but it becomes {len(ids)} ({', '.join(pieces)}). "
-            f"Choose one common word for what the thing is{such}."
+        warnings.warn(
+            f"superclass {word!r} becomes {len(ids)} tokens ({pieces}), so this model hardly knows the word. A word that it knows for "
+            f"what the thing is makes a better start{such}.",
+            stacklevel=4,
         )
-    return ids[0]
-
-
-def _ids(tokenizer: Any, word: str) -> list[int]:
-    return tokenizer(word, add_special_tokens=False).input_ids
-
-
-def _is_single(tokenizer: Any, ids: list[int]) -> bool:
-    return len(ids) == 1 and ids[0] != tokenizer.unk_token_id

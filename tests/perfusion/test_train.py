@@ -161,7 +161,7 @@ def test_an_interrupt_while_the_gallery_is_drawn_keeps_the_run(pipe, pictures, t
         patch.setattr(TrainingSession, "sample", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             learn(pipe, pictures, output=tmp_path)
-    assert names(tmp_path) == ["checkpoints/step-000004.safetensors", "config.yaml", "log.jsonl"]
+    assert names(tmp_path) == ["checkpoints/step-000004.safetensors", "config.yaml", "log.jsonl", "mine.safetensors"]
     learn(pipe, pictures, output=tmp_path, resume="latest")
     assert (tmp_path / "README.md").is_file() and len(rows(tmp_path)) == 4
     (tmp_path / "README.md").unlink()  # as if the run had ended before the card was written
@@ -226,10 +226,15 @@ def test_what_is_overwritten_stays_until_its_replacement_is_there(pipe, pictures
     learn(pipe, pictures, output=tmp_path, checkpoint_every=2)
     old = (tmp_path / "mine.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingSession, "sample", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        interrupt_at(patch, 4)
         with pytest.raises(KeyboardInterrupt):
             learn(pipe, pictures, output=tmp_path, overwrite=True, seed=1)
     assert (tmp_path / "mine.safetensors").read_bytes() == old and (tmp_path / "README.md").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingSession, "sample", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(train_module, "_save", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            learn(pipe, pictures, output=tmp_path, resume="latest", seed=1)
     # all steps are done, and yet the concept is the other run's
     new = learn(pipe, pictures, output=tmp_path, resume="latest", seed=1)
     assert (tmp_path / "mine.safetensors").read_bytes() != old and same(new, learn(pipe, pictures, seed=1))
@@ -250,8 +255,8 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_pictures_are_read(p
     ("options", "message"),
     [
         (
-            {"superclass": "armadillo"},
-            "superclass 'armadillo' must be a single token of this model's tokenizer, but it becomes .* Choose one common word",
+            {"superclass": "zyx" * 6},
+            "superclass 'zyx.*' is 18 tokens long; at most 16 are read as one. Give a shorter name",
         ),
         ({"name": "My Teddy"}, "name must be 1 to 32 characters"),
         ({"resolution": 17}, "resolution must be a multiple of 2"),
