@@ -73,6 +73,8 @@ def _unet(unet: nn.Module) -> Iterator[str]:
         if getattr(config, key, None) is not None:
             kind = " (a distilled guidance scale, as LCM has)" if key == "time_cond_proj_dim" else ""
             yield f"its UNet has {key}={getattr(config, key)!r}{kind}, an input that the export does not have."
+    if config.in_channels != config.out_channels:
+        yield f"its UNet takes {config.in_channels} channels and gives {config.out_channels} (as for inpainting); an export draws from text alone."
     if any(getattr(block, "s1", None) is not None for block in unet.up_blocks):
         yield "FreeU is on. Call pipe.disable_freeu() first."
     for name, layer in cross_attention_layers(unet).items():
