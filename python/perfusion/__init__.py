@@ -8,6 +8,7 @@
     Concept                     one learned word, and its file
     train                       learns one from a few pictures
     attach, detach              teach one pipeline object to read <name> in prompts, and undo it
+    export                      a model as a folder that runs without torch; perfusion.runtime draws with it
     load_pipeline               the built-in model, or a checkpoint in diffusers' folder format
     Covariance, get_covariance  the metric in which text encodings are compared
 
@@ -22,19 +23,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from perfusion.concept import Concept
     from perfusion.covariance import Covariance, get_covariance
+    from perfusion.exporting import export
     from perfusion.handle import attach, detach
     from perfusion.models import load_pipeline
     from perfusion.training import train
 
 __version__ = "0.1.0"
 
-__all__ = ["Concept", "Covariance", "__version__", "attach", "detach", "get_covariance", "load_pipeline", "train"]
+__all__ = ["Concept", "Covariance", "__version__", "attach", "detach", "export", "get_covariance", "load_pipeline", "train"]
 
 _MODULES = {
     "Concept": "concept",
     "Covariance": "covariance",
     "attach": "handle",
     "detach": "handle",
+    "export": "exporting",
     "get_covariance": "covariance",
     "load_pipeline": "models",
     "train": "training",

@@ -24,12 +24,14 @@ COMMANDS = {
     "generate": "Draw pictures of prompts that name concepts.",
     "inspect": "Check a concept file and say what is in it.",
     "convert": "Turn a checkpoint of another implementation into a concept file.",
+    "export": "Write a model as a folder that runs without torch.",
     "covariance": "Compute, find or copy the covariance of a model's text encoder.",
     "warmup": "Compile and tune the GPU kernels for a model, before the first picture.",
     "doctor": "Say what this installation can do, and why not more.",
 }
 
 UNEXPECTED, BAD_INPUT, REFUSED, INTERRUPTED = 1, 2, 3, 130
+REFUSALS = {"ConceptFileError", "ConversionError", "CovarianceError", "ExportError", "ExportedFolderError", "UnsupportedPipeline"}
 
 
 class Commands(TyperGroup):
@@ -75,17 +77,12 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.filename is not None:
         needs_folder = isinstance(error, (FileExistsError, NotADirectoryError))
         text = (needs_folder and file_for_folder(Path(error.filename))) or f"{error.filename}: {error.strerror}"
-    from perfusion.base import UnsupportedPipeline
-    from perfusion.concept_file import ConceptFileError
-    from perfusion.convert import ConversionError
-    from perfusion.covariance import CovarianceError
-    from perfusion_kernels import BackendUnavailable
-
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         text += ". Check the path."
-    if isinstance(error, (ConceptFileError, ConversionError, CovarianceError, UnsupportedPipeline)):
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: an export draws where there is no torch to import
+    if kinds & REFUSALS:
         return REFUSED, text
-    if isinstance(error, (ValueError, OSError, BackendUnavailable)):
+    if isinstance(error, (ValueError, OSError)) or "BackendUnavailable" in kinds:
         return BAD_INPUT, text
     return UNEXPECTED, f"{type(error).__name__}: {text} (unexpected; `perfusion --debug ...` shows where)"
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import math
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
     from perfusion.concept import Concept
     from perfusion.handle import Handle
 
+
+class RuntimeName(str, enum.Enum):
+    torch = "torch"
+    onnx = "onnx"
+
+
 PER_CONCEPT = "VALUE for every concept, or NAME=VALUE for one; by default as the concept's file says."
 
 
@@ -33,7 +41,10 @@ def generate(
     concept: Annotated[
         Optional[list[str]], typer.Option(metavar="FILE", help="A concept, or NAME=FILE to write it <NAME>. May be repeated.")
     ] = None,
-    model: Annotated[str, typer.Option(help="toybox, or a checkpoint in diffusers' folder format.")] = "toybox",
+    model: Annotated[
+        str, typer.Option(help="toybox, or a checkpoint in diffusers' folder format; with --runtime onnx what `perfusion export` wrote.")
+    ] = "toybox",
+    runtime: Annotated[RuntimeName, typer.Option(help="What computes: torch, or onnxruntime and numpy.")] = RuntimeName.torch,
     output: Annotated[Path, typer.Option(help="The picture; the contact sheet where there are several.")] = Path("perfusion.png"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds that count up.")] = 1,
@@ -74,20 +85,12 @@ def generate(
     given = {"strength": strength, "bias": bias, "temperature": temperature}
     settings = [_setting(key, text) for key, texts in given.items() for text in texts or ()]
 
-    import torch
-
-    from perfusion.concept import Concept
     from perfusion.contact_sheet import sheet
-    from perfusion.handle import attach
-    from perfusion.models import load_pipeline
 
-    concepts = [(name, path, Concept.load(path)) for name, path in sources]
-    check_device(device)
-    pipe = load_pipeline(model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value))
-    with attach(pipe, capacity=max(1, len(concepts))) as handle:
+    with (_onnx if runtime is RuntimeName.onnx else _torch)(model, sources, device, dtype) as (handle, concepts, tokens, draw):
         used = _load(handle, concepts, settings)
         handle.check([*prompts, negative_prompt])  # a mistake in the last prompt is found before the first one is drawn
-        _doubt(handle, [*prompts, negative_prompt])
+        _doubt(handle, tokens, [*prompts, negative_prompt])
         facts = {
             "model": Path(model).name,
             "steps": steps,
@@ -98,7 +101,7 @@ def generate(
         jobs = [(prompt, seed + number) for prompt in prompts for number in range(count)]
         images = []
         try:
-            for (prompt, number), file, image in zip(jobs, files, _draw(pipe, jobs, steps, guidance_scale, negative_prompt, batch_size)):
+            for (prompt, number), file, image in zip(jobs, files, _draw(draw, jobs, steps, guidance_scale, negative_prompt, batch_size)):
                 _save(image, file, _metadata(prompt, number, facts))
                 images.append(image)
         except BaseException:
@@ -149,6 +152,64 @@ def _setting(key: str, text: str) -> tuple[str, str | None, float]:
         raise ValueError(f"--{key} must be a number or NAME=NUMBER, got {text!r}") from None
 
 
+@contextlib.contextmanager
+def _torch(model: str, sources: list[tuple[str | None, Path]], device: str | None, dtype: Precision | None) -> Iterator[Any]:
+    """The handle, the concepts' files read, the tokenizer's own words, and what draws a batch; with torch and diffusers."""
+    import torch
+
+    from perfusion.concept import Concept
+    from perfusion.handle import attach
+    from perfusion.models import load_pipeline
+    from perfusion.text import added_tokens
+
+    concepts = [(name, path, Concept.load(path)) for name, path in sources]
+    check_device(device)
+    pipe = load_pipeline(model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value))
+
+    def draw(
+        prompts: list[str], seeds: list[int], steps: int, guidance_scale: float, negative_prompt: str, advance: Callable[[], None]
+    ) -> list[Image.Image]:
+        def step_end(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+            advance()
+            return tensors
+
+        return pipe(
+            prompts,
+            negative_prompt=[negative_prompt] * len(prompts),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            # on the CPU, so that a seed means the same picture on every device
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            callback_on_step_end=step_end,
+        ).images
+
+    with attach(pipe, capacity=max(1, len(concepts))) as handle:
+        yield handle, concepts, added_tokens(pipe), draw
+
+
+@contextlib.contextmanager
+def _onnx(model: str, sources: list[tuple[str | None, Path]], device: str | None, dtype: Precision | None) -> Iterator[Any]:
+    """The same by numpy and onnxruntime; neither torch nor diffusers is imported."""
+    from perfusion.runtime import Concept, Request, Runtime
+
+    for option, value in {"--device": device, "--dtype": dtype}.items():
+        if value is not None:
+            raise ValueError(f"{option} is for --runtime torch: an export has its number format, and onnxruntime its devices.")
+    concepts = [(name, path, Concept.load(path)) for name, path in sources]
+    runtime = Runtime(model)
+
+    def draw(
+        prompts: list[str], seeds: list[int], steps: int, guidance_scale: float, negative_prompt: str, advance: Callable[[], None]
+    ) -> list[Image.Image]:
+        requests = [
+            Request(prompt=prompt, negative_prompt=negative_prompt, seed=seed, guidance_scale=guidance_scale)
+            for prompt, seed in zip(prompts, seeds)
+        ]
+        return runtime.generate(requests, steps=steps, progress=lambda step: advance())
+
+    yield runtime, concepts, runtime.text.words, draw
+
+
 def _load(
     handle: Handle, concepts: list[tuple[str | None, Path, Concept]], settings: list[tuple[str, str | None, float]]
 ) -> dict[str, Any]:
@@ -172,13 +233,12 @@ def _load(
     }
 
 
-def _doubt(handle: Handle, prompts: Sequence[str]) -> None:
+def _doubt(handle: Handle, tokens: Collection[str], prompts: Sequence[str]) -> None:
     """Warn about what looks like a concept and is none, and about concepts that no prompt names."""
     from perfusion.prompts import near_tags, parse_prompt
-    from perfusion.text import added_tokens
 
     superclasses = {name: loaded.superclass for name, loaded in handle.concepts().items()}
-    tokens, doubted = added_tokens(handle.pipe), set[str]()
+    doubted = set[str]()
     named = {mention.name for prompt in prompts for mention in parse_prompt(prompt, superclasses, tokens).mentions}
     for prompt in dict.fromkeys(prompts):
         for near in near_tags(prompt, superclasses):
@@ -208,28 +268,20 @@ def _say_what_is_finished(files: Sequence[Path], finished: int) -> None:
 
 
 def _draw(
-    pipe: Any, jobs: list[tuple[str, int]], steps: int, guidance_scale: float, negative_prompt: str, batch_size: int
+    draw: Callable[..., list[Image.Image]],
+    jobs: list[tuple[str, int]],
+    steps: int,
+    guidance_scale: float,
+    negative_prompt: str,
+    batch_size: int,
 ) -> Iterator[Image.Image]:
-    import torch
     from tqdm import tqdm
 
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
     with tqdm(total=steps * len(batches), desc="generate", unit="step", disable=None) as bar:
-
-        def advance(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-            bar.update()
-            return tensors
-
         for batch in batches:
-            yield from pipe(
-                [prompt for prompt, _ in batch],
-                negative_prompt=[negative_prompt] * len(batch),
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                # on the CPU, so that a seed means the same picture on every device
-                generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
-                callback_on_step_end=advance,
-            ).images
+            prompts, seeds = zip(*batch)
+            yield from draw(list(prompts), list(seeds), steps, guidance_scale, negative_prompt, bar.update)
 
 
 def _metadata(prompt: str, seed: int, facts: dict[str, Any]) -> Any:

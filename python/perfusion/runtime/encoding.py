@@ -50,9 +50,8 @@ class TextSide:
 
     def __init__(self, folder: Path, manifest: Manifest, graphs: Mapping[str, Graph]):
         self.manifest, self.graphs = manifest, graphs
-        self.tokenizers = [
-            PromptTokenizer(folder / tokenizer_file(number), facts, manifest.token_length) for number, facts in enumerate(manifest.tokenizers)
-        ]
+        files = [folder / tokenizer_file(number) for number in range(len(manifest.tokenizers))]
+        self.tokenizers = [PromptTokenizer(file, facts, manifest.token_length) for file, facts in zip(files, manifest.tokenizers)]
         self.words = set().union(*(tokenizer.added for tokenizer in self.tokenizers))
 
     def check_superclass(self, word: str) -> None:
@@ -100,6 +99,4 @@ class TextSide:
             parts.append(np.asarray(encodings, np.float32))
             pooled = np.asarray(rest[0], np.float32) if rest else pooled
         encodings = np.concatenate(parts, -1)
-        return {
-            line.key: Encoded(encodings[row], None if pooled is None else pooled[row], places[row]) for row, line in enumerate(lines)
-        }
+        return {line.key: Encoded(encodings[row], None if pooled is None else pooled[row], places[row]) for row, line in enumerate(lines)}

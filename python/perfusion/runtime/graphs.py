@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ __all__ = ["Graph", "load_graphs"]
 Graph = Callable[..., Sequence[np.ndarray]]
 
 
-def load_graphs(folder: Path, manifest: Manifest, *, providers: Sequence[Any] | None = None, threads: int | None = None) -> dict[str, Graph]:
+def load_graphs(
+    folder: Path, manifest: Manifest, *, providers: Sequence[Any] | None = None, threads: int | None = None
+) -> dict[str, Graph]:
     """The graphs of an ONNX export in onnxruntime.
 
-    providers: as onnxruntime takes them, by default all that this installation has, its own order. threads: of one operator, by default onnxruntime's choice.
+    providers: as onnxruntime takes them, by default all that this installation has, in its own order. threads: for one operator,
+    by default onnxruntime's choice.
     ExportedFolderError when onnxruntime is missing or a graph is not what the manifest says.
     """
     try:
@@ -27,8 +30,8 @@ def load_graphs(folder: Path, manifest: Manifest, *, providers: Sequence[Any] | 
         raise ExportedFolderError(f"{folder} needs onnxruntime ({error}). Install it: pip install 'perfusion-kernels[export]'") from None
     if manifest.format != "onnx":
         raise ExportedFolderError(
-            f"{folder} holds torch.export programs ({manifest.format}), which are not loaded by themselves. Export with --format onnx, or give "
-            "functions for its graphs: Runtime(folder, graphs={...})."
+            f"{folder} holds torch.export programs ({manifest.format}), which are never loaded from here. Export with --format onnx, "
+            "or give functions for its graphs: Runtime(folder, graphs={...})."
         )
     options = onnxruntime.SessionOptions()
     if threads is not None:
@@ -61,8 +64,10 @@ def _expected(name: str, manifest: Manifest) -> dict[str, list[int | None]]:
     """The inputs of a graph; None where a size is free."""
     length, outputs, channels = manifest.token_length, manifest.base.outputs, manifest.latent_channels
     if name == "unet":
-        shapes = {"sample": [None, channels, None, None], "timestep": [None], "key": [None, length, outputs], "value": [None, length, outputs]}
-        return shapes if manifest.pooled_width is None else {**shapes, "text_embeds": [None, manifest.pooled_width], "time_ids": [None, 6]}
+        shapes = {"sample": [None, channels, None, None], "timestep": [None]}
+        shapes |= {"key": [None, length, outputs], "value": [None, length, outputs]}
+        added = {} if manifest.pooled_width is None else {"text_embeds": [None, manifest.pooled_width], "time_ids": [None, 6]}
+        return {**shapes, **added}
     if name == "image_decoder":
         return {"latents": [None, channels, None, None]}
     width = manifest.base.text_widths[manifest.text_graphs.index(name)]
@@ -70,13 +75,13 @@ def _expected(name: str, manifest: Manifest) -> dict[str, list[int | None]]:
 
 
 def _check(path: Path, name: str, manifest: Manifest, session: Any) -> None:
-    inputs = {value.name: list(value.shape) for value in session.get_inputs()}
+    def free(size: Any) -> Any:
+        return size if isinstance(size, int) else None
+
+    inputs = {value.name: list(map(free, value.shape)) for value in session.get_inputs()}
     expected = _expected(name, manifest)
-    fits = set(inputs) == set(expected) and all(
-        len(inputs[key]) == len(shape) and all(isinstance(size, int) != (want is None) and want in (None, size) for size, want in zip(inputs[key], shape))
-        for key, shape in expected.items()
-    )
-    if not fits or any(value.type not in NUMBERS for value in session.get_inputs()):
+    if inputs != expected or any(value.type not in NUMBERS for value in session.get_inputs()):
         raise ExportedFolderError(
-            f"{path} must take {expected}, by the manifest beside it, and takes {inputs}: it belongs to another model. Export the model again."
+            f"{path} must take {expected}, by the manifest beside it, and takes {inputs}: it belongs to another model. "
+            "Export the model again."
         )

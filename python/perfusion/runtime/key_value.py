@@ -1,7 +1,7 @@
 """K and V of all cross-attention layers for one row, from its encodings and concepts, in numpy.
 
-With the encodings e [T, D] of a prompt, the concepts i*_j, m_j = C⁻¹ i*_j, s_j and o*_V,j, and W_K, W_V of all layers above one another
-(DESIGN.md, (1) to (5), H1 and H2)
+With the encodings e [T, D] of a prompt, the concepts i*_j, m_j = C⁻¹ i*_j, s_j and o*_V,j, and W_K, W_V of all layers above one
+another (DESIGN.md, (1) to (5), H1 and H2)
 
     c_j(e) = e·m_j / i*_j·m_j       g_j = sigmoid((c_j - bias_j) / temperature_j)       R a = c,  R_jk = c_j(i*_k)
     K = e W_Kᵀ + Σ_j (g_j W_K s_j - a_j W_K i*_j)       V = e W_Vᵀ + Σ_j (g_j o*_V,j - a_j W_V i*_j)
@@ -31,8 +31,8 @@ Setting = float | Sequence[float] | Callable[[int], float]
 class Use:
     """A concept as one row uses it.
 
-    strength, bias, temperature: numbers, or schedules: one number per step, or a function of the step. places: the text positions of its own
-    words. floor: its least gate there; None for gates by similarity alone, which do not look at places.
+    strength, bias, temperature: numbers, or schedules: one number per step, or a function of the step. places: the text positions
+    of its own words. floor: its least gate there; None for gates by similarity alone, which do not look at places.
     """
 
     concept: Concept
@@ -54,8 +54,8 @@ def concept_gates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gates g and components a [T, J] of encodings [T, D], in float64; the operator `perfusion_kernels.concept_gates` for one row.
 
-    targets, metric_targets [J, D]; bias, temperature [J]. places: of each concept the text positions of its own words: there its gate is at
-    least its floor, at another concept's it is 0. Components are the exact solution of the Gram system.
+    targets, metric_targets [J, D]; bias, temperature [J]. places: of each concept the text positions of its own words: there its
+    gate is at least its floor, and at another concept's it is 0. Components are the exact solution of the Gram system.
     """
     encodings, targets, metric_targets = (np.asarray(each, np.float64) for each in (encodings, targets, metric_targets))
     energies = (targets * metric_targets).sum(-1)

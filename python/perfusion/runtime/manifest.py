@@ -173,7 +173,8 @@ class _Fields:
 
     def texts(self, key: str, rule: str, most: int) -> dict[str, str]:
         def fits(value: Any) -> bool:
-            return isinstance(value, dict) and len(value) <= most and all(isinstance(v, str) and len(k + v) <= 4096 for k, v in value.items())
+            pairs = value.items() if isinstance(value, dict) and len(value) <= most else [("", None)]
+            return all(isinstance(text, str) and len(name + text) <= 4096 for name, text in pairs)
 
         return self.take(key, rule, fits)
 
@@ -219,8 +220,11 @@ def _base(fields: _Fields) -> Base:
         "an object of at most 1024 layer names and widths",
         lambda value: isinstance(value, dict) and 0 < len(value) <= 1024 and all(map(positive, value.values())),
     )
-    text = {key: fields.take(key, "text", lambda value: isinstance(value, str) and len(value) <= 1024) for key in ("family", "text_encoder")}
-    return Base(encoding_dim=sum(widths), text_widths=tuple(widths), layers=layers, **text)
+
+    def text(key: str) -> str:
+        return fields.take(key, "text", lambda value: isinstance(value, str) and len(value) <= 1024)
+
+    return Base(text("family"), sum(widths), tuple(widths), layers, text("text_encoder"))
 
 
 def _tokenizer(fields: _Fields) -> TokenizerFacts:

@@ -100,8 +100,8 @@ class Batch:
 class Runtime:
     """An exported model. Not safe for use from several threads.
 
-    folder: what `perfusion export` wrote. graphs: functions in place of onnxruntime's, by name (`manifest.graphs`): arrays by input name in,
-    arrays in order out. verify: hold every file against its SHA-256 first. providers, threads: for onnxruntime.
+    folder: what `perfusion export` wrote. graphs: functions in place of onnxruntime's, by name (`manifest.graphs`): arrays by input
+    name in, arrays in order out. verify: hold every file against its SHA-256 first. providers, threads: for onnxruntime.
 
     ExportedFolderError when the folder is no export, is damaged, or needs a package that is missing.
     """
@@ -149,8 +149,8 @@ class Runtime:
         """Change how a concept acts from now on; what is not given stays. A prompt's own settings go before these.
 
         strength: 1 as learned, 0 the plain superclass, up to 4. bias: higher weakens the concept, lower strengthens it.
-        temperature: how sharply the gate opens. Each is a number, or a schedule: one number per step, or a function of the step. key_lock: "local" or
-        "global". gate: "similarity", or "word" with a floor from 0 to 1 for the gate at the concept's own words.
+        temperature: how sharply the gate opens. Each is a number, or a schedule: one number per step, or a function of the step.
+        key_lock: "local" or "global". gate: "similarity", or "word" with a floor from 0 to 1 for the gate at the concept's own words.
         """
         self._loaded[self._require(name)] = _changed(name, self._loaded[name], settings)
 
@@ -179,9 +179,7 @@ class Runtime:
         _, h, w = self.manifest.latent_shape(height, width)
         lines = [self._line(request, request.prompt) for request in requests]
         negative = {
-            number: self._line(request, request.negative_prompt or "")
-            for number, request in enumerate(requests)
-            if _guidance(request) > 1
+            number: self._line(request, request.negative_prompt or "") for number, request in enumerate(requests) if _guidance(request) > 1
         }
         zeros = {number for number in negative if requests[number].negative_prompt is None and self.manifest.zero_negative}
         every = [*lines, *negative.values()]
@@ -200,14 +198,14 @@ class Runtime:
                 rows[key] = self._edited(line, settings, one, encoded)
             keys.append(key)
             pooled.append(one.pooled)
-        scale = self.manifest.latent_scale
+        size = np.array([h, w, 0, 0, h, w], np.float32) * self.manifest.latent_scale  # original size, crop, target size
         added = self.manifest.pooled_width is not None
         return Batch(
             picture=np.array(picture),
             unguided={number: place for place, number in enumerate(negative)},
             guided=list(range(len(negative), len(picture))),
             text_embeds=np.stack(pooled) if added else None,
-            time_ids=np.tile(np.array([h * scale, w * scale, 0, 0, h * scale, w * scale], np.float32), (len(picture), 1)) if added else None,
+            time_ids=np.tile(size, (len(picture), 1)) if added else None,
             _rows=list(rows.values()),
             _row=np.array([list(rows).index(key) for key in keys]),
         )
@@ -268,8 +266,8 @@ class Runtime:
     def _predict(self, **arrays: np.ndarray) -> np.ndarray:
         rows = len(arrays["sample"])
         most = self.manifest.max_rows or rows
-        parts = [self.graphs["unet"](**{name: array[start : start + most] for name, array in arrays.items()})[0] for start in range(0, rows, most)]
-        return np.concatenate(parts).astype(np.float32)
+        parts = [{name: array[start : start + most] for name, array in arrays.items()} for start in range(0, rows, most)]
+        return np.concatenate([self.graphs["unet"](**part)[0] for part in parts]).astype(np.float32)
 
     def _line(self, request: Request, text: str) -> tuple[Line, dict[str, Loaded]]:
         """A prompt of a request with the concepts that act in it, and how each is set."""
@@ -284,7 +282,7 @@ class Runtime:
         for mention in prompt.mentions:
             given = {key: getattr(mention, key) for key in ("strength", "bias", "temperature") if getattr(mention, key) is not None}
             if own.setdefault(mention.name, given) != given:
-                raise PromptError(f"prompt {text!r}: <{mention.name}> is named twice in one prompt with different settings; give them once or alike.")
+                raise PromptError(f"prompt {text!r}: <{mention.name}> is named twice with different settings; give them once or alike.")
             changes = {**request.settings.get(mention.name, {}), **given}
             settings[mention.name] = _changed(mention.name, known[mention.name], changes) if changes else known[mention.name]
         acting = {name: each for name, each in settings.items() if callable(each.strength) or np.ndim(each.strength) or each.strength}
@@ -300,7 +298,12 @@ class Runtime:
     def _edited(self, line: Line, settings: Mapping[str, Loaded], one: Encoded, encoded: Mapping[Any, Encoded]) -> EditedRow:
         uses = [
             Use(
-                each.concept, one.places.get(name, ()), each.strength, each.bias, each.temperature, each.floor if each.gate == "word" else None
+                each.concept,
+                one.places.get(name, ()),
+                each.strength,
+                each.bias,
+                each.temperature,
+                each.floor if each.gate == "word" else None,
             )
             for name, each in settings.items()
         ]
@@ -334,7 +337,7 @@ def _check_apart(text: str, concepts: Mapping[str, Concept]) -> None:
         dependent = dependent_concepts(np.stack([each.target for each in chosen]), np.stack([each.metric_target for each in chosen]))
         if dependent:
             names = ", ".join(f"<{list(concepts)[place]}>" for place in dependent)
-            raise PromptError(f"prompt {text!r}: {names} are nearly the same concept and cannot be told apart. Write only one of them in a prompt.")
+            raise PromptError(f"prompt {text!r}: {names} are nearly the same concept. Write only one of them in a prompt.")
 
 
 def _changed(name: str, loaded: Loaded, settings: Mapping[str, Any]) -> Loaded:
@@ -364,10 +367,10 @@ def _changed(name: str, loaded: Loaded, settings: Mapping[str, Any]) -> Loaded:
 def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
     needed = [facts.WEIGHTS, *(facts.tokenizer_file(number) for number in range(len(manifest.tokenizers)))]
     needed += [facts.graph_file(name, manifest.format) for name in manifest.graphs]
-    allowed = {*needed, *(f"{facts.graph_file(name, 'onnx')}.data" for name in manifest.graphs), *(f"{n}.aoti.pt2" for n in manifest.graphs)}
-    strange = [name for name in (*manifest.files, *(n for n in needed if n not in manifest.files)) if name not in allowed or name not in manifest.files]
-    if strange:
-        raise ExportedFolderError(f"{folder / facts.MANIFEST}: files must name {', '.join(needed)}; {ascii(strange[0])} does not fit.")
+    optional = [f"{name}{ending}" for name in manifest.graphs for ending in (".onnx.data", ".aoti.pt2")]
+    wrong = [name for name in needed if name not in manifest.files] + [name for name in manifest.files if name not in (*needed, *optional)]
+    if wrong:
+        raise ExportedFolderError(f"{folder / facts.MANIFEST}: files must name {', '.join(needed)}; {ascii(wrong[0])} does not fit.")
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
@@ -387,8 +390,8 @@ def _read_weights(path: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarra
         with safe_open(path, framework="numpy") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
             wanted = {"key_weight": [outputs, width], "value_weight": [outputs, width]}
-            steps = shapes.get("alphas_cumprod", [])
-            if {name: shape for name, shape in shapes.items() if name != "alphas_cumprod"} != wanted or len(steps) != 1 or not 0 < steps[0] <= 10**5:
+            steps = shapes.pop("alphas_cumprod", [])
+            if shapes != wanted or len(steps) != 1 or not 0 < steps[0] <= 10**5:
                 raise ExportedFolderError(
                     f"{path} must hold {wanted} and alphas_cumprod of 1 to 100,000 steps, by the manifest beside it, and holds {shapes}: "
                     "it belongs to another model. Export the model again."

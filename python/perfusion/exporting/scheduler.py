@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from perfusion.export.checks import ExportError
+from perfusion.exporting.checks import ExportError
 from perfusion.runtime.schedulers import PREDICTIONS, SPACINGS, Schedule
 
 __all__ = ["read_schedule"]
@@ -32,7 +32,8 @@ def read_schedule(scheduler: Any, kind: str | None = None) -> tuple[Schedule, np
         names = {each: name for name, each in KINDS.items()}
         if kind not in names:
             raise ExportError(f"scheduler must be one of {', '.join(names)}, got {kind!r}")
-        options = {"set_alpha_to_one": False, "skip_prk_steps": True, "clip_sample": False} if kind != KINDS.get(type(scheduler).__name__) else {}
+        same = kind == KINDS.get(type(scheduler).__name__)
+        options = {} if same else {"set_alpha_to_one": False, "skip_prk_steps": True, "clip_sample": False}  # as Stable Diffusion's
         scheduler = getattr(diffusers, names[kind]).from_config(scheduler.config, **options)
     name, config = type(scheduler).__name__, scheduler.config
     advice = 'Export with scheduler="ddim" (--scheduler ddim): DDIM on the same constants.'

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perfusion.export.checks import ExportError
+from perfusion.exporting.checks import ExportError
 
 __all__ = ["MAX_ROWS", "Graph", "write_onnx", "write_package", "write_pt2"]
 
@@ -30,8 +30,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2}  # of the largest output;
 class Graph:
     """A module with its inputs and outputs by name.
 
-    inputs: for some number of rows and height and width in units of the UNet's multiple, example tensors by name; spatial: the input that has
-    the latents' height and width as its last dimensions, if any, and `multiple`, which divides them.
+    inputs: (rows, height, width) -> example tensors by name, height and width in units of `multiple`. spatial: the input whose
+    last dimensions are the latents' height and width, which `multiple` divides; None where there is none.
     """
 
     name: str

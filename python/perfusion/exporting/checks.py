@@ -60,7 +60,7 @@ def _weights(name: str, part: nn.Module) -> Iterator[str]:
         if parameter.is_meta:
             yield f"{where} is offloaded (on the meta device). Export it before enable_sequential_cpu_offload()."
         if not parameter.is_floating_point() or type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
-            yield f"{where} is quantised ({parameter.dtype}). Export the model as it is before quantisation; runtimes quantise by themselves."
+            yield f"{where} is quantised ({parameter.dtype}). Export it before quantisation; runtimes quantise by themselves."
         if parameter.dtype not in (torch.float32, torch.float16):
             yield f"{where} is {parameter.dtype}. Load it with torch_dtype=torch.float32 or torch.float16."
     if len({parameter.dtype for parameter in parameters.values()}) > 1:
@@ -74,7 +74,10 @@ def _unet(unet: nn.Module) -> Iterator[str]:
             kind = " (a distilled guidance scale, as LCM has)" if key == "time_cond_proj_dim" else ""
             yield f"its UNet has {key}={getattr(config, key)!r}{kind}, an input that the export does not have."
     if config.in_channels != config.out_channels:
-        yield f"its UNet takes {config.in_channels} channels and gives {config.out_channels} (as for inpainting); an export draws from text alone."
+        yield (
+            f"its UNet takes {config.in_channels} channels and gives {config.out_channels} (as for inpainting), "
+            "and an export draws from text alone."
+        )
     if any(getattr(block, "s1", None) is not None for block in unet.up_blocks):
         yield "FreeU is on. Call pipe.disable_freeu() first."
     for name, layer in cross_attention_layers(unet).items():

@@ -30,7 +30,8 @@ class _FromKeysAndValues:
     value: Tensor
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        query, key, value = (each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in (attn.to_q(hidden_states), self.key, self.value))
+        inputs = attn.to_q(hidden_states), self.key, self.value
+        query, key, value = (each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in inputs)
         output = scaled_dot_product_attention(query, key, value, scale=attn.scale).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](output))
 
@@ -67,7 +68,13 @@ class UNetGraph(nn.Module):
                 module.processor = processor
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, key: Tensor, value: Tensor, text_embeds: Tensor | None = None, time_ids: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        key: Tensor,
+        value: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
     ) -> Tensor:
         for processor, *pair in zip(self._processors, key.split(self.widths, -1), value.split(self.widths, -1)):
             processor.key, processor.value = pair

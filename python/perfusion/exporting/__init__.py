@@ -17,7 +17,7 @@
     folder.py      the folder
 """
 
-from perfusion.export.checks import ExportError
-from perfusion.export.folder import Exported, export
+from perfusion.exporting.checks import ExportError
+from perfusion.exporting.folder import Exported, export
 
 __all__ = ["ExportError", "Exported", "export"]

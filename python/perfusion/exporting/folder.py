@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from perfusion.base import cross_attention_layers, describe_base, text_encoders
-from perfusion.export import writers
-from perfusion.export.checks import ExportError, check_exportable
-from perfusion.export.graphs import ImageDecoderGraph, TextEncoderGraph, UNetGraph
-from perfusion.export.scheduler import read_schedule
-from perfusion.export.writers import MAX_ROWS, Graph
+from perfusion.exporting import writers
+from perfusion.exporting.checks import ExportError, check_exportable
+from perfusion.exporting.graphs import ImageDecoderGraph, TextEncoderGraph, UNetGraph
+from perfusion.exporting.scheduler import read_schedule
+from perfusion.exporting.writers import MAX_ROWS, Graph
 from perfusion.runtime import manifest as runtime
 from perfusion.runtime.manifest import MANIFEST, WEIGHTS, Manifest, TokenizerFacts, graph_file, tokenizer_file
 from perfusion.runtime.tokens import PromptTokenizer
@@ -49,13 +49,13 @@ def export(
 ) -> Exported:
     """Write a model as a folder that runs without torch and takes any concept at run time.
 
-    model: a diffusers pipeline of the Stable Diffusion 1.x, 2.x or XL family without concepts, or what `load_pipeline`
-    takes. folder: made, and replaced as a whole at the end, with overwrite=True only, and only where it is an export. format: "onnx" (needs the extra
-    `export`) or "pt2" (`torch.export`). scheduler: "ddim", "pndm" or "euler" in place of the pipeline's. compile: with
-    "pt2", AOTInductor packages as well, NAME.aoti.pt2: machine code for the pipeline's device. progress: is called with each part's name.
+    model: a diffusers pipeline of the Stable Diffusion 1.x, 2.x or XL family, not attached, or what `load_pipeline` takes.
+    folder: written whole or not at all; overwrite=True replaces an earlier export. format: "onnx" (needs the extra `export`) or
+    "pt2" (`torch.export`). scheduler: "ddim", "pndm" or "euler" in place of the pipeline's. compile: with "pt2", AOTInductor
+    packages as well, NAME.aoti.pt2: machine code for the pipeline's device. progress: is called with each part's name.
 
-    Numbers have the pipeline's type, float32 or float16; the VAE's may be another. Every graph is run and compared with torch before the folder
-    takes its name. ExportError or UnsupportedPipeline says what cannot be exported; the pipeline is as it was in any case.
+    Numbers have the pipeline's type, float32 or float16; the VAE's may be another. Every graph is run and compared with torch
+    before the folder takes its name. ExportError or UnsupportedPipeline says what cannot be exported. The pipeline is left as it was.
     """
     folder = Path(folder)
     if format not in runtime.FORMATS:
@@ -165,7 +165,8 @@ def _write_tokenizer(pipe: Any, tokenizer: Any, path: Path) -> TokenizerFacts:
     for probe in (*PROBES, *(f"a {word} on a hill" for word in facts.expansions)):
         options = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
         if mine.row(probe).tolist() != tokenizer(convert(probe, tokenizer), **options).input_ids:
-            raise ExportError(f"a {type(tokenizer).__name__} frames or splits prompts in a way that tokenizer.json does not say (tried {probe[:40]!r})")
+            kind = type(tokenizer).__name__
+            raise ExportError(f"its {kind} reads prompts in a way that tokenizer.json does not say (tried {probe[:40]!r})")
     return facts
 
 
