@@ -78,7 +78,8 @@ class UNetGraph(nn.Module):
     ) -> Tensor:
         for processor, *pair in zip(self._processors, key.split(self.widths, -1), value.split(self.widths, -1)):
             processor.key, processor.value = pair
-        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        # in float32, as the UNet has its embedding of the sizes: ONNX joins numbers of one type only
+        added = None if text_embeds is None else {"text_embeds": text_embeds.float(), "time_ids": time_ids.float()}
         # the layers are told to attend to something other than the image, and read nothing of it
         return self.unet(sample, timestep, encoder_hidden_states=key, added_cond_kwargs=added, return_dict=False)[0]
 
