@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,15 @@ def read_schedule(scheduler: Any, kind: str | None = None) -> tuple[Schedule, np
         if kind not in names:
             raise ExportError(f"scheduler must be one of {', '.join(names)}, got {kind!r}")
         same = kind == KINDS.get(type(scheduler).__name__)
-        options = {} if same else {"set_alpha_to_one": False, "skip_prk_steps": True, "clip_sample": False}  # as Stable Diffusion's
+        options = {} if same else {"set_alpha_to_one": False, "clip_sample": False, "skip_prk_steps": True}  # as Stable Diffusion's
         scheduler = getattr(diffusers, names[kind]).from_config(scheduler.config, **options)
     name, config = type(scheduler).__name__, scheduler.config
     advice = 'Export with scheduler="ddim" (--scheduler ddim): DDIM on the same constants.'
     if name not in KINDS:
         raise ExportError(f"a {name} cannot be exported; supported are {', '.join(KINDS)}. {advice}")
+    known = inspect.signature(type(scheduler)).parameters  # a configuration keeps the options of the scheduler it came from
     for option, idle in IDLE.items():
-        if config.get(option, idle) != idle:
+        if option in known and config.get(option, idle) != idle:
             raise ExportError(f"a {name} with {option}={config[option]!r} cannot be exported. {advice}")
     for option, supported in {"prediction_type": PREDICTIONS, "timestep_spacing": SPACINGS}.items():
         if config[option] not in supported:
