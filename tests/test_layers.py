@@ -18,8 +18,9 @@ PACKAGES = {  # folder -> what it may import beside the standard library and its
     "perfusion_kernels": {"torch", "triton"},
     "python/perfusion": {
         *("perfusion_kernels", "torch", "diffusers", "transformers", "tokenizers", "accelerate", "safetensors"),
-        *("PIL", "jinja2", "markdown", "numpy", "tqdm", "typer", "yaml"),
+        *("PIL", "jinja2", "markdown", "numpy", "onnx", "onnxruntime", "onnxscript", "tqdm", "typer", "yaml"),
     },
+    "python/perfusion/runtime": {"PIL", "numpy", "onnxruntime", "perfusion", "safetensors", "tokenizers"},  # no torch
 }
 
 
@@ -113,6 +114,7 @@ def test_the_rule_for_includes(name, line, allowed):
         ("import perfusion_kernels", {"perfusion", "diffusers", "transformers"}),
         ("import perfusion", {"perfusion_kernels", "torch", "numpy", "diffusers", "transformers"}),
         ("import perfusion; perfusion.Concept; perfusion.attach", {"diffusers", "transformers"}),
+        ("import perfusion.runtime", {"perfusion_kernels", "torch", "diffusers", "transformers", "onnxruntime"}),
     ],
 )
 def test_importing_loads_no_more_than_it_must(code, absent):

@@ -1,7 +1,10 @@
 """`perfusion.export` and `perfusion.runtime`: exported models draw the pictures of the pipelines they came from."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -212,7 +215,7 @@ def test_a_compiled_package(tmp_path):
     pipe = tiny_sd(unet=SMALL)
     module = folder.UNetGraph(pipe.unet)
     with module.installed():
-        graph = folder._unet_graph(pipe, module)
+        graph = folder.unet_graph(pipe, module)
         assert writers.write_package(graph, graph.export(), tmp_path / "unet.aoti.pt2") < 1e-4
 
 
@@ -463,6 +466,71 @@ def test_copies_of_a_concept_do_not_share_a_prompt(exported, concepts):
         runtime.load(Concept.of(concepts["sd"][0]), name)
     with pytest.raises(PromptError, match="<one>, <two> are nearly the same concept"):
         runtime.prepare([Request(prompt="<one> and <two>")])
+
+
+# without torch
+
+FRESH = """
+import sys
+
+class Absent:
+    \"\"\"As on a machine that has none of them.\"\"\"
+
+    names = {"torch", "diffusers", "transformers", "accelerate", "triton", "onnx", "onnxscript", "perfusion_kernels"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ImportError(f"no {name} here")
+
+sys.meta_path.insert(0, Absent())
+import numpy as np
+from typer.testing import CliRunner
+from perfusion import cli
+from perfusion.runtime import Request, Runtime
+
+exported, anna, ben, output = sys.argv[1:]
+runtime = Runtime(exported, threads=1)
+runtime.load(anna, "anna-teddy")
+runtime.load(ben, "ben-teddy")
+requests = [
+    Request(prompt="a <teddy:0.8> on a beach", concepts={"teddy": f"{user}-teddy"}, seed=seed, guidance_scale=5)
+    for seed, user in enumerate(("anna", "ben"))
+]
+images = runtime.decode(runtime.sample(requests, steps=3)).transpose(0, 2, 3, 1)
+np.save(output + ".npy", images)
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [*arguments, "--runtime", "onnx", "--model", exported, "--steps", "3", "--guidance-scale", "5", "--output", output + ".png"])
+
+drawn = run("generate", "a <teddy:0.8> on a beach", "--concept", f"teddy={anna}")
+assert drawn.exit_code == 0, drawn.output
+broken = run("generate", "a <teddy>", "--concept", __file__, "--overwrite")
+assert broken.exit_code == 3 and "a safetensors header begins with" in broken.output, broken.output
+assert not Absent.names & set(sys.modules), Absent.names & set(sys.modules)
+"""
+
+
+def test_a_process_without_torch_draws_the_same(tmp_path, exported, pipelines, concepts):
+    """Two users with their own <teddy> in one batch, in numpy and onnxruntime alone, and the command; against the pipeline in torch."""
+    files = []
+    for concept in concepts["sd"][:2]:
+        files.append(tmp_path / f"{concept.name}.safetensors")
+        concept.save(files[-1])  # in half precision, as concepts travel
+    (tmp_path / "fresh.py").write_text(FRESH)
+    command = [sys.executable, tmp_path / "fresh.py", exported("sd"), *files, tmp_path / "fresh"]
+    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr
+    mine = np.load(tmp_path / "fresh.npy")
+    pipe = pipelines["sd"]
+    with perfusion.attach(pipe) as handle:
+        for user, file in zip(("anna", "ben"), files):
+            handle.load(file, f"{user}-teddy")
+        theirs = draw(pipe, [f"a <{user}-teddy:0.8> on a beach" for user in ("anna", "ben")], ["", ""], guidance_scale=5.0)
+    assert np.abs(mine - theirs).max() < 2e-5
+    assert -10 * np.log10(np.square(mine - theirs).mean()) > 100, "dB of the peak signal over the noise"
+    assert np.abs(mine[0] - mine[1]).max() > 0.02
+    picture = np.asarray(Image.open(tmp_path / "fresh.png")).astype(int)
+    assert np.abs(picture - 255 * theirs[0]).max() < 1
 
 
 # the command line

@@ -23,7 +23,7 @@ from perfusion.runtime import manifest as runtime
 from perfusion.runtime.manifest import MANIFEST, WEIGHTS, Manifest, TokenizerFacts, graph_file, tokenizer_file
 from perfusion.runtime.tokens import PromptTokenizer
 
-__all__ = ["Exported", "export"]
+__all__ = ["Exported", "check_replaceable", "export", "unet_graph"]
 
 PROBES = ("a photo of a cat", "two cups, one big; and 12 small ones!", "Grey-blue WAVES at night " * 20)
 
@@ -183,7 +183,7 @@ def _write_graphs(pipe: Any, folder: Path, format: str, compile: bool, progress:
             module.eval()
         unet = UNetGraph(pipe.unet)
         with unet.installed():
-            for graph in (*_text_graphs(pipe), _decoder_graph(pipe), _unet_graph(pipe, unet)):
+            for graph in (*_text_graphs(pipe), _decoder_graph(pipe), unet_graph(pipe, unet)):
                 progress(graph.name)
                 program = graph.export()
                 differences[graph.name] = write(graph, program, folder / graph_file(graph.name, format))
@@ -202,7 +202,7 @@ def _numbers(like: torch.nn.Module) -> Callable[..., torch.Tensor]:
     return lambda *shape, dtype=torch.float32: torch.randn(*shape, generator=generator).to(device, dtype)
 
 
-def _unet_graph(pipe: Any, module: UNetGraph) -> Graph:
+def unet_graph(pipe: Any, module: UNetGraph) -> Graph:
     unet, normal = pipe.unet, _numbers(pipe.unet)
     multiple, dtype = 2**unet.num_upsamplers, unet.dtype
     length, outputs = text_encoders(pipe)[0][0].model_max_length, sum(module.widths)

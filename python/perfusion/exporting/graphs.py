@@ -46,26 +46,33 @@ class UNetGraph(nn.Module):
     def __init__(self, unet: nn.Module):
         super().__init__()
         self.unet = unet
-        self._layers = cross_attention_layers(unet)
-        self.widths = [layer_width(layer) for layer in self._layers.values()]
-        self._processors = [_FromKeysAndValues() for _ in self._layers]
+        self.layers = cross_attention_layers(unet)
+        self.widths = [layer_width(layer) for layer in self.layers.values()]
+        self._processors = [_FromKeysAndValues() for _ in self.layers]
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Inside the `with`, cross-attention reads the graph's inputs and self-attention is torch's own; afterwards all is as before."""
-        from diffusers.models.attention_processor import AttnProcessor2_0
-
-        attentions = [module for module in self.unet.modules() if hasattr(module, "processor") and hasattr(module, "to_q")]
+        attentions = self._attentions()
         before = [module.processor for module in attentions]
         try:
-            for module in attentions:
-                module.processor = AttnProcessor2_0()
-            for layer, processor in zip(self._layers.values(), self._processors):
-                layer.processor = processor
+            self.install()
             yield
         finally:
             for module, processor in zip(attentions, before):
                 module.processor = processor
+
+    def install(self) -> None:
+        """For good, in a UNet that nobody else uses."""
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
+        for module in self._attentions():
+            module.processor = AttnProcessor2_0()
+        for layer, processor in zip(self.layers.values(), self._processors):
+            layer.processor = processor
+
+    def _attentions(self) -> list[nn.Module]:
+        return [module for module in self.unet.modules() if hasattr(module, "processor") and hasattr(module, "to_q")]
 
     def forward(
         self,
@@ -76,12 +83,18 @@ class UNetGraph(nn.Module):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
     ) -> Tensor:
-        for processor, *pair in zip(self._processors, key.split(self.widths, -1), value.split(self.widths, -1)):
-            processor.key, processor.value = pair
         # in float32, as the UNet has its embedding of the sizes: ONNX joins numbers of one type only
         added = None if text_embeds is None else {"text_embeds": text_embeds.float(), "time_ids": time_ids.float()}
+        return self.predict(sample, timestep, list(zip(key.split(self.widths, -1), value.split(self.widths, -1))), added)
+
+    def predict(
+        self, sample: Tensor, timestep: Tensor, pairs: list[tuple[Tensor, Tensor]], added: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """From the key and value [R, T, d] of each layer."""
+        for processor, (key, value) in zip(self._processors, pairs):
+            processor.key, processor.value = key, value
         # the layers are told to attend to something other than the image, and read nothing of it
-        return self.unet(sample, timestep, encoder_hidden_states=key, added_cond_kwargs=added, return_dict=False)[0]
+        return self.unet(sample, timestep, encoder_hidden_states=pairs[0][0], added_cond_kwargs=added, return_dict=False)[0]
 
 
 class TextEncoderGraph(nn.Module):

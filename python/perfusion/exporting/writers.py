@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from perfusion.exporting.checks import ExportError
 
-__all__ = ["MAX_ROWS", "Graph", "write_onnx", "write_package", "write_pt2"]
+__all__ = ["MAX_ROWS", "Graph", "save_onnx", "write_onnx", "write_package", "write_pt2"]
 
 MAX_ROWS = 63  # diffusers' upsampling takes another branch from 64 rows on, and torch.export follows one
 OPSET = 18
@@ -50,7 +50,7 @@ class Graph:
         rows = torch.export.Dim("rows", min=1, max=MAX_ROWS)
         height, width = (torch.export.Dim(name, min=1, max=256) for name in ("height", "width"))
         examples = self.inputs(2, 2, 3)
-        shapes = {name: {0: rows} for name in examples}
+        shapes = {name: [{0: rows}] * len(each) if isinstance(each, list) else {0: rows} for name, each in examples.items()}
         if self.spatial:
             shapes[self.spatial] |= {2: self.multiple * height, 3: self.multiple * width}
         try:
@@ -115,7 +115,13 @@ def write_package(graph: Graph, program: torch.export.ExportedProgram, path: Pat
 def write_onnx(graph: Graph, program: torch.export.ExportedProgram, path: Path) -> float:
     """ExportError when a package of the extra `export` is missing, or the graph has an operator that ONNX has not."""
     onnxruntime = _require_onnx()
-    names = list(graph.inputs(1, 1, 1))
+    save_onnx(graph, program, path, list(graph.inputs(1, 1, 1)))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return graph.compare(lambda inputs: session.run(None, {name: tensor.cpu().numpy() for name, tensor in inputs.items()}))
+
+
+def save_onnx(graph: Graph, program: torch.export.ExportedProgram, path: Path, names: list[str]) -> None:
+    """The ONNX file alone. names: of the inputs."""
     try:
         with _quietly():
             written = torch.onnx.export(
@@ -126,8 +132,6 @@ def write_onnx(graph: Graph, program: torch.export.ExportedProgram, path: Path) 
     _name_axes(written, graph)
     size = sum(parameter.nbytes for parameter in graph.module.parameters())
     written.save(str(path), external_data=size > SINGLE_FILE_BYTES)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return graph.compare(lambda inputs: session.run(None, {name: tensor.cpu().numpy() for name, tensor in inputs.items()}))
 
 
 def _require_onnx() -> Any:
