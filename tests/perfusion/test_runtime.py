@@ -85,30 +85,25 @@ def numbers(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("by_word", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_gates_are_the_operators(concepts, count):
+def test_gates_are_the_operators(concepts, count, by_word):
     encodings = numbers(1, 9, 16)
     targets, metric_targets = (torch.stack([getattr(each, name) for each in concepts[:count]]) for name in ("target", "metric_target"))
     bias, temperature = torch.linspace(0.2, 0.6, count), torch.linspace(0.1, 0.3, count)
     index = torch.arange(count, dtype=torch.int32)[None]
     doubles = (each.double() for each in (encodings, targets, metric_targets))
-    expected = perfusion_kernels.concept_gates(*doubles, index, bias[None].double(), temperature[None].double(), backend="reference")
-    found = concept_gates(encodings[0], targets, metric_targets, bias.numpy().astype(np.float64), temperature.numpy().astype(np.float64))
+    settings = bias.double(), temperature.double()
+    places, floor = [(1, 3), (4,), (3, 8)][:count], [0.9, 0.0, 0.4][:count]  # of several words; two concepts claim one place
+    words = {}
+    if by_word:
+        rows = torch.tensor([[*each, -1][:2] for each in places], dtype=torch.int32)
+        words = {"places": rows[None], "floor": torch.tensor([floor], dtype=torch.float64)}
+    expected = perfusion_kernels.concept_gates(*doubles, index, *(each[None] for each in settings), **words, backend="reference")
+    words = {"places": places, "floor": floor} if by_word else {}
+    found = concept_gates(encodings[0], targets, metric_targets, *(each.numpy() for each in settings), **words)
     for mine, theirs in zip(found, expected):
         np.testing.assert_allclose(mine, theirs[0], rtol=1e-9, atol=1e-12)
-
-
-def test_gates_by_word(concepts):
-    """At its own word a gate is at least its floor, at another concept's 0, and elsewhere as it was. Components do not change."""
-    encodings = numbers(6, 16).numpy()
-    targets, metric_targets = (np.stack([getattr(each, name) for each in concepts[:2]]) for name in ("target", "metric_target"))
-    options = (encodings, targets, metric_targets, np.full(2, 0.4), np.full(2, 0.2))
-    plain, components = concept_gates(*options)
-    gates, same = concept_gates(*options, places=[(1, 3), (4,)], floor=[0.99, 0.0])
-    assert (same == components).all()
-    assert (gates[[1, 3], 0] == np.maximum(plain[[1, 3], 0], 0.99)).all() and gates[4, 0] == 0
-    assert (gates[[1, 3], 1] == 0).all() and gates[4, 1] == plain[4, 1]
-    assert (gates[[0, 2, 5]] == plain[[0, 2, 5]]).all()
 
 
 def test_dependent_concepts_are_found(concepts):
