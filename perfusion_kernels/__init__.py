@@ -11,6 +11,7 @@
     warm_up                 compiles and tunes the kernels for a model's shapes before the first request
     validate_concepts       the checks on values that operators do not make on a device
     check_device            raises what kernels met and could not: slots and indices out of range
+    cache_folder            where what was measured or computed once is kept
     metric                  C⁻¹: targets in the metric, conditioning, shrinkage
     compiled_kernels        what the CUDA library of this installation holds, or why there is none
 
@@ -29,6 +30,7 @@ from .edited_attention import edited_attention
 from .edited_projection import edited_projection
 from .fused_edited_attention import fused_edited_attention
 from .fused_edited_projection import fused_edited_projection
+from .user_cache import cache_folder
 from .validation import validate_concepts
 from .warm_up import warm_up
 
@@ -37,6 +39,7 @@ __all__ = [
     "ConceptBank",
     "absorb_projections",
     "available_backends",
+    "cache_folder",
     "compiled_kernels",
     "concept_gates",
     "check_device",

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .arguments import FLOATING, Arguments
 from .reference.look_up import wide
+from .shape_checks import FLOATING, Arguments
 
 
 def absorb_projections(

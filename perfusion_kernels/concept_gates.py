@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from .arguments import FLOATING, INDEX, WIDE, Arguments, once
 from .backend import call, register
 from .reference import concept_gates as reference
 from .registration import Operator
+from .shape_checks import FLOATING, INDEX, WIDE, Arguments, once
 from .validation import check_values, validate_concepts, validate_places
 
 

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .arguments import FLOATING, Arguments, autocasts, dtypes_beside, once
 from .backend import call, register, requested
 from .edited_attention import edited_attention
 from .reference import cross_attention_layer as reference
 from .registration import Operator
+from .shape_checks import FLOATING, Arguments, autocasts, dtypes_beside, once
 from .validation import check_values
 
 

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from . import sdpa
-from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
 from .backend import call, register
 from .reference import edited_attention as reference
 from .registration import Operator
+from .shape_checks import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
 from .validation import check_values, validate_edit, validate_slots
 
 

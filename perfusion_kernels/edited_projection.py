@@ -4,10 +4,10 @@ from functools import partial
 
 from torch import Tensor
 
-from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
 from .backend import call, register
 from .reference import edited_projection as reference
 from .registration import Operator
+from .shape_checks import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
 from .validation import check_values, validate_edit
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import backend
-from .arguments import autocasts
 from .reference.edited_attention import allowed, edited, of_rows
+from .shape_checks import autocasts
 
 
 def preferred(arguments: tuple) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .unwritten import Marks, marks, unwritten
+from .tensor_version import Marks, marks, unwritten
 
 MAX_CONDITION = 1e3
 """Largest accepted condition number of a row's Gram matrix: components in float32 are then right to about 5e-5."""

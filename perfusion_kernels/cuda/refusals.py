@@ -7,7 +7,7 @@ that exceed 2^30 are left to the C function, which refuses them too. tests/cuda_
 import torch
 from torch import Tensor
 
-from ..arguments import autocasts
+from ..shape_checks import autocasts
 from . import library
 
 HALF = (torch.float16, torch.bfloat16)

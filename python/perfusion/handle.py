@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perfusion.advice import advise
 from perfusion.base import Base, UnsupportedPipeline, describe_base
 from perfusion.concept import Concept, check_name
 from perfusion.editor import Edit, Editor, Tables, make_edit
+from perfusion.errors import advise
 from perfusion.prompts import Mention, check_settings
 from perfusion.text import TextHook, added_tokens, single_token, text_encoders
 from perfusion_kernels import ConceptBank

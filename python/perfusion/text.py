@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from perfusion.base import UnsupportedPipeline, text_encoders
+from perfusion.encoding_registry import KnownRows, RowEdit
 from perfusion.prompts import Mention, Prompt, PromptError, parse_prompt
-from perfusion.rows import KnownRows, RowEdit
 
 __all__ = ["RowEdit", "TextHook", "Word", "added_tokens", "single_token"]
 

@@ -1,4 +1,4 @@
-"""perfusion.text and perfusion.rows: the word's embedding in its place, and the encodings that are known again."""
+"""perfusion.text and perfusion.encoding_registry: the word's embedding in its place, and the encodings that are known again."""
 
 import re
 
@@ -8,9 +8,9 @@ from transformers import AutoTokenizer
 
 from perfusion import rows as rows_module
 from perfusion.base import UnsupportedPipeline
+from perfusion.encoding_registry import KnownRows, RowEdit
 from perfusion.models import TOYBOX
 from perfusion.prompts import Mention, PromptError
-from perfusion.rows import KnownRows, RowEdit
 from perfusion.text import TextHook, Word, single_token
 from tests.perfusion.editing import hooks_of
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl

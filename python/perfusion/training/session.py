@@ -18,10 +18,10 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from perfusion.base import Base, UnsupportedPipeline, cross_attention_layers, text_encoders
+from perfusion.batched_projection import Hoist, obstacle
 from perfusion.concept import Concept
 from perfusion.covariance import Covariance
 from perfusion.editor import Edit, Editor, Tables, make_edit
-from perfusion.hoist import Hoist, obstacle
 from perfusion.masks import masked_loss
 from perfusion.text import TextHook, Word, single_token
 from perfusion.training.config import TrainingConfig

@@ -1,4 +1,4 @@
-"""perfusion.hoist and the training step that uses it: the same numbers as calling every layer, or a refusal that says why."""
+"""perfusion.batched_projection and the training step that uses it: the same numbers as calling every layer, or a refusal that says why."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from perfusion.base import cross_attention_layers, describe_base
-from perfusion.hoist import Hoist, obstacle
+from perfusion.batched_projection import Hoist, obstacle
 from perfusion.training import session as session_module
 from perfusion.training.data import read_pictures
 from perfusion.training.session import TrainingSession
