@@ -19,6 +19,7 @@ from perfusion.runtime.key_value import EditedRow, Use, at, dependent_concepts
 from perfusion.runtime.manifest import ExportedFolderError, Manifest
 from perfusion.runtime.noise import randn
 from perfusion.runtime.schedulers import sampler
+from perfusion.settings import GATES, KEY_LOCKS, SETTINGS, WORD_GATE_FLOOR
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,9 +35,9 @@ class Loaded:
     strength: Any = 1.0
     bias: Any = None
     temperature: Any = None
-    key_lock: str = "local"
-    gate: str = "similarity"
-    floor: float = 0.7
+    key_lock: str = KEY_LOCKS[0]
+    gate: str = GATES[0]
+    floor: float = WORD_GATE_FLOOR
 
     def __post_init__(self) -> None:
         self.bias = self.concept.bias if self.bias is None else self.bias
@@ -280,7 +281,7 @@ class Runtime:
         settings: dict[str, Loaded] = {}
         own: dict[str, dict[str, float]] = {}
         for mention in prompt.mentions:
-            given = {key: getattr(mention, key) for key in ("strength", "bias", "temperature") if getattr(mention, key) is not None}
+            given = {key: getattr(mention, key) for key in SETTINGS if getattr(mention, key) is not None}
             if own.setdefault(mention.name, given) != given:
                 raise PromptError(f"prompt {text!r}: <{mention.name}> is named twice with different settings; give them once or alike.")
             changes = {**request.settings.get(mention.name, {}), **given}
@@ -342,7 +343,7 @@ def _check_apart(text: str, concepts: Mapping[str, Concept]) -> None:
 
 def _changed(name: str, loaded: Loaded, settings: Mapping[str, Any]) -> Loaded:
     """With settings in place of its own; ValueError says which is out of range."""
-    choices = {"key_lock": ("local", "global"), "gate": ("similarity", "word")}
+    choices = {"key_lock": KEY_LOCKS, "gate": GATES}
     for key, value in settings.items():
         if key in choices:
             if value not in choices[key]:
@@ -350,7 +351,7 @@ def _changed(name: str, loaded: Loaded, settings: Mapping[str, Any]) -> Loaded:
         elif key == "floor":
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ValueError(f"<{name}>: floor must be a number from 0 to 1, got {value!r}")
-        elif key in ("strength", "bias", "temperature"):
+        elif key in SETTINGS:
             if not callable(value):
                 values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
                 if not len(values):
@@ -360,7 +361,7 @@ def _changed(name: str, loaded: Loaded, settings: Mapping[str, Any]) -> Loaded:
         elif key == "region":
             raise ValueError(f"<{name}>: regions need attention that reads masks, which an export does not have. Draw it with a pipeline.")
         else:
-            raise ValueError(f"<{name}>: there is no setting {key!r}; there are strength, bias, temperature, key_lock, gate and floor")
+            raise ValueError(f"<{name}>: there is no setting {key!r}; there are {', '.join(SETTINGS)}, key_lock, gate and floor")
     return dataclasses.replace(loaded, **settings)
 
 
