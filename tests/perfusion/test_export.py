@@ -1,5 +1,6 @@
 """`perfusion.export` and `perfusion.runtime`: exported models draw the pictures of the pipelines they came from."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -130,7 +131,7 @@ def test_a_batch_is_its_single_pictures(sd):
     mixed = [
         *requests(),
         Request(prompt="a <teddy>", guidance_scale=1.0, seed=8),
-        Request(prompt="a <teddy>", seed=8, settings={"teddy": {"bias": [0.9, 0.1], "strength": lambda step: 1.5 - step / 2}}),
+        Request(prompt="a <teddy>", seed=8, bias=[0.9, 0.1], strength={"teddy": lambda step: 1.5 - step / 2}),
     ]
     together = pictures(sd, mixed)
     for one, picture in zip(mixed, together):
@@ -146,14 +147,14 @@ def test_two_users_own_one_name(exported, concepts):
     runtime = Runtime(exported("sd"), threads=1)
     runtime.load(teddy, "anna-teddy")
     runtime.load(teapot, "ben-teddy")
-    both = [Request(prompt="a <teddy>", concepts={"teddy": f"{user}-teddy"}) for user in ("anna", "ben")]
+    both = [Request(prompt="a <teddy>", names={"teddy": f"{user}-teddy"}) for user in ("anna", "ben")]
     mine = pictures(runtime, both)
     alone = Runtime(exported("sd"), threads=1)
     alone.load(teapot, "teddy")
     np.testing.assert_allclose(pictures(alone, [Request(prompt="a <teddy>")])[0], mine[1], atol=2e-5)
     assert np.abs(mine[0] - mine[1]).max() > 0.02
-    with pytest.raises(PromptError, match="no concept <anna-teddy> is loaded"):
-        runtime.prepare([Request(prompt="a <anna-teddy>", concepts={"teddy": "ben-teddy"})])
+    with pytest.raises(ValueError, match="no concept named 'cat-teddy' is loaded; loaded are: anna-teddy, ben-teddy"):
+        runtime.prepare([Request(prompt="a <teddy>", names={"teddy": "cat-teddy"})])
 
 
 def test_strength_0_is_the_superclass(sd):
@@ -163,8 +164,7 @@ def test_strength_0_is_the_superclass(sd):
 
 def test_gates_by_word_change_the_picture(sd):
     one = Request(prompt="a <teddy> and a <teapot>")
-    by_word = Request(prompt=one.prompt, settings={name: {"gate": "word", "floor": 1.0} for name in ("teddy", "teapot")})
-    mine = pictures(sd, [one, by_word])
+    mine = pictures(sd, [one, dataclasses.replace(one, gate="word")])
     assert np.abs(mine[0] - mine[1]).max() > 0.005
 
 
@@ -321,7 +321,10 @@ def test_inpainting_models_are_refused(tmp_path):
     ("scheduler", "match"),
     [
         (diffusers.UniPCMultistepScheduler(), "a UniPCMultistepScheduler cannot be exported; supported are DDIMScheduler, PND"),
-        (diffusers.EulerDiscreteScheduler(final_sigmas_type="sigma_min"), "with final_sigmas_type='sigma_min' cannot be exported. Export with scheduler="),
+        (
+            diffusers.EulerDiscreteScheduler(final_sigmas_type="sigma_min"),
+            "with final_sigmas_type='sigma_min' cannot be exported. Export with scheduler=",
+        ),
         (diffusers.PNDMScheduler(), "with skip_prk_steps=False"),
     ],
 )
@@ -446,11 +449,9 @@ def test_concepts_of_another_base_are_refused(sd, concepts):
         (dict(prompt="a <dog>"), "no concept <dog> is loaded"),
         (dict(prompt="a <teddy> <teddy:0.5>"), "is named twice with different settings"),
         (dict(prompt="cat " * 80 + "<teddy>"), "lies beyond the 77 tokens"),
-        (dict(prompt="a <teddy>", settings={"dog": {}}), "settings name <dog>, which the request does not know"),
-        (dict(prompt="a <teddy>", settings={"teddy": {"bias": [0.5, 9]}}), "bias must be a number between -2 and 2"),
-        (dict(prompt="a <teddy>", settings={"teddy": {"bias": []}}), "a schedule of bias must have at least one number"),
-        (dict(prompt="a <teddy>", settings={"teddy": {"region": 1}}), "regions need attention that reads masks"),
-        (dict(prompt="a <teddy>", settings={"teddy": {"colour": 1}}), "there is no setting 'colour'"),
+        (dict(prompt="a <teddy>", bias=[0.5, 9]), "bias must be a number between -2 and 2"),
+        (dict(prompt="a <teddy>", bias={"teddy": []}), "a schedule of bias must have at least one number"),
+        (dict(prompt="a <teddy>", key_lock="both"), "key_lock must be 'local' or 'global', got 'both'"),
         (dict(prompt="a <teddy>", guidance_scale=float("nan")), "guidance_scale must be a number from 0 to 100"),
         (dict(prompt="a <teddy>", latents=np.zeros((4, 8, 9))), r"latents must be finite numbers of shape \(4, 8, 8\)"),
     ],
@@ -458,6 +459,12 @@ def test_concepts_of_another_base_are_refused(sd, concepts):
 def test_requests_are_checked(change, match, sd):
     with pytest.raises(ValueError, match=match):
         sd.sample([Request(**change)], steps=1)
+
+
+def test_settings_that_there_are_not(sd):
+    for setting, match in {"regions": "regions need attention that reads masks", "colour": "there is no setting 'colour'"}.items():
+        with pytest.raises(ValueError, match=match):
+            sd.set("teddy", **{setting: 1})
 
 
 def test_copies_of_a_concept_do_not_share_a_prompt(exported, concepts):
@@ -493,7 +500,7 @@ runtime = Runtime(exported, threads=1)
 runtime.load(anna, "anna-teddy")
 runtime.load(ben, "ben-teddy")
 requests = [
-    Request(prompt="a <teddy:0.8> on a beach", concepts={"teddy": f"{user}-teddy"}, seed=seed, guidance_scale=5)
+    Request(prompt="a <teddy:0.8> on a beach", names={"teddy": f"{user}-teddy"}, seed=seed, guidance_scale=5)
     for seed, user in enumerate(("anna", "ben"))
 ]
 images = runtime.decode(runtime.sample(requests, steps=3)).transpose(0, 2, 3, 1)

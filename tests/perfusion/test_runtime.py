@@ -36,7 +36,9 @@ def schedulers():
     for spacing in ("leading", "trailing", "linspace"):
         for prediction in ("epsilon", "v_prediction", "sample"):
             options = dict(CONSTANTS, timestep_spacing=spacing, prediction_type=prediction)
-            yield pytest.param(diffusers.DDIMScheduler(**options, clip_sample=False, set_alpha_to_one=False), id=f"ddim-{spacing}-{prediction}")
+            yield pytest.param(
+                diffusers.DDIMScheduler(**options, clip_sample=False, set_alpha_to_one=False), id=f"ddim-{spacing}-{prediction}"
+            )
             yield pytest.param(diffusers.EulerDiscreteScheduler(**options), id=f"euler-{spacing}-{prediction}")
             if prediction != "sample":
                 yield pytest.param(diffusers.PNDMScheduler(**options, skip_prk_steps=True), id=f"pndm-{spacing}-{prediction}")

@@ -37,7 +37,6 @@ class Loaded:
     temperature: Any = None
     key_lock: str = KEY_LOCKS[0]
     gate: str = GATES[0]
-    floor: float = WORD_GATE_FLOOR
 
     def __post_init__(self) -> None:
         self.bias = self.concept.bias if self.bias is None else self.bias
@@ -54,9 +53,11 @@ class Request:
 
     prompt           names concepts as <name>, <name:0.8> or <name|bias=0.6,temperature=0.1>
     negative_prompt  what not to draw; None is the empty prompt, and for SDXL its encodings of zeros
-    concepts         name in this request's prompts -> name in the runtime, so that two users may both write <teddy>; None for
-                     the runtime's own names
-    settings         name in this request's prompts -> settings as in `Runtime.set`, for this request alone
+    names            how the prompts call concepts -> the names under which they are loaded, so that two users may both write
+                     <teddy>; other loaded concepts keep their names
+    strength, bias, temperature   for all concepts of the prompts, or name -> value; each a number, one number per step, or a
+                     function of the step. What the prompt's text sets goes before them, and they go before `Runtime.set`
+    key_lock, gate   for all concepts of the prompts, as in `Runtime.set`
     guidance_scale   up to 1 switches guidance off
     seed             the picture's noise, that of torch.Generator("cpu").manual_seed(seed)
     latents          [C, h, w] instead of noise from the seed
@@ -64,8 +65,12 @@ class Request:
 
     prompt: str
     negative_prompt: str | None = ""
-    concepts: Mapping[str, str] | None = None
-    settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    strength: Any = None
+    bias: Any = None
+    temperature: Any = None
+    key_lock: str | None = None
+    gate: str | None = None
     guidance_scale: float = 6.0
     seed: int = 0
     latents: np.ndarray | None = None
@@ -151,7 +156,7 @@ class Runtime:
 
         strength: 1 as learned, 0 the plain superclass, up to 4. bias: higher weakens the concept, lower strengthens it.
         temperature: how sharply the gate opens. Each is a number, or a schedule: one number per step, or a function of the step.
-        key_lock: "local" or "global". gate: "similarity", or "word" with a floor from 0 to 1 for the gate at the concept's own words.
+        key_lock: "local" or "global". gate: "similarity" or "word" (DESIGN.md, "Gates by word").
         """
         self._loaded[self._require(name)] = _changed(name, self._loaded[name], settings)
 
@@ -272,11 +277,7 @@ class Runtime:
 
     def _line(self, request: Request, text: str) -> tuple[Line, dict[str, Loaded]]:
         """A prompt of a request with the concepts that act in it, and how each is set."""
-        names = {name: name for name in self._loaded} if request.concepts is None else dict(request.concepts)
-        known = {name: self._loaded[self._require(inside)] for name, inside in names.items()}
-        strangers = [name for name in request.settings if name not in known]
-        if strangers:
-            raise ValueError(f"settings name <{strangers[0]}>, which the request does not know; it knows: {', '.join(known) or 'none'}")
+        known = self._loaded | {name: self._loaded[self._require(inside)] for name, inside in request.names.items()}
         prompt = self.text.parse(text, {name: loaded.concept for name, loaded in known.items()})
         settings: dict[str, Loaded] = {}
         own: dict[str, dict[str, float]] = {}
@@ -284,7 +285,7 @@ class Runtime:
             given = {key: getattr(mention, key) for key in SETTINGS if getattr(mention, key) is not None}
             if own.setdefault(mention.name, given) != given:
                 raise PromptError(f"prompt {text!r}: <{mention.name}> is named twice with different settings; give them once or alike.")
-            changes = {**request.settings.get(mention.name, {}), **given}
+            changes = {**_asked(request, mention.name), **given}
             settings[mention.name] = _changed(mention.name, known[mention.name], changes) if changes else known[mention.name]
         acting = {name: each for name, each in settings.items() if callable(each.strength) or np.ndim(each.strength) or each.strength}
         mentions = tuple(mention for mention in prompt.mentions if mention.name in acting)
@@ -304,7 +305,7 @@ class Runtime:
                 each.strength,
                 each.bias,
                 each.temperature,
-                each.floor if each.gate == "word" else None,
+                WORD_GATE_FLOOR if each.gate == "word" else None,
             )
             for name, each in settings.items()
         ]
@@ -314,6 +315,13 @@ class Runtime:
 
 def _global(settings: Mapping[str, Loaded]) -> bool:
     return any(each.key_lock == "global" for each in settings.values())
+
+
+def _asked(request: Request, name: str) -> dict[str, Any]:
+    """What a request sets for a concept, by the name that its prompt uses."""
+    given = {key: getattr(request, key) for key in (*SETTINGS, "key_lock", "gate")}
+    each = {key: value.get(name) if isinstance(value, Mapping) else value for key, value in given.items()}
+    return {key: value for key, value in each.items() if value is not None}
 
 
 def _guidance(request: Request) -> float:
@@ -348,9 +356,6 @@ def _changed(name: str, loaded: Loaded, settings: Mapping[str, Any]) -> Loaded:
         if key in choices:
             if value not in choices[key]:
                 raise ValueError(f"<{name}>: {key} must be {' or '.join(map(repr, choices[key]))}, got {value!r}")
-        elif key == "floor":
-            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"<{name}>: floor must be a number from 0 to 1, got {value!r}")
         elif key in SETTINGS:
             if not callable(value):
                 values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
@@ -358,10 +363,10 @@ def _changed(name: str, loaded: Loaded, settings: Mapping[str, Any]) -> Loaded:
                     raise ValueError(f"<{name}>: a schedule of {key} must have at least one number")
                 for each in values:
                     check_settings(f"<{name}>", **{key: each})
-        elif key == "region":
-            raise ValueError(f"<{name}>: regions need attention that reads masks, which an export does not have. Draw it with a pipeline.")
+        elif key in ("region", "regions"):
+            raise ValueError(f"<{name}>: regions need attention that reads masks, which an export does not have. Use a pipeline.")
         else:
-            raise ValueError(f"<{name}>: there is no setting {key!r}; there are {', '.join(SETTINGS)}, key_lock, gate and floor")
+            raise ValueError(f"<{name}>: there is no setting {key!r}; there are {', '.join(SETTINGS)}, key_lock and gate")
     return dataclasses.replace(loaded, **settings)
 
 
