@@ -32,7 +32,7 @@ class Use:
     """A concept as one row uses it.
 
     strength, bias, temperature: numbers, or schedules: one number per step, or a function of the step. places: the text positions
-    of its own words. floor: its least gate there; None for gates by similarity alone, which do not look at places.
+    of its own words.
     """
 
     concept: Concept
@@ -40,7 +40,6 @@ class Use:
     strength: Setting = 1.0
     bias: Setting = 0.0
     temperature: Setting = 1.0
-    floor: float | None = None
 
 
 def concept_gates(
@@ -102,7 +101,11 @@ def at(setting: Any, step: int) -> float:
 
 
 class EditedRow:
-    """One row's K and V: encodings [T, D], its uses of concepts, and with the global lock the encodings that give its keys."""
+    """One row's K and V.
+
+    encodings [T, D]; weights [O, D]; uses: its concepts. key_encodings [T, D]: give all keys, under the global lock. floor: the
+    least gate at a concept's own words, for gates by word; None for gates by similarity alone, which do not look at places.
+    """
 
     def __init__(
         self,
@@ -111,8 +114,10 @@ class EditedRow:
         value_weight: np.ndarray,
         uses: Sequence[Use] = (),
         key_encodings: np.ndarray | None = None,
+        floor: float | None = None,
     ):
-        self.encodings, self.uses, self.locked_to_text = np.asarray(encodings, np.float32), tuple(uses), key_encodings is not None
+        self.encodings, self.uses, self.floor = np.asarray(encodings, np.float32), tuple(uses), floor
+        self.locked_to_text = key_encodings is not None
         concepts = [use.concept for use in uses]
         self.targets = np.stack([each.target for each in concepts]) if concepts else np.zeros((0, self.encodings.shape[1]), np.float32)
         self.metric_targets = np.stack([each.metric_target for each in concepts]) if concepts else self.targets
@@ -139,11 +144,9 @@ class EditedRow:
         if not self.uses:
             return self.base_key, self.base_value
         settings = {name: np.array([at(getattr(use, name), step) for use in self.uses]) for name in ("strength", "bias", "temperature")}
-        by_word = any(use.floor is not None for use in self.uses)
-        places = [use.places for use in self.uses] if by_word else None
-        floor = [use.floor or 0.0 for use in self.uses] if by_word else None
+        words = {} if self.floor is None else {"places": [use.places for use in self.uses], "floor": [self.floor] * len(self.uses)}
         gates, components = concept_gates(
-            self.encodings, self.targets, self.metric_targets, settings["bias"], settings["temperature"], places, floor
+            self.encodings, self.targets, self.metric_targets, settings["bias"], settings["temperature"], **words
         )
         gates, components = (each.astype(np.float32) for each in (gates * settings["strength"], components * settings["strength"]))
         key = self.base_key if self.locked_to_text else self.base_key + gates @ self.key_outputs - components @ self.key_targets

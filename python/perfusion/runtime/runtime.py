@@ -15,7 +15,7 @@ from perfusion.runtime import manifest as facts
 from perfusion.runtime.concept import Concept
 from perfusion.runtime.encoding import Encoded, Line, TextSide
 from perfusion.runtime.graphs import Graph, load_graphs
-from perfusion.runtime.key_value import EditedRow, Use, at, dependent_concepts
+from perfusion.runtime.key_value import EditedRow, Use, dependent_concepts
 from perfusion.runtime.manifest import ExportedFolderError, Manifest
 from perfusion.runtime.noise import randn
 from perfusion.runtime.schedulers import sampler
@@ -292,25 +292,17 @@ class Runtime:
         line = Line(
             dataclasses.replace(prompt, mentions=mentions),
             {name: each.concept for name, each in acting.items()},
-            {name: at(each.strength, 0) for name, each in acting.items()},
+            # under a schedule of strength the word's embedding is the concept's own
+            {name: 1.0 if callable(each.strength) or np.ndim(each.strength) else each.strength for name, each in acting.items()},
         )
         _check_apart(text, line.concepts)
         return line, acting
 
     def _edited(self, line: Line, settings: Mapping[str, Loaded], one: Encoded, encoded: Mapping[Any, Encoded]) -> EditedRow:
-        uses = [
-            Use(
-                each.concept,
-                one.places.get(name, ()),
-                each.strength,
-                each.bias,
-                each.temperature,
-                WORD_GATE_FLOOR if each.gate == "word" else None,
-            )
-            for name, each in settings.items()
-        ]
+        uses = [Use(each.concept, one.places.get(name, ()), each.strength, each.bias, each.temperature) for name, each in settings.items()]
+        by_word = any(each.gate == "word" for each in settings.values())
         plain = encoded[line.plain().key].encodings if _global(settings) else None
-        return EditedRow(one.encodings, self.key_weight, self.value_weight, uses, plain)
+        return EditedRow(one.encodings, self.key_weight, self.value_weight, uses, plain, WORD_GATE_FLOOR if by_word else None)
 
 
 def _global(settings: Mapping[str, Loaded]) -> bool:
