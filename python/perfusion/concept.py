@@ -82,6 +82,8 @@ class Concept:
         self._set("recipe", dict(self.recipe))
         if not isinstance(self.base, Base):
             raise ValueError(f"a concept's base must be a perfusion.base.Base, got {type(self.base).__name__}")
+        if not self.base.text_encoder:
+            raise ValueError("a concept's base must know its text encoders; this one is of a pipeline without them")
         self._check_tensors()
 
     def _check_tensors(self) -> None:

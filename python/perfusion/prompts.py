@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from perfusion.errors import advise
 from perfusion.settings import SETTINGS
@@ -22,21 +23,22 @@ class PromptError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Mention:
-    """One concept in a prompt. `prefix` is the plain text before it; settings that the prompt left open are None."""
+    """One concept in a prompt. `prefix` is the plain text before it; settings that are left open are None, others numbers or schedules."""
 
     name: str
     prefix: str
-    strength: float | None = None
-    bias: float | None = None
-    temperature: float | None = None
+    strength: Any = None
+    bias: Any = None
+    temperature: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """`text` is what the text encoder reads: every `<name>` replaced by its superclass word."""
+    """`text` is what the text encoder reads: every `<name>` replaced by its superclass word. request: the `Request` it came as, if any."""
 
     text: str
     mentions: tuple[Mention, ...] = ()
+    request: Any = None
 
 
 def parse_prompt(text: str, superclasses: Mapping[str, str], tokens: Collection[str] = ()) -> Prompt:

@@ -40,10 +40,10 @@ def cross_attention_layers(unet: torch.nn.Module) -> dict[str, Attention]:
     }
 
 
-def text_encoders(pipe: Any) -> list[tuple[Any, torch.nn.Module]]:
+def text_encoders(pipe: Any, *, required: bool = True) -> list[tuple[Any, torch.nn.Module]]:
     """The (tokenizer, text encoder) pairs of a pipeline: one for SD 1.x and 2.x, two for SDXL, in concatenation order.
 
-    Raises UnsupportedPipeline when there is none, or one without its tokenizer.
+    Raises UnsupportedPipeline when there is none, unless they are not required, or one without its tokenizer.
     """
     pairs = []
     for suffix in ("", "_2"):
@@ -53,7 +53,7 @@ def text_encoders(pipe: Any) -> list[tuple[Any, torch.nn.Module]]:
         if tokenizer is None:
             raise UnsupportedPipeline(f"{type(pipe).__name__} has a text_encoder{suffix} but no tokenizer{suffix}. Load both.")
         pairs.append((tokenizer, encoder))
-    if not pairs:
+    if required and not pairs:
         raise UnsupportedPipeline(
             f"{type(pipe).__name__} has no text encoder (text_encoder is None). "
             "A concept lives in the text encoder's output: load the pipeline with its text encoder and tokenizer."

@@ -21,7 +21,7 @@ class Base:
     encoding_dim   D, the width of the encoding that cross-attention reads
     text_widths    width of each text encoder; they concatenate to D
     layers         cross-attention layer -> d_l, in the order of `cross_attention_layers`
-    text_encoder   fingerprint of the text encoders' weights
+    text_encoder   fingerprint of the text encoders' weights; "" for a pipeline without them
     """
 
     family: str
@@ -40,7 +40,7 @@ class Base:
             raise ValueError(f"Base: encoding_dim must be the sum of text_widths {self.text_widths}, got {self.encoding_dim}")
         if not self.layers or any(width < 1 for width in self.layers.values()):
             raise ValueError(f"Base: layers must name at least one layer, of positive width, got {self.layers}")
-        if len(fingerprint_vectors(self.text_encoder)) != len(self.text_widths):
+        if self.text_encoder and len(fingerprint_vectors(self.text_encoder)) != len(self.text_widths):
             raise ValueError(f"Base: text_encoder must hold one fingerprint for each of {len(self.text_widths)} encoders")
 
     @property
@@ -66,7 +66,8 @@ class Base:
         return None if reason is None else f"made for {self}, but this is {other}: {reason}."
 
     def _difference(self, other: Base) -> str | None:
-        if self.text_widths != other.text_widths:
+        unknown = not (self.text_encoder and other.text_encoder)
+        if self.encoding_dim != other.encoding_dim or (self.text_widths != other.text_widths and not unknown):
             return "the text encoders have other widths"
         if dict(self.layers) != dict(other.layers):
             missing = [name for name in self.layers if name not in other.layers]
@@ -79,7 +80,7 @@ class Base:
             return f"layer {name} is {other.layers[name]} wide, not {self.layers[name]}"
         if list(self.layers) != list(other.layers):
             return "the cross-attention layers come in another order"
-        if not fingerprints_match(self.text_encoder, other.text_encoder):
+        if not unknown and not fingerprints_match(self.text_encoder, other.text_encoder):
             return "the shapes agree, but the text encoder's weights are not the ones the concept was trained with"
         return None
 

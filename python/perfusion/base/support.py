@@ -8,7 +8,7 @@ from perfusion.base.fingerprint import text_encoder_fingerprint
 from perfusion.base.parts import cross_attention_layers, layer_width, plain_module, text_encoders, text_width
 from perfusion.base.record import Base
 from perfusion.errors import UnsupportedPipeline
-from perfusion.families import CONDITIONINGS, family_by_widths
+from perfusion.families import CONDITIONINGS, family_by_encoding_dim, family_by_widths
 
 if TYPE_CHECKING:
     import torch
@@ -21,25 +21,37 @@ SUPPORTED = (
 )
 
 
-def describe_base(pipe: Any) -> Base:
-    """The Base of a pipeline. Raises UnsupportedPipeline as `check_supported` does."""
-    check_supported(pipe)
-    widths = tuple(text_width(encoder) for _, encoder in text_encoders(pipe))
+def describe_base(pipe: Any, *, text_required: bool = True) -> Base:
+    """The Base of a pipeline. Raises UnsupportedPipeline as `check_supported` does.
+
+    text_required: whether a pipeline without text encoders is refused; if not, its base says nothing of them.
+    """
+    check_supported(pipe, text_required=text_required)
+    widths = tuple(text_width(encoder) for _, encoder in text_encoders(pipe, required=text_required))
+    if not widths:
+        reads = plain_module(pipe.unet).config.cross_attention_dim
+        reads = reads[0] if isinstance(reads, (list, tuple)) else reads
+        widths = family_by_encoding_dim(reads).text_widths or (reads,)
+        fingerprint = ""
+    else:
+        fingerprint = text_encoder_fingerprint(pipe)
     return Base(
         family=family_by_widths(widths).id,
         encoding_dim=sum(widths),
         text_widths=widths,
         layers={name: layer_width(layer) for name, layer in cross_attention_layers(pipe.unet).items()},
-        text_encoder=text_encoder_fingerprint(pipe),
+        text_encoder=fingerprint,
     )
 
 
-def check_supported(pipe: Any) -> None:
+def check_supported(pipe: Any, *, text_required: bool = True) -> None:
     """Raises UnsupportedPipeline, naming the obstacle, unless every cross-attention layer of the pipeline can be edited."""
     reason = _unsupported_model(pipe) or _unsupported_processor(pipe.unet)
     if reason is not None:
         raise UnsupportedPipeline(f"{type(pipe).__name__} is not supported: {reason} {SUPPORTED}")
-    encoders = [encoder for _, encoder in text_encoders(pipe)]
+    encoders = [encoder for _, encoder in text_encoders(pipe, required=text_required)]
+    if not encoders:
+        return
     widths, reads = [text_width(encoder) for encoder in encoders], plain_module(pipe.unet).config.cross_attention_dim
     if any(read != sum(widths) for read in (reads if isinstance(reads, (list, tuple)) else [reads])):
         raise UnsupportedPipeline(
