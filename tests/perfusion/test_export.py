@@ -344,9 +344,13 @@ def test_folders_are_replaced_only_when_asked(tmp_path, exported):
     shutil.copytree(exported("sd"), tmp_path / "old")
     with pytest.raises(FileExistsError, match="is there already. Choose another folder, or say --overwrite"):
         perfusion.export(pipe, tmp_path / "old")
-    perfusion.export(pipe, tmp_path / "old", format="pt2", overwrite=True)
-    assert Manifest.read(tmp_path / "old").format == "pt2" and not (tmp_path / "old" / "unet.onnx").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "old"]
+    pipe.save_pretrained(tmp_path / "model")
+    written = run("export", tmp_path / "model", tmp_path / "old", "--format", "pt2", "--dtype", "float16", "--scheduler", "euler", "--overwrite")
+    assert written.exit_code == 0, written.output
+    manifest = Manifest.read(tmp_path / "old")
+    assert (manifest.format, manifest.dtype, manifest.schedule.kind) == ("pt2", "float16", "euler")
+    assert not (tmp_path / "old" / "unet.onnx").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model", "old"]
 
 
 # folders that are not to be trusted
@@ -436,6 +440,17 @@ def test_garbage_is_refused(name, copy):
     with pytest.raises(ExportedFolderError, match=f"{name}.*(cannot load|is no)"):
         edit(copy, put("files", name, digest(copy / name)))
         Runtime(copy)
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "onnx", "onnxscript"])
+def test_missing_packages_are_named(package, copy, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    how = r"Install it: pip install 'perfusion-kernels\[export\]'"
+    if package == "onnxruntime":
+        with pytest.raises(ExportedFolderError, match=f"needs onnxruntime .*{how}"):
+            Runtime(copy)
+    with pytest.raises(ExportError, match=f"ONNX needs the package {package}. {how}"):
+        perfusion.export(tiny_sd(unet=SMALL), tmp_path / "out")
 
 
 def test_concepts_of_another_base_are_refused(sd, concepts):

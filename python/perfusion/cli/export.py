@@ -60,9 +60,10 @@ def export(
 
     pipe = load_pipeline(model, device=device, dtype=torch.float32)
     if dtype is Precision.float16:
-        pipe.to(torch.float16)
-        if getattr(pipe.vae.config, "force_upcast", False):
-            pipe.vae.to(torch.float32)  # overflows otherwise
+        for name, part in pipe.components.items():
+            overflows = name == "vae" and getattr(part.config, "force_upcast", False)
+            if isinstance(part, torch.nn.Module) and not overflows:
+                torch.nn.Module.to(part, torch.float16)  # diffusers' own would remark on it
     with tqdm(desc="export", unit="graph", disable=None) as bar:
 
         def progress(part: str) -> None:

@@ -15,6 +15,8 @@ __all__ = ["ExportError", "check_exportable"]
 # they compute what torch's own attention computes, in another order
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor", "AttentionProcessor")
 
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
 
 class ExportError(ValueError):
     """A pipeline that cannot be exported as it is. Says what stands in the way and what to do."""
@@ -42,9 +44,6 @@ def _obstacles(pipe: Any) -> Iterator[str]:
             yield f"its {name} reads a padding mask (use_attention_mask), which Stable Diffusion's encoders do not."
     if getattr(pipe.config, "requires_aesthetics_score", False):
         yield "it is a refiner, which starts from a picture. Export the base model."
-
-
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def _weights(name: str, part: nn.Module) -> Iterator[str]:

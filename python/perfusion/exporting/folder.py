@@ -63,6 +63,8 @@ def export(
     if compile and format != "pt2":
         raise ExportError('compile=True makes AOTInductor packages, beside format="pt2" only')
     check_replaceable(folder, overwrite)
+    if format == "onnx":
+        writers.require_onnx()
     if isinstance(model, (str, os.PathLike)):
         from perfusion.models import load_pipeline
 

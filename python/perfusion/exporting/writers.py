@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from perfusion.exporting.checks import ExportError
 
-__all__ = ["MAX_ROWS", "Graph", "save_onnx", "write_onnx", "write_package", "write_pt2"]
+__all__ = ["MAX_ROWS", "Graph", "require_onnx", "save_onnx", "write_onnx", "write_package", "write_pt2"]
 
 MAX_ROWS = 63  # diffusers' upsampling takes another branch from 64 rows on, and torch.export follows one
 OPSET = 18
@@ -114,7 +114,7 @@ def write_package(graph: Graph, program: torch.export.ExportedProgram, path: Pat
 
 def write_onnx(graph: Graph, program: torch.export.ExportedProgram, path: Path) -> float:
     """ExportError when a package of the extra `export` is missing, or the graph has an operator that ONNX has not."""
-    onnxruntime = _require_onnx()
+    onnxruntime = require_onnx()
     save_onnx(graph, program, path, list(graph.inputs(1, 1, 1)))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return graph.compare(lambda inputs: session.run(None, {name: tensor.cpu().numpy() for name, tensor in inputs.items()}))
@@ -134,7 +134,8 @@ def save_onnx(graph: Graph, program: torch.export.ExportedProgram, path: Path, n
     written.save(str(path), external_data=size > SINGLE_FILE_BYTES)
 
 
-def _require_onnx() -> Any:
+def require_onnx() -> Any:
+    """onnxruntime. ExportError names the package that is missing of those that ONNX files need."""
     try:
         import onnx  # noqa: F401
         import onnxruntime

@@ -58,7 +58,7 @@ class TextSide:
         """ValueError unless the word is one token of every tokenizer, as for `perfusion.attach`."""
         for tokenizer in self.tokenizers:
             ids = tokenizer.ids(word)
-            if len(ids) != 1:
+            if len(ids) != 1 or ids[0] == tokenizer.facts.end:  # CLIP's unknown word is its end
                 raise ValueError(
                     f"superclass {word!r} must be a single token of this model's tokenizer, but it becomes {len(ids)} "
                     f"({', '.join(tokenizer.tokens(ids))})."

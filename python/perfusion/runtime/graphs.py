@@ -16,9 +16,9 @@ Graph = Callable[..., Sequence[np.ndarray]]
 
 
 def load_graphs(
-    folder: Path, manifest: Manifest, *, providers: Sequence[Any] | None = None, threads: int | None = None
+    folder: Path, manifest: Manifest, names: Sequence[str], *, providers: Sequence[Any] | None = None, threads: int | None = None
 ) -> dict[str, Graph]:
-    """The graphs of an ONNX export in onnxruntime.
+    """Graphs of an ONNX export, by their names, in onnxruntime.
 
     providers: as onnxruntime takes them, by default all that this installation has, in its own order. threads: for one operator,
     by default onnxruntime's choice.
@@ -37,7 +37,7 @@ def load_graphs(
     if threads is not None:
         options.intra_op_num_threads = threads
     graphs = {}
-    for name in manifest.graphs:
+    for name in names:
         path = folder / graph_file(name, "onnx")
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=providers or onnxruntime.get_available_providers())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from perfusion.concept_fields import check_name
 from perfusion.prompts import PromptError, check_settings
 from perfusion.runtime import manifest as facts
 from perfusion.runtime.concept import Concept
@@ -127,7 +129,7 @@ class Runtime:
         self.key_weight, self.value_weight, self.alphas_cumprod = _read_weights(folder / facts.WEIGHTS, self.manifest)
         given = dict(graphs or {})
         missing = [name for name in self.manifest.graphs if name not in given]
-        self.graphs = {**(load_graphs(folder, self.manifest, providers=providers, threads=threads) if missing else {}), **given}
+        self.graphs = given | (load_graphs(folder, self.manifest, missing, providers=providers, threads=threads) if missing else {})
         self.text = TextSide(folder, self.manifest, self.graphs)
         self._loaded: dict[str, Loaded] = {}
 
@@ -137,6 +139,7 @@ class Runtime:
         """Make a concept usable as `<name>`; returns the name, by default the concept's own. ValueError as `Handle.load`."""
         concept = concept if isinstance(concept, Concept) else Concept.load(concept)
         name = concept.name if name is None else name
+        check_name(name)
         reason = concept.base.mismatch(self.manifest.base)
         if reason is not None:
             raise ValueError(f"concept {concept.name!r} cannot be used with this export: {reason}")
@@ -145,6 +148,13 @@ class Runtime:
         if f"<{name}>" in {word.lower() for word in self.text.words}:
             raise ValueError(f"the tokenizer has a word <{name}> of its own (a textual inversion). Give this concept another name.")
         self.text.check_superclass(concept.superclass)
+        others = [other for other, loaded in self._loaded.items() if "" != loaded.concept.covariance != concept.covariance != ""]
+        if others:
+            warnings.warn(
+                f"<{name}> was learned with another covariance than {', '.join(map('<{}>'.format, others))}: "
+                "in one prompt they combine only approximately.",
+                stacklevel=2,
+            )
         self._loaded[name] = Loaded(concept)
         return name
 

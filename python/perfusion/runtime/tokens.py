@@ -25,7 +25,9 @@ class PromptTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
             self._tokenizer.no_padding()
             self._tokenizer.no_truncation()
-        except Exception as error:  # the library raises nothing more special
+        except BaseException as error:  # the library's own are plain Exceptions, and its panics not even that
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise ExportedFolderError(f"{path} is no tokenizer ({error}). Export the model again.") from None
         self.added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
 
