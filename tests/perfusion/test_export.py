@@ -1,6 +1,5 @@
 """`perfusion.export` and `perfusion.runtime`: exported models draw the pictures of the pipelines they came from."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -162,10 +161,18 @@ def test_strength_0_is_the_superclass(sd):
     np.testing.assert_array_equal(*mine)
 
 
-def test_gates_by_word_change_the_picture(sd):
-    one = Request(prompt="a <teddy> and a <teapot>")
-    mine = pictures(sd, [one, dataclasses.replace(one, gate="word")])
-    assert np.abs(mine[0] - mine[1]).max() > 0.005
+def test_requests_are_the_pipelines(sd, pipelines, concepts):
+    """What a request sets beside its prompt: gates by word, a schedule, the global lock, for one concept or all; against the same in torch."""
+    prompt = "a <teddy> and a <teapot>"
+    several = [dict(gate="word"), dict(bias=[0.9, 0.1]), dict(strength={"teddy": lambda step: 1.5 - step / 2}), dict(key_lock="global"), {}]
+    mine = pictures(sd, [Request(prompt=prompt, seed=seed, **each) for seed, each in enumerate(several)])
+    with perfusion.attach(pipelines["sd"]) as handle:
+        for concept in concepts["sd"]:
+            handle.load(concept)
+        theirs = draw(pipelines["sd"], [perfusion.Request(prompt, **each) for each in several], [""] * 5, guidance_scale=6.0)
+    np.testing.assert_allclose(mine, theirs, atol=2e-5)
+    alike = pictures(sd, [Request(prompt=prompt, seed=0, **each) for each in several])
+    assert np.abs(alike[:4] - alike[4]).max((1, 2, 3)).min() > 1e-3, "these pictures would show what is left out"
 
 
 def test_other_functions_for_the_graphs(exported, sd):
