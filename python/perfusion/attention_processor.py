@@ -48,6 +48,11 @@ class ConceptAttnProcessor:
     def __init__(self, stock: Any = None, state: AttentionState | None = None, layer: int = 0):
         self.stock, self.state, self.layer = stock, state or AttentionState(), layer
 
+    @property
+    def __class__(self) -> type:
+        """What the processor stands for: diffusers' `set_default_attn_processor` asks, and refuses classes that it does not know."""
+        return ConceptAttnProcessor if self.stock is None else type(self.stock)
+
     def __call__(
         self,
         attn: Any,

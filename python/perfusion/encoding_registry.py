@@ -71,18 +71,16 @@ class EncodingRegistry:
         found = {}
         for row, encoding in enumerate(encodings.detach().cpu()):
             key = _digest(encoding)
-            if key in self._requests:
-                requests, key = self._requests[key], key
-            else:
+            if key not in self._requests:
                 parts = self._by_direction(encoding)
-                if len(parts) != 1 or parts[0][1] is None:
-                    several = [(first, None if key is None else self._first(key)) for first, key in parts]
-                    request = joined(several)
+                if len(parts) > 1:
+                    request = joined([(first, None if part is None else self._first(part)) for first, part in parts])
                     if request is not None:
                         found[row] = request
+                if len(parts) != 1 or parts[0][1] is None:
                     continue
                 key = parts[0][1]
-                requests = self._requests[key]
+            requests = self._requests[key]
             count = seen[key] = seen.get(key, -1) + 1
             request = requests[count % len(requests)]
             if request is not None:

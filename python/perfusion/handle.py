@@ -20,7 +20,7 @@ from perfusion.errors import UnsupportedPipeline, advise
 from perfusion.loaded_concept import LoadedConcept, Schedule
 from perfusion.prompts import Mention
 from perfusion.requests import RowRequest, check_schedule
-from perfusion.settings import GATES, KEY_LOCKS
+from perfusion.settings import GATES, KEY_LOCKS, one_of
 from perfusion.text import TextHook, added_tokens, single_token
 from perfusion_kernels import ConceptBank
 
@@ -182,7 +182,7 @@ class Handle:
                 check_schedule(f"<{name}>", key, value)
         for key, value, allowed in (("key_lock", key_lock, KEY_LOCKS), ("gate", gate, GATES)):
             if value is not None and value not in allowed:
-                raise ValueError(f"<{name}>: {key} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+                raise ValueError(f"<{name}>: {key} must be {one_of(allowed)}, got {value!r}")
         for field, value in {**given, "key_lock": key_lock, "gate": gate}.items():
             if value is not None:
                 setattr(loaded, field, value)

@@ -10,7 +10,7 @@ __all__ = ["offloaded_block", "projection_stamp"]
 
 
 def projection_stamp(layers: list[torch.nn.Module]) -> tuple[Any, ...]:
-    """Changes when a weight is written, cast, moved or exchanged, when LoRA is put in, scaled, fused or taken out.
+    """Changes when a weight is written, cast, moved or exchanged, when LoRA is put in, scaled, fused or taken out, and with hooks.
 
     Writes are those that torch counts (`_version`), so not those through `.data`, of which only casts and moves are seen.
     """
@@ -23,6 +23,7 @@ def projection_stamp(layers: list[torch.nn.Module]) -> tuple[Any, ...]:
                 stamp.append(_adapted(module))
             else:
                 stamp += (id(module), id(weight), 0 if weight.is_inference() else weight._version, weight.dtype, weight.device)
+                stamp += ("forward" in module.__dict__, len(module._forward_pre_hooks), len(module._forward_hooks))
     return tuple(stamp)
 
 

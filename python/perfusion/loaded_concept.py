@@ -17,7 +17,7 @@ __all__ = ["LoadedConcept", "Schedule", "value_at"]
 Schedule = Any  # float | Sequence[float] | Callable[[int], float]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass
 class LoadedConcept:
     """What prompts need of a concept, and its settings.
 

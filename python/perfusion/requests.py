@@ -11,7 +11,7 @@ from torch import Tensor
 
 from perfusion.loaded_concept import Schedule
 from perfusion.prompts import Mention, PromptError
-from perfusion.settings import GATES, KEY_LOCKS, SETTINGS
+from perfusion.settings import GATES, KEY_LOCKS, SETTINGS, one_of
 
 __all__ = ["Request", "RowRequest", "check_schedule", "joined"]
 
@@ -57,7 +57,7 @@ class Request(str):
                 check_schedule(where, key, each)
         for key, value, allowed in (("key_lock", key_lock, KEY_LOCKS), ("gate", gate, GATES)):
             if value is not None and value not in allowed:
-                raise PromptError(f"{where}: {key} must be {' or '.join(map(repr, allowed))}, got {value!r}.")
+                raise PromptError(f"{where}: {key} must be {one_of(allowed)}, got {value!r}.")
         self.regions = {name.lower(): _mask(where, name, mask) for name, mask in (regions or {}).items()}
         return self
 
@@ -73,10 +73,8 @@ def check_schedule(where: str, key: str, value: Any) -> None:
     several = isinstance(value, Sequence) and not isinstance(value, str)
     if callable(value) or (several and value and all(setting.holds(each) for each in value)) or setting.holds(value):
         return
-    raise PromptError(
-        f"{where}: {key} must be a number between {setting.low:g} and {setting.high:g}, a list of such numbers, one a step, or a "
-        f"function of the step, got {value!r}."
-    )
+    kind = "a list of one number a step, each" if several else "a number"
+    raise PromptError(f"{where}: {key} must be {kind} between {setting.low:g} and {setting.high:g}, got {value!r}.")
 
 
 def _mask(where: str, name: str, mask: Any) -> Tensor:

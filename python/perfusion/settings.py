@@ -10,7 +10,10 @@ import math
 import numbers
 from typing import Any
 
-__all__ = ["BIAS", "GATES", "KEY_LOCKS", "SETTINGS", "STRENGTH", "TEMPERATURE", "TRAINING_BIAS", "TRAINING_TEMPERATURE", "Setting"]
+__all__ = [
+    *("BIAS", "GATES", "KEY_LOCKS", "SETTINGS", "STRENGTH", "TEMPERATURE", "TRAINING_BIAS", "TRAINING_TEMPERATURE"),
+    *("WORD_GATE_FLOOR", "Setting", "one_of"),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,3 +43,8 @@ TRAINING_BIAS, TRAINING_TEMPERATURE = 0.75, 0.1
 KEY_LOCKS = ("local", "global")  # keys of the edited encoding, or of the superclass prompt (arXiv 2305.01644, section 4)
 GATES = ("similarity", "word")  # as published, or by the places of the words (DESIGN.md, "Gates by word")
 WORD_GATE_FLOOR = 0.7  # the least gate at a concept's own word under gate="word"
+
+
+def one_of(allowed: tuple[str, ...]) -> str:
+    """The values of a setting that has no number, for a message."""
+    return " or ".join(f'"{each}"' for each in allowed)
