@@ -1,6 +1,7 @@
 """`Engine`: the concepts at work in one UNet. Before each forward it decides how the layers compute, and gives them what they need.
 
-Nothing here knows of a pipeline: a client (`Handle`, a server) says which rows of the encodings hold concepts. The forms are
+Nothing here knows of a pipeline: a client (`Handle`, `UNetConcepts`, a server) says which rows of the encodings hold concepts. The
+forms are
 
     stock     no row has a concept, or the compatibility path is taken: the pipeline's own attention, hooks on to_k and to_v
     slots     keys and values of a prompt, computed once for its distinct rows, read by index at every step
@@ -210,6 +211,26 @@ class Engine:
         tables = sum(each.nbytes for each in (self.state.gates, self.state.components) if each is not None)
         return {"slots": 0 if self.slots is None else self.slots.nbytes, "weights": weights, "edit": tables}
 
+    def keys_values(self, encodings: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
+        """Edited K and V [R, T, O] of all layers, side by side, of encodings [R, T, D] at a step; no forward is run.
+
+        For a UNet elsewhere that takes them as inputs (`perfusion.export`). Rows without a concept have the plain ones.
+        """
+        with self._lock, torch.no_grad():
+            self._follow_weights(encodings.device.type)
+            self._hooks.asleep = True  # those on to_k and to_v, which are called here
+            plan, before = self._plan(encodings), self.step
+            if not plan.rows:
+                return self._project(encodings, encodings)
+            try:
+                self.step = step
+                distinct = list(dict.fromkeys(plan.contents))
+                keys, values = self._edited(plan, encodings, distinct)
+            finally:
+                self.step = before
+            where = torch.tensor([distinct.index(row) for row in plan.contents], device=keys.device)
+            return keys[where], values[where]
+
     # one forward
 
     @torch.compiler.disable
@@ -367,7 +388,11 @@ class Engine:
             return "the batch has a text mask"
         if self._processors_replaced() or not self._processors:
             return self._blocked()
-        kind = encodings.device.type
+        self._follow_weights(encodings.device.type)
+        return self._closed
+
+    def _follow_weights(self, kind: str) -> None:
+        """Everything that was made from the layers' weights, anew where these have changed. kind: of the device."""
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         stamp = (autocast, *projection_stamp(list(self.layers.values())))
         if stamp != self._stamp:
@@ -376,7 +401,6 @@ class Engine:
             self._forget_slots()
             if self._closed is None and obstacle(self.unet, frozen=False) is None:
                 self._batched = BatchedProjection(self.unet, frozen=False)
-        return self._closed
 
     # the fast path
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from perfusion.base import Base, describe_base, text_encoders
 from perfusion.base.parts import plain_module
 from perfusion.concept import Concept, check_name
-from perfusion.edit import Tables
+from perfusion.edit import Tables, tables_of
 from perfusion.engine import engine_of
 from perfusion.errors import UnsupportedPipeline, advise
 from perfusion.loaded_concept import LoadedConcept, Schedule
@@ -320,15 +320,4 @@ class Handle:
                 )
 
     def tables(self, names: list[str], device: torch.device) -> Tables:
-        """The tables of the named concepts alone: a bank may hold many that this prompt does not use."""
-        bank, slots = self._bank, [self._bank.slot(name) for name in names]
-        tables = Tables(*(table[slots].to(device) for table in (bank.targets, bank.metric_targets, bank.superclasses, bank.value_outputs)))
-        keys = [self._loaded[name].concept.key_outputs for name in names]
-        if any(key is not None for key in keys):
-            tables.unlocked = torch.tensor([key is not None for key in keys], device=device)
-            tables.key_outputs = torch.zeros_like(tables.value_outputs)
-            for row, key in zip(tables.key_outputs, keys):
-                if key is not None:
-                    row.copy_(key)
-        return tables
-
+        return tables_of(self._bank, {name: self._loaded[name].concept for name in names}, names, device)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from perfusion.base.fingerprint import text_encoder_fingerprint
 from perfusion.base.parts import cross_attention_layers, layer_width, plain_module, text_encoders, text_width
 from perfusion.base.record import Base
 from perfusion.errors import UnsupportedPipeline
 from perfusion.families import CONDITIONINGS, family_by_encoding_dim, family_by_widths
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["check_supported", "describe_base"]
 

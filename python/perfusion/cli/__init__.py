@@ -28,12 +28,14 @@ COMMANDS = {
     "info": "Say what a model is, what memory it takes, and what will work.",
     "convert": "Turn a concept into files for other programs, or another implementation's checkpoint into a concept.",
     "push": "Upload a concept and its card to the Hugging Face hub.",
+    "export": "Write a model as a folder that runs without torch.",
     "covariance": "Compute, find or copy the covariance of a model's text encoder.",
     "warmup": "Compile and tune the GPU kernels for a model, before the first picture.",
     "doctor": "Say what this installation can do, and why not more.",
 }
 
 UNEXPECTED, BAD_INPUT, REFUSED, INTERRUPTED = 1, 2, 3, 130
+REFUSALS = {"ConceptFileError", "ConversionError", "CovarianceError", "ExportError", "ExportedFolderError", "UnsupportedPipeline"}
 
 
 class Commands(TyperGroup):
@@ -90,18 +92,12 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.filename is not None:
         needs_folder = isinstance(error, (FileExistsError, NotADirectoryError))
         text = (needs_folder and file_for_folder(Path(error.filename))) or f"{error.filename}: {error.strerror}"
-    from perfusion.base import UnsupportedPipeline
-    from perfusion.concept_file import ConceptFileError
-    from perfusion.convert import ConversionError
-    from perfusion.covariance import CovarianceError
-    from perfusion.export import ExportError
-    from perfusion_kernels import BackendUnavailable
-
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         text += ". Check the path."
-    if isinstance(error, (ConceptFileError, ConversionError, CovarianceError, ExportError, UnsupportedPipeline)):
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: an export draws where there is no torch to import
+    if kinds & REFUSALS:
         return REFUSED, text
-    if isinstance(error, (ValueError, OSError, BackendUnavailable)):
+    if isinstance(error, (ValueError, OSError)) or "BackendUnavailable" in kinds:
         return BAD_INPUT, text
     return UNEXPECTED, f"{type(error).__name__}: {text} (unexpected; `perfusion --debug ...` shows where)"
 

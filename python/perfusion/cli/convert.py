@@ -92,8 +92,8 @@ def _export(file: Path, to: str, model: str, output: Path | None, scale: float |
     import torch
 
     from perfusion.concept import Concept
-    from perfusion.export import export, file_names
     from perfusion.models import load_pipeline
+    from perfusion.other_formats import export, file_names
 
     concept = Concept.load(file if file.exists() else str(file))
     folder = Path() if output is None and to in ("lora", "embedding") else output or Path(f"{concept.name}-{to}")

@@ -6,19 +6,19 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from perfusion.cli.checks import check_device, refuse_existing
-from perfusion.cli.drawing import SCHEDULERS, Cell, cells, prepare
-from perfusion.cli.models import MODEL_HELP, EmbeddingOption, LoraOption, Precision, PredictionOption, VaeOption, add_parts
+from perfusion.cli.checks import refuse_existing
+from perfusion.cli.drawing import SCHEDULERS, Cell, cells
+from perfusion.cli.models import MODEL_HELP, EmbeddingOption, LoraOption, Precision, PredictionOption, VaeOption
+from perfusion.cli.runtimes import RuntimeName, onnx_session, torch_session
 from perfusion.cli.strict_json import strict_json
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from perfusion.concept import Concept
@@ -35,7 +35,8 @@ def generate(
         Optional[list[str]],
         typer.Option(metavar="FILE", help="A concept, or user/concept on the hub; NAME=FILE to write it <NAME>. May be repeated."),
     ] = None,
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "toybox",
+    model: Annotated[str, typer.Option(help=f"{MODEL_HELP} With --runtime onnx what `perfusion export` wrote.")] = "toybox",
+    runtime: Annotated[RuntimeName, typer.Option(help="What computes: torch, or onnxruntime and numpy.")] = RuntimeName.torch,
     vae: VaeOption = None,
     prediction: PredictionOption = None,
     embedding: EmbeddingOption = None,
@@ -99,29 +100,27 @@ def generate(
     given = {"strength": strength, "bias": bias, "temperature": temperature}
     settings = [_setting(key, text) for key, texts in given.items() for text in texts or ()]
 
-    import torch
-
-    from perfusion.concept import Concept
     from perfusion.contact_sheet import sheet
-    from perfusion.handle import attach
-    from perfusion.models import load_pipeline
 
-    concepts = [(name, path, Concept.load(path if path.exists() else path.as_posix())) for name, path in sources]
-    check_device(device)
-    pipe = load_pipeline(
-        model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value), vae=vae, prediction_type=prediction
-    )
-    words = add_parts(pipe, model, embedding, lora)
-    pipe, options = prepare(
-        pipe, scheduler=scheduler, width=width, height=height, init_image=init_image, init_strength=init_strength,
-        mask_image=mask_image, control_image=control_image, controlnet=controlnet,
-    )  # fmt: skip
-    with attach(pipe, capacity=max(1, len(concepts))) as handle:
+    drawing = {
+        "scheduler": scheduler, "width": width, "height": height, "init_image": init_image,
+        "mask_image": mask_image, "control_image": control_image, "controlnet": controlnet,
+    }  # fmt: skip
+    if runtime is RuntimeName.onnx:
+        unused = {"device": device, "dtype": dtype, "vae": vae, "prediction": prediction, "embedding": embedding, "lora": lora, **drawing}
+        session = onnx_session(model, sources, {f"--{name.replace('_', '-')}": value for name, value in unused.items()})
+    else:
+        session = torch_session(
+            model, sources, device, dtype,
+            parts={"vae": vae, "prediction_type": prediction}, embeddings=embedding, loras=lora,
+            drawing={**drawing, "init_strength": init_strength},
+        )  # fmt: skip
+    with session as (handle, concepts, tokens, words, draw):
         used = _load(handle, concepts, settings)
         for cell in columns:
             cell.check(handle)
         handle.check([*prompts, negative_prompt])  # a mistake in the last prompt is found before the first one is drawn
-        _doubt(handle, [*prompts, negative_prompt])
+        _doubt(handle, tokens, [*prompts, negative_prompt])
         facts = {
             "model": Path(model).name,
             "steps": steps,
@@ -134,7 +133,7 @@ def generate(
         jobs = [(prompt, seed + number, cell) for prompt in prompts for number in range(count) for cell in columns]
         images, written = [], []
         try:
-            drawn = _draw(pipe, handle, jobs, negative_prompt, batch_size, options)
+            drawn = _draw(draw, handle, jobs, negative_prompt, batch_size)
             for (prompt, number, cell), file, image in zip(jobs, files, drawn):
                 written.append(_save(image, file, _metadata(prompt, number, cell.facts(facts)), overwrite))
                 images.append(image)
@@ -215,13 +214,12 @@ def _load(
     }
 
 
-def _doubt(handle: Handle, prompts: Sequence[str]) -> None:
+def _doubt(handle: Handle, tokens: Collection[str], prompts: Sequence[str]) -> None:
     """Warn about what looks like a concept and is none, and about concepts that no prompt names."""
     from perfusion.prompts import near_tags, parse_prompt
-    from perfusion.text import added_tokens
 
     superclasses = {name: loaded.superclass for name, loaded in handle.concepts().items()}
-    tokens, doubted = added_tokens(handle.pipe), set[str]()
+    doubted = set[str]()
     named = {mention.name for prompt in prompts for mention in parse_prompt(prompt, superclasses, tokens).mentions}
     for prompt in dict.fromkeys(prompts):
         for near in near_tags(prompt, superclasses):
@@ -257,10 +255,9 @@ def _say_what_is_finished(written: Sequence[Path], wanted: int) -> None:
 
 
 def _draw(
-    pipe: Any, handle: Handle, jobs: list[tuple[str, int, Cell]], negative_prompt: str, batch_size: int, options: dict[str, Any]
+    draw: Callable[..., list[Image.Image]], handle: Handle, jobs: list[tuple[str, int, Cell]], negative_prompt: str, batch_size: int
 ) -> Iterator[Image.Image]:
     """The picture of each job, in their order: those of one cell of the grid share batches."""
-    import torch
     from tqdm import tqdm
 
     drawn: dict[int, Image.Image] = {}
@@ -270,24 +267,10 @@ def _draw(
         batches += [(cell, own[start : start + batch_size]) for start in range(0, len(own), batch_size)]
     handed = 0
     with tqdm(total=sum(cell.steps for cell, _ in batches), desc="generate", unit="step", disable=None) as bar:
-
-        def advance(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-            bar.update()
-            return tensors
-
         for cell, numbers in batches:
-            batch = [jobs[number] for number in numbers]
+            prompts, seeds, _ = zip(*(jobs[number] for number in numbers))
             with cell.set(handle):
-                images = pipe(
-                    [prompt for prompt, _, _ in batch],
-                    negative_prompt=[negative_prompt] * len(batch),
-                    num_inference_steps=cell.steps,
-                    guidance_scale=cell.guidance_scale,
-                    # on the CPU, so that a seed means the same picture on every device
-                    generator=[torch.Generator("cpu").manual_seed(seed) for _, seed, _ in batch],
-                    callback_on_step_end=advance,
-                    **{name: [value] * len(batch) if name.endswith("image") else value for name, value in options.items()},
-                ).images
+                images = draw(list(prompts), list(seeds), cell.steps, cell.guidance_scale, negative_prompt, bar.update)
             drawn |= dict(zip(numbers, images))
             while handed in drawn:
                 yield drawn.pop(handed)

@@ -21,19 +21,16 @@ from torch import Tensor
 from perfusion.base import cross_attention_layers, describe_base, text_encoders
 from perfusion.captions import everyday_captions
 from perfusion.concept import Concept
+from perfusion.convert import ConversionError
 from perfusion.files import whole
 from perfusion.handle import attach
 from perfusion.text import superclass_tokens
 
-__all__ = ["EXPORTS", "ExportError", "Fit", "embedding_tensors", "export", "file_names", "fit_scale", "lora_tensors"]
+__all__ = ["EXPORTS", "Fit", "embedding_tensors", "export", "file_names", "fit_scale", "lora_tensors"]
 
 EXPORTS = ("lora", "embedding", "a1111", "comfyui")
 CAPTIONS = 256
 _TEMPLATES = ("a {}", "a photo of a {}", "a picture of the {}", "{}")
-
-
-class ExportError(ValueError):
-    """A concept that has no such form, or does not belong to this model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +90,15 @@ def fit_scale(concept: Concept, pipe: Any, *, captions: int = CAPTIONS) -> Fit:
 def _check(concept: Concept, pipe: Any) -> None:
     reason = concept.base.mismatch(describe_base(pipe))
     if reason is not None:
-        raise ExportError(f"concept {concept.name!r} cannot be exported with this model: {reason}")
+        raise ConversionError(f"concept {concept.name!r} cannot be exported with this model: {reason}")
 
 
 @torch.no_grad()
 def lora_tensors(concept: Concept, pipe: Any, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
-    """projection, such as "….attn2.to_v" -> (down [1, D], up [d, 1]) in float32. ExportError for a concept whose keys were trained."""
+    """projection, such as "….attn2.to_v" -> (down [1, D], up [d, 1]) in float32. ConversionError for a concept whose keys were trained."""
     _check(concept, pipe)
     if concept.key_outputs is not None:
-        raise ExportError(
+        raise ConversionError(
             f"concept {concept.name!r} has keys of its own, trained without the key lock; a LoRA of it is not made: "
             "its keys would act at every word of a prompt. Train with the key lock."
         )
@@ -154,9 +151,9 @@ def peft_names(tensors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 
 def file_names(concept: Concept, to: str) -> list[str]:
-    """What `export` writes, under its folder. ExportError for an unknown form."""
+    """What `export` writes, under its folder. ConversionError for an unknown form."""
     if to not in EXPORTS:
-        raise ExportError(f"to must be one of {', '.join(EXPORTS)}, got {to!r}")
+        raise ConversionError(f"to must be one of {', '.join(EXPORTS)}, got {to!r}")
     name = concept.name
     if to in ("lora", "embedding"):
         return [f"{name}-embedding.safetensors", *([f"{name}-lora.safetensors"] if to == "lora" else [])]
@@ -171,7 +168,7 @@ def export(
 
     pipe: the base model, whose weights W are needed. to: "lora", for diffusers and peft; "embedding", the word alone; "a1111" and
     "comfyui", the files of these programs under the folders in which they look. scale: κ, by default fitted (`fit_scale`).
-    ExportError for a concept of another model, or with trained keys.
+    ConversionError for a concept of another model, or with trained keys.
     """
     names, words, notes = file_names(concept, to), embedding_tensors(concept, pipe), []
     word = f"<{concept.name}>" if to in ("lora", "embedding") else "emb_params"
