@@ -11,7 +11,7 @@ say = @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo picture site test lint clean
 
 help: ## this list
 	@echo 'make COMMAND [ARGS="..."]'
@@ -29,6 +29,12 @@ demo_args = $(if $(findstring --output,$(ARGS)),,--overwrite )$(ARGS)
 demo: $(VENV)/.installed-train ## learn two concepts from a few pictures and draw them, in minutes, on any computer
 	$(say) 'perfusion demo $(demo_args)'
 	@$(BIN)/perfusion demo $(demo_args)
+
+picture: demo ## the same, and its overview into docs/demo.png, which README.md shows
+	cp perfusion-demo/overview.png docs/demo.png
+
+site: $(VENV)/.installed-docs ## build the documentation into build/site
+	@$(BIN)/python -m mkdocs build
 
 test: $(VENV)/.installed-test ## run every test, with coverage
 	$(say) 'Running the tests, $(JOBS) at a time'

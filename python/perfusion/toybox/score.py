@@ -65,9 +65,8 @@ def style_prompts(count: int, seed: int) -> tuple[list[str], dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     style = 1 + torch.arange(count) % (len(STYLES) - 1)
     thing, scene = (torch.randint(n, (count,), generator=generator) for n in (len(OBJECTS), len(SCENES)))
-    prompts = [
-        with_article(STYLE_FRAMES[STYLES[style[row]]], OBJECTS[thing[row]]) + f" {list(SCENES.values())[scene[row]]}" for row in range(count)
-    ]
+    frames, scenes = [STYLE_FRAMES.get(word, "") for word in STYLES], list(SCENES.values())
+    prompts = [with_article(frames[style[row]], OBJECTS[thing[row]]) + f" {scenes[scene[row]]}" for row in range(count)]
     return prompts, {"style": style, "object": thing}
 
 

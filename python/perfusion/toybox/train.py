@@ -346,11 +346,13 @@ def train_denoiser(
     return stage.result()
 
 
-def export(output: Path, vae: PatchAutoencoder, tokenizer, encoder, unet, judge: Judge, captions: list[str]) -> None:
+def export(output: Path, vae: PatchAutoencoder, tokenizer, encoder, unet, judge: Judge) -> None:
     """Write the pipeline in half precision, the judge, and the covariance of the text encoder as it was written."""
     pipe = build_pipeline(vae, encoder, tokenizer, unet)
     pipe.to(device="cpu", dtype=torch.float16, memory_format=torch.contiguous_format).save_pretrained(output)
     save_judge(judge.cpu(), output / "judge.safetensors")
+    words = torch.Generator().manual_seed(30)
+    captions = (text for block in _scenes(4 * COVARIANCE_CAPTIONS, seed=3) for text in caption(block, words))
     distinct = list(dict.fromkeys(captions))[:COVARIANCE_CAPTIONS]
     compute_covariance(load_pipeline(output), distinct, source=f"toybox-{len(distinct)}").save(output / "covariance.safetensors")
 
@@ -393,7 +395,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.annealing_steps:
         kinds["annealing"] = options.annealing_steps
         unet = train_denoiser(work, device, options.annealing_steps, data, tokenizer, encoder, **kinds)
-    export(options.output, vae, tokenizer, encoder, unet, judge, data["captions"])
+    export(options.output, vae, tokenizer, encoder, unet, judge)
     print(f"toybox written to {options.output}; score it with: python -m perfusion.toybox.score {options.output}")
 
 
