@@ -180,10 +180,41 @@ def _restoration_loss(vae, images: Tensor, masks: Tensor, generator: torch.Gener
         latents = vae.encode(x).latents
         noise = 0.2 * torch.rand((batch, 1, 1, 1), generator=generator) * torch.randn(latents.shape, generator=generator)
         restored = vae.decode(latents + noise.to(device)).sample.float()
-    latents, difference = latents.float(), restored - x
-    edges = sum((difference.diff(dim=dim).abs() * weights.narrow(dim, 1, x.shape[-1] - 1)).mean() for dim in (2, 3))
+    latents = latents.float()
     held = (latents.mean((0, 2, 3)) ** 2 + (latents.std((0, 2, 3)) - 1) ** 2).mean()
-    return (weights * (difference.abs() + 2 * difference**2)).sum() / (3 * weights.sum()) + 0.5 * edges / weights.mean() + 0.05 * held
+    return _difference(restored, x, weights) + 0.05 * held
+
+
+def train_decoder(
+    work: Path, device: str, vae: PatchAutoencoder, steps: int, paths: list[Path], data: dict, batch: int = 16
+) -> PatchAutoencoder:
+    """The decoder alone, further; latents stay as they are, so that nothing else has to be trained again."""
+    decoder = torch.nn.ModuleList([vae.synthesis, vae.decoder_coarse, vae.decoder_fine])
+    stage = Stage("decoder", work, decoder, steps, 1e-3, device, decay=0.995, anneal=0.7)
+    if not stage.finished:
+        images = torch.cat([torch.load(path, weights_only=True)["images"] for path in paths[:24]])
+        vae.to(memory_format=torch.channels_last)
+
+        def loss_of(generator: torch.Generator) -> Tensor:
+            rows = torch.randint(len(images), (batch,), generator=generator)
+            x = images[rows].to(device).float() / 127.5 - 1
+            weights = F.interpolate(1 + 4 * data["masks"][rows].float().sum(1, keepdim=True).clamp(max=1), scale_factor=8).to(device)
+            latents = data["latents"][rows].float()
+            noise = 0.1 * torch.rand((batch, 1, 1, 1), generator=generator) * torch.randn(latents.shape, generator=generator)
+            with mixed_precision(device):
+                restored = vae.decode((latents + noise).to(device, memory_format=torch.channels_last)).sample.float()
+            return _difference(restored, x, weights)
+
+        stage.run(loss_of)
+    stage.result()
+    return vae.eval()
+
+
+def _difference(restored: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+    """L1 + 2 L2, weighted, and half as much L1 of the differences between neighbours, which keeps lines sharp."""
+    difference = restored - x
+    edges = sum((difference.diff(dim=dim).abs() * weights.narrow(dim, 1, x.shape[-1] - 1)).mean() for dim in (2, 3))
+    return (weights * (difference.abs() + 2 * difference**2)).sum() / (3 * weights.sum()) + 0.5 * edges / weights.mean()
 
 
 def train_text_encoder(work: Path, device: str, steps: int, batch: int = 64) -> tuple[CLIPTokenizer, CLIPTextModel]:
@@ -365,6 +396,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--pictures", type=int, default=20_480, help="how many the UNet and the judge learn from")
     parser.add_argument("--autoencoder-steps", type=int, default=1500)
+    parser.add_argument("--decoder-steps", type=int, default=0, help="of the decoder alone, on the finished encoder's latents")
     parser.add_argument("--text-steps", type=int, default=900)
     help = "at a flat rate; an interrupted run keeps its last checkpoint, so that fewer can be made of many"
     parser.add_argument("--denoiser-steps", type=int, default=35_000, help=help)
@@ -384,6 +416,8 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer, encoder = train_text_encoder(work, device, options.text_steps)
     paths = make_pictures(work, options.pictures, PICTURES_SEED)
     data = make_latents(work, device, vae, paths)
+    if options.decoder_steps:
+        vae = train_decoder(work, device, vae, options.decoder_steps, paths, data)
     torch.manual_seed(1)
     if options.start is not None and (options.start / "judge.safetensors").exists():
         judge = load_judge(options.start / "judge.safetensors")
