@@ -50,9 +50,8 @@ clean: ## remove the virtual environment and everything built; concepts and pict
 	rm -rf $(VENV) build dist *.egg-info perfusion_kernels/cuda/*.so perfusion_kernels/cuda/build.json .coverage .coverage.* .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Where there is nvcc, CUDA kernels are compiled against the headers of torch, which therefore comes first. Two architectures do for a
-# checkout: machine code for 9.0, and for 8.x, whose PTX the driver of a newer GPU compiles.
-export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX;9.0a
+# Where there is nvcc, CUDA kernels are compiled against the headers of torch, which therefore comes first: for all architectures
+# of CMakeLists.txt, unless TORCH_CUDA_ARCH_LIST names fewer.
 install := -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
 # One stamp per set of extras: what is installed already is not installed again.

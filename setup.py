@@ -3,7 +3,7 @@
 CMake compiles them; CMakeLists.txt lists files and architectures. No GPU is looked for. Environment variables:
 
     PERFUSION_CUDA         0: leave the kernels out; 1: fail where they cannot be compiled
-    TORCH_CUDA_ARCH_LIST   compute capabilities, as 8.0;9.0a;12.0+PTX
+    TORCH_CUDA_ARCH_LIST   compute capabilities, as 8.0;9.0;10.0+PTX; all of them: 8.0;8.6;8.9;9.0;10.0+PTX;12.0
     CUDACXX, CUDA_HOME     where nvcc is, if not on PATH
     MAX_JOBS               files compiled at a time
 

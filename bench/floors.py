@@ -139,19 +139,6 @@ def cross_attention_layer(
     return _sum(moved, projections, _attention(B, N, T, H, d, size), Work(read=(2 * O * C + 2 * B * T * O) * size))
 
 
-def cross_attention_layer_launches(
-    *, B: int, N: int, C: int, T: int, H: int, d: int | None = None, bias: bool = True, residual: bool = True, size: int = 2
-) -> tuple[Work, Work]:
-    """Bytes of the two launches of csrc/cross_attention_layer.cuh, between which stand attended heads, or an absorbed layer's weights."""
-    between = B * N * H * (_up(T, 16) if d is None else d)
-    first, second = 2 * (B * T * H * C,) if d is None else (H * d * C + 2 * B * T * H * d, H * d * C)
-    more = (C if bias else 0) + (B * N * C if residual else 0)
-    return (
-        Work(read=(B * N * C + first) * size, written=between * size),
-        Work(read=(between + second + more) * size, written=B * N * C * size),
-    )
-
-
 def edited_projection_backward_launches(*, B: int, T: int, D: int, O: int, J: int, splits: int, size: int = 2) -> tuple[Work, ...]:
     """Bytes of the launches of csrc/edited_projection_backward.cu and csrc/rank_one_backward.cuh, every place with a concept of its own:
     parts of the encodings' gradient, their sum, the gradients of gates and components, and those of the tables."""

@@ -40,7 +40,7 @@ def _plus_rank_one(base: Tensor, gates: Tensor, components: Tensor, index: Tenso
 
 
 def edited_attention(query, key, value, *edit_and_scale):
-    *edit, scale = edit_and_scale
+    *edit, scale = edit_and_scale  # slots and regions, which may stand behind the edit, are not measured
     key, value = _edited(key, value, edit)
     scores = torch.softmax(torch.einsum("bnhd,bthd->bhnt", query, key) * scale, -1)
     return torch.einsum("bhnt,bthd->bnhd", scores, value)
@@ -54,7 +54,7 @@ def expert_edited_attention(query, key, value, *edit_and_scale):
 def _edited(key: Tensor, value: Tensor, edit) -> tuple[Tensor, Tensor]:
     if edit[0] is None:
         return key, value
-    gates, components, index, *tables = edit
+    gates, components, index, *tables = edit[:7]
     pairs = (key, *tables[:2]), (value, *tables[2:])
     return tuple(_plus_rank_one(x.flatten(2), gates, components, index, o, p).unflatten(-1, x.shape[2:]) for x, o, p in pairs)
 

@@ -23,7 +23,6 @@ done
   refuse "$python has no torch that sees the GPU; PYTHON=... names another one."
 
 capability=${gpu##*, }
-[[ $capability == 9.0 || $capability == 10.0 ]] && capability+=a # with the instructions of that architecture alone
 export TORCH_CUDA_ARCH_LIST=$capability MAX_JOBS=${MAX_JOBS:-$(nproc)} PERFUSION_CUDA=1 PYTHONPATH=$PWD:$PWD/python
 mkdir -p "$out"
 echo "$gpu, compute capability $capability; logs and rows in $out"
@@ -79,9 +78,6 @@ for suite in gates projection attention fused layer; do
     --seconds "${SECONDS_EACH:-0.2}" --rounds 10 --out "$out/$suite.jsonl"
 done
 stage bench-overhead 20 "$python" bench/run.py --suite overhead --out "$out/overhead.jsonl"
-files=()
-for suite in projection layer; do [[ ! -e $out/$suite.jsonl ]] || files+=("$out/$suite.jsonl"); done
-stage choices 20 "$python" bench/choices.py --out "$out" "${files[@]}"
 files=("$out"/*.jsonl)
 [[ -e ${files[0]} ]] && "$python" bench/report.py "${files[@]}" | tee "$out/report.md"
 

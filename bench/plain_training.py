@@ -23,8 +23,8 @@ class PlainSession(TrainingSession):
 
     def __enter__(self) -> PlainSession:
         super().__enter__()
-        self._editor.remove()
-        self._hoist = None
+        self._hooks.remove()
+        self._batched = None
         self._inverse = torch.linalg.inv(self.covariance.matrix).to(self.device, torch.promote_types(self.pipe.unet.dtype, torch.float32))
         end = 0
         for layer in cross_attention_layers(self.pipe.unet).values():

@@ -17,9 +17,6 @@ TILES = {  # what its other template arguments are; keys are counted in groups o
     "concept_gates": ("resident",),
     "edited_attention": ("head_dim", "keys"),
     "fused_edited_attention": ("head_dim", "keys"),
-    "cross_attention_layer_attend": ("head_dim", "keys", "rows"),
-    "cross_attention_layer_weigh": ("keys", "rows"),
-    "cross_attention_layer_project": ("absorbed", "rows"),
     "edited_projection": ("rows", "columns"),
     "encodings_gradient": (),
     "sum_of_splits": (),
@@ -82,17 +79,6 @@ def dynamic_shared_memory(kernel: str, arguments: tuple[int, ...]) -> int:
         d, groups = arguments
         sides, stages = 2 if d <= 80 else 1, 3 if d <= 128 else 2
         return 2 * 16 * groups * pitch(d) + max(steps_pitch * stages * (80 + sides * -(-d // 16) * 16), 4 * 2 * 16 * pitch(d))
-    if kernel == "cross_attention_layer_attend":
-        d, groups, rows = arguments
-        stages = 3 if d <= 128 or (groups, rows) == (5, 32) else 2
-        return 2 * 16 * groups * pitch(d) + max(steps_pitch * stages * (rows + -(-d // 16) * 16), rows * pitch(d))
-    if kernel == "cross_attention_layer_weigh":
-        groups, rows = arguments
-        return steps_pitch * 3 * (rows + 16 * groups)
-    if kernel == "cross_attention_layer_project":
-        absorbed, rows = arguments
-        stages = 6 if rows == 32 else 3
-        return stages * (steps_pitch * rows + (32 * pitch(64) if absorbed else 64 * steps_pitch))
     if kernel == "edited_projection":
         return 3 * pitch(64) * sum(arguments)
     if kernel == "concept_gates":

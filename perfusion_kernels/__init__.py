@@ -7,11 +7,11 @@
     fused_edited_attention  projection, edit and attention in one call
     cross_attention_layer   to_q, attention, to_out, bias and residual in one call, for keys and values of a prompt
     absorb_projections      such keys and values with to_q and to_out in them, once per prompt
-    absorb_where_faster     the same, at the shapes at which that was measured to be faster
     ConceptBank             the resident concepts that the operators index
     warm_up                 compiles and tunes the kernels for a model's shapes before the first request
-    measure_choices         measures where a compiled product and absorption are faster, and keeps it for this device
     validate_concepts       the checks on values that operators do not make on a device
+    check_device            raises what kernels met and could not: slots and indices out of range
+    cache_folder            where what was measured or computed once is kept
     metric                  C⁻¹: targets in the metric, conditioning, shrinkage
     compiled_kernels        what the CUDA library of this installation holds, or why there is none
 
@@ -20,16 +20,17 @@ which implementations this installation has, and why not the others.
 """
 
 from . import backend, metric
-from .absorption import absorb_projections, absorb_where_faster
+from .absorption import absorb_projections
 from .backend import BackendUnavailable, available_backends, use_backend
 from .concept_bank import ConceptBank
 from .concept_gates import concept_gates
 from .cross_attention_layer import cross_attention_layer
+from .device_errors import check_device
 from .edited_attention import edited_attention
 from .edited_projection import edited_projection
 from .fused_edited_attention import fused_edited_attention
 from .fused_edited_projection import fused_edited_projection
-from .measure_choices import measure_choices
+from .user_cache import cache_folder
 from .validation import validate_concepts
 from .warm_up import warm_up
 
@@ -37,16 +38,16 @@ __all__ = [
     "BackendUnavailable",
     "ConceptBank",
     "absorb_projections",
-    "absorb_where_faster",
     "available_backends",
+    "cache_folder",
     "compiled_kernels",
     "concept_gates",
+    "check_device",
     "cross_attention_layer",
     "edited_attention",
     "edited_projection",
     "fused_edited_attention",
     "fused_edited_projection",
-    "measure_choices",
     "metric",
     "use_backend",
     "validate_concepts",

@@ -1,12 +1,10 @@
-"""`absorb_projections`: keys and values that have a layer's `to_q` and `to_out` in them, once per prompt; and where that is faster."""
+"""`absorb_projections`: keys and values that have a layer's `to_q` and `to_out` in them, once per prompt."""
 
 import torch
 from torch import Tensor
 
-from .arguments import FLOATING, Arguments
-from .backend import differentiated
-from .choices import measured
 from .reference.look_up import wide
+from .shape_checks import FLOATING, Arguments
 
 
 def absorb_projections(
@@ -31,50 +29,13 @@ def absorb_projections(
 
     Source: DESIGN.md, "Cross-attention layer".
     """
-    _check("absorb_projections", query_weight, key, value, output_weight)
+    check = Arguments("absorb_projections")
+    check("key", key, "B T H d", FLOATING)
+    check("value", value, "B T H d", (key.dtype,), "as key")
+    check("query_weight", query_weight, "H*d C", (key.dtype,), "as key")
+    check("output_weight", output_weight, "C H*d", (key.dtype,), "as key")
     scale = key.shape[-1] ** -0.5 if scale is None else float(scale)
     dtype, heads = wide(key), key.shape[2:]
     absorbed_key = torch.einsum("bthd,hdc->bthc", key.to(dtype) * scale, query_weight.to(dtype).unflatten(0, heads))
     absorbed_value = torch.einsum("bthd,chd->bthc", value.to(dtype), output_weight.to(dtype).unflatten(1, heads))
     return absorbed_key.to(key.dtype), absorbed_value.to(value.dtype)
-
-
-def absorb_where_faster(
-    query_weight: Tensor, key: Tensor, value: Tensor, output_weight: Tensor, *, image_tokens: int, scale: float | None = None
-) -> dict[str, Tensor | float | None]:
-    """The arguments of `cross_attention_layer` in the form that was measured to be faster at this shape: plain or absorbed.
-
-    Call it once per prompt, and the layer at every step with what it gives: `cross_attention_layer(x, **arguments,
-    output_bias=b, residual=r)`. A shape that was not measured on this kind of device stays plain, and so does a call that
-    will be differentiated, because absorbed keys and values have no kernel for that. The two forms differ in roundings.
-
-    Args:
-        query_weight [H*d, C], key, value [B, T, H, d], output_weight [C, H*d], scale: as for `absorb_projections`.
-        image_tokens: N of the hidden states [B, N, C] to come.
-
-    Returns:
-        query_weight, key, value, output_weight and scale: as they came, or absorbed, with None for both weights and 1 for
-        the scale, which the keys then have in them.
-
-    Raises:
-        TypeError, ValueError: an argument breaks a rule above.
-
-    Source: DESIGN.md, "Choices by measurement".
-    """
-    tensors = {"query_weight": query_weight, "key": key, "value": value, "output_weight": output_weight}
-    _check("absorb_where_faster", **tensors)
-    scale = key.shape[-1] ** -0.5 if scale is None else float(scale)
-    B, T, H, d = key.shape
-    sizes = (B, image_tokens, query_weight.shape[1], T, H, d)
-    if differentiated(tensors.values()) or measured("cross_attention_layer", key.device, key.dtype, sizes) != "absorbed":
-        return {**tensors, "scale": scale}
-    key, value = absorb_projections(query_weight, key, value, output_weight, scale=scale)
-    return {"query_weight": None, "key": key, "value": value, "output_weight": None, "scale": 1.0}
-
-
-def _check(operator: str, query_weight: Tensor, key: Tensor, value: Tensor, output_weight: Tensor) -> None:
-    check = Arguments(operator)
-    check("key", key, "B T H d", FLOATING)
-    check("value", value, "B T H d", (key.dtype,), "as key")
-    check("query_weight", query_weight, "H*d C", (key.dtype,), "as key")
-    check("output_weight", output_weight, "C H*d", (key.dtype,), "as key")

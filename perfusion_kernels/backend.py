@@ -2,10 +2,9 @@
 
 A backend is a subpackage of this package whose import calls `register` once per operator it has. One that depends on more
 than its import has a function `unavailable`, which says why none of its operators can run here, or None.
-Every call takes the first of `ORDER` that has the operator and neither refuses nor declines the arguments. A
+Every call takes the first of its operator's `DEFAULTS` that is there and neither refuses nor declines the arguments. A
 backend asked for by name (a call's `backend=`, `use_backend`, or the environment variable
-PERFUSION_BACKEND, in this order) is taken, or the call fails and says why. The name "measured" asks for the backend that
-was measured to be faster at the call's shape (choices.py), and chooses as always where none was.
+PERFUSION_BACKEND, in this order) is taken, or the call fails and says why.
 """
 
 import importlib
@@ -18,10 +17,22 @@ from dataclasses import dataclass
 import torch
 from torch._ops import OpOverload
 
-from .registration import Implementation, Operator, bind, bind_backward, never_won
+from .registration import Implementation, Operator, bind, bind_backward
 
 ORDER = ("cuda", "triton", "reference")
-AUTOMATIC = ("auto", "measured")  # what may be asked for beside a backend's name
+
+# The backends that a call chooses from which names none, the preferred one first. An own kernel is a default where it
+# replaces several launches of plain torch. Where it would replace the library's matrix product, it becomes one by a commit
+# that carries the measurement (bench/results); until then it runs when it is asked for by name. An operator without a row
+# here takes them in the order of `ORDER`.
+DEFAULTS = {
+    "concept_gates": ("cuda", "triton", "reference"),
+    "edited_projection": ("triton", "reference"),  # both: the library's product, whose bits rows without a concept keep
+    "fused_edited_projection": ("triton", "reference"),
+    "edited_attention": ("cuda", "triton", "reference"),
+    "fused_edited_attention": ("cuda", "triton", "reference"),
+    "cross_attention_layer": ("reference",),  # absorbed; else the public function makes torch's products around `edited_attention`
+}
 
 _requested: str | None = os.environ.get("PERFUSION_BACKEND") or None
 _implementations: dict[str, dict[str, Implementation]] = {}  # operator -> backend -> how to call it
@@ -60,7 +71,6 @@ def register(
     *,
     refuses: Callable[..., str | None] = _refuses_nothing,
     declines: Callable[..., str | None] = _refuses_nothing,
-    wins: Callable[..., bool] = never_won,
 ) -> None:
     """Makes `implementation` the `backend`'s way to run `operator`.
 
@@ -69,12 +79,10 @@ def register(
     refuses: given the schema's arguments, None, or the reason why they cannot run here. It may look at
         shapes, dtypes and devices only: it runs under `torch.compile` too.
     declines: the same, for calls that can run here when `backend` is asked for by name, and not otherwise.
-    wins: given the same, whether `backend` was measured to be faster there than what runs without it. It is asked where
-        "measured" is asked for.
     """
     implementations = _implementations.setdefault(operator.name, {})
     _require_new(backend, operator.name, implementations)
-    implementations[backend] = Implementation(bind(operator, backend, implementation), refuses, declines, wins)
+    implementations[backend] = Implementation(bind(operator, backend, implementation), refuses, declines)
 
 
 def register_backward(
@@ -134,25 +142,26 @@ def call(operator: str, arguments: Sequence, backend: str | None = None):
 def select(operator: str, arguments: Sequence, backend: str | None = None) -> OpOverload:
     """The overload that runs this call."""
     implementations = _implementations[operator]
-    requested = backend if backend is not None else _requested
-    if requested == "measured" and not differentiated(arguments):  # derivatives have not been measured
-        for found in implementations.values():
-            if found.wins(*arguments) and found.refuses(*arguments) is None:
-                return found.overload
-    elif requested is not None and requested not in AUTOMATIC:
-        reason = _why_not(requested, implementations, arguments)
+    name = backend if backend is not None else _requested
+    if name is not None and name != "auto":
+        reason = _why_not(name, implementations, arguments)
         if reason is not None:
             others = [name for name in ORDER if _why_not(name, implementations, arguments) is None]
             raise BackendUnavailable(
-                f"{operator}: backend {requested!r} was asked for but cannot run this call: {reason}."
+                f"{operator}: backend {name!r} was asked for but cannot run this call: {reason}."
                 f" Can run it: {', '.join(others)}"
             )
-        return implementations[requested].overload
-    for name in ORDER:
+        return implementations[name].overload
+    for name in DEFAULTS.get(operator, ORDER):
         found = implementations.get(name)  # why an absent one is absent is not asked here, in every call
         if found is not None and found.refuses(*arguments) is None and found.declines(*arguments) is None:
             return found.overload
     raise BackendUnavailable(f"{operator}: no backend can run this call")
+
+
+def requested() -> str | None:
+    """The backend that calls run on which name none, if one was asked for; None: chosen for each call."""
+    return None if _requested == "auto" else _requested
 
 
 def differentiated(arguments: Sequence) -> bool:
@@ -174,15 +183,14 @@ def _reason(backend: str) -> str | None:
 
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Inside the `with`, calls that name no backend run on `backend`; "auto" or None: choose automatically; "measured": take
-    what was measured to be faster (`measure_choices`), which may have other bits than the automatic choice.
+    """Inside the `with`, calls that name no backend run on `backend`; "auto" or None: choose automatically.
 
     Process-wide, as the flags of `torch.backends` are, and seen by compiled functions, which retrace.
     An unknown name raises ValueError here; an absent backend raises BackendUnavailable at the call.
     """
     global _requested
-    if backend not in (None, *AUTOMATIC, *ORDER):
-        raise ValueError(f"use_backend: backend must be one of {', '.join((*AUTOMATIC, *ORDER))}; got {backend!r}")
+    if backend not in (None, "auto", *ORDER):
+        raise ValueError(f"use_backend: backend must be one of auto, {', '.join(ORDER)}; got {backend!r}")
     before, _requested = _requested, backend
     try:
         yield

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .arguments import FLOATING, WIDE
+from .shape_checks import FLOATING, WIDE
 from .validation import MAX_CONDITION, dependent_concepts
 
 ROWS = {  # table: the argument of `add` that is one row of it

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from .arguments import FLOATING, INDEX, WIDE, Arguments, once
 from .backend import call, register
 from .reference import concept_gates as reference
 from .registration import Operator
-from .validation import check_values, validate_concepts
+from .shape_checks import FLOATING, INDEX, WIDE, Arguments, once
+from .validation import check_values, validate_concepts, validate_places
 
 
 def concept_gates(
@@ -17,6 +17,8 @@ def concept_gates(
     bias: Tensor,
     temperature: Tensor,
     *,
+    places: Tensor | None = None,
+    floor: Tensor | None = None,
     validate: bool | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -32,6 +34,10 @@ def concept_gates(
         index [B, J]: int32, the bank slots a row uses, -1 for none. Any J, 0 included.
         bias, temperature [B, J]: β and τ per row and place; float32 or float64, both the same; not read
             where index is -1.
+        places [B, J] or [B, J, P]: int32, the text positions at which a concept's own word stands (several tokens or
+            mentions: P > 1), -1 for none. At its own places a concept's gate is at least its floor; at those of another
+            concept of the same row it is 0, unless the place is its own too. None: the published gates everywhere.
+        floor [B, J]: the least gate at the own places, in 0 … 1; as bias. None: 0. Both are not read where index is -1.
         validate: whether to check values (`validate_concepts`), which waits for the device. None: on
             ordinary host tensors outside torch.compile only, and not again until one is written in place as torch
             counts it, so not through `.data` or numpy.
@@ -39,25 +45,35 @@ def concept_gates(
 
     Returns:
         gates, components [B, T, J], float64 if encodings or targets are, else float32, under autocast too.
-        Both are 0 where index is -1. Differentiable in every argument but index.
+        Both are 0 where index is -1. Differentiable in every argument but index and places.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above. BackendUnavailable: see `use_backend`.
 
-    Unchecked, an index beyond the bank is undefined, and dependent concepts in a row, a zero temperature
+    Unchecked, an index out of range acts as -1, a place out of range as none, and dependent concepts in a row, a zero temperature
     or an empty slot give values that are not finite, in that batch row alone.
 
-    Source: arXiv 2305.01644, eq. 3 (one concept) and eq. 4 (several).
+    Source: arXiv 2305.01644, eq. 3 (one concept) and eq. 4 (several); places: DESIGN.md, "Gates by word".
     """
-    arguments = (encodings, targets, metric_targets, index, bias, temperature)
+    arguments = (encodings, targets, metric_targets, index, bias, temperature, places, floor)
     _check(*arguments)
-    check_values(_check_concepts, "concept_gates", validate, arguments, arguments)
+    given = tuple(argument for argument in arguments if argument is not None)
+    check_values(_check_concepts, "concept_gates", validate, arguments, given)
+    if places is not None and places.dim() == 2:
+        arguments = (*arguments[:6], places[..., None], floor)
     return call("concept_gates", arguments, backend)
 
 
 @once
 def _check(
-    encodings: Tensor, targets: Tensor, metric_targets: Tensor, index: Tensor, bias: Tensor, temperature: Tensor
+    encodings: Tensor,
+    targets: Tensor,
+    metric_targets: Tensor,
+    index: Tensor,
+    bias: Tensor,
+    temperature: Tensor,
+    places: Tensor | None,
+    floor: Tensor | None,
 ) -> None:
     check = Arguments("concept_gates")
     check("encodings", encodings, "B T D", FLOATING)
@@ -66,14 +82,22 @@ def _check(
     check("index", index, "B J", INDEX)
     check("bias", bias, "B J", WIDE)
     check("temperature", temperature, "B J", (bias.dtype,), "as bias")
+    if places is not None:
+        check("places", places, "B J" if getattr(places, "ndim", 3) == 2 else "B J P", INDEX)
+    if floor is not None:
+        check("floor", floor, "B J", (bias.dtype,), "as bias")
+        if places is None:
+            raise ValueError("concept_gates: floor must be given with places, at which it holds; got places None")
 
 
-def _check_concepts(operator, encodings, targets, metric_targets, index, bias, temperature):
+def _check_concepts(operator, encodings, targets, metric_targets, index, bias, temperature, places=None, floor=None):
     values = {"encodings": encodings, "bias": bias, "temperature": temperature}
     validate_concepts(targets, metric_targets, index, **values, operator=operator)
+    if places is not None:
+        validate_places(operator, places, floor, index, encodings.shape[1])
 
 
-def _fake(encodings, targets, metric_targets, index, bias, temperature):
+def _fake(encodings, targets, metric_targets, index, bias, temperature, places, floor):
     dtype = reference.wide(encodings, targets)
     shape = (encodings.shape[0], encodings.shape[1], index.shape[1])
     return encodings.new_empty(shape, dtype=dtype), encodings.new_empty(shape, dtype=dtype)

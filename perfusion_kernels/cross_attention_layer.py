@@ -2,11 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .arguments import FLOATING, Arguments, dtypes_beside, once
-from .backend import call, register
+from .backend import call, register, requested
+from .edited_attention import edited_attention
 from .reference import cross_attention_layer as reference
 from .registration import Operator
+from .shape_checks import FLOATING, Arguments, autocasts, dtypes_beside, once
 from .validation import check_values
 
 
@@ -27,8 +29,7 @@ def cross_attention_layer(
 
     key and value are those of the prompt, edited already (`edited_projection`). With `query_weight` and
     `output_weight` both None they are absorbed ones, from `absorb_projections`: the heads are then C wide and
-    the result is residual + output_bias + Σ_h softmax(scale · x K_hᵀ) V_h. `absorb_where_faster` takes the form that was
-    measured to be faster.
+    the result is residual + output_bias + Σ_h softmax(scale · x K_hᵀ) V_h.
 
     Args:
         hidden_states [B, N, C]: float16, bfloat16, float32 or float64; any strides.
@@ -40,7 +41,8 @@ def cross_attention_layer(
         validate: whether to check that key and value are finite, which waits for the device. None: on ordinary
             host tensors outside torch.compile only, and not again until one is written in place as torch counts it,
             so not through `.data` or numpy.
-        backend: "cuda", "triton" or "reference"; None chooses.
+        backend: that of `edited_attention`, around which torch makes the products: "cuda", "triton", or None, which chooses.
+            "reference" is the formula in plain torch, and what absorbed keys and values run on every device.
 
     Returns:
         [B, N, C], contiguous, in the dtype of hidden_states; under autocast, in autocast's, to which every
@@ -57,7 +59,9 @@ def cross_attention_layer(
     if scale is None:
         scale = 1.0 if query_weight is None else key.shape[-1] ** -0.5
     arguments = (*tensors, float(scale))
-    return call("cross_attention_layer", arguments, backend)
+    if query_weight is None or (backend or requested()) == "reference":
+        return call("cross_attention_layer", arguments, backend)
+    return _around_attention(*arguments, backend)
 
 
 @once
@@ -116,6 +120,36 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, gradient):
     return reference.cross_attention_layer_backward(gradient, *ctx.saved_tensors, ctx.scale, ctx.needs_input_grad)
+
+
+def _around_attention(
+    hidden_states: Tensor,
+    query_weight: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor | None,
+    residual: Tensor | None,
+    scale: float,
+    backend: str | None,
+) -> Tensor:
+    """torch's products before and after `edited_attention`. Not an operator; its parts have the derivatives."""
+    tensors = (hidden_states, query_weight, key, value, output_weight, output_bias, residual)
+    device_type = hidden_states.device.type
+    if autocasts(hidden_states):
+        dtype = torch.get_autocast_dtype(device_type)
+        tensors = tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+        with torch.autocast(device_type, enabled=False):
+            return _around_attention(*tensors, scale, backend)
+    query = functional.linear(hidden_states, query_weight).unflatten(-1, key.shape[2:])
+    attended = edited_attention(query, key, value, scale=scale, validate=False, backend=backend).flatten(2)
+    if residual is None:
+        return functional.linear(attended, output_weight, output_bias)
+    # The product is added to residual + bias by its own epilogue: a copy that torch.addmm would make brings the bias instead.
+    added = residual.clone() if output_bias is None else residual + output_bias
+    added = added.contiguous()
+    added.view(-1, added.shape[-1]).addmm_(attended.flatten(0, 1), output_weight.mT)
+    return added
 
 
 OPERATOR = Operator(

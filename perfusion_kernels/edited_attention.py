@@ -2,11 +2,12 @@
 
 from torch import Tensor
 
-from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
+from . import sdpa
 from .backend import call, register
 from .reference import edited_attention as reference
 from .registration import Operator
-from .validation import check_values, validate_edit
+from .shape_checks import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
+from .validation import check_values, validate_edit, validate_slots
 
 
 def edited_attention(
@@ -21,6 +22,9 @@ def edited_attention(
     key_targets: Tensor | None = None,
     value_outputs: Tensor | None = None,
     value_targets: Tensor | None = None,
+    slots: Tensor | None = None,
+    query_regions: Tensor | None = None,
+    key_regions: Tensor | None = None,
     scale: float | None = None,
     validate: bool | None = None,
     backend: str | None = None,
@@ -32,50 +36,74 @@ def edited_attention(
     is no padding mask: the models concerned attend to all T positions.
 
     Args:
-        query [B, N, H, d], key, value [B, T, H, d]: one dtype of float16, bfloat16, float32, float64; any
-            strides; T >= 1.
-        gates, components [B, T, J]: from `concept_gates`; float32 or float64; not read where index is -1.
-        index [B, J]: int32, the bank slots a row uses, -1 for none. Any J, 0 included.
+        query [B, N, H, d], key, value [P, T, H, d]: one dtype of float16, bfloat16, float32, float64; any
+            strides; T >= 1. Without slots P = B.
+        gates, components [P, T, J]: from `concept_gates`; float32 or float64; not read where index is -1.
+        index [P, J]: int32, the bank slots a row of key and value uses, -1 for none. Any J, 0 included.
         key_outputs, key_targets, value_outputs, value_targets [S, H*d]: o* and W i* of this layer, columns in the
             order of key.flatten(2); any of the four dtypes, all the same.
+        slots [B]: int32, the row of key, value, gates, components and index that a row of query reads, in 0 … P - 1.
+            None: row b reads row b.
+        query_regions [B, N], key_regions [B, T]: int32, a set of bits for each image token and each text position; both or
+            neither. Token n attends to position t if key_regions[b, t] is 0 or shares a bit with query_regions[b, n];
+            the others get weight 0, and a token to which nothing is left gets 0.
         scale: None means d ** -0.5.
-        validate: whether to check values (index in range, gates and components finite), which waits for
+        validate: whether to check values (index and slots in range, gates and components finite), which waits for
             the device. None: on ordinary host tensors outside torch.compile only, and not again until one is written
             in place as torch counts it, so not through `.data` or numpy.
-        backend: "cuda", "triton" or "reference"; None chooses.
+        backend: "cuda", "triton" or "reference"; None chooses. On a CPU, None is torch's scaled_dot_product_attention
+            (sdpa.py), unless the call will be differentiated or runs under autocast.
 
     Returns:
         [B, N, H, d], contiguous, in the dtype of query; under autocast, in autocast's, to which query, key
         and value are cast. Edit, softmax and sums in at least float32. A batch row without a concept is bit
-        for bit what the call without edit arguments gives. Differentiable in every tensor but index.
+        for bit what the call without edit arguments gives on the same backend. Differentiable in every tensor but index,
+        slots and regions.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above. BackendUnavailable: see `use_backend`.
 
-    Source: arXiv 2305.01644, eq. 3 and 4, written as an update of rank 2J of K and V.
+    Unchecked, a batch row whose slot is out of range gives 0, and an index out of range acts as -1.
+
+    Source: arXiv 2305.01644, eq. 3 and 4, written as an update of rank 2J of K and V; regions: DESIGN.md, "Regions".
     """
-    tensors = (query, key, value, gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
+    edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
+    tensors = (query, key, value, *edit, slots, query_regions, key_regions)
     _check(*tensors)
     if index is not None:
-        slots = (value_outputs if key_outputs is None else key_outputs).shape[0]
-        check_values(validate_edit, "edited_attention", validate, tensors, (index, gates, components), slots)
+        bank = (value_outputs if key_outputs is None else key_outputs).shape[0]
+        check_values(validate_edit, "edited_attention", validate, tensors, (index, gates, components), bank)
+    if slots is not None:
+        check_values(validate_slots, "edited_attention", validate, tensors, (slots,), key.shape[0])
     arguments = (*tensors, query.shape[-1] ** -0.5 if scale is None else float(scale))
+    if backend is None and sdpa.preferred(arguments):
+        return sdpa.edited_attention(*arguments)
     return call("edited_attention", arguments, backend)
 
 
 @once
-def _check(query: Tensor, key: Tensor, value: Tensor, *edit: Tensor | None) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, *optional: Tensor | None) -> None:
+    *edit, slots, query_regions, key_regions = optional
     check = Arguments("edited_attention")
     check("query", query, "B N H d", FLOATING)
-    check("key", key, "B T H d", dtypes_beside(query), "as query")
-    check("value", value, "B T H d", dtypes_beside(query), "as query")
+    if slots is not None:
+        check("slots", slots, "B", INDEX)
+    rows = "B" if slots is None else "P"
+    check("key", key, f"{rows} T H d", dtypes_beside(query), "as query")
+    check("value", value, f"{rows} T H d", dtypes_beside(query), "as query")
     if key.shape[1] == 0:
         raise ValueError("edited_attention: key must have at least one position; got T = 0")
     if any(argument is not None for argument in edit):
-        _check_edit(check, *edit)
+        _check_edit(check, rows, *edit)
+    regions = {"query_regions": query_regions, "key_regions": key_regions}
+    if any(each is not None for each in regions.values()):
+        for name, other, letters in (("query_regions", "key_regions", "B N"), ("key_regions", "query_regions", "B T")):
+            if regions[name] is None:
+                raise ValueError(f"edited_attention: {name} must be given with {other}; got None")
+            check(name, regions[name], letters, INDEX)
 
 
-def _check_edit(check, gates, components, index, key_outputs, key_targets, value_outputs, value_targets):
+def _check_edit(check, rows, gates, components, index, key_outputs, key_targets, value_outputs, value_targets):
     for name, argument in (("gates", gates), ("components", components), ("index", index)):
         if argument is None:
             raise ValueError(f"edited_attention: {name} must be given with the other edit arguments; got None")
@@ -88,9 +116,9 @@ def _check_edit(check, gates, components, index, key_outputs, key_targets, value
             "edited_attention: gates need tables to act on; give key_outputs and key_targets,"
             " value_outputs and value_targets, or all four"
         )
-    check("gates", gates, "B T J", WIDE, "as concept_gates returns them")
-    check("components", components, "B T J", (gates.dtype,), "as gates")
-    check("index", index, "B J", INDEX)
+    check("gates", gates, f"{rows} T J", WIDE, "as concept_gates returns them")
+    check("components", components, f"{rows} T J", (gates.dtype,), "as gates")
+    check("index", index, f"{rows} J", INDEX)
     dtypes, why = FLOATING, ""
     for names, pair in pairs.items():
         for name, other, table in zip(names, reversed(names), pair):
@@ -101,7 +129,7 @@ def _check_edit(check, gates, components, index, key_outputs, key_targets, value
                 raise ValueError(f"edited_attention: {name} must be given with {other}; got None")
 
 
-def _fake(query, key, value, *edit_and_scale):
+def _fake(query, *rest):
     return query.new_empty(query.shape)
 
 

@@ -4,10 +4,10 @@ from functools import partial
 
 from torch import Tensor
 
-from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
 from .backend import call, register
 from .reference import edited_projection as reference
 from .registration import Operator
+from .shape_checks import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
 from .validation import check_values, validate_edit
 
 
@@ -39,14 +39,13 @@ def edited_projection(
         validate: whether to check values (index in range, gates and components finite), which waits for
             the device. None: on ordinary host tensors outside torch.compile only, and not again until one is written
             in place as torch counts it, so not through `.data` or numpy.
-        backend: "cuda", "triton" or "reference"; None chooses; "measured" takes "cuda" at shapes at which it was measured to be
-            faster than the library's product on this kind of device, and chooses as None does at all others.
+        backend: "cuda", "triton" or "reference"; None chooses.
 
     Returns:
         [B, T, O] in the dtype of encodings; under autocast, in autocast's, to which encodings and weight
         are cast. The edit is added in at least float32. A batch row without a concept is bit for bit
-        `torch.nn.functional.linear(encodings, weight)`; by "cuda", and so where "measured" takes it, that of the call in
-        which no row has a concept. Differentiable in every argument but index.
+        `torch.nn.functional.linear(encodings, weight)`; by "cuda", which is never chosen unasked, that of the
+        call in which no row has a concept. Differentiable in every argument but index.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above. BackendUnavailable: see `use_backend`.

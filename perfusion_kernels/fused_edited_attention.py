@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from .arguments import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
 from .backend import call, register
 from .reference import fused_edited_attention as reference
 from .registration import Operator
+from .shape_checks import FLOATING, INDEX, WIDE, Arguments, dtypes_beside, once
 from .validation import check_values, validate_edit
 
 

@@ -4,12 +4,12 @@ from functools import partial
 
 from torch import Tensor
 
-from .arguments import once
 from .backend import call, register
 from .edited_projection import OPERATOR as SEPARATE
 from .edited_projection import check_projection
 from .reference import fused_edited_projection as reference
 from .registration import Operator
+from .shape_checks import once
 from .validation import check_values, validate_edit
 
 

@@ -17,19 +17,13 @@ LIBRARY = torch.library.Library("perfusion_kernels", "DEF")
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 
 
-def never_won(*arguments) -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class Implementation:
-    """An overload, why it cannot or had better not run given arguments, and whether it was measured to be faster than what runs
-    otherwise; all look at shapes, dtypes and devices only."""
+    """An overload, why it cannot run given arguments, and why it is not preferred; both look at shapes, dtypes and devices only."""
 
     overload: OpOverload
     refuses: Callable[..., str | None]
     declines: Callable[..., str | None]
-    wins: Callable[..., bool] = never_won
 
 
 @dataclass(frozen=True)

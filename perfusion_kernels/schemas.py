@@ -10,7 +10,7 @@ import re
 SCHEMAS = {
     "concept_gates": (
         "(Tensor encodings, Tensor targets, Tensor metric_targets, Tensor index, Tensor bias,"
-        " Tensor temperature) -> (Tensor gates, Tensor components)"
+        " Tensor temperature, Tensor? places, Tensor? floor) -> (Tensor gates, Tensor components)"
     ),
     "edited_projection": (
         "(Tensor encodings, Tensor weight, Tensor gates, Tensor components, Tensor index,"
@@ -23,7 +23,7 @@ SCHEMAS = {
     "edited_attention": (
         "(Tensor query, Tensor key, Tensor value, Tensor? gates, Tensor? components, Tensor? index,"
         " Tensor? key_outputs, Tensor? key_targets, Tensor? value_outputs, Tensor? value_targets,"
-        " float scale) -> Tensor"
+        " Tensor? slots, Tensor? query_regions, Tensor? key_regions, float scale) -> Tensor"
     ),
     "fused_edited_attention": (
         "(Tensor query, Tensor encodings, Tensor key_weight, Tensor value_weight, Tensor gates,"

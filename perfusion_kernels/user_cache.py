@@ -1,4 +1,4 @@
-"""Files of measurements in the user's cache, one per kind of device: $PERFUSION_CACHE, or a folder of the system's cache."""
+"""The user's cache folder, and in it files of measurements, one per kind of device."""
 
 import json
 import os
@@ -6,7 +6,13 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import platformdirs
 import torch
+
+
+def cache_folder() -> Path:
+    """$PERFUSION_CACHE, or the folder that the system gives a user's caches; not created here."""
+    return Path(os.environ.get("PERFUSION_CACHE") or platformdirs.user_cache_dir("perfusion", appauthor=False)).expanduser()
 
 
 @cache
@@ -17,10 +23,8 @@ def kind(device: torch.device) -> str:
 
 def path(what: str, device_kind: str) -> Path:
     """The file's name says for what and with what it was measured."""
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("PERFUSION_CACHE") or Path(cache_home) / "perfusion")
     name = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in f"{what}-{device_kind}")
-    return folder / f"{name}.json"
+    return cache_folder() / f"{name}.json"
 
 
 def write(file: Path, content: object) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .unwritten import Marks, marks, unwritten
+from .tensor_version import Marks, marks, unwritten
 
 MAX_CONDITION = 1e3
 """Largest accepted condition number of a row's Gram matrix: components in float32 are then right to about 5e-5."""
@@ -142,6 +142,30 @@ def validate_edit(operator: str, index: Tensor, gates: Tensor, components: Tenso
     for name, values in (("gates", gates), ("components", components)):
         if not torch.where(present[:, None], values, 0).isfinite().all():
             raise ValueError(f"{operator}: {name} must be finite where index names a concept")
+
+
+def validate_places(operator: str, places: Tensor, floor: Tensor | None, index: Tensor, T: int) -> None:
+    """Refuses a place that is no text position, and a floor that is no gate, where index names a concept."""
+    present = index >= 0
+    used = places[present]
+    if used.numel() and (used.min() < -1 or used.max() >= T):
+        raise ValueError(
+            f"{operator}: places must lie in -1 … {T - 1} (T = {T}); got values from {used.min().item()} to {used.max().item()}"
+        )
+    if floor is not None and not ((floor[present] >= 0) & (floor[present] <= 1)).all():
+        wrong = (present & ~((floor >= 0) & (floor <= 1))).nonzero()[0].tolist()
+        raise ValueError(
+            f"{operator}: floor must lie in 0 … 1; got {floor[tuple(wrong)].item():g} at row {wrong[0]}, place {wrong[1]}"
+        )
+
+
+def validate_slots(operator: str, slots: Tensor, rows: int) -> None:
+    """Refuses a slot that is no row of keys and values."""
+    if slots.numel() and (slots.min() < 0 or slots.max() >= rows):
+        raise ValueError(
+            f"{operator}: slots must lie in 0 … {rows - 1} (P = {rows} rows of key and value);"
+            f" got values from {slots.min().item()} to {slots.max().item()}"
+        )
 
 
 def validate_index(operator: str, index: Tensor, slots: int) -> None:

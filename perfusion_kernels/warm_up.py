@@ -1,27 +1,19 @@
 """`warm_up`: the kernels that calls at given shapes will run, compiled and tuned before the first of them comes."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .backend import BackendUnavailable, available_backends
 from .concept_gates import concept_gates
-from .cross_attention_layer import cross_attention_layer
 from .edited_attention import edited_attention
 from .edited_projection import edited_projection
 from .fused_edited_attention import fused_edited_attention
 from .fused_edited_projection import fused_edited_projection
-from .measure_choices import Layer, Measured, measure_choices
 
-
-@dataclass(frozen=True)
-class WarmedUp:
-    """tiles: kind of device -> launch -> tile sizes, as the cache's file has them. measured: what `measure_choices` found."""
-
-    tiles: dict[str, dict[str, dict[str, int]]]
-    measured: Measured
+Layer = tuple[int, int, int, int]
+Tiles = dict[str, dict[str, dict[str, int]]]
 
 
 def warm_up(
@@ -34,12 +26,11 @@ def warm_up(
     text_width: int = 768,
     concepts: int = 1,
     gradients: bool = False,
-) -> WarmedUp:
-    """Calls every operator at the shapes of a model's cross-attention layers, and keeps the fastest tile sizes found.
+) -> Tiles:
+    """Calls every operator that has kernels at the shapes of a model's cross-attention layers, and keeps the fastest tile sizes found.
 
     Without it a process compiles each kernel in the first call that needs it, and takes tile sizes that are
-    sensible and untried. With the tiles chosen it measures where a compiled product and absorption are faster
-    (`measure_choices`). What is found here is kept in the user's cache folder, for later processes too.
+    sensible and untried. What is found here is kept in the user's cache folder, for later processes too.
 
     Args:
         layers: (N, C, H, d) of each layer: image tokens, channels, heads, head width. Repeated ones count once.
@@ -48,12 +39,12 @@ def warm_up(
         gradients: whether to warm up derivatives as well, for training.
 
     Returns:
-        what was chosen.
+        what was chosen: kind of device -> launch -> tile sizes, as the cache's file has them.
 
     Raises:
         BackendUnavailable: no Triton here, or the device is none that it serves. ValueError: no layer is given.
 
-    Source: DESIGN.md, "Tile sizes" and "Choices by measurement".
+    Source: DESIGN.md, "Tile sizes".
     """
     layers = list(layers)
     if not layers:
@@ -67,8 +58,7 @@ def warm_up(
                 results = call()
             if gradients:
                 sum(result.float().sum() for result in results).backward()
-    sizes = {"rows": rows, "tokens": tokens, "text_width": text_width, "concepts": concepts}
-    return WarmedUp(chosen, measure_choices(layers, device=device, dtype=dtype, **sizes))
+    return chosen
 
 
 def _require_triton(device: torch.device) -> None:
@@ -111,14 +101,12 @@ def _calls(
     yield lambda: (edited_projection(encodings, **tables, **edit),)
     yield lambda: (fused_edited_projection(encodings, **tables, **edit),)
 
-    for N, C, H, d in dict.fromkeys(layers):
+    for N, H, d in dict.fromkeys((N, H, d) for N, _, H, d in layers):
         O = H * d
         query, key, value = draw(B, N, H, d), draw(B, T, H, d), draw(B, T, H, d)
         names = ("key_outputs", "key_targets", "value_outputs", "value_targets")
         tables = {name: draw(J, O) for name in names}
         weights = draw(O, D), draw(O, D)
-        layer = draw(B, N, C), draw(O, C), key, value, draw(C, O), draw(C), draw(B, N, C)
         yield lambda: (edited_attention(query, key, value),)
         yield lambda: (edited_attention(query, key, value, **edit, **tables),)
         yield lambda: (fused_edited_attention(query, encodings, *weights, **edit, **tables),)
-        yield lambda: (cross_attention_layer(*layer, validate=False),)

@@ -346,7 +346,7 @@ def test_every_command_writes_its_json_so():
 @pytest.fixture
 def healthy(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(models, "TOYBOX", folder / "model")
-    monkeypatch.setenv("PERFUSION_HOME", str(tmp_path))
+    monkeypatch.setenv("PERFUSION_CACHE", str(tmp_path))
 
 
 def test_doctor_finds_all_well(healthy, tmp_path):

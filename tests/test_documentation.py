@@ -68,7 +68,7 @@ def here(world, monkeypatch, tmp_path_factory):
     """The world, as the working folder and the built-in model."""
     monkeypatch.chdir(world)
     monkeypatch.setattr(models, "TOYBOX", world / "model")
-    monkeypatch.setenv("PERFUSION_HOME", str(tmp_path_factory.getbasetemp() / "perfusion-home"))
+    monkeypatch.setenv("PERFUSION_CACHE", str(tmp_path_factory.getbasetemp() / "perfusion-home"))
     return world
 
 

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STANDARD = set(sys.stdlib_module_names)
 PACKAGES = {  # folder -> what it may import beside the standard library and itself
-    "perfusion_kernels": {"torch", "triton"},
+    "perfusion_kernels": {"torch", "triton", "platformdirs"},
     "python/perfusion": {
         *("perfusion_kernels", "torch", "diffusers", "transformers", "tokenizers", "accelerate", "safetensors"),
         *("PIL", "jinja2", "markdown", "numpy", "tqdm", "typer", "yaml"),

@@ -1,4 +1,4 @@
-"""`cross_attention_layer`: to_q to residual, of the keys and values of a prompt; ours also absorbed, diffusers' with its projections."""
+"""`cross_attention_layer`: to_q to residual, of the keys and values of a prompt; diffusers' with its projections of the text."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,6 @@ from bench.measure import Options, Problem
 from bench.providers import formula, library, ours
 from bench.suites.draw import T, case, problem, unets
 from bench.timing import Contestant
-from perfusion_kernels import absorb_projections
 from tests.kernels import cases
 
 
@@ -22,11 +21,8 @@ def problems(options: Options) -> Iterator[Problem]:
             arguments = one.arguments("cross_attention_layer")
             scale = d**-0.5
             positional = cases.positional("cross_attention_layer", arguments, scale)
-            key, value = absorb_projections(one.query_weight, one.key, one.value, one.output_weight, scale=scale)
-            absorbed = {**arguments, "query_weight": None, "output_weight": None, "key": key, "value": value}
             contestants = [
                 *ours("cross_attention_layer", arguments, scale=scale),
-                *ours("cross_attention_layer", absorbed, " absorbed"),
                 *library(lambda positional=positional: formulas.expert_cross_attention_layer(*positional)),
                 diffusers(one, N),
                 *formula("cross_attention_layer", positional),

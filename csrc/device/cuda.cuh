@@ -9,10 +9,8 @@
 
 #define PERFUSION_DEVICE __device__ __forceinline__
 #define PERFUSION_BOTH __host__ __device__
-// `blocks` are those that a multiprocessor must hold. With 1 ptxas takes the registers that it needs; without, it spills a few
-// to fit more.
-#define PERFUSION_KERNEL(threads) PERFUSION_KERNEL_BESIDE(threads, 1)
-#define PERFUSION_KERNEL_BESIDE(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// 1: blocks that a multiprocessor must hold. With it ptxas takes the registers that it needs; without, it spills a few to fit more.
+#define PERFUSION_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define PERFUSION_CONSTANT const __grid_constant__
 #define PERFUSION_UNROLL _Pragma("unroll")
 
@@ -123,12 +121,6 @@ PERFUSION_DEVICE Words load(const Words* pointer) {
   return {{x.x, x.y, x.z, x.w}};
 }
 
-PERFUSION_DEVICE Words load(const Words* pointer, bool streamed) {
-  if (!streamed) return load(pointer);
-  const uint4 x = __ldcs(reinterpret_cast<const uint4*>(pointer));
-  return {{x.x, x.y, x.z, x.w}};
-}
-
 template <class T>
 PERFUSION_DEVICE void store(T* pointer, const T& x) {
   *pointer = x;
@@ -140,11 +132,6 @@ PERFUSION_DEVICE void store(Words* pointer, const Words& x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(pointer)), "r"(x.word[0]), "r"(x.word[1]),
                "r"(x.word[2]), "r"(x.word[3])
                : "memory");
-}
-
-PERFUSION_DEVICE void store(Words* pointer, const Words& x, bool streamed) {
-  if (!streamed) return store(pointer, x);
-  __stcs(reinterpret_cast<uint4*>(pointer), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
 }
 
 PERFUSION_DEVICE float word_as_float(uint32_t word) { return __uint_as_float(word); }

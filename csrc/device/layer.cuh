@@ -8,7 +8,6 @@
 //   load_matrices(r, row) ..._transposed          2 or 4 8x8 matrices of 16-bit elements, lane i giving row i % 8 of matrix i / 8
 //   multiply_accumulate<Element>(c, a, b)         c += a b, m16n8k16 with 4 and 2 words, or m16n8k8 with 2 and 1
 //   load(p) store(p, x)                           global memory: an element, or Words, which are 16 aligned bytes
-//   load(p, streamed) store(p, x, streamed)       Words that are not used again soon: the second-level cache gives them up first
 //   to_float(x) word_as_float(w) float_as_word(x) an element's value; the float that a word holds, and back
 //   pack<Element>(low, high)                      two floats rounded to nearest even in one word
 //   exp2(x) exp(x) maximum(x, y) infinity()       exp2 is the fast one

@@ -27,25 +27,25 @@ PERFUSION_DEVICE void widen(float (&x)[8], const Words& words, BFloat16) {
 }
 
 template <class Element>
-PERFUSION_DEVICE void load_wide(float (&x)[8], const Element* from, bool streamed = false) {
-  widen(x, load(reinterpret_cast<const Words*>(from), streamed), Element{});
+PERFUSION_DEVICE void load_wide(float (&x)[8], const Element* from) {
+  widen(x, load(reinterpret_cast<const Words*>(from)), Element{});
 }
 
 template <>
-PERFUSION_DEVICE void load_wide(float (&x)[8], const float* from, bool streamed) {
+PERFUSION_DEVICE void load_wide(float (&x)[8], const float* from) {
   PERFUSION_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const Words words = load(reinterpret_cast<const Words*>(from) + half, streamed);
+    const Words words = load(reinterpret_cast<const Words*>(from) + half);
     PERFUSION_UNROLL
     for (int i = 0; i < 4; ++i) x[4 * half + i] = word_as_float(words.word[i]);
   }
 }
 
-// x[8] = from[0], from[stride], …; zeros from `count` on. What is `streamed` makes room in the cache first, if it is wide.
+// x[8] = from[0], from[stride], …; zeros from `count` on.
 template <class Element>
-PERFUSION_DEVICE void load_eight(float (&x)[8], const Element* from, int64_t stride, int count, bool wide, bool streamed = false) {
+PERFUSION_DEVICE void load_eight(float (&x)[8], const Element* from, int64_t stride, int count, bool wide) {
   if (wide && count >= 8) {
-    load_wide(x, from, streamed);
+    load_wide(x, from);
   } else {
     PERFUSION_UNROLL
     for (int i = 0; i < 8; ++i) x[i] = i < count ? to_float(load(from + i * stride)) : 0.0f;

@@ -12,15 +12,24 @@
 #include <vector>
 
 #if defined(PERFUSION_HOST)  // the library built for the CPU: its device memory is ordinary memory
-static void *allocate(size_t bytes) { return std::aligned_alloc(16, (bytes + 15) / 16 * 16); }
-static void wait() {}
+static void *to_device(const void *host, size_t bytes) {
+  return std::memcpy(std::aligned_alloc(16, (bytes + 15) / 16 * 16), host, bytes);
+}
+static void to_host(void *host, const void *device, size_t bytes) { std::memcpy(host, device, bytes); }
 #else
 #include <cuda_runtime.h>
-static void *allocate(size_t bytes) {
-  void *memory = nullptr;
-  return cudaMallocManaged(&memory, bytes) == cudaSuccess ? memory : nullptr;
+static void check(cudaError_t error) {
+  if (error != cudaSuccess) std::printf("CUDA: %s\n", cudaGetErrorString(error)), std::exit(2);
 }
-static void wait() { cudaDeviceSynchronize(); }
+static void *to_device(const void *host, size_t bytes) {
+  void *memory = nullptr;
+  check(cudaMalloc(&memory, bytes));
+  check(cudaMemcpy(memory, host, bytes, cudaMemcpyHostToDevice));
+  return memory;
+}
+static void to_host(void *host, const void *device, size_t bytes) {  // waits for the default stream, where the kernels ran
+  check(cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost));
+}
 #endif
 
 static uint16_t bfloat16(float x) {
@@ -36,17 +45,23 @@ static float widened(uint16_t x) {
   return result;
 }
 
-// A dense tensor filled by `value(i)`; freed with the process.
+// A dense tensor on the device, filled by `value(i)`; freed with the process.
 template <class Element, class Value>
 static perfusion_tensor tensor(perfusion_dtype dtype, std::vector<int64_t> shape, Value value) {
   perfusion_tensor result = {nullptr, dtype, {}};
   int64_t count = 1;
   for (size_t i = shape.size(); i-- > 0; count *= shape[i]) result.strides[i] = count;
-  auto *elements = static_cast<Element *>(allocate(count * sizeof(Element)));
-  if (elements == nullptr) std::puts("no device memory"), std::exit(2);
+  std::vector<Element> elements(count);
   for (int64_t i = 0; i < count; ++i) elements[i] = value(i);
-  result.data = elements;
+  result.data = to_device(elements.data(), count * sizeof(Element));
   return result;
+}
+
+template <class Element>
+static std::vector<Element> elements_of(const perfusion_tensor &tensor, int64_t count) {
+  std::vector<Element> elements(count);
+  to_host(elements.data(), tensor.data, count * sizeof(Element));
+  return elements;
 }
 
 static bool done(perfusion_status status) {
@@ -95,10 +110,9 @@ int main() {
   attention.output = tensor<uint16_t>(PERFUSION_BFLOAT16, {B, N, H, d}, [](int64_t) { return bfloat16(0.0f); });
   attention.scale = 0.2f;
   if (!done(perfusion_edited_attention(&attention, nullptr))) return 1;
-  wait();
 
   double worst = 0;
-  const auto *g = static_cast<float *>(gates.gates.data), *a = static_cast<float *>(gates.components.data);
+  const auto g = elements_of<float>(gates.gates, B * T * J), a = elements_of<float>(gates.components, B * T * J);
   for (int64_t t = 0; t < T; ++t) {  // J = 1: a = c, and any scale of metric_targets cancels
     double product = 0, energy = 0;
     for (int64_t x = 0; x < D; ++x) product += some(t * D + x) * some(x + 3), energy += some(x + 3) * some(x + 3);
@@ -106,7 +120,7 @@ int main() {
     worst = std::fmax(worst, std::fmax(std::fabs(g[t] - gate), std::fabs(a[t] - c)));
     std::printf("token %d: gate %.3f, component %.3f\n", static_cast<int>(t), g[t], a[t]);
   }
-  const auto *output = static_cast<uint16_t *>(attention.output.data);
+  const auto output = elements_of<uint16_t>(attention.output, B * N * H * d);
   for (int64_t n = 0; n < N; ++n) {
     double weights[T], sum = 0;
     for (int64_t t = 0; t < T; ++t) {

@@ -138,10 +138,10 @@ Machine& machine() {
   return one;
 }
 
-void count(bool written, const void* address, int bytes, bool streamed) {
+void count(bool written, const void* address, int bytes) {
   Machine& one = machine();
   (written ? bytes == 16 ? one.written_wide : one.written_narrow : bytes == 16 ? one.read_wide : one.read_narrow) += bytes;
-  if (one.device.cache) here().cache.access(address, bytes, written, streamed);
+  if (one.device.cache) here().cache.access(address, bytes, written);
 }
 
 std::string run(int64_t blocks, int threads, int bytes, const std::function<void()>& kernel) {

@@ -39,7 +39,7 @@ Machine& machine();  // of this OS thread
 std::string run(int64_t blocks, int threads, int bytes, const std::function<void()>& kernel);
 
 // Every access to global memory comes by here.
-void count(bool written, const void* address, int bytes, bool streamed = false);
+void count(bool written, const void* address, int bytes);
 
 // Of the fiber that runs.
 int thread();

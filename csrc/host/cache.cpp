@@ -11,11 +11,11 @@ Cache::Cache(int64_t bytes) {
   lines.resize(sets * ways);
 }
 
-void Cache::access(const void* address, int bytes, bool write, bool streamed) {
+void Cache::access(const void* address, int bytes, bool write) {
   const auto first = reinterpret_cast<uint64_t>(address);
   asked += bytes;
   for (uint64_t sector = first / sector_bytes; sector <= (first + bytes - 1) / sector_bytes; ++sector) {
-    Line& line = use(sector * sector_bytes / line_bytes, streamed);
+    Line& line = use(sector * sector_bytes / line_bytes);
     const uint8_t bit = 1 << sector % (line_bytes / sector_bytes);
     if (!(line.held & bit) && !write) read += sector_bytes;  // a store brings nothing: the cache knows which bytes it has
     line.held |= bit;
@@ -23,18 +23,16 @@ void Cache::access(const void* address, int bytes, bool write, bool streamed) {
   }
 }
 
-Cache::Line& Cache::use(uint64_t number, bool streamed) {
+Cache::Line& Cache::use(uint64_t number) {
   // neighbours lie in different sets, and rows of a matrix are not crowded into a few
   const uint64_t mixed = number ^ (number / sets * 0x9e3779b97f4a7c15 >> 32);
   const auto set = lines.begin() + mixed % sets * ways, end = set + ways;
   auto line = std::find_if(set, end, [&](const Line& each) { return each.number == number; });
   if (line == end) {
-    while (line != set && !line[-1].streamed) --line;
-    line = line == set ? end - 1 : line - 1;
+    line = end - 1;
     drop(*line);
     *line = {number};
   }
-  line->streamed = streamed;
   std::rotate(set, line, line + 1);
   return *set;
 }

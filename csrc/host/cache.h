@@ -1,5 +1,5 @@
 // A second-level cache, to count what of a launch's accesses reaches device memory: lines of 128 bytes in sectors of 32, as the GPUs
-// here have them, in sets of 16 to 31. In its set, what streams by makes room first, else what was used longest ago.
+// here have them, in sets of 16 to 31. In its set, what was used longest ago makes room.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@ namespace perfusion::host {
 class Cache {
  public:
   explicit Cache(int64_t bytes);  // full of what nobody here asks for
-  void access(const void* address, int bytes, bool written, bool streamed);
+  void access(const void* address, int bytes, bool written);
   void empty();  // what has been written goes to memory
 
   uint64_t asked = 0;              // bytes
@@ -21,11 +21,10 @@ class Cache {
   static constexpr int line_bytes = 128, sector_bytes = 32, least_ways = 16;
   struct Line {
     uint64_t number = ~uint64_t{0};
-    bool streamed = false;
     uint8_t held = 0, changed = 0;  // a bit for each sector
   };
 
-  Line& use(uint64_t number, bool streamed);
+  Line& use(uint64_t number);
   void drop(Line& line);
 
   size_t sets = 1, ways;

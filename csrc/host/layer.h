@@ -14,7 +14,6 @@
 #define PERFUSION_DEVICE inline
 #define PERFUSION_BOTH
 #define PERFUSION_KERNEL(threads) void
-#define PERFUSION_KERNEL_BESIDE(threads, blocks) void
 #define PERFUSION_CONSTANT const
 #define PERFUSION_UNROLL
 
@@ -96,22 +95,10 @@ inline T load(const T* pointer) {
   return *pointer;
 }
 
-inline Words load(const Words* pointer, bool streamed) {
-  require_alignment(pointer, "load");
-  host::count(false, pointer, sizeof(Words), streamed);
-  return *pointer;
-}
-
 template <class T>
 inline void store(T* pointer, const T& x) {
   if (sizeof(T) == 16) require_alignment(pointer, "store");
   host::count(true, pointer, sizeof(T));
-  *pointer = x;
-}
-
-inline void store(Words* pointer, const Words& x, bool streamed) {
-  require_alignment(pointer, "store");
-  host::count(true, pointer, sizeof(Words), streamed);
   *pointer = x;
 }
 

@@ -158,39 +158,12 @@ typedef struct perfusion_fused_edited_attention_params {
 PERFUSION_API perfusion_status perfusion_fused_edited_attention(const perfusion_fused_edited_attention_params *params,
                                                                 perfusion_stream stream);
 
-/* residual + output_bias + softmax(scale (x W_Qᵀ) Kᵀ) V W_Oᵀ, x being hidden_states, of the edited keys and values of a prompt
- * (DESIGN.md, (15)). With both weights absent, keys and values are absorbed: heads are C wide, d is not read, and the result is
- * residual + output_bias + Σ_h softmax(scale x K_hᵀ) V_h (DESIGN.md, (16)). Sums are float32. */
-typedef struct perfusion_cross_attention_layer_params {
-  int64_t B, N, C, T, H, d;
-  perfusion_tensor hidden_states; /* [B, N, C] float16 or bfloat16 */
-  perfusion_tensor query_weight;  /* [H*d, C] as hidden_states, or absent with output_weight */
-  perfusion_tensor key;           /* [B, T, H, d] as hidden_states, absorbed [B, T, H, C] */
-  perfusion_tensor value;         /* as key */
-  perfusion_tensor output_weight; /* [C, H*d] as hidden_states, or absent with query_weight */
-  perfusion_tensor output_bias;   /* [C] as hidden_states, or absent */
-  perfusion_tensor residual;      /* [B, N, C] as hidden_states, or absent; may be hidden_states */
-  perfusion_tensor output;        /* [B, N, C] as hidden_states, written; must not overlap any other */
-  void *workspace;                /* written and read; 16-byte aligned, free again once the stream is past the call */
-  int64_t workspace_bytes;
-  float scale;
-} perfusion_cross_attention_layer_params;
-
-/* Bytes of workspace that a call with these sizes needs; no tensor but the weights is looked at, and they for their absence. */
-PERFUSION_API perfusion_status perfusion_cross_attention_layer_workspace(const perfusion_cross_attention_layer_params *params,
-                                                                         int64_t *bytes);
-
-/* d of 32, 40, 64, 80, 96, 128, 160, or absorbed; 1 <= T <= 256, not absorbed as far as K and V of one head and a step of the
- * query's projection fit into the device's shared memory. Two launches. */
-PERFUSION_API perfusion_status perfusion_cross_attention_layer(const perfusion_cross_attention_layer_params *params,
-                                                               perfusion_stream stream);
-
 /* A kernel as it was compiled for one architecture, from the words of ptxas. Bytes of spills are those stored and loaded, of stack
  * those of a thread's local memory, of shared memory those of a block. */
 typedef struct perfusion_compiled_kernel {
   const char *kernel;            /* "edited_attention"; an operator may have several */
   const char *tile;              /* the numbers it is compiled for, as "head_dim 40, keys 80"; "" where there are none */
-  const char *architecture;      /* "sm_90a" */
+  const char *architecture;      /* "sm_90" */
   perfusion_dtype dtype;         /* of what it reads and writes */
   int32_t registers;             /* of a thread */
   int32_t spills;

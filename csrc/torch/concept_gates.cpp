@@ -4,8 +4,10 @@ namespace perfusion::border {
 namespace {
 
 std::tuple<Tensor, Tensor> concept_gates(const Tensor& encodings, const Tensor& targets, const Tensor& metric_targets,
-                                         const Tensor& index, const Tensor& bias, const Tensor& temperature) {
+                                         const Tensor& index, const Tensor& bias, const Tensor& temperature,
+                                         const MaybeTensor& places, const MaybeTensor& floor) {
   const Call call("concept_gates", encodings);
+  if (places || floor) call.refuse("places are not supported yet");
   const auto [B, T, D] = call.sizes<3>("encodings", encodings);
   const int64_t S = call.sizes<2>("targets", targets)[0], J = call.sizes<2>("index", index)[1];
   const Tensor gates = call.empty({B, T, J}, ScalarType::Float), components = call.empty({B, T, J}, ScalarType::Float);

@@ -6,8 +6,9 @@ namespace {
 Tensor edited_attention(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& gates,
                         const MaybeTensor& components, const MaybeTensor& index, const MaybeTensor& key_outputs,
                         const MaybeTensor& key_targets, const MaybeTensor& value_outputs, const MaybeTensor& value_targets,
-                        double scale) {
+                        const MaybeTensor& slots, const MaybeTensor& query_regions, const MaybeTensor& key_regions, double scale) {
   const Call call("edited_attention", query);
+  if (slots || query_regions || key_regions) call.refuse("slots and regions are not supported yet");
   const auto [B, N, H, d] = call.sizes<4>("query", query);
   const int64_t T = call.sizes<4>("key", key)[1], O = H * d;
   const int64_t J = index ? call.sizes<2>("index", *index)[1] : 0;

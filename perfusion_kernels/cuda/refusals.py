@@ -7,7 +7,7 @@ that exceed 2^30 are left to the C function, which refuses them too. tests/cuda_
 import torch
 from torch import Tensor
 
-from ..arguments import autocasts
+from ..shape_checks import autocasts
 from . import library
 
 HALF = (torch.float16, torch.bfloat16)
@@ -53,7 +53,9 @@ def halves(**tensors: Tensor | None) -> str | None:
     return dtypes((*HALF, torch.float32), **tensors) if cast else refused
 
 
-def concept_gates(encodings, targets, metric_targets, index, bias, temperature) -> str | None:
+def concept_gates(encodings, targets, metric_targets, index, bias, temperature, places, floor) -> str | None:
+    if places is not None:
+        return "places are not supported yet"
     if index.shape[1] > PLACES:
         return f"it takes J up to {PLACES}; got {index.shape[1]}"
     return dtypes(NARROW, encodings=encodings) or dtypes(
@@ -77,7 +79,11 @@ def edited_projection_backward(gradient, *arguments_and_needs) -> str | None:
     return halves(gradient=gradient) or edited_projection(*arguments)
 
 
-def edited_attention(query, key, value, *edit_and_scale) -> str | None:
+def edited_attention(query, key, value, *rest) -> str | None:
+    *edit, slots, query_regions, key_regions, scale = rest
+    if slots is not None or query_regions is not None:
+        return "slots and regions are not supported yet"
+    edit_and_scale = (*edit, scale)
     return (
         halves(query=query, key=key, value=value)
         or edit_dtypes(*edit_and_scale[:-1])
@@ -95,17 +101,6 @@ def fused_edited_attention(query, encodings, key_weight, value_weight, *edit_and
         or head(d, T)
         or fits(fused_bytes(d, T, sides(*edit_and_scale)), query, T)
     )
-
-
-def cross_attention_layer(hidden_states, query_weight, key, value, output_weight, output_bias, residual, scale) -> str | None:
-    rest = dict(query_weight=query_weight, output_weight=output_weight, output_bias=output_bias, residual=residual)
-    refused = halves(hidden_states=hidden_states, key=key, value=value, **rest) or at_least_one(H=key.shape[2])
-    T, H, d = key.shape[1:]
-    if refused or query_weight is None:  # absorbed: a head is C wide, and steps of its keys fit into any device's shared memory
-        return refused or context(T)
-    multiprocessors, _ = limits(key.device.index)
-    rows = 32 if key.shape[0] * H * -(-hidden_states.shape[1] // 64) < multiprocessors else 64
-    return head(d, T) or fits(layer_bytes(d, T, rows), key, T)
 
 
 def edit_dtypes(gates, components, index, key_outputs, key_targets, value_outputs, value_targets) -> str | None:
@@ -145,11 +140,6 @@ def fused_bytes(d: int, T: int, sides: int) -> int:
     projected = 80 + (2 if d <= 80 else 1) * columns(d)
     queries = 4 * 16 * row(d) + edit_bytes(d, T, sides)
     return resident(d, T) + max(steps(of_sum(d), projected), queries)  # the projection's steps, then queries of four warps
-
-
-def layer_bytes(d: int, T: int, rows: int) -> int:
-    stages = 3 if T <= 80 and rows == 32 else of_sum(d)
-    return resident(d, T) + max(steps(stages, rows + columns(d)), rows * row(d))  # the same, of the query
 
 
 def edit_bytes(d: int, T: int, sides: int) -> int:

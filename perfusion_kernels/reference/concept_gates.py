@@ -4,6 +4,9 @@ With m_j the metric target of concept j, the similarity c_j(e) = e·m_j / i*_j·
 gate is sigmoid((c_j(e) - β_j) / τ_j). The components a(e), by which e - Σ_k a_k i*_k has similarity 0
 to every concept of the row, solve R a = c(e) with R_jk = c_j(i*_k). This is (A C⁻¹ Aᵀ) a = A C⁻¹ e with each
 row divided by its energy, so no scale of a row of metric_targets matters.
+
+Gates by word: where `places` says at which positions concept j's own words stand, its gate there is at least floor_j; at the
+words of another concept of the row it is 0. Components stay as they are.
 """
 
 from typing import NamedTuple
@@ -11,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .look_up import look_up, look_up_backward, wide
+from .look_up import in_range, look_up, look_up_backward, wide
 
 
 class _Projection(NamedTuple):
@@ -24,19 +27,46 @@ class _Projection(NamedTuple):
 
 
 def concept_gates(
-    encodings: Tensor, targets: Tensor, metric_targets: Tensor, index: Tensor, bias: Tensor, temperature: Tensor
+    encodings: Tensor,
+    targets: Tensor,
+    metric_targets: Tensor,
+    index: Tensor,
+    bias: Tensor,
+    temperature: Tensor,
+    places: Tensor | None = None,
+    floor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     projection = _project(encodings, targets, metric_targets, index)
     gates = torch.sigmoid(_logits(projection, bias, temperature))
     gates = torch.where(projection.present[..., None], gates, 0)
+    gates = by_word(gates, projection.present, places, floor)
     components = _solve(projection.system, projection.similarities)
     components = torch.where(projection.present[..., None], components, 0)
     return gates.mT.contiguous(), components.mT.contiguous()
 
 
+def by_word(gates: Tensor, present: Tensor, places: Tensor | None, floor: Tensor | None) -> Tensor:
+    """gates [B, J, T], where there are places at least the floor at a concept's own words, and 0 at those of others."""
+    if places is None:
+        return gates
+    own, other = words(places, present, gates.shape[2])
+    least = 0 if floor is None else torch.where(present, floor.to(gates.dtype), 0)[..., None]
+    return torch.where(own, gates.clamp(min=least), torch.where(other, 0, gates))
+
+
+def words(places: Tensor, present: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """Where a concept's own words stand, and where those of other concepts of its row do, both [B, J, T].
+
+    places [B, J, P]: positions, -1 for none; present [B, J]: the places of absent concepts are not read.
+    """
+    own = (places[..., None] == torch.arange(T, device=places.device)).any(2) & present[..., None]
+    other = (own.sum(1, keepdim=True) - own.int()) > 0
+    return own, other
+
+
 def _project(encodings: Tensor, targets: Tensor, metric_targets: Tensor, index: Tensor) -> _Projection:
     dtype = wide(encodings, targets)
-    present = index >= 0
+    present = in_range(index, targets.shape[0])
     i = look_up(targets, index, dtype)
     m = look_up(metric_targets, index, dtype)
     energies = torch.where(present, (i * m).sum(-1), 1)
@@ -86,6 +116,8 @@ def concept_gates_backward(
     index: Tensor,
     bias: Tensor,
     temperature: Tensor,
+    places: Tensor | None,
+    floor: Tensor | None,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """One gradient per argument of `concept_gates`, None where `needs` is False."""
@@ -96,8 +128,17 @@ def concept_gates_backward(
     gates = torch.sigmoid(logits)
     components = _solve(system, c)
 
+    by_gates, by_floor = gates_gradient.mT.to(dtype), None
+    if places is not None:
+        own, other = words(places, present, encodings.shape[1])
+        least = 0 if floor is None else torch.where(present, floor.to(dtype), 0)[..., None]
+        lifted = own & (gates < least)
+        if needs[7]:
+            by_floor = torch.where(lifted, by_gates, 0).sum(-1).to(floor.dtype)
+        by_gates = torch.where(lifted | (other & ~own), 0, by_gates)
+
     # gates: d logits = dg g (1 - g); logits = (c - β) / τ
-    by_logits = torch.where(present[..., None], gates_gradient.mT.to(dtype) * gates * (1 - gates), 0)
+    by_logits = torch.where(present[..., None], by_gates * gates * (1 - gates), 0)
     by_scaled = by_logits / torch.where(present, temperature.to(dtype), 1)[..., None]
 
     # components: R a = c, so dc = R⁻ᵀ da and dR = -dc aᵀ
@@ -126,4 +167,6 @@ def concept_gates_backward(
         None,
         -by_scaled.sum(-1).to(bias.dtype) if needs[4] else None,
         -(by_scaled * logits).sum(-1).to(temperature.dtype) if needs[5] else None,
+        None,
+        by_floor,
     )

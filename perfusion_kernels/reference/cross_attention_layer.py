@@ -1,12 +1,14 @@
 """A whole cross-attention layer in plain torch: projection, `edited_attention` without an edit, projection, sums."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .edited_attention import edited_attention, edited_attention_backward
 from .look_up import wide
 
-NO_EDIT = (None,) * 7
+NO_EDIT = (None,) * 10
+"""Of `edited_attention`: no edit, no slots, no regions."""
 
 
 def cross_attention_layer(
@@ -20,21 +22,21 @@ def cross_attention_layer(
     scale: float,
 ) -> Tensor:
     dtype = wide(hidden_states, key, value)
-    attended = edited_attention(_query(hidden_states, query_weight, key), key, value, *NO_EDIT, scale)
-    if output_weight is None:
-        result = attended.sum(2)
+    if query_weight is None:
+        result = torch.einsum("bhnt,bthc->bnc", _absorbed_weights(hidden_states, key, scale), value.to(dtype))
     else:
+        query = functional.linear(hidden_states, query_weight).unflatten(-1, key.shape[2:])
+        attended = edited_attention(query, key, value, *NO_EDIT, scale)
         result = functional.linear(attended.flatten(2), output_weight).to(dtype)
     for summand in (output_bias, residual):
         result = result if summand is None else result + summand
     return result.to(hidden_states.dtype).contiguous()
 
 
-def _query(hidden_states: Tensor, query_weight: Tensor | None, key: Tensor) -> Tensor:
-    """[B, N, H, d]. Absorbed, every head's query is the hidden state, wide so that the sum over heads is."""
-    if query_weight is None:
-        return hidden_states[:, :, None].expand(-1, -1, key.shape[2], -1).to(wide(hidden_states))
-    return functional.linear(hidden_states, query_weight).unflatten(-1, key.shape[2:])
+def _absorbed_weights(hidden_states: Tensor, key: Tensor, scale: float) -> Tensor:
+    """softmax(scale x K_hᵀ) [B, H, N, T]: every head's query is the hidden state."""
+    dtype = wide(hidden_states, key)
+    return torch.softmax(torch.einsum("bnc,bthc->bhnt", hidden_states.to(dtype) * scale, key.to(dtype)), -1)
 
 
 def cross_attention_layer_backward(
@@ -50,18 +52,22 @@ def cross_attention_layer_backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """One gradient per argument of `cross_attention_layer`, None where `needs` is False."""
-    query = _query(hidden_states, query_weight, key)
-    if output_weight is None:
-        by_attended = gradient[:, :, None].expand(-1, -1, key.shape[2], -1)
-    else:
-        by_attended = (gradient @ output_weight).unflatten(-1, key.shape[2:])
-    by_query, by_key, by_value, *_ = edited_attention_backward(
-        by_attended, query, key, value, *NO_EDIT, scale, (True,) * 3 + (False,) * 8
-    )
-    by_hidden_states = by_query_weight = by_output_weight = None
+    by_query_weight = by_output_weight = None
     if query_weight is None:
-        by_hidden_states = by_query.sum(2).to(hidden_states.dtype)
+        weights = _absorbed_weights(hidden_states, key, scale)
+        dtype = weights.dtype
+        wide_gradient, x, k, v = (each.to(dtype) for each in (gradient, hidden_states, key, value))
+        by_weights = torch.einsum("bnc,bthc->bhnt", wide_gradient, v)
+        by_scores = weights * (by_weights - (weights * by_weights).sum(-1, keepdim=True)) * scale
+        by_hidden_states = torch.einsum("bhnt,bthc->bnc", by_scores, k).to(hidden_states.dtype)
+        by_key = torch.einsum("bhnt,bnc->bthc", by_scores, x).to(key.dtype)
+        by_value = torch.einsum("bhnt,bnc->bthc", weights, wide_gradient).to(value.dtype)
     else:
+        query = functional.linear(hidden_states, query_weight).unflatten(-1, key.shape[2:])
+        by_attended = (gradient @ output_weight).unflatten(-1, key.shape[2:])
+        by_query, by_key, by_value, *_ = edited_attention_backward(
+            by_attended, query, key, value, *NO_EDIT, scale, (True,) * 3 + (False,) * 11
+        )
         by_hidden_states = by_query.flatten(2) @ query_weight
     if needs[1]:
         by_query_weight = by_query.flatten(2).flatten(0, 1).mT @ hidden_states.flatten(0, 1)

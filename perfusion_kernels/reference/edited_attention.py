@@ -1,9 +1,9 @@
-"""softmax(q K̃ᵀ · scale) Ṽ in plain torch, K̃ and Ṽ being K and V or their edits."""
+"""softmax(q K̃ᵀ · scale) Ṽ in plain torch, K̃ and Ṽ being K and V or their edits, row b of a batch reading row slots[b]."""
 
 import torch
 from torch import Tensor
 
-from .look_up import wide
+from .look_up import look_up, look_up_backward, wide
 from .rank_one import rank_one_backward, rank_one_update
 
 
@@ -18,15 +18,31 @@ def edited_attention(
     key_targets: Tensor | None,
     value_outputs: Tensor | None,
     value_targets: Tensor | None,
+    slots: Tensor | None,
+    query_regions: Tensor | None,
+    key_regions: Tensor | None,
     scale: float,
 ) -> Tensor:
-    key = _edited(key, gates, components, index, key_outputs, key_targets)
-    value = _edited(value, gates, components, index, value_outputs, value_targets)
-    weights, value = _weights(query, key, scale), value.to(wide(query, key, value))
+    key = of_rows(edited(key, gates, components, index, key_outputs, key_targets), slots)
+    value = of_rows(edited(value, gates, components, index, value_outputs, value_targets), slots)
+    weights, value = _weights(query, key, scale, allowed(query_regions, key_regions)), value.to(wide(query, key, value))
     return torch.einsum("bhnt,bthd->bnhd", weights.to(value.dtype), value).to(query.dtype).contiguous()
 
 
-def _edited(
+def of_rows(base: Tensor, slots: Tensor | None) -> Tensor:
+    """base[P, T, H, d] -> [B, T, H, d], row b being base[slots[b]]; zeros, whose attention is 0, for a slot out of range."""
+    return base if slots is None else look_up(base, slots, base.dtype)
+
+
+def allowed(query_regions: Tensor | None, key_regions: Tensor | None) -> Tensor | None:
+    """Whether image token n may attend to text position t [B, N, T], by bit sets [B, N] and [B, T]; None: everywhere."""
+    if query_regions is None:
+        return None
+    keys = key_regions[:, None]
+    return (keys == 0) | ((query_regions[..., None] & keys) != 0)
+
+
+def edited(
     base: Tensor,
     gates: Tensor | None,
     components: Tensor | None,
@@ -41,10 +57,15 @@ def _edited(
     return update.unflatten(2, base.shape[2:])
 
 
-def _weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """softmax over all T positions [B, H, N, T], in at least float32."""
+def _weights(query: Tensor, key: Tensor, scale: float, allowed: Tensor | None) -> Tensor:
+    """softmax over the positions that are allowed, of all T [B, H, N, T], in at least float32; 0 at the others."""
     dtype = wide(query, key)
-    return torch.softmax(torch.einsum("bnhd,bthd->bhnt", query.to(dtype) * scale, key.to(dtype)), -1)
+    scores = torch.einsum("bnhd,bthd->bhnt", query.to(dtype) * scale, key.to(dtype))
+    if allowed is None:
+        return torch.softmax(scores, -1)
+    forbidden = ~allowed[:, None]  # a finite score keeps a token with nothing left from 0 / 0
+    weights = torch.softmax(scores.masked_fill(forbidden, torch.finfo(dtype).min), -1)
+    return weights.masked_fill(forbidden, 0)
 
 
 def edited_attention_backward(
@@ -59,20 +80,25 @@ def edited_attention_backward(
     key_targets: Tensor | None,
     value_outputs: Tensor | None,
     value_targets: Tensor | None,
+    slots: Tensor | None,
+    query_regions: Tensor | None,
+    key_regions: Tensor | None,
     scale: float,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """One gradient per argument of `edited_attention`, None where there is none; the first three always."""
-    edited_key = _edited(key, gates, components, index, key_outputs, key_targets)
-    edited_value = _edited(value, gates, components, index, value_outputs, value_targets)
+    edited_key = of_rows(edited(key, gates, components, index, key_outputs, key_targets), slots)
+    edited_value = of_rows(edited(value, gates, components, index, value_outputs, value_targets), slots)
     dtype = wide(query, edited_key, edited_value)
     gradient, q, k, v = (x.to(dtype) for x in (gradient, query, edited_key, edited_value))
-    weights = _weights(q, k, scale)
+    weights = _weights(q, k, scale, allowed(query_regions, key_regions))
     by_weights = torch.einsum("bnhd,bthd->bhnt", gradient, v)
     by_scores = weights * (by_weights - (weights * by_weights).sum(-1, keepdim=True)) * scale
     by_query = torch.einsum("bhnt,bthd->bnhd", by_scores, k)
     by_key = torch.einsum("bhnt,bnhd->bthd", by_scores, q)
     by_value = torch.einsum("bhnt,bnhd->bthd", weights, gradient)
+    if slots is not None:
+        by_key, by_value = (look_up_backward(x, k.new_empty(key.shape), slots) for x in (by_key, by_value))
 
     by_key_edit = by_value_edit = (None,) * 5
     shared = needs[3:6]
@@ -93,6 +119,9 @@ def edited_attention_backward(
         None,
         *by_key_edit[3:],
         *by_value_edit[3:],
+        None,
+        None,
+        None,
         None,
     )
 

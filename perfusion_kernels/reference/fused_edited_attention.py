@@ -5,6 +5,9 @@ from torch.nn import functional
 
 from .edited_attention import edited_attention, edited_attention_backward
 
+ALL_TO_ALL = (None,) * 3
+"""No slots and no regions: row b reads row b, and every image token all positions."""
+
 
 def fused_edited_attention(
     query: Tensor,
@@ -22,7 +25,7 @@ def fused_edited_attention(
 ) -> Tensor:
     key, value = _project(query, encodings, key_weight, value_weight)
     edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
-    return edited_attention(query, key, value, *edit, scale)
+    return edited_attention(query, key, value, *edit, *ALL_TO_ALL, scale)
 
 
 def _project(query: Tensor, encodings: Tensor, key_weight: Tensor, value_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,7 +55,7 @@ def fused_edited_attention_backward(
     key, value = _project(query, encodings, key_weight, value_weight)
     edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
     by_query, by_key, by_value, *by_edit = edited_attention_backward(
-        gradient, query, key, value, *edit, scale, (True, True, True, *needs[4:])
+        gradient, query, key, value, *edit, *ALL_TO_ALL, scale, (True, True, True, *needs[4:11], False, False, False, False)
     )
     by_key, by_value = by_key.flatten(2), by_value.flatten(2)
     tokens = encodings.flatten(0, 1)
@@ -61,5 +64,6 @@ def fused_edited_attention_backward(
         by_key @ key_weight + by_value @ value_weight if needs[1] else None,
         by_key.flatten(0, 1).mT @ tokens if needs[2] else None,
         by_value.flatten(0, 1).mT @ tokens if needs[3] else None,
-        *by_edit,
+        *by_edit[:7],
+        None,
     )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .look_up import look_up, look_up_backward, wide
+from .look_up import in_range, look_up, look_up_backward, wide
 
 
 def rank_one_update(
@@ -11,15 +11,16 @@ def rank_one_update(
 ) -> Tensor:
     """base[B, T, O], edited in at least float32. Batch rows without a concept keep base's very bits."""
     dtype = wide(base, gates, outputs)
-    coefficients = _coefficients(gates, components, index, dtype)
+    present = in_range(index, outputs.shape[0])
+    coefficients = _coefficients(gates, components, present, dtype)
     basis = torch.cat([look_up(outputs, index, dtype), look_up(targets, index, dtype)], 1)  # [B, 2J, O]
     edited = torch.baddbmm(base.to(dtype), coefficients, basis)
-    return torch.where((index >= 0).any(-1)[:, None, None], edited, base.to(dtype))
+    return torch.where(present.any(-1)[:, None, None], edited, base.to(dtype))
 
 
-def _coefficients(gates: Tensor, components: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """[g | -a] [B, T, 2J], zeros where absent."""
-    present = (index >= 0)[:, None]
+def _coefficients(gates: Tensor, components: Tensor, present: Tensor, dtype: torch.dtype) -> Tensor:
+    """[g | -a] [B, T, 2J], zeros where absent; present [B, J]."""
+    present = present[:, None]
     return torch.cat([torch.where(present, gates.to(dtype), 0), torch.where(present, -components.to(dtype), 0)], -1)
 
 
@@ -35,7 +36,7 @@ def rank_one_backward(
     """One gradient per argument from gates on, None where `needs` is False. That of base is `gradient` itself."""
     dtype = wide(gradient, gates, outputs)
     gradient = gradient.to(dtype)
-    present = (index >= 0)[:, None]
+    present = in_range(index, outputs.shape[0])[:, None]
     by_gates = by_components = by_outputs = by_targets = None
     if needs[0]:
         by_gates = (gradient @ look_up(outputs, index, dtype).mT).to(gates.dtype)

@@ -11,10 +11,7 @@ import importlib.util
 from ..backend import register, register_backward
 from .device import declines
 
-OPERATORS = (
-    "concept_gates", "edited_projection", "fused_edited_projection", "edited_attention", "fused_edited_attention",
-    "cross_attention_layer",
-)  # fmt: skip
+OPERATORS = ("concept_gates", "edited_projection", "fused_edited_projection", "edited_attention", "fused_edited_attention")
 
 for _name in OPERATORS:
     _kernels = importlib.import_module(f".{_name}", __name__)

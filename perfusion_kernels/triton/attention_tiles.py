@@ -128,3 +128,10 @@ def scores(q0, q1, k00, k01, k10, k11, scale, T, T0: tl.constexpr, T1: tl.conste
         s1 = s0
         largest = tl.max(s0, 1)
     return s0, s1, largest
+
+
+@triton.jit
+def within_regions(scores, query_bits, key_bits):
+    """-inf where a query and a position that has bits share none."""
+    keys = key_bits[None, :]
+    return tl.where((keys == 0) | ((query_bits[:, None] & keys) != 0), scores, float("-inf"))

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device_errors import words
 from ..reference import concept_gates as law
 from .device import refuses as refuses
+from .device import slots_at
 from .tuning import launch
 
 IN_REGISTERS = 8  # places
@@ -36,15 +38,25 @@ def tiles(J: int) -> tuple[dict[str, int], ...]:
 
 
 def concept_gates(
-    encodings: Tensor, targets: Tensor, metric_targets: Tensor, index: Tensor, bias: Tensor, temperature: Tensor
+    encodings: Tensor,
+    targets: Tensor,
+    metric_targets: Tensor,
+    index: Tensor,
+    bias: Tensor,
+    temperature: Tensor,
+    places: Tensor | None,
+    floor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     (B, T, D), J = encodings.shape, index.shape[1]
     if J > IN_REGISTERS:
-        return _beyond_registers(encodings, targets, metric_targets, index, bias, temperature)
+        return _beyond_registers(encodings, targets, metric_targets, index, bias, temperature, places, floor)
     gates, components = (encodings.new_empty((B, T, J), dtype=torch.float32) for _ in range(2))
     if gates.numel():
-        strides = (n for x in (encodings, targets, metric_targets, index, bias, temperature) for n in x.stride())
-        arguments = (encodings, targets, metric_targets, index, bias, temperature, T, D, *strides)
+        tensors = (encodings, targets, metric_targets, index, bias, temperature)
+        strides = [n for x in tensors for n in x.stride()]
+        strides += [n for x, size in ((places, 3), (floor, 2)) for n in ((0,) * size if x is None else x.stride())]
+        P = 0 if places is None else places.shape[2]
+        arguments = (*tensors, places, floor, words(encodings.device), T, D, len(targets), P, *strides)
         PLACES = triton.next_power_of_2(J)
 
         def run(shape):
@@ -117,18 +129,18 @@ def solved(system, right, J: tl.constexpr, PLACES: tl.constexpr):
     return right
 
 
-@triton.jit(do_not_specialize_on_alignment=SMALL)
+@triton.jit(do_not_specialize=["S", "P"], do_not_specialize_on_alignment=[*SMALL, "places", "floor"])
 def _concept_gates(
-    gates, components, encodings, targets, metric_targets, index, bias, temperature, T, D,
+    gates, components, encodings, targets, metric_targets, index, bias, temperature, places, floor, errors, T, D, S, P,
     encodings_b, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, index_b, index_j,
-    bias_b, bias_j, temperature_b, temperature_j,
+    bias_b, bias_j, temperature_b, temperature_j, places_b, places_j, places_p, floor_b, floor_j,
     J: tl.constexpr, PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """gates, components [B, T, J] of BLOCK_T tokens of row b."""
     b = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     j = tl.arange(0, PLACES)
-    slots = tl.load(index + b * index_b + j * index_j, mask=j < J, other=-1).to(tl.int64)
+    slots = slots_at(index + b * index_b + j * index_j, j < J, S, errors)
     present = slots >= 0
     g = tl.zeros((BLOCK_T, PLACES), tl.float32)
     a = tl.zeros((BLOCK_T, PLACES), tl.float32)
@@ -141,18 +153,34 @@ def _concept_gates(
         tau = tl.load(temperature + b * temperature_b + j * temperature_j, mask=present, other=1.0)
         g = tl.where(present[None, :], tl.sigmoid(divided(c - beta[None, :], tau[None, :])), 0.0)
         a = tl.where(present[None, :], solved(system, c, J, PLACES), 0.0)
+        if places is not None:
+            own = tl.zeros((BLOCK_T, PLACES), tl.int32)
+            for p in range(P):
+                place = tl.load(places + b * places_b + j * places_j + p * places_p, mask=present, other=-1)
+                own = own | (t[:, None] == place[None, :]).to(tl.int32)
+            if floor is not None:
+                least = tl.load(floor + b * floor_b + j * floor_j, mask=present, other=0.0)
+                g = tl.where((own > 0) & (g < least[None, :]), least[None, :], g)
+            g = tl.where(tl.sum(own, 1)[:, None] > own, tl.where(own > 0, g, 0.0), g)  # words of others are at t
     written = (t < T)[:, None] & (j < J)[None, :]
-    places = (b * T + t)[:, None] * J + j[None, :]
-    tl.store(gates + places, g, mask=written)
-    tl.store(components + places, a, mask=written)
+    at = (b * T + t)[:, None] * J + j[None, :]
+    tl.store(gates + at, g, mask=written)
+    tl.store(components + at, a, mask=written)
 
 
 def _beyond_registers(
-    encodings: Tensor, targets: Tensor, metric_targets: Tensor, index: Tensor, bias: Tensor, temperature: Tensor
+    encodings: Tensor,
+    targets: Tensor,
+    metric_targets: Tensor,
+    index: Tensor,
+    bias: Tensor,
+    temperature: Tensor,
+    places: Tensor | None,
+    floor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The same for any J: the sums over D by a kernel, elimination and gates as the reference has them."""
     (B, T, D), J = encodings.shape, index.shape[1]
-    present = index >= 0
+    present = law.in_range(index, len(targets))
     products = encodings.new_empty((B, J, T + J), dtype=torch.float32)
     if products.numel():
         tables = (encodings, targets, metric_targets, index)
@@ -160,7 +188,7 @@ def _beyond_registers(
 
         def run(tiles):
             grid = (triton.cdiv(T + J, tiles["BLOCK_T"]), triton.cdiv(J, IN_REGISTERS), B)
-            _products[grid](products, *tables, T, D, J, *strides, PLACES=IN_REGISTERS, **tiles)
+            _products[grid](products, *tables, words(encodings.device), T, D, J, len(targets), *strides, PLACES=IN_REGISTERS, **tiles)
 
         launch("concept_gates_products", (T, D, J, encodings.dtype), encodings.device, TILES, run)
     energies = torch.where(present, products[..., T:].diagonal(dim1=1, dim2=2), 1)
@@ -168,13 +196,14 @@ def _beyond_registers(
     system = system + torch.diag_embed((~present).float())
     projection = law._Projection(present, None, None, energies, similarities, system)
     gates = torch.where(present[..., None], torch.sigmoid(law._logits(projection, bias, temperature)), 0)
+    gates = law.by_word(gates, present, places, floor)
     components = torch.where(present[..., None], law._solve(system, similarities), 0)
     return gates.mT.contiguous(), components.mT.contiguous()
 
 
-@triton.jit(do_not_specialize_on_alignment=["index"])
+@triton.jit(do_not_specialize=["S"], do_not_specialize_on_alignment=["index"])
 def _products(
-    products, encodings, targets, metric_targets, index, T, D, J,
+    products, encodings, targets, metric_targets, index, errors, T, D, J, S,
     encodings_b, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, index_b, index_j,
     PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -182,8 +211,8 @@ def _products(
     b = tl.program_id(2).to(tl.int64)
     j = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
     x = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    slots = tl.load(index + b * index_b + j * index_j, mask=j < J, other=-1).to(tl.int64)
-    others = tl.load(index + b * index_b + (x - T) * index_j, mask=(x >= T) & (x < T + J), other=-1).to(tl.int64)
+    slots = slots_at(index + b * index_b + j * index_j, j < J, S, errors)
+    others = slots_at(index + b * index_b + (x - T) * index_j, (x >= T) & (x < T + J), S, errors)
     parts = tl.zeros((PLACES, BLOCK_T, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device_errors import words
 from . import device
 from .concept_gates import IN_REGISTERS, SMALL, divided, similarities, solved, tiles
-from .device import rounded
+from .device import rounded, slots_at
 from .rank_one import sum_by_slot
 from .tuning import launch
 
@@ -25,11 +26,16 @@ def refuses_backward(
     targets: Tensor,
     metric_targets: Tensor,
     index: Tensor,
+    bias: Tensor,
+    temperature: Tensor,
+    places: Tensor | None,
     *rest,
 ) -> str | None:
+    if places is not None:
+        return "gates by word are plain torch's to differentiate"
     if index.shape[1] > IN_REGISTERS:
         return f"it holds the system of up to {IN_REGISTERS} concepts in registers; got J = {index.shape[1]}"
-    return device.refuses(gates_gradient, components_gradient, encodings, targets, metric_targets, index, *rest)
+    return device.refuses(gates_gradient, components_gradient, encodings, targets, metric_targets, index, bias, temperature, *rest)
 
 
 def concept_gates_backward(
@@ -41,6 +47,8 @@ def concept_gates_backward(
     index: Tensor,
     bias: Tensor,
     temperature: Tensor,
+    places: Tensor | None,
+    floor: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients that are needed, in order."""
@@ -61,7 +69,7 @@ def concept_gates_backward(
         gradients = (gates_gradient, components_gradient)
         strides = (n for x in (*gradients, *arguments) for n in x.stride())
         _by_token[(blocks, B)](
-            by_encodings, by_products, by_gram, by_gate, *gradients, *arguments, B, T, D, *strides,
+            by_encodings, by_products, by_gram, by_gate, *gradients, *arguments, words(encodings.device), B, T, D, len(targets), *strides,
             J=J, PLACES=places, ENCODINGS=ENCODINGS, **shape,
         )  # fmt: skip
 
@@ -74,8 +82,9 @@ def concept_gates_backward(
             tables = (encodings, targets, metric_targets, index)
             strides = (n for x in tables for n in x.stride())
             _by_concept[(triton.cdiv(D, shape["BLOCK_D"]), B)](
-                by_tables, by_products, by_gram, *tables, len(by_gram), B, T, D, *strides, J=J, PLACES=places, **shape
-            )
+                by_tables, by_products, by_gram, *tables, words(encodings.device), len(by_gram), B, T, D, len(targets), *strides,
+                J=J, PLACES=places, **shape,
+            )  # fmt: skip
 
         launch("concept_gates_by_concept", (T, D, J, encodings.dtype), encodings.device, tiles(J), run_tables)
         by_targets, by_metric_targets = sum_by_slot(by_tables, index, targets)
@@ -84,10 +93,10 @@ def concept_gates_backward(
     return [x for x, need in zip(found, needs) if need]
 
 
-@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=[*SMALL, "gates_gradient", "components_gradient"])
+@triton.jit(do_not_specialize=["B", "S"], do_not_specialize_on_alignment=[*SMALL, "gates_gradient", "components_gradient"])
 def _by_token(
     by_encodings, by_products, by_gram, by_gate, gates_gradient, components_gradient,
-    encodings, targets, metric_targets, index, bias, temperature, B, T, D,
+    encodings, targets, metric_targets, index, bias, temperature, errors, B, T, D, S,
     dg_b, dg_t, dg_j, da_b, da_t, da_j,
     encodings_b, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, index_b, index_j,
     bias_b, bias_j, temperature_b, temperature_j,
@@ -101,7 +110,7 @@ def _by_token(
     block, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     j = tl.arange(0, PLACES)
-    slots = tl.load(index + b * index_b + j * index_j, mask=j < J, other=-1).to(tl.int64)
+    slots = slots_at(index + b * index_b + j * index_j, j < J, S, errors)
     present = slots >= 0
     dc = tl.zeros((BLOCK_T, PLACES), tl.float32)
     gram = tl.zeros((PLACES, PLACES), tl.float32)
@@ -144,9 +153,9 @@ def _by_token(
     tl.store(by_gate + ((2 * block + 1) * B + b) * J + j, by_temperature, mask=j < J)
 
 
-@triton.jit(do_not_specialize=["blocks", "B"], do_not_specialize_on_alignment=SMALL)
+@triton.jit(do_not_specialize=["blocks", "B", "S"], do_not_specialize_on_alignment=SMALL)
 def _by_concept(
-    by_tables, by_products, by_gram, encodings, targets, metric_targets, index, blocks, B, T, D,
+    by_tables, by_products, by_gram, encodings, targets, metric_targets, index, errors, blocks, B, T, D, S,
     encodings_b, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, index_b, index_j,
     J: tl.constexpr, PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +163,7 @@ def _by_concept(
     b = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     j = tl.arange(0, PLACES)
-    slots = tl.load(index + b * index_b + j * index_j, mask=j < J, other=-1).to(tl.int64)
+    slots = slots_at(index + b * index_b + j * index_j, j < J, S, errors)
     if tl.max(slots, 0) >= 0:
         gram = tl.zeros((PLACES, PLACES), tl.float32)
         pairs = by_gram + (b * J + j)[:, None] * J + j[None, :]

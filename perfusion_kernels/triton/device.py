@@ -44,3 +44,12 @@ def rounded(x, dtype: tl.constexpr):
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where(x == x, nearest, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def slots_at(pointers, mask, S, errors):
+    """The slots that stand there as int64, -1 where the mask is not; what is out of range is -1 too, and noted in errors[1]."""
+    slots = tl.load(pointers, mask=mask, other=-1)
+    wrong = (slots < -1) | (slots >= S)
+    tl.store(errors + 1 + tl.zeros_like(slots), 1, mask=wrong)
+    return tl.where(wrong, -1, slots).to(tl.int64)

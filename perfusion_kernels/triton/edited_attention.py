@@ -1,4 +1,4 @@
-"""softmax(scale · q K̃ᵀ) Ṽ with Triton, K̃ and Ṽ being K and V or their edits.
+"""softmax(scale · q K̃ᵀ) Ṽ with Triton, K̃ and Ṽ being K and V or their edits, of the row that a slot names, within regions.
 
 A program has one row and head. It loads all T keys and values once, edits them on the way, and then takes
 tile after tile of queries: one pass, no running maximum. How many tiles a program takes depends on how many
@@ -10,8 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device_errors import words
 from . import device, shared_memory
-from .attention_tiles import alignment, along, at_head, load_tile, padded, precision, refuses_sizes, scores, sizes, store_tile
+from .attention_tiles import (
+    alignment,
+    along,
+    at_head,
+    load_tile,
+    padded,
+    precision,
+    refuses_sizes,
+    scores,
+    sizes,
+    store_tile,
+    within_regions,
+)
 from .edited_tiles import SMALL, edit_arguments, load_edited
 from .tuning import launch
 
@@ -39,21 +52,32 @@ def edited_attention(
     key_targets: Tensor | None,
     value_outputs: Tensor | None,
     value_targets: Tensor | None,
+    slots: Tensor | None,
+    query_regions: Tensor | None,
+    key_regions: Tensor | None,
     scale: float,
 ) -> Tensor:
     (B, N, H, d), T = query.shape, key.shape[1]
     result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if result.numel() == 0:
         return result
-    edit, edit_strides, J, places = edit_arguments(
+    errors = words(query.device)
+    if len(key) == 0:  # there is no slot, so none is in range
+        errors[0] = 1
+        return result.zero_()
+    edit, edit_strides, J, S, places = edit_arguments(
         gates, components, index, key_outputs, key_targets, value_outputs, value_targets
     )
+
+    where = ((slots, 1), (query_regions, 2), (key_regions, 2))
+    where_strides = [n for x, dimensions in where for n in ((0,) * dimensions if x is None else x.stride())]
 
     def run(tiles):
         programs, each = share(N, B * H, tiles["BLOCK_N"])
         _attend[(programs * B * H,)](
-            query, key, value, result, *edit, *query.stride(), *key.stride(), *value.stride(), *edit_strides,
-            float(scale), N, T, H, J, programs, each,
+            query, key, value, result, *edit, slots, query_regions, key_regions, errors,
+            *query.stride(), *key.stride(), *value.stride(), *edit_strides, *where_strides,
+            float(scale), N, T, H, J, S, len(key), programs, each,
             d=d, PLACES=places, ALIGNED=alignment(*(x.stride(2) for x in (query, key, value))), **sizes(T, d),
             PRECISION=precision(query), **tiles,
         )  # fmt: skip
@@ -91,45 +115,67 @@ def share(N: int, pairs: int, block: int) -> tuple[int, int]:
     return triton.cdiv(count, each), each
 
 
-@triton.jit(do_not_specialize=["N", "T", "H", "J", "programs", "each"], do_not_specialize_on_alignment=SMALL)
+@triton.jit(
+    do_not_specialize=["N", "T", "H", "J", "S", "P", "programs", "each"],
+    do_not_specialize_on_alignment=[*SMALL, "slots", "query_regions", "key_regions"],
+)
 def _attend(
     query, key, value, result, gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
+    slots, query_regions, key_regions, errors,
     query_b, query_n, query_h, query_d, key_b, key_t, key_h, key_d, value_b, value_t, value_h, value_d,
     gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
     key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
     value_outputs_s, value_outputs_c, value_targets_s, value_targets_c,
-    scale, N, T, H, J, programs, each,
+    slots_b, query_regions_b, query_regions_n, key_regions_b, key_regions_t,
+    scale, N, T, H, J, S, P, programs, each,
     d: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0) // programs
     b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
+    row, there = b, True
+    if slots is not None:
+        slot = tl.load(slots + b * slots_b).to(tl.int64)
+        there = (slot >= 0) & (slot < P)
+        tl.store(errors, 1, mask=(slot < 0) | (slot >= P))
+        row = tl.where(there, slot, 0)
     k00, k01, k10, k11 = load_edited(
-        key + b * key_b + at_head(h, key_h, ALIGNED), gates, components, index, key_outputs, key_targets, b, h, 0, T, J,
+        key + row * key_b + at_head(h, key_h, ALIGNED), gates, components, index, key_outputs, key_targets,
+        row, h, 0, T, J, S, errors,
         key_t, key_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, T0, T1, D0, D1,
     )  # fmt: skip
     v00, v01, v10, v11 = load_edited(
-        value + b * value_b + at_head(h, value_h, ALIGNED), gates, components, index, value_outputs, value_targets, b, h, 0, T, J,
+        value + row * value_b + at_head(h, value_h, ALIGNED), gates, components, index, value_outputs, value_targets,
+        row, h, 0, T, J, S, errors,
         value_t, value_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, T0, T1, D0, D1,
     )  # fmt: skip
+    if query_regions is not None:
+        query_regions += b * query_regions_b
+        key_regions += b * key_regions_b
     attend_tiles(
         query + b * query_b + at_head(h, query_h, ALIGNED), result + (b * N * H + h) * d, k00, k01, k10, k11, v00, v01, v10, v11,
-        query_n, query_d, scale, N, T, H, (tl.program_id(0) % programs) * each, each, d, T0, T1, D0, D1,
-        PRECISION, BLOCK_N,
+        query_n, query_d, scale, N, T, H, (tl.program_id(0) % programs) * each, each,
+        slots, there, query_regions, key_regions, query_regions_n, key_regions_t, d, T0, T1, D0, D1, PRECISION, BLOCK_N,
     )  # fmt: skip
 
 
 @triton.jit
 def attend_tiles(
     query, result, k00, k01, k10, k11, v00, v01, v10, v11, query_n, query_d, scale, N, T, H, first, each,
+    slots, there, query_regions, key_regions, query_regions_n, key_regions_t,
     d: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`each` tiles of queries from tile `first` on; query and result point to the head's columns of the batch row."""
+    """`each` tiles of queries from tile `first` on; query and result point to the head's columns of the batch row, regions to the
+    row. Zeros if there are slots and the row's is not `there`."""
     c0 = tl.arange(0, D0)
+    if query_regions is not None:
+        t0, t1 = tl.arange(0, T0), T0 + tl.arange(0, T1 if T1 > 0 else 16)
+        bits0 = tl.load(key_regions + t0 * key_regions_t, mask=t0 < T, other=0)
+        bits1 = tl.load(key_regions + t1 * key_regions_t, mask=t1 < T, other=0)
     for tile in range(first, min(first + each, tl.cdiv(N, BLOCK_N))):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         q0 = load_tile(query, n, c0, query_n, query_d, N, d)
@@ -137,15 +183,27 @@ def attend_tiles(
         if D1 > 0:
             q1 = load_tile(query, n, D0 + tl.arange(0, D1), query_n, query_d, N, d)
         s0, s1, largest = scores(q0, q1, k00, k01, k10, k11, scale, T, T0, T1, D1, PRECISION)
+        if query_regions is not None:
+            bits = tl.load(query_regions + n * query_regions_n, mask=n < N, other=0)
+            s0 = within_regions(s0, bits, bits0)
+            largest = tl.max(s0, 1)
+            if T1 > 0:
+                s1 = within_regions(s1, bits, bits1)
+                largest = tl.maximum(largest, tl.max(s1, 1))
+            largest = tl.where(largest == float("-inf"), 0.0, largest)  # nothing is left: all weights are 0
         p0 = tl.exp2(s0 - largest[:, None])
         p1 = p0
         total = tl.sum(p0, 1)
         if T1 > 0:
             p1 = tl.exp2(s1 - largest[:, None])
             total += tl.sum(p1, 1)
-        share = 1.0 / total
+        share = 1.0 / (total if query_regions is None else tl.where(total > 0, total, 1.0))
         o0 = along(p0, p1, v00, v10, T1, PRECISION) * share[:, None]
+        if slots is not None:
+            o0 = tl.where(there, o0, 0.0)
         store_tile(result, o0, n, c0, H * d, N, d)
         if D1 > 0:
             o1 = along(p0, p1, v01, v11, T1, PRECISION) * share[:, None]
+            if slots is not None:
+                o1 = tl.where(there, o1, 0.0)
             store_tile(result, o1, n, D0 + tl.arange(0, D1), H * d, N, d)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device_errors import words
 from . import device, shared_memory
 from .attention_tiles import (
     LOG2_E,
@@ -36,6 +37,8 @@ from .tuning import launch
 
 
 def refuses_backward(gradient: Tensor, query: Tensor, key: Tensor, *value_edit_scale_and_needs) -> str | None:
+    if any(each is not None for each in value_edit_scale_and_needs[-5:-2]):
+        return "slots and regions are plain torch's to differentiate"
     reason = device.refuses(gradient, query, key, *value_edit_scale_and_needs)
     return reason or refuses_gradients(query, key.shape[1], query.shape[3])
 
@@ -61,6 +64,9 @@ def edited_attention_backward(
     key_targets: Tensor | None,
     value_outputs: Tensor | None,
     value_targets: Tensor | None,
+    slots: Tensor | None,
+    query_regions: Tensor | None,
+    key_regions: Tensor | None,
     scale: float,
     needs: list[bool],
 ) -> list[Tensor]:
@@ -98,7 +104,8 @@ def attention_gradients(
     if by_query.numel() == 0:
         empty = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
         return by_query, empty, empty.clone()
-    tensors, edit_strides, J, places = edit_arguments(*edit)
+    errors = words(query.device)
+    tensors, edit_strides, J, S, places = edit_arguments(*edit)
     strides = (*query.stride(), *key.stride(), *value.stride(), *gradient.stride(), *edit_strides)
     aligned = alignment(*(x.stride(2) for x in (query, key, value, gradient)))
     constants = {"d": d, "PLACES": places, "ALIGNED": aligned, "PRECISION": precision(query)}
@@ -108,8 +115,8 @@ def attention_gradients(
     def run_query(tiles):
         programs, each = share(N, B * H, tiles["BLOCK_N"])
         _by_query[(programs * B * H,)](
-            query, key, value, gradient, by_query, logarithms, sums, *tensors, *strides,
-            float(scale), N, T, H, J, programs, each, **constants, **sizes(T, d), **tiles,
+            query, key, value, gradient, by_query, logarithms, sums, *tensors, errors, *strides,
+            float(scale), N, T, H, J, S, programs, each, **constants, **sizes(T, d), **tiles,
         )  # fmt: skip
 
     fitting = shared_memory.fitting(tiles_by_query(T, d, query.dtype), held_by_query(T, d, query.dtype), query.device)
@@ -124,8 +131,8 @@ def attention_gradients(
         by_key, by_value = (torch.empty((programs, B, T, H, d), dtype=torch.float32, device=query.device) for _ in "kv")
         D0, D1 = pieces(d)
         _by_key_and_value[(programs * blocks * B * H,)](
-            query, key, value, gradient, by_key, by_value, logarithms, sums, *tensors, *strides,
-            float(scale), N, T, H, J, B, programs, blocks, each, **constants, D0=D0, D1=D1, **tiles,
+            query, key, value, gradient, by_key, by_value, logarithms, sums, *tensors, errors, *strides,
+            float(scale), N, T, H, J, S, B, programs, blocks, each, **constants, D0=D0, D1=D1, **tiles,
         )  # fmt: skip
 
     fitting = shared_memory.fitting(tiles_by_key(T, d, query.dtype), held_by_key(T, d, query.dtype), query.device)
@@ -180,16 +187,16 @@ def held_by_key(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
     )
 
 
-@triton.jit(do_not_specialize=["N", "T", "H", "J", "programs", "each"], do_not_specialize_on_alignment=SMALL)
+@triton.jit(do_not_specialize=["N", "T", "H", "J", "S", "programs", "each"], do_not_specialize_on_alignment=SMALL)
 def _by_query(
     query, key, value, gradient, by_query, logarithms, sums,
-    gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
+    gates, components, index, key_outputs, key_targets, value_outputs, value_targets, errors,
     query_b, query_n, query_h, query_d, key_b, key_t, key_h, key_d, value_b, value_t, value_h, value_d,
     gradient_b, gradient_n, gradient_h, gradient_d,
     gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
     key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
     value_outputs_s, value_outputs_c, value_targets_s, value_targets_c,
-    scale, N, T, H, J, programs, each,
+    scale, N, T, H, J, S, programs, each,
     d: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -197,12 +204,14 @@ def _by_query(
     pair = tl.program_id(0) // programs
     b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
     k00, k01, k10, k11 = load_edited(
-        key + b * key_b + at_head(h, key_h, ALIGNED), gates, components, index, key_outputs, key_targets, b, h, 0, T, J,
+        key + b * key_b + at_head(h, key_h, ALIGNED), gates, components, index, key_outputs, key_targets,
+        b, h, 0, T, J, S, errors,
         key_t, key_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, T0, T1, D0, D1,
     )  # fmt: skip
     v00, v01, v10, v11 = load_edited(
-        value + b * value_b + at_head(h, value_h, ALIGNED), gates, components, index, value_outputs, value_targets, b, h, 0, T, J,
+        value + b * value_b + at_head(h, value_h, ALIGNED), gates, components, index, value_outputs, value_targets,
+        b, h, 0, T, J, S, errors,
         value_t, value_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, T0, T1, D0, D1,
     )  # fmt: skip
@@ -247,16 +256,16 @@ def _by_query(
             store_tile(by_query, dq1, n, D0 + tl.arange(0, D1), H * d, N, d)
 
 
-@triton.jit(do_not_specialize=["N", "T", "H", "J", "B", "programs", "blocks", "each"], do_not_specialize_on_alignment=SMALL)
+@triton.jit(do_not_specialize=["N", "T", "H", "J", "S", "B", "programs", "blocks", "each"], do_not_specialize_on_alignment=SMALL)
 def _by_key_and_value(
     query, key, value, gradient, by_key, by_value, logarithms, sums,
-    gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
+    gates, components, index, key_outputs, key_targets, value_outputs, value_targets, errors,
     query_b, query_n, query_h, query_d, key_b, key_t, key_h, key_d, value_b, value_t, value_h, value_d,
     gradient_b, gradient_n, gradient_h, gradient_d,
     gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
     key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
     value_outputs_s, value_outputs_c, value_targets_s, value_targets_c,
-    scale, N, T, H, J, B, programs, blocks, each,
+    scale, N, T, H, J, S, B, programs, blocks, each,
     d: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -265,13 +274,14 @@ def _by_key_and_value(
     block, pair = pair % blocks, pair // blocks
     b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
     k0, k1, _, _ = load_edited(
-        key + b * key_b + at_head(h, key_h, ALIGNED), gates, components, index, key_outputs, key_targets, b, h, block * BLOCK_T, T, J,
+        key + b * key_b + at_head(h, key_h, ALIGNED), gates, components, index, key_outputs, key_targets,
+        b, h, block * BLOCK_T, T, J, S, errors,
         key_t, key_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, BLOCK_T, 0, D0, D1,
     )  # fmt: skip
     v0, v1, _, _ = load_edited(
         value + b * value_b + at_head(h, value_h, ALIGNED), gates, components, index, value_outputs, value_targets,
-        b, h, block * BLOCK_T, T, J,
+        b, h, block * BLOCK_T, T, J, S, errors,
         value_t, value_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, BLOCK_T, 0, D0, D1,
     )  # fmt: skip

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import load_tile
-from .device import rounded
+from .device import rounded, slots_at
 
 SMALL = ["gates", "components", "index"]
 """What is read element by element: whether it begins at a multiple of 16 bytes may not decide which kernel runs."""
@@ -16,23 +16,23 @@ def places(J: int) -> int:
 
 
 def edit_arguments(gates, components, index, key_outputs, key_targets, value_outputs, value_targets) -> tuple:
-    """(tensors, strides, J, PLACES) of the edit for a kernel; no tensors and zeros where there is nothing to do."""
+    """(tensors, strides, J, S, PLACES) of the edit for a kernel; no tensors and zeros where there is nothing to do."""
     tensors = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
     if index is None or index.shape[1] == 0:
-        return (None,) * 7, (0,) * 16, 0, 1
+        return (None,) * 7, (0,) * 16, 0, 0, 1
     dimensions = (3, 3, 2, 2, 2, 2, 2)
     strides = [n for x, size in zip(tensors, dimensions) for n in ((0,) * size if x is None else x.stride())]
-    J = index.shape[1]
-    return tensors, tuple(strides), J, places(J)
+    J, S = index.shape[1], (value_outputs if key_outputs is None else key_outputs).shape[0]
+    return tensors, tuple(strides), J, S, places(J)
 
 
 @triton.jit
 def _edit_place(
-    tile, j, J, gates, components, index, outputs, targets, positions, columns, T, d,
+    tile, j, J, S, errors, gates, components, index, outputs, targets, positions, columns, T, d,
     gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c,
 ):  # fmt: skip
     """tile + g_j o_j - a_j p_j; the tile itself, and nothing read, where the place is empty."""
-    slot = tl.load(index + j * index_j, mask=j < J, other=-1).to(tl.int64)
+    slot = slots_at(index + j * index_j, j < J, S, errors)
     if slot >= 0:
         inside, within = positions < T, columns < d
         g = tl.load(gates + positions * gates_t + j * gates_j, mask=inside, other=0.0).to(tl.float32)
@@ -45,7 +45,7 @@ def _edit_place(
 
 @triton.jit
 def edit_tile(
-    tile, gates, components, index, outputs, targets, positions, columns, T, d, J,
+    tile, gates, components, index, outputs, targets, positions, columns, T, d, J, S, errors,
     gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c,
     PLACES: tl.constexpr,
 ):  # fmt: skip
@@ -57,13 +57,13 @@ def edit_tile(
     if PLACES > 0:
         for j in tl.static_range(PLACES):
             wide = _edit_place(
-                wide, j, J, gates, components, index, outputs, targets, positions, columns, T, d,
+                wide, j, J, S, errors, gates, components, index, outputs, targets, positions, columns, T, d,
                 gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c,
             )  # fmt: skip
     else:
         for j in range(J):
             wide = _edit_place(
-                wide, j, J, gates, components, index, outputs, targets, positions, columns, T, d,
+                wide, j, J, S, errors, gates, components, index, outputs, targets, positions, columns, T, d,
                 gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c,
             )  # fmt: skip
     return rounded(wide, tile.dtype)
@@ -71,7 +71,7 @@ def edit_tile(
 
 @triton.jit
 def load_edited(
-    base, gates, components, index, outputs, targets, b, h, first, T, J,
+    base, gates, components, index, outputs, targets, b, h, first, T, J, S, errors,
     base_t, base_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
     outputs_s, outputs_c, targets_s, targets_c,
     d: tl.constexpr, PLACES: tl.constexpr,
@@ -88,7 +88,7 @@ def load_edited(
     if T1 > 0 and D1 > 0:
         x11 = load_tile(base, first + T0 + tl.arange(0, T1), D0 + tl.arange(0, D1), base_t, base_d, T, d)
     return edit_tiles(
-        x00, x01, x10, x11, gates, components, index, outputs, targets, b, h, first, T, J,
+        x00, x01, x10, x11, gates, components, index, outputs, targets, b, h, first, T, J, S, errors,
         gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         outputs_s, outputs_c, targets_s, targets_c, d, PLACES, T0, T1, D0, D1,
     )  # fmt: skip
@@ -96,7 +96,7 @@ def load_edited(
 
 @triton.jit
 def edit_tiles(
-    x00, x01, x10, x11, gates, components, index, outputs, targets, b, h, first, T, J,
+    x00, x01, x10, x11, gates, components, index, outputs, targets, b, h, first, T, J, S, errors,
     gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
     outputs_s, outputs_c, targets_s, targets_c,
     d: tl.constexpr, PLACES: tl.constexpr,
@@ -111,24 +111,24 @@ def edit_tiles(
         targets += h * d * targets_c
         t0, c0 = first + tl.arange(0, T0), tl.arange(0, D0)
         x00 = edit_tile(
-            x00, gates, components, index, outputs, targets, t0, c0, T, d, J,
+            x00, gates, components, index, outputs, targets, t0, c0, T, d, J, S, errors,
             gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c, PLACES,
         )  # fmt: skip
         if D1 > 0:
             x01 = edit_tile(
-                x01, gates, components, index, outputs, targets, t0, D0 + tl.arange(0, D1), T, d, J,
+                x01, gates, components, index, outputs, targets, t0, D0 + tl.arange(0, D1), T, d, J, S, errors,
                 gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c,
                 PLACES,
             )  # fmt: skip
         if T1 > 0:
             x10 = edit_tile(
-                x10, gates, components, index, outputs, targets, first + T0 + tl.arange(0, T1), c0, T, d, J,
+                x10, gates, components, index, outputs, targets, first + T0 + tl.arange(0, T1), c0, T, d, J, S, errors,
                 gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c,
                 PLACES,
             )  # fmt: skip
         if T1 > 0 and D1 > 0:
             x11 = edit_tile(
-                x11, gates, components, index, outputs, targets, first + T0 + tl.arange(0, T1), D0 + tl.arange(0, D1), T, d, J,
+                x11, gates, components, index, outputs, targets, first + T0 + tl.arange(0, T1), D0 + tl.arange(0, D1), T, d, J, S, errors,
                 gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c,
                 PLACES,
             )  # fmt: skip

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from ..device_errors import words
 from . import device, shared_memory
 from .attention_tiles import add_product, alignment, at_head, load_tile, padded, precision, refuses_sizes, sizes
 from .device import rounded
@@ -47,16 +48,16 @@ def fused_edited_attention(
     result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if result.numel() == 0:
         return result
-    edit, edit_strides, J, places = edit_arguments(
+    edit, edit_strides, J, S, places = edit_arguments(
         gates, components, index, key_outputs, key_targets, value_outputs, value_targets
     )
 
     def run(tiles):
         programs, each = share(N, B * H, tiles["BLOCK_N"])
         _project_and_attend[(programs * B * H,)](
-            query, encodings, key_weight, value_weight, result, *edit,
+            query, encodings, key_weight, value_weight, result, *edit, words(query.device),
             *query.stride(), *encodings.stride(), *key_weight.stride(), *value_weight.stride(), *edit_strides,
-            float(scale), N, T, H, D, J, programs, each,
+            float(scale), N, T, H, D, J, S, programs, each,
             d=d, PLACES=places, ALIGNED=alignment(query.stride(2)), **sizes(T, d), PRECISION=precision(query), **tiles,
         )  # fmt: skip
 
@@ -88,16 +89,16 @@ def held(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
     return bytes_of
 
 
-@triton.jit(do_not_specialize=["N", "T", "H", "J", "programs", "each"], do_not_specialize_on_alignment=SMALL)
+@triton.jit(do_not_specialize=["N", "T", "H", "J", "S", "programs", "each"], do_not_specialize_on_alignment=SMALL)
 def _project_and_attend(
     query, encodings, key_weight, value_weight, result,
-    gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
+    gates, components, index, key_outputs, key_targets, value_outputs, value_targets, errors,
     query_b, query_n, query_h, query_d, encodings_b, encodings_t, encodings_i,
     key_weight_o, key_weight_i, value_weight_o, value_weight_i,
     gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
     key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
     value_outputs_s, value_outputs_c, value_targets_s, value_targets_c,
-    scale, N, T, H, D, J, programs, each,
+    scale, N, T, H, D, J, S, programs, each,
     d: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -110,7 +111,7 @@ def _project_and_attend(
         T, D, d, T0, T1, D0, D1, PRECISION, BLOCK_K,
     )  # fmt: skip
     k00, k01, k10, k11 = edit_tiles(
-        k00, k01, k10, k11, gates, components, index, key_outputs, key_targets, b, h, 0, T, J,
+        k00, k01, k10, k11, gates, components, index, key_outputs, key_targets, b, h, 0, T, J, S, errors,
         gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, T0, T1, D0, D1,
     )  # fmt: skip
@@ -119,14 +120,14 @@ def _project_and_attend(
         T, D, d, T0, T1, D0, D1, PRECISION, BLOCK_K,
     )  # fmt: skip
     v00, v01, v10, v11 = edit_tiles(
-        v00, v01, v10, v11, gates, components, index, value_outputs, value_targets, b, h, 0, T, J,
+        v00, v01, v10, v11, gates, components, index, value_outputs, value_targets, b, h, 0, T, J, S, errors,
         gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, T0, T1, D0, D1,
     )  # fmt: skip
     attend_tiles(
         query + b * query_b + at_head(h, query_h, ALIGNED), result + (b * N * H + h) * d, k00, k01, k10, k11, v00, v01, v10, v11,
-        query_n, query_d, scale, N, T, H, (tl.program_id(0) % programs) * each, each, d, T0, T1, D0, D1,
-        PRECISION, BLOCK_N,
+        query_n, query_d, scale, N, T, H, (tl.program_id(0) % programs) * each, each,
+        None, True, None, None, 0, 0, d, T0, T1, D0, D1, PRECISION, BLOCK_N,
     )  # fmt: skip
 
 

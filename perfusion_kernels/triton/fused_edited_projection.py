@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device_errors import words
 from .attention_tiles import add_product, load_tile, pieces, precision, store_tile
 from .device import refuses as refuses
 from .edited_projection import edited_projection_backward as fused_edited_projection_backward
@@ -36,7 +37,7 @@ def fused_edited_projection(
     result = torch.empty((B, T, O), dtype=encodings.dtype, device=encodings.device)
     if result.numel() == 0:
         return result
-    (gates, components, index, outputs, targets, _, _), strides, J, places = edit_arguments(
+    (gates, components, index, outputs, targets, _, _), strides, J, S, places = edit_arguments(
         gates, components, index, outputs, projected_targets, None, None
     )
     parts = triton.cdiv(T, TOKENS)
@@ -45,7 +46,7 @@ def fused_edited_projection(
 
     def run(tiles):
         _project[(triton.cdiv(O, tiles["BLOCK_O"]), parts, B)](
-            result, encodings, weight, gates, components, index, outputs, targets, T, each, D, O, J,
+            result, encodings, weight, gates, components, index, outputs, targets, words(encodings.device), T, each, D, O, J, S,
             *encodings.stride(), *weight.stride(), *strides[:12],
             PLACES=places, T0=T0, T1=T1, PRECISION=precision(encodings), **tiles,
         )  # fmt: skip
@@ -70,9 +71,9 @@ def tiles(dtype: torch.dtype) -> tuple[dict[str, int], ...]:
     )
 
 
-@triton.jit(do_not_specialize=["T", "each", "J"], do_not_specialize_on_alignment=SMALL)
+@triton.jit(do_not_specialize=["T", "each", "J", "S"], do_not_specialize_on_alignment=SMALL)
 def _project(
-    result, encodings, weight, gates, components, index, outputs, targets, T, each, D, O, J,
+    result, encodings, weight, gates, components, index, outputs, targets, errors, T, each, D, O, J, S,
     encodings_b, encodings_t, encodings_i, weight_o, weight_i,
     gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
     outputs_s, outputs_c, targets_s, targets_c,
@@ -99,12 +100,12 @@ def _project(
         components += b * components_b
         index += b * index_b
         x0 = edit_tile(
-            x0, gates, components, index, outputs, targets, t0, o, end, O, J,
+            x0, gates, components, index, outputs, targets, t0, o, end, O, J, S, errors,
             gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c, PLACES,
         )  # fmt: skip
         if T1 > 0:
             x1 = edit_tile(
-                x1, gates, components, index, outputs, targets, t1, o, end, O, J,
+                x1, gates, components, index, outputs, targets, t1, o, end, O, J, S, errors,
                 gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c, PLACES,
             )  # fmt: skip
     result += b * T * O

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import rounded
+from ..device_errors import words
+from .device import rounded, slots_at
 from .edited_tiles import SMALL
 from .tuning import launch
 
@@ -35,7 +36,7 @@ def add_rank_one(
     def run(tiles, result=base):
         grid = (triton.cdiv(O, tiles["BLOCK_O"]), triton.cdiv(T, tiles["BLOCK_T"]), B)
         _update[grid](
-            result, base, gates, components, index, outputs, targets, T, O, J,
+            result, base, gates, components, index, outputs, targets, words(base.device), T, O, J, len(outputs),
             *gates.stride(), *components.stride(), *index.stride(), *outputs.stride(), *targets.stride(), **tiles,
         )  # fmt: skip
 
@@ -43,9 +44,9 @@ def add_rank_one(
     launch("add_rank_one", key, base.device, TILES, run, trial=lambda tiles: run(tiles, torch.empty_like(base)))
 
 
-@triton.jit(do_not_specialize_on_alignment=SMALL)
+@triton.jit(do_not_specialize=["S"], do_not_specialize_on_alignment=SMALL)
 def _update(
-    result, base, gates, components, index, outputs, targets, T, O, J,
+    result, base, gates, components, index, outputs, targets, errors, T, O, J, S,
     gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
     outputs_s, outputs_o, targets_s, targets_o,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -57,7 +58,7 @@ def _update(
     edit = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     concepts = 0
     for j in range(J):
-        slot = tl.load(index + b * index_b + j * index_j).to(tl.int64)
+        slot = slots_at(index + b * index_b + j * index_j, True, S, errors)
         if slot >= 0:
             concepts += 1
             g = tl.load(gates + b * gates_b + t * gates_t + j * gates_j, mask=t < T, other=0.0)
@@ -99,7 +100,8 @@ def rank_one_backward(
         blocks = triton.cdiv(O, tiles["BLOCK_O"])
         parts = gradient.new_empty((blocks, 2, B, T, J) if COEFFICIENTS else 0, dtype=torch.float32)
         _gradients[(blocks, B * J)](
-            parts, by_tables, gradient, gates, components, index, outputs, targets, B, T, O, J, *gradient.stride(),
+            parts, by_tables, gradient, gates, components, index, outputs, targets, words(gradient.device),
+            B, T, O, J, len(outputs), *gradient.stride(),
             *gates.stride(), *components.stride(), *index.stride(), *outputs.stride(), *targets.stride(),
             COEFFICIENTS=COEFFICIENTS, TABLES=TABLES, **tiles,
         )  # fmt: skip
@@ -108,7 +110,7 @@ def rank_one_backward(
     launch("rank_one_backward", key, gradient.device, TILES, run)
     by_gates = by_components = by_outputs = by_targets = None
     if COEFFICIENTS:
-        present = (index >= 0)[:, None]
+        present = ((index >= 0) & (index < len(outputs)))[:, None]
         by_gates, by_components = (torch.where(present, part.sum(0), 0) for part in (parts[:, 0], -parts[:, 1]))
     if TABLES:
         by_outputs, by_targets = sum_by_slot(by_tables, index, outputs)
@@ -123,15 +125,16 @@ def sum_by_slot(by_tables: Tensor, index: Tensor, table: Tensor) -> tuple[Tensor
 
     def run(tiles):
         grid = (triton.cdiv(O, tiles["BLOCK_O"]), count)
-        _sum_by_slot[grid](by_first, by_second, by_tables, index, count, O, index.shape[1], *index.stride(), **tiles)
+        _sum_by_slot[grid](by_first, by_second, by_tables, index, count, O, index.shape[1], len(table), *index.stride(), **tiles)
 
     launch("sum_by_slot", (O, count), table.device, ({"BLOCK_O": 256, "num_warps": 4},), run)
     return by_first, by_second
 
 
-@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=SMALL)
+@triton.jit(do_not_specialize=["B", "S"], do_not_specialize_on_alignment=SMALL)
 def _gradients(
-    parts, by_tables, gradient, gates, components, index, outputs, targets, B, T, O, J, gradient_b, gradient_t, gradient_o,
+    parts, by_tables, gradient, gates, components, index, outputs, targets, errors, B, T, O, J, S,
+    gradient_b, gradient_t, gradient_o,
     gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
     outputs_s, outputs_o, targets_s, targets_o,
     COEFFICIENTS: tl.constexpr, TABLES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -144,7 +147,7 @@ def _gradients(
     block, line = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     b, j = line // J, line % J
     o = block * BLOCK_O + tl.arange(0, BLOCK_O)
-    slot = tl.load(index + b * index_b + j * index_j).to(tl.int64)
+    slot = slots_at(index + b * index_b + j * index_j, True, S, errors)
     if slot >= 0:
         output = tl.load(outputs + slot * outputs_s + o * outputs_o, mask=o < O, other=0.0).to(tl.float32)
         target = tl.load(targets + slot * targets_s + o * targets_o, mask=o < O, other=0.0).to(tl.float32)
@@ -169,8 +172,8 @@ def _gradients(
             tl.store(by_tables + (2 * line + 1) * O + o, by_target, mask=o < O)
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["index"])
-def _sum_by_slot(by_outputs, by_targets, by_tables, index, count, O, J, index_b, index_j, BLOCK_O: tl.constexpr):
+@triton.jit(do_not_specialize=["count", "S"], do_not_specialize_on_alignment=["index"])
+def _sum_by_slot(by_outputs, by_targets, by_tables, index, count, O, J, S, index_b, index_j, BLOCK_O: tl.constexpr):
     """by_outputs[slot] and by_targets[slot] = Σ of the lines whose place has this slot, by the first such line."""
     first = tl.program_id(1).to(tl.int64)
     o = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -178,7 +181,7 @@ def _sum_by_slot(by_outputs, by_targets, by_tables, index, count, O, J, index_b,
     earlier = 0
     for line in range(first):
         earlier += (tl.load(index + line // J * index_b + line % J * index_j) == slot).to(tl.int32)
-    if (slot >= 0) & (earlier == 0):
+    if (slot >= 0) & (slot < S) & (earlier == 0):
         by_output = tl.zeros((BLOCK_O,), tl.float32)
         by_target = tl.zeros((BLOCK_O,), tl.float32)
         for line in range(first, count):

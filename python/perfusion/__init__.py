@@ -8,6 +8,7 @@
     Concept                     one learned word, and its file
     train                       learns one from a few pictures
     attach, detach              teach one pipeline object to read <name> in prompts, and undo it
+    Request                     a prompt with what its row wants beside the text: settings, schedules, regions
     load_pipeline               the built-in model, or a checkpoint in diffusers' folder format
     Covariance, get_covariance  the metric in which text encodings are compared
 
@@ -24,15 +25,17 @@ if TYPE_CHECKING:
     from perfusion.covariance import Covariance, get_covariance
     from perfusion.handle import attach, detach
     from perfusion.models import load_pipeline
+    from perfusion.requests import Request
     from perfusion.training import train
 
 __version__ = "0.1.0"
 
-__all__ = ["Concept", "Covariance", "__version__", "attach", "detach", "get_covariance", "load_pipeline", "train"]
+__all__ = ["Concept", "Covariance", "Request", "__version__", "attach", "detach", "get_covariance", "load_pipeline", "train"]
 
 _MODULES = {
     "Concept": "concept",
     "Covariance": "covariance",
+    "Request": "requests",
     "attach": "handle",
     "detach": "handle",
     "get_covariance": "covariance",

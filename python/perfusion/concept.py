@@ -17,23 +17,24 @@ import dataclasses
 import datetime
 import functools
 import json
-import math
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from perfusion.base import Base
+from perfusion.concept_file import decode, encode, read_bytes
+from perfusion.files import write_bytes
+from perfusion.settings import BIAS, TEMPERATURE, Setting
 
 __all__ = ["Concept", "check_name"]
 
 TEXT_BYTES = 64  # of each free text field, as JSON text in UTF-8: bounds the file's header
 COVARIANCE_BYTES = 24
 RECIPE_BYTES = 248  # of the recipe, as a JSON string that holds JSON
-DEFAULT_BIAS = 0.70  # at inference; training uses 0.75 and 0.1
-DEFAULT_TEMPERATURE = 0.15
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
@@ -74,8 +75,8 @@ class Concept:
     superclass_encoding: Tensor
     word_embeddings: tuple[Tensor, ...]
     key_outputs: Tensor | None = None
-    bias: float = DEFAULT_BIAS
-    temperature: float = DEFAULT_TEMPERATURE
+    bias: float = BIAS.default
+    temperature: float = TEMPERATURE.default
     covariance: str = ""
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     created: str = dataclasses.field(default_factory=_now)
@@ -91,10 +92,12 @@ class Concept:
         _check_date(self.created)
         _check_recipe(self.recipe)
         self._set("recipe", dict(self.recipe))
-        _check_number("bias", self.bias, -2, 2)
-        _check_number("temperature", self.temperature, 1e-3, 10)
+        _check_number(BIAS, self.bias)
+        _check_number(TEMPERATURE, self.temperature)
         if not isinstance(self.base, Base):
             raise ValueError(f"a concept's base must be a perfusion.base.Base, got {type(self.base).__name__}")
+        if not self.base.text_encoder:
+            raise ValueError("a concept's base must know its text encoders; this one is of a pipeline without them")
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -164,17 +167,31 @@ class Concept:
         return {field: getattr(self, field) for field in fields if getattr(self, field) is not None}
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
-        """Writes the concept file; see `perfusion.concept_file.write`."""
-        from perfusion import concept_file
+        """Writes the concept file, or leaves what was there. Missing folders are made.
 
-        concept_file.write(self, path, dtype)
+        ValueError when the concept does not fit `dtype`, OSError from the file system.
+        """
+        data = self.to_bytes(dtype)
+        Concept.from_bytes(data, source=str(path))
+        write_bytes(Path(path), data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Concept:
-        """Reads a concept file; tensors come as float32 on the CPU. See `perfusion.concept_file.read`."""
-        from perfusion import concept_file
+        """Reads and checks a concept file; tensors come as float32 on the CPU.
 
-        return concept_file.read(path)
+        ConceptFileError when it is not a concept file, damaged, hostile, or of another format version; OSError when it
+        cannot be opened.
+        """
+        return cls.from_bytes(read_bytes(path), source=str(path))
+
+    def to_bytes(self, dtype: torch.dtype = torch.float16) -> bytes:
+        """The concept file's bytes; equal concepts give equal bytes. ValueError when a tensor does not fit `dtype`."""
+        return encode(self, dtype)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "concept file") -> Concept:
+        """A concept from a file's bytes; `source` names them in errors. ConceptFileError as `load`."""
+        return decode(data, cls, source)
 
     def __repr__(self) -> str:
         lock = "" if self.key_outputs is None else ", keys not locked"
@@ -239,9 +256,9 @@ def _check_recipe(recipe: Any) -> None:
         raise ValueError(f"a concept's recipe must be at most {RECIPE_BYTES} bytes as JSON text, got {size}. Leave something out.")
 
 
-def _check_number(field: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"a concept's {field} must be a number from {low:g} to {high:g}, got {_short(value)}")
+def _check_number(setting: Setting, value: Any) -> None:
+    if not setting.holds(value):
+        raise ValueError(f"a concept's {setting.name} must be a number from {setting.low:g} to {setting.high:g}, got {_short(value)}")
 
 
 def _vector(field: str, value: Any, size: int) -> Tensor:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["whole"]
+__all__ = ["whole", "write_bytes"]
 
 
 @contextlib.contextmanager
@@ -28,3 +28,12 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # a folder that takes no file has none to remove
             draft.unlink()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """A file with these bytes, on the disk in full or not at all; missing folders are made. OSError names `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as draft, open(draft, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -5,64 +5,47 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perfusion.advice import advise
-from perfusion.base import Base, UnsupportedPipeline, describe_base
+from perfusion.base import Base, describe_base, text_encoders
+from perfusion.base.parts import plain_module
 from perfusion.concept import Concept, check_name
-from perfusion.editor import Edit, Editor, Tables, make_edit
-from perfusion.prompts import Mention, check_settings
-from perfusion.text import TextHook, added_tokens, single_token, text_encoders
+from perfusion.edit import Tables
+from perfusion.engine import engine_of
+from perfusion.errors import UnsupportedPipeline, advise
+from perfusion.loaded_concept import LoadedConcept, Schedule
+from perfusion.prompts import Mention
+from perfusion.requests import RowRequest, check_schedule
+from perfusion.settings import GATES, KEY_LOCKS, one_of
+from perfusion.text import TextHook, added_tokens, single_token
 from perfusion_kernels import ConceptBank
 
 __all__ = ["Handle", "LoadedConcept", "attach", "detach"]
 
+DOUBT = 0.6  # of a concept's similarity to some token; plain superclass words of toybox reach .36, concepts' own words .9
+
 _MARK = "_perfusion_handle"
 
 
-@dataclasses.dataclass
-class LoadedConcept:
-    """A concept in a pipeline and how it is set: strength 0 to 4, the gate's bias and temperature, and the key lock.
-
-    `key_lock="local"` takes keys from the edit; `"global"` from the same prompt with the superclass word in place (both:
-    arXiv 2305.01644, section 4).
-    """
-
-    concept: Concept
-    strength: float
-    bias: float
-    temperature: float
-    key_lock: str = "local"
-
-    @property
-    def superclass(self) -> str:
-        return self.concept.superclass
-
-    @property
-    def embeddings(self) -> Sequence[Tensor]:
-        return self.concept.word_embeddings
-
-    @property
-    def global_lock(self) -> bool:
-        return self.key_lock == "global"
-
-
-def attach(pipe: Any, *, capacity: int = 64) -> Handle:
+def attach(pipe: Any, *, capacity: int = 64, exact: bool = False, graphs: bool = False) -> Handle:
     """Let a diffusers pipeline use concepts; returns the Handle that loads and sets them.
 
     pipe: any pipeline around a `UNet2DConditionModel` of the Stable Diffusion 1.x, 2.x or XL family. capacity: how many
-    concepts can be loaded at once. Prompts without concepts give bit-identical images. UnsupportedPipeline names what
-    cannot be edited; RuntimeError refuses a second attach to the same pipeline. A failed attach changes nothing.
+    concepts can be loaded at once. Batches without concepts give bit-identical images. In a batch with concepts, rows without
+    one agree with the plain pipeline up to rounding; exact=True keeps their bits, by a slower path. graphs: replay the UNet as
+    CUDA graphs. UnsupportedPipeline names what cannot be edited; RuntimeError refuses a second attach to the same pipeline. A
+    failed attach changes nothing.
 
-    Pipelines that share a UNet (`from_pipe`) are attached one by one: each reads the concepts of its own handle.
+    Pipelines that share a UNet (`from_pipe`) are attached one by one: each reads the concepts of its own handle. A pipeline
+    without text encoders is given encodings, which `Handle.bind` explains. Threads that share a UNet wait for each other.
     """
     if getattr(pipe, _MARK, None) is not None:
         raise RuntimeError("perfusion is already attached to this pipeline; use that handle, or perfusion.detach(pipe) first.")
-    return Handle(pipe, capacity)
+    return Handle(pipe, capacity, exact=exact, graphs=graphs)
 
 
 def detach(pipe: Any) -> None:
@@ -76,21 +59,31 @@ def detach(pipe: Any) -> None:
 class Handle:
     """The concepts of one pipeline. A context manager: leaving it detaches.
 
-    pipe: the pipeline; base: its Base; enabled: see `disable`. Not safe for use from several threads, as pipelines are not.
+    pipe: the pipeline; base: its Base; enabled: see `disable`; exact: see `attach`.
     """
 
-    def __init__(self, pipe: Any, capacity: int):
-        self.base: Base = describe_base(pipe)
-        if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in pipe.unet.modules()):
-            raise UnsupportedPipeline("the UNet is compiled already, and would not see the hooks: attach first, compile then.")
-        self.pipe = pipe
+    def __init__(self, pipe: Any, capacity: int, *, exact: bool = False, graphs: bool = False):
+        self.base: Base = describe_base(pipe, text_required=False)
+        self.pipe, self.exact = pipe, exact
+        if exact and self.compiled():
+            raise UnsupportedPipeline("the UNet is compiled already, and exact=True needs hooks in it: attach first, compile then.")
         self._bank = ConceptBank(capacity, self.base.encoding_dim, self.base.outputs)
         self._loaded: dict[str, LoadedConcept] = {}
-        self._text = TextHook(pipe, self._loaded)
-        self._editor = Editor(pipe.unet, self._edit_of)
+        self._doubted: set[str] = set()
+        self._text = TextHook(pipe, self._loaded, self._begin_prompt)
+        self._encoders = text_encoders(pipe, required=False)
+        self._engine = engine_of(plain_module(pipe.unet))
         self._text.install()
-        self._editor.install()
+        self._engine.add(self)
+        if graphs:
+            self._engine.use_graphs()
         setattr(pipe, _MARK, self)
+
+    def __deepcopy__(self, memo: Any) -> Handle:
+        raise RuntimeError("a pipeline with perfusion attached cannot be copied: detach, copy, and attach to both.")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError("a pipeline with perfusion attached cannot be pickled: detach first, and attach where it is loaded.")
 
     def __enter__(self) -> Handle:
         return self
@@ -106,7 +99,7 @@ class Handle:
     def detach(self) -> None:
         """Remove every hook from the pipeline. The handle cannot be used again."""
         self._require_attached()
-        self._editor.remove()
+        self._engine.remove(self)
         self._text.remove()
         delattr(self.pipe, _MARK)
 
@@ -135,7 +128,7 @@ class Handle:
                 python="Load this concept under another name=.",
                 command="Give this concept another name with --concept NAME=FILE.",
             )
-        for tokenizer, _ in text_encoders(self.pipe):
+        for tokenizer in self._text.tokenizers():
             single_token(tokenizer, concept.superclass)
         self._warn_about_covariance(name, concept)
         self._bank.add(
@@ -145,7 +138,11 @@ class Handle:
             superclass=concept.superclass_encoding,
             value_output=concept.value_outputs,
         )
-        self._loaded[name] = LoadedConcept(concept, 1.0, concept.bias, concept.temperature)
+        self._loaded[name] = LoadedConcept(
+            concept.superclass, concept.word_embeddings, concept, bias=concept.bias, temperature=concept.temperature
+        )
+        self._doubted.discard(name)
+        self._engine.follow()
         return name
 
     def unload(self, name: str) -> None:
@@ -154,33 +151,42 @@ class Handle:
         self._bank.remove(name)
         self._text.forget(name)
         del self._loaded[name]
-        self._editor.forget()
+        self._engine.forget()
+        self._engine.follow()
 
     def set(
         self,
         name: str,
         *,
-        strength: float | None = None,
-        bias: float | None = None,
-        temperature: float | None = None,
+        strength: Schedule | None = None,
+        bias: Schedule | None = None,
+        temperature: Schedule | None = None,
         key_lock: str | None = None,
+        gate: str | None = None,
     ) -> None:
         """Change how a concept acts; what is not given stays. A prompt's own settings go before these.
 
         strength: 1 as learned, 0 the plain superclass, up to 4. bias: higher weakens the concept and follows the prompt
-        more, lower strengthens it. temperature: how sharply the gate opens. key_lock: "local" or "global"; a prompt in which
-        any concept has the global one takes all its keys so. Bias and temperature act at once, also on prompts that are
+        more, lower strengthens it. temperature: how sharply the gate opens. Each is a number, a list with one number a step,
+        the last of which holds on, or a function of the step, which counts from 0; under a schedule of strength the word's
+        embedding is the concept's own. key_lock: "local" or "global"; a prompt in which any concept has the global one takes all
+        its keys so. gate: "similarity", as published, or "word": at the concept's own word at least 0.7, at other concepts'
+        words 0. Bias and temperature act at once, also on prompts that are
         encoded already; strength and key_lock on prompts encoded from now on. ValueError, and no change, when a value is
         out of range.
         """
         loaded = self._require(name)
-        check_settings(f"<{name}>", strength=strength, bias=bias, temperature=temperature)
-        if key_lock not in (None, "local", "global"):
-            raise ValueError(f'<{name}>: key_lock must be "local" or "global", got {key_lock!r}')
-        for field, value in {"strength": strength, "bias": bias, "temperature": temperature, "key_lock": key_lock}.items():
+        given = {"strength": strength, "bias": bias, "temperature": temperature}
+        for key, value in given.items():
+            if value is not None:
+                check_schedule(f"<{name}>", key, value)
+        for key, value, allowed in (("key_lock", key_lock, KEY_LOCKS), ("gate", gate, GATES)):
+            if value is not None and value not in allowed:
+                raise ValueError(f"<{name}>: {key} must be {one_of(allowed)}, got {value!r}")
+        for field, value in {**given, "key_lock": key_lock, "gate": gate}.items():
             if value is not None:
                 setattr(loaded, field, value)
-        self._editor.forget()
+        self._engine.forget()
 
     def concepts(self) -> dict[str, LoadedConcept]:
         """What is loaded, by name. A copy: change settings by `set`."""
@@ -208,7 +214,46 @@ class Handle:
     def _enable(self, enabled: bool) -> None:
         self._require_attached()
         self._text.enabled = enabled
-        self._editor.forget()
+        self._engine.forget()
+        self._engine.follow()
+
+    def bind(self, encodings: Tensor, prompts: str | Sequence[str]) -> None:
+        """Say with which prompts encodings were made that perfusion did not see made: weighted, joined, loaded from a file.
+
+        encodings [R, T, D]: as the pipeline is going to be given them. prompts: one, or one for each row, with concepts as
+        `<name>`, or a `Request`. Known encodings are recognised without it, also scaled, cast, saved and joined ones.
+        ValueError says what does not fit.
+        """
+        self._require_attached()
+        texts = [prompts] * len(encodings) if isinstance(prompts, str) else list(prompts)
+        if encodings.dim() != 3 or encodings.shape[-1] != self.base.encoding_dim or len(texts) != len(encodings):
+            raise ValueError(
+                f"bind: encodings must be [R, T, {self.base.encoding_dim}] with one prompt for each of R rows, got "
+                f"{list(encodings.shape)} and {len(texts)} prompts"
+            )
+        self._text.bind(encodings, texts)
+        self._engine.forget()
+
+    def explain(self) -> list[str]:
+        """What the UNet did in its last forward and why, and what stands in the way of something faster; a sentence each."""
+        self._require_attached()
+        return self._engine.explain()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that are held for concepts: the bank, slots of keys and values, stacked weights, edits."""
+        self._require_attached()
+        bank = self._bank
+        tables = (bank.targets, bank.metric_targets, bank.superclasses, bank.value_outputs, bank.value_targets)
+        return {"bank": sum(table.nbytes for table in tables), **self._engine.memory()}
+
+    def _begin_prompt(self) -> None:
+        """A prompt is going to be encoded: nothing may have been exchanged since attach."""
+        if plain_module(self.pipe.unet) is not self._engine.unet:
+            raise RuntimeError("pipe.unet was exchanged after attach: perfusion.detach(pipe), and attach anew.")
+        for tokenizer, encoder in text_encoders(self.pipe, required=False):
+            if not any(tokenizer is old and plain_module(encoder) is plain_module(before) for old, before in self._encoders):
+                raise RuntimeError("a text encoder or tokenizer was exchanged after attach: perfusion.detach(pipe), and attach anew.")
+        self._engine.begin_prompt(self)
 
     @property
     def _attached(self) -> bool:
@@ -241,34 +286,39 @@ class Handle:
         except ValueError as error:
             raise ValueError(f"{str(error).removeprefix('ConceptBank: ')}. Write only one of them in a prompt.") from None
 
-    def _edit_of(self, encodings: Tensor) -> Edit | None:
-        edits = self._text.rows_of(encodings) if self.enabled else {}
-        if not edits:
-            return None
-        device, rows = encodings.device, [edit.mentions for edit in edits.values()]
-        self._require_apart(rows)
-        names = list(dict.fromkeys(mention.name for row in rows for mention in row))
-        width = max(map(len, rows))
+    # what the engine asks
 
-        def table(value_of: Callable[[Mention], float], empty: float, dtype: torch.dtype = torch.float32) -> Tensor:
-            values = [[value_of(mention) for mention in row] + [empty] * (width - len(row)) for row in rows]
-            return torch.tensor(values, dtype=dtype, device=device)
+    def has_concepts(self) -> bool:
+        return bool(self._loaded) and self.enabled
 
-        def setting(field: str) -> Callable[[Mention], float]:
-            return lambda mention: getattr(self._loaded[mention.name] if getattr(mention, field) is None else mention, field)
+    def compiled(self) -> bool:
+        return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in self.pipe.unet.modules())
 
-        return make_edit(
-            encodings,
-            torch.tensor(list(edits), device=device),
-            self._tables(names, device),
-            table(lambda mention: names.index(mention.name), -1, torch.int32),
-            table(setting("bias"), 0.0),
-            table(setting("temperature"), 1.0),
-            table(setting("strength"), 0.0),
-            {row: edit.key_encoding for row, edit in edits.items() if edit.key_encoding is not None},
-        )
+    def concept(self, name: str) -> LoadedConcept:
+        return self._loaded[name]
 
-    def _tables(self, names: list[str], device: torch.device) -> Tables:
+    def rows_of(self, encodings: Tensor) -> dict[int, RowRequest]:
+        rows = self._text.rows_of(encodings)
+        self._require_apart([request.mentions for request in rows.values()])
+        return rows
+
+    def doubt(self, encodings: Tensor, rows: Collection[int]) -> None:
+        """Warn of rows that look as if they held a concept and are not known. Similarity alone cannot decide: it only warns."""
+        unknown = [row for row in rows if not self._text.knows(encodings[row])]
+        for name, loaded in self._loaded.items():
+            if name in self._doubted or not unknown:
+                continue
+            words = encodings[unknown, 1:].detach()  # the first token is the start, the same in all prompts
+            similarity = loaded.concept.to(encodings.device).similarity(words).amax()
+            if similarity > DOUBT:
+                self._doubted.add(name)
+                warnings.warn(
+                    f"an encoding seems to hold <{name}> (similarity {similarity:.2f}), and perfusion does not know it: it is drawn "
+                    "without the concept. Say with handle.bind(embeds, prompt) how it was made.",
+                    stacklevel=2,
+                )
+
+    def tables(self, names: list[str], device: torch.device) -> Tables:
         """The tables of the named concepts alone: a bank may hold many that this prompt does not use."""
         bank, slots = self._bank, [self._bank.slot(name) for name in names]
         tables = Tables(*(table[slots].to(device) for table in (bank.targets, bank.metric_targets, bank.superclasses, bank.value_outputs)))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
-from perfusion.advice import advise
+from perfusion.errors import advise
+from perfusion.settings import SETTINGS
 
 __all__ = ["Mention", "Prompt", "PromptError", "check_settings", "near_tags", "parse_prompt"]
-
-RANGES = {"strength": (0, 4), "bias": (-2, 2), "temperature": (1e-3, 10)}
 
 _TAG = re.compile(r"<(?:perfusion:)?([A-Za-z0-9][\w-]{0,31})(?::([^<>|]*))?(?:\|([^<>]*))?>")
 
@@ -24,21 +23,22 @@ class PromptError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Mention:
-    """One concept in a prompt. `prefix` is the plain text before it; settings that the prompt left open are None."""
+    """One concept in a prompt. `prefix` is the plain text before it; settings that are left open are None, others numbers or schedules."""
 
     name: str
     prefix: str
-    strength: float | None = None
-    bias: float | None = None
-    temperature: float | None = None
+    strength: Any = None
+    bias: Any = None
+    temperature: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """`text` is what the text encoder reads: every `<name>` replaced by its superclass word."""
+    """`text` is what the text encoder reads: every `<name>` replaced by its superclass word. request: the `Request` it came as, if any."""
 
     text: str
     mentions: tuple[Mention, ...] = ()
+    request: Any = None
 
 
 def parse_prompt(text: str, superclasses: Mapping[str, str], tokens: Collection[str] = ()) -> Prompt:
@@ -97,8 +97,8 @@ def _settings(tag: re.Match[str], text: str) -> dict[str, float]:
         pairs += [(key.strip(), value.strip())] if pair.strip() else []
     settings: dict[str, float] = {}
     for key, value in pairs:
-        if key not in RANGES or key in settings:
-            raise PromptError(f"{where} sets {key!r}; it may set each of {', '.join(RANGES)} once.")
+        if key not in SETTINGS or key in settings:
+            raise PromptError(f"{where} sets {key!r}; it may set each of {', '.join(SETTINGS)} once.")
         try:
             settings[key] = float(value)
         except ValueError:
@@ -108,8 +108,8 @@ def _settings(tag: re.Match[str], text: str) -> dict[str, float]:
 
 
 def check_settings(where: str, *, strength: float | None = None, bias: float | None = None, temperature: float | None = None) -> None:
-    """PromptError, beginning with `where`, unless every given setting is a number in its range (`RANGES`)."""
+    """PromptError, beginning with `where`, unless every given setting is a number in its range (`SETTINGS`)."""
     for key, value in {"strength": strength, "bias": bias, "temperature": temperature}.items():
-        low, high = RANGES[key]
-        if value is not None and not (isinstance(value, numbers.Real) and low <= value <= high):
-            raise PromptError(f"{where}: {key} must be a number between {low:g} and {high:g}, got {value!r}.")
+        setting = SETTINGS[key]
+        if value is not None and not setting.holds(value):
+            raise PromptError(f"{where}: {key} must be a number between {setting.low:g} and {setting.high:g}, got {value!r}.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -17,23 +18,16 @@ import torch
 from torch import Tensor
 
 from perfusion.base import UnsupportedPipeline, text_encoders
+from perfusion.encoding_registry import EncodingRegistry
+from perfusion.loaded_concept import LoadedConcept
 from perfusion.prompts import Mention, Prompt, PromptError, parse_prompt
-from perfusion.rows import KnownRows, RowEdit
+from perfusion.requests import Request, RowRequest
+from perfusion.settings import SETTINGS
 
-__all__ = ["RowEdit", "TextHook", "Word", "added_tokens", "single_token"]
+__all__ = ["TextHook", "added_tokens", "single_token"]
 
 # suggested as superclasses where the tokenizer has them: no small vocabulary has them all
 _NOUNS = ("teddy", "dog", "cat", "teapot", "mug", "cup", "boat", "car", "house", "robot", "fish", "toy", "bag", "shoe", "person")
-
-
-@dataclasses.dataclass
-class Word:
-    """What the text side needs of a concept: its superclass word and one input embedding [width] per text encoder."""
-
-    superclass: str
-    embeddings: Sequence[Tensor]
-    strength: float = 1.0
-    global_lock: bool = False
 
 
 @dataclasses.dataclass
@@ -43,11 +37,18 @@ class _Side:
     place: int
     prompts: list[list[Prompt]]
 
+    def of_row(self, row: int, copies: int) -> list[Prompt]:
+        """What each text encoder reads for one row of the result."""
+        return [prompts[min(row // copies, len(prompts) - 1)] for prompts in filter(None, self.prompts)]
+
+    def request(self, row: int, copies: int) -> Request | None:
+        return next((prompt.request for prompt in self.of_row(row, copies) if prompt.request is not None), None)
+
     def mentions(self, row: int, copies: int) -> tuple[Mention, ...]:
         """The concepts of one row of the result. A concept acts once however often it is named."""
         found: dict[str, Mention] = {}
-        for prompts in filter(None, self.prompts):
-            for mention in prompts[min(row // copies, len(prompts) - 1)].mentions:
+        for prompt in self.of_row(row, copies):
+            for mention in prompt.mentions:
                 first = found.setdefault(mention.name, mention)
                 if dataclasses.replace(first, prefix=mention.prefix) != mention:
                     raise PromptError(f"<{mention.name}> is named twice in one prompt with different settings; give them once or alike.")
@@ -69,22 +70,22 @@ class _Expected:
 class TextHook:
     """Resolves concepts in the prompts of one pipeline, from `install` to `remove`.
 
-    words: name -> Word of every loaded concept, read at each call. While `enabled` is False every `<name>` is its plain
+    words: name -> LoadedConcept of every loaded concept, read at each call. While `enabled` is False every `<name>` is its plain
     superclass word. Gradients flow to the embeddings; an encoding made with gradients to a word is not remembered, as its
-    maker says what it needs (`Editor.use`).
+    maker says what it needs (`ProjectionHooks.use`).
     """
 
-    def __init__(self, pipe: Any, words: Mapping[str, Word]):
+    def __init__(self, pipe: Any, words: Mapping[str, LoadedConcept], on_encode: Callable[[], None] = lambda: None):
         if not callable(getattr(pipe, "encode_prompt", None)):
             raise UnsupportedPipeline(f"{type(pipe).__name__} is not supported: it has no encode_prompt, where concepts are read.")
-        self.pipe, self.words, self.enabled = pipe, words, True
-        self._known = KnownRows()
-        self._expected: list[list[_Expected]] = [[] for _ in text_encoders(pipe)]
+        self.pipe, self.words, self.enabled, self._on_encode = pipe, words, True, on_encode
+        self._known = EncodingRegistry()
+        self._expected: list[list[_Expected]] = [[] for _ in text_encoders(pipe, required=False)]
         self._handles: list[Any] = []
         self._own = self._wrapper = None  # encode_prompt as the pipeline object had it, normally not at all, and as it has it now
 
     def install(self) -> None:
-        for number, (_, encoder) in enumerate(text_encoders(self.pipe)):
+        for number, (_, encoder) in enumerate(text_encoders(self.pipe, required=False)):
             embedding = getattr(encoder, "_orig_mod", encoder).get_input_embeddings()
             self._handles.append(embedding.register_forward_hook(functools.partial(self._substitute, number)))
         self._own = self.pipe.__dict__.get("encode_prompt")
@@ -110,9 +111,13 @@ class TextHook:
     def parse(self, text: str, tokens: Collection[str] | None = None) -> Prompt:
         """The prompt, every mention with its strength, without those of strength 0: they are the superclass word and no concept."""
         tokens = added_tokens(self.pipe) if tokens is None else tokens
-        prompt = parse_prompt(text, {name: word.superclass for name, word in self.words.items()}, tokens)
-        mentions = [dataclasses.replace(mention, strength=self._strength(mention)) for mention in prompt.mentions]
-        return dataclasses.replace(prompt, mentions=tuple(mention for mention in mentions if mention.strength))
+        superclasses = {name: word.superclass for name, word in self.words.items()}
+        request = text if isinstance(text, Request) else None
+        if request is not None:
+            superclasses |= {own: self._named(text, name).superclass for own, name in request.names.items()}
+        prompt = parse_prompt(str(text), superclasses, tokens)
+        mentions = [self._settled(mention, request) for mention in prompt.mentions]
+        return Prompt(prompt.text, tuple(mention for mention in mentions if mention.strength != 0), request)
 
     def check(self, text: str, tokens: Collection[str] | None = None) -> tuple[Mention, ...]:
         """The concepts that act in a prompt. PromptError, or what else would stop it when it is drawn; nothing is encoded."""
@@ -125,20 +130,57 @@ class TextHook:
             self._expect(number, [prompt])
         return mentions
 
-    def rows_of(self, encodings: Tensor) -> dict[int, RowEdit]:
-        """row -> RowEdit for the rows of encodings [R, T, D] that hold concepts; see `KnownRows.find`."""
+    def bind(self, encodings: Tensor, prompts: Sequence[str]) -> None:
+        """Say that row r of encodings [R, T, D], however they were made, was made with prompts[r]."""
+        self._known.remember([(encodings, [self._bound(row, text) for row, text in zip(encodings, prompts)])])
+
+    def _bound(self, row: Tensor, text: str) -> RowRequest | None:
+        prompt = self.parse(text)
+        mentions = _Side(0, [[prompt]]).mentions(0, 1)
+        if not mentions:
+            return None
+        key_encoding = None
+        if self._locks(mentions, prompt.request):
+            if not self._expected or self.pipe.text_encoder is None:
+                raise PromptError(f"prompt {text!r}: the global key lock encodes the superclass prompt, and there is no text encoder.")
+            with torch.no_grad():
+                key_encoding = self.pipe.encode_prompt(prompt.text, row.device, 1, False)[0][0].cpu()
+            if key_encoding.shape != row.shape:
+                raise PromptError(f"prompt {text!r}: the global key lock needs encodings of {len(key_encoding)} tokens, got {len(row)}.")
+        request = self.row_request(mentions, [prompt] * max(1, len(self.tokenizers())), key_encoding)
+        return dataclasses.replace(request, places=tuple(_in_chunks(places, self.tokenizers(), len(row)) for places in request.places))
+
+    def rows_of(self, encodings: Tensor) -> dict[int, RowRequest]:
+        """row -> RowRequest for the rows of encodings [R, T, D] that hold concepts; see `EncodingRegistry.find`."""
         return self._known.find(encodings)
+
+    def knows(self, row: Tensor) -> bool:
+        """Whether a row [T, D] was made by `encode_prompt` or bound, with concepts or without."""
+        return self._known.known(row)
 
     def forget(self, name: str) -> None:
         """Forget every encoding that holds the concept."""
         self._known.forget(name)
 
-    def _strength(self, mention: Mention) -> float:
+    def _named(self, text: str, name: str) -> LoadedConcept:
+        if name not in self.words:
+            known = ", ".join(sorted(self.words)) or "none"
+            raise PromptError(f"request {text!r}: names ask for a concept {name!r}, which is not loaded; loaded are: {known}.")
+        return self.words[name]
+
+    def _settled(self, mention: Mention, request: Request | None) -> Mention:
+        """A mention by the name under which its concept is loaded, with what its request sets, and with its strength."""
+        name, settings = mention.name, {}
+        if request is not None:
+            name = request.names.get(mention.name, mention.name)
+            settings = {key: request.setting(key, mention.name) for key in SETTINGS if getattr(mention, key) is None}
+        mention = dataclasses.replace(mention, name=name, **settings)
         if not self.enabled:
-            return 0.0
-        return self.words[mention.name].strength if mention.strength is None else mention.strength
+            return dataclasses.replace(mention, strength=0.0)
+        return mention if mention.strength is not None else dataclasses.replace(mention, strength=self.words[name].strength)
 
     def _encode(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        self._on_encode()
         bound.apply_defaults()
         arguments = bound.arguments
         for role in ("prompt_embeds", "negative_prompt_embeds"):
@@ -161,7 +203,7 @@ class TextHook:
 
         sides = self._sides(arguments, parsed)
         result = self._run(original, bound, sides) if mentioned else original(*bound.args, **bound.kwargs)
-        if (mentioned or self._known) and not self._trained():
+        if self.words and not self._trained():  # plain rows are remembered as plain, while there is anything else to be
             self._remember(original, bound, result, sides)
         return result
 
@@ -199,22 +241,39 @@ class TextHook:
     def _expect(self, number: int, prompts: list[Prompt]) -> _Expected:
         tokenizer, _ = text_encoders(self.pipe)[number]
         length = tokenizer.model_max_length
-
-        def ids(text: str | list[str], **options: Any) -> Any:
-            convert = getattr(self.pipe, "maybe_convert_prompt", lambda text, _: text)  # textual inversions of several vectors
-            return tokenizer(convert(text, tokenizer), max_length=length, truncation=True, **options).input_ids
-
-        table = ids([prompt.text for prompt in prompts], padding="max_length", return_tensors="pt")
+        table = self._ids(number, [prompt.text for prompt in prompts], padding="max_length", return_tensors="pt")
         substitutions = []
         for row, prompt in enumerate(prompts):
             for mention in prompt.mentions:
-                position = 1 + (len(ids(mention.prefix, add_special_tokens=False)) if mention.prefix.strip() else 0)
+                position = self._position(number, mention)
                 if position >= length - 1:
                     raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> lies beyond the {length} tokens that the encoder reads.")
                 if table[row, position] != single_token(tokenizer, self.words[mention.name].superclass):
                     raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> must stand as a word of its own.")
                 substitutions.append((row, position, mention))
         return _Expected(table, substitutions)
+
+    def _ids(self, number: int, text: str | list[str], **options: Any) -> Any:
+        tokenizer = self.tokenizers()[number]
+        convert = getattr(self.pipe, "maybe_convert_prompt", lambda text, _: text)  # textual inversions of several vectors
+        return tokenizer(convert(text, tokenizer), **{"max_length": tokenizer.model_max_length, "truncation": True, **options}).input_ids
+
+    def _position(self, number: int, mention: Mention) -> int:
+        """The token of a text encoder's input that is the mention's word; it may lie beyond the end."""
+        prefix = mention.prefix
+        return 1 + (len(self._ids(number, prefix, add_special_tokens=False, truncation=False)) if prefix.strip() else 0)
+
+    def tokenizers(self) -> list[Any]:
+        """Those that the pipeline has, also where the text encoders are gone."""
+        return [each for each in (getattr(self.pipe, name, None) for name in ("tokenizer", "tokenizer_2")) if each is not None]
+
+    def places(self, prompts: Sequence[Prompt], names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """For each name the positions of its words in an encoding of one row, whose text encoders read these prompts."""
+        found: dict[str, set[int]] = {name: set() for name in names}
+        for number, prompt in enumerate(prompts[: len(self.tokenizers())]):
+            for mention in prompt.mentions:
+                found[mention.name].add(self._position(number, mention))
+        return tuple(tuple(sorted(found[name])) for name in names)
 
     @torch.compiler.disable
     def _substitute(self, number: int, module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -234,7 +293,9 @@ class TextHook:
             rows = slice(None) if len(call.ids) == 1 else row
             embedding = self.words[mention.name].embeddings[number].to(output)
             # strength 1 takes the concept's embedding itself, so that no rounding enters
-            output[rows, position] = embedding if mention.strength == 1 else torch.lerp(output[rows, position], embedding, mention.strength)
+            # and so does a schedule, whose steps come when the text is long encoded
+            whole = mention.strength == 1 or not isinstance(mention.strength, numbers.Real)
+            output[rows, position] = embedding if whole else torch.lerp(output[rows, position], embedding, mention.strength)
         return output
 
     def _remember(self, original: Callable[..., Any], bound: inspect.BoundArguments, result: Any, sides: list[_Side]) -> None:
@@ -242,23 +303,56 @@ class TextHook:
         sides = [side for side in sides if result[side.place] is not None]
         mentions = {side.place: [side.mentions(row, copies) for row in range(len(result[side.place]))] for side in sides}
         plain = None
-        if any(self._locks(row) for rows in mentions.values() for row in rows):
+        rows = [(here, side.request(row, copies)) for side in sides for row, here in enumerate(mentions[side.place])]
+        if any(self._locks(here, request) for here, request in rows if here):
             with torch.no_grad():  # the superclass prompt itself: nothing is expected now, so nothing is substituted
                 plain = original(*bound.args, **bound.kwargs)
 
-        def edit(place: int, row: int) -> RowEdit | None:
-            here = mentions[place][row]
-            return RowEdit(here, plain[place][row].cpu() if self._locks(here) else None) if here else None
+        requests: dict[tuple[int, int], RowRequest | None] = {}  # rows that are copies share theirs, so they share keys and values
 
-        self._known.remember([(result[side.place], [edit(side.place, row) for row in range(len(result[side.place]))]) for side in sides])
+        def request(side: _Side, row: int) -> RowRequest | None:
+            at = side.place, row // copies
+            if at not in requests:
+                here = mentions[side.place][row]
+                key_encoding = plain[side.place][row].cpu() if here and self._locks(here, side.request(row, copies)) else None
+                requests[at] = self.row_request(here, side.of_row(row, copies), key_encoding) if here else None
+            return requests[at]
 
-    def _locks(self, mentions: tuple[Mention, ...]) -> bool:
+        self._known.remember([(result[side.place], [request(side, row) for row in range(len(result[side.place]))]) for side in sides])
+
+    def row_request(self, mentions: tuple[Mention, ...], prompts: Sequence[Prompt], key_encoding: Tensor | None) -> RowRequest:
+        """What a row wants whose text encoders read these prompts."""
+        request = next((prompt.request for prompt in prompts if prompt.request is not None), None)
+        places = self.places(prompts, [mention.name for mention in mentions])
+        gate = None if request is None else request.gate
+        by_word = any((gate or self.words[mention.name].gate) == "word" for mention in mentions)
+        if not all(places) and (by_word or (request is not None and request.regions)):
+            raise PromptError(f"prompt {prompts[0].text!r}: gates by word and regions need the words' places, and there is no tokenizer.")
+        if request is None:
+            return RowRequest(mentions, places, key_encoding)
+        called = {name: own for own, name in request.names.items()}
+        regions = tuple(request.regions.get(called.get(mention.name, mention.name)) for mention in mentions)
+        return RowRequest(mentions, places, key_encoding, request.gate, regions)
+
+    def _locks(self, mentions: tuple[Mention, ...], request: Request | None) -> bool:
+        if request is not None and request.key_lock is not None:
+            return request.key_lock == "global"
         return any(self.words[mention.name].global_lock for mention in mentions)
+
+
+def _in_chunks(places: tuple[int, ...], tokenizers: Sequence[Any], length: int) -> tuple[int, ...]:
+    """Where words of a long prompt stand that was encoded in pieces, each with a start and an end of its own."""
+    size = tokenizers[0].model_max_length if tokenizers else length
+    inner = size - 2
+    moved = tuple((place - 1) // inner * size + 1 + (place - 1) % inner if length > size else place for place in places)
+    if any(place >= length for place in moved):
+        raise PromptError(f"a concept's word stands at token {max(moved)}, and the encoding has {length}.")
+    return moved
 
 
 def added_tokens(pipe: Any) -> set[str]:
     """The words that the pipeline's tokenizers have beyond their training: special ones and textual inversions."""
-    return set().union(*(tokenizer.get_added_vocab() for tokenizer, _ in text_encoders(pipe)))
+    return set().union(*(tokenizer.get_added_vocab() for tokenizer, _ in text_encoders(pipe, required=False)))
 
 
 def single_token(tokenizer: Any, word: str) -> int:

@@ -3,7 +3,6 @@
 #include <pybind11/stl.h>
 
 #include "../../csrc/concept_gates.cuh"
-#include "../../csrc/cross_attention_layer.h"
 #include "../../csrc/edited_attention.h"
 #include "../../csrc/edited_projection_backward.cuh"
 #include "../../csrc/fused_edited_attention.h"
@@ -64,23 +63,6 @@ perfusion_fused_edited_attention_params fused(const py::dict& sizes, const py::d
                              {"value_outputs", &p.value_outputs}, {"value_targets", &p.value_targets}, {"output", &p.output}}) {
     *value = tensor(tensors, name);
   }
-  p.scale = scale;
-  return p;
-}
-
-perfusion_cross_attention_layer_params layer(const py::dict& sizes, const py::dict& tensors, uintptr_t workspace, int64_t bytes,
-                                              float scale) {
-  perfusion_cross_attention_layer_params p{};
-  for (auto [name, value] : {std::pair{"B", &p.B}, {"N", &p.N}, {"C", &p.C}, {"T", &p.T}, {"H", &p.H}, {"d", &p.d}}) {
-    *value = size(sizes, name);
-  }
-  for (auto [name, value] : {std::pair{"hidden_states", &p.hidden_states}, {"query_weight", &p.query_weight}, {"key", &p.key},
-                             {"value", &p.value}, {"output_weight", &p.output_weight}, {"output_bias", &p.output_bias},
-                             {"residual", &p.residual}, {"output", &p.output}}) {
-    *value = tensor(tensors, name);
-  }
-  p.workspace = reinterpret_cast<void*>(workspace);
-  p.workspace_bytes = bytes;
   p.scale = scale;
   return p;
 }
@@ -166,22 +148,6 @@ py::dict fused_plan(const py::dict& sizes, const py::dict& tensors) {
   return told(status, made.attention);
 }
 
-py::dict layer_plan(const py::dict& sizes, const py::dict& tensors) {
-  CrossAttentionLayerPlan made{};
-  const perfusion_status status = plan_cross_attention_layer(layer(sizes, tensors, 0, 0, 1.0f), host::machine().device, &made);
-  py::dict result;
-  result["status"] = static_cast<int>(status);
-  result["message"] = outcome(status).second;
-  for (auto [name, value] : {std::pair{"rows", made.rows}, {"second_rows", made.second_rows}, {"splits", made.splits},
-                             {"bytes", made.bytes}, {"second_bytes", made.second_bytes}}) {
-    result[name] = value;
-  }
-  result["streamed_output"] = made.streamed_output;
-  result["blocks"] = made.blocks;
-  result["second_blocks"] = made.second_blocks;
-  return result;
-}
-
 void configure(int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int order, int cache) {
   host::Machine& machine = host::machine();
   machine = host::Machine{};
@@ -206,13 +172,11 @@ py::dict counted() {
   return result;
 }
 
-// (asked, read, written) after accesses (address, bytes, written, streamed), the cache emptied if that is wanted.
-std::tuple<uint64_t, uint64_t, uint64_t> cached(int64_t bytes, const std::vector<std::tuple<uintptr_t, int, bool, bool>>& accesses,
+// (asked, read, written) after accesses (address, bytes, written), the cache emptied if that is wanted.
+std::tuple<uint64_t, uint64_t, uint64_t> cached(int64_t bytes, const std::vector<std::tuple<uintptr_t, int, bool>>& accesses,
                                                bool emptied) {
   host::Cache cache(bytes);
-  for (auto [address, size, written, streamed] : accesses) {
-    cache.access(reinterpret_cast<const void*>(address), size, written, streamed);
-  }
+  for (auto [address, size, written] : accesses) cache.access(reinterpret_cast<const void*>(address), size, written);
   if (emptied) cache.empty();
   return {cache.asked, cache.read, cache.written};
 }
@@ -243,18 +207,6 @@ PYBIND11_MODULE(perfusion_host, module) {
   });
   module.def("plan_fused_edited_attention", &fused_plan);
   module.def("share_projection", &share_projection);
-  module.def("cross_attention_layer",
-             [](const py::dict& sizes, const py::dict& tensors, uintptr_t workspace, int64_t bytes, float scale) {
-               const auto p = layer(sizes, tensors, workspace, bytes, scale);
-               return outcome(perfusion_cross_attention_layer(&p, nullptr));
-             });
-  module.def("cross_attention_layer_workspace", [](const py::dict& sizes, const py::dict& tensors) {
-    const auto p = layer(sizes, tensors, 0, 0, 1.0f);
-    int64_t bytes = -1;
-    const auto [status, message] = outcome(perfusion_cross_attention_layer_workspace(&p, &bytes));
-    return std::tuple{status, message, bytes};
-  });
-  module.def("plan_cross_attention_layer", &layer_plan);
   module.def("concept_gates", [](const py::dict& sizes, const py::dict& tensors) {
     const auto p = gates(sizes, tensors);
     return outcome(perfusion_concept_gates(&p, nullptr));

@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "cuda_host"
-ATTENTION = ("edited_attention", "fused_edited_attention", "cross_attention_layer")
+ATTENTION = ("edited_attention", "fused_edited_attention")
 KERNELS = (
     "concept_gates.cu",
     "edited_projection.cu",

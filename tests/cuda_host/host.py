@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import cases, plain
-from ..kernels.tolerance import assert_no_worse
+from ..kernels.tolerance import assert_no_worse, exactly
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int32: 3}
 ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
@@ -58,26 +58,6 @@ class Host:
     def fused_plan(self, **tensors: Tensor) -> dict:
         sizes, given = fused_call(tensors, None)
         return self.module.plan_fused_edited_attention(sizes, described(given))
-
-    def cross_attention_layer(
-        self, *, scale: float = 0.3, output: Tensor | None = None, workspace: Tensor | None = None, **tensors: Tensor | None
-    ) -> Tensor:
-        """The public function's tensors by name -> [B, N, C]. The workspace is of the bytes that are asked for if it is not given."""
-        sizes, given = layer_call(tensors, output)
-        if workspace is None:
-            workspace = torch.full((self.layer_workspace_bytes(**tensors),), 0xFF, dtype=torch.uint8)  # NaN in every format
-        _raise(self.module.cross_attention_layer(sizes, described(given), workspace.data_ptr(), workspace.numel(), scale))
-        return given["output"]
-
-    def layer_workspace_bytes(self, **tensors: Tensor | None) -> int:
-        sizes, given = layer_call(tensors, None)
-        status, message, size = self.module.cross_attention_layer_workspace(sizes, described(given))
-        _raise((status, message))
-        return size
-
-    def layer_plan(self, **tensors: Tensor | None) -> dict:
-        sizes, given = layer_call(tensors, None)
-        return self.module.plan_cross_attention_layer(sizes, described(given))
 
     def plan(self, **tensors: Tensor) -> dict:
         sizes, given = attention_call(tensors, None)
@@ -157,13 +137,6 @@ def fused_call(tensors: dict[str, Tensor | None], output: Tensor | None) -> tupl
     return {**sizes, "D": given["encodings"].shape[2]}, given
 
 
-def layer_call(tensors: dict[str, Tensor | None], output: Tensor | None) -> tuple[dict[str, int], dict[str, Tensor]]:
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    (B, N, C), (_, T, H, d) = given["hidden_states"].shape, given["key"].shape
-    given["output"] = torch.full((B, N, C), torch.nan, dtype=given["hidden_states"].dtype) if output is None else output
-    return dict(B=B, N=N, C=C, T=T, H=H, d=d), given
-
-
 def described(tensors: dict[str, Tensor]) -> dict[str, tuple]:
     return {name: (tensor.data_ptr(), DTYPES[tensor.dtype], list(tensor.stride())) for name, tensor in tensors.items()}
 
@@ -183,7 +156,7 @@ def compare(host: Host, operator: str, case: cases.Case) -> None:
     arguments = case.arguments(operator)
     actual = getattr(host, operator)(**arguments)
     same = written_plainly(operator, arguments)
-    exact = written_plainly(operator, case.double().arguments(operator))
+    exact = exactly(written_plainly, operator, case.double().arguments(operator))
     for mine, naive, truth in zip(actual if isinstance(actual, tuple) else (actual,), same, exact):
         if mine.numel():
             assert_no_worse(mine, naive, truth, case.index)

@@ -15,7 +15,7 @@ from perfusion_kernels.cuda import OPERATORS
 from .build import ROOT, build_torch_library
 
 REGISTER = "from tests.kernels import cuda_on_host; cuda_on_host.register()"
-FILES = ("floor", "contract", "concept_gates", "edited_projection", "cross_attention_layer")
+FILES = ("floor", "contract", "concept_gates", "edited_projection", "cross_attention_layer", "slots_and_regions")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -8,8 +8,6 @@ EXPORTED = (
     "compiled_kernels",
     "concept_gates",
     "concept_gates_workspace",
-    "cross_attention_layer",
-    "cross_attention_layer_workspace",
     "edited_attention",
     "edited_projection",
     "edited_projection_backward",

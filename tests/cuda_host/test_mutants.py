@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from . import test_concept_gates as gates
-from . import test_cross_attention_layer as layer
 from . import test_edited_attention as attention
 from . import test_edited_projection as projection
 from . import test_edited_projection_backward as projection_backward
@@ -13,10 +12,10 @@ from . import test_fused_edited_attention as fused
 from .build import Change, build_module, only_widths
 from .host import Host, Refused
 
-ATTENTION, TILES, EDIT, STREAM, FUSED, LAYER, GATES, GATE_PRODUCTS, PRODUCT, PROJECTION, RANK_ONE, PROJECTION_BACKWARD = (
+ATTENTION, TILES, EDIT, STREAM, FUSED, GATES, GATE_PRODUCTS, PRODUCT, PROJECTION, RANK_ONE, PROJECTION_BACKWARD = (
     f"{name}.cuh"
     for name in (
-        *("edited_attention", "attention_tiles", "edited_tiles", "query_stream", "fused_edited_attention", "cross_attention_layer"),
+        *("edited_attention", "attention_tiles", "edited_tiles", "query_stream", "fused_edited_attention"),
         *("concept_gates", "concept_gates_products"),
         *("matrix_product", "edited_projection", "rank_one_backward", "edited_projection_backward"),
     )
@@ -199,59 +198,9 @@ MUTANTS = {
     "blocks are counted without their turns": (
         Change("fused_edited_attention.cu", "const int64_t work = turns * (", "const int64_t work = (void(turns), 1) * ("), fused.check_no_other_share_is_cheaper
     ),
-    "scores do not wait for the queries": (
-        Change(LAYER, "pack<Element>(x, y);\n    });\n    barrier();\n", "pack<Element>(x, y);\n    });\n"), layer.check_many_tiles
-    ),
-    "the next tile's steps land on the outputs": (
-        Change(LAYER, "    barrier();  // the outputs have been read; the next tile's steps may land on them\n", ""), layer.check_many_tiles
-    ),
-    "every tile is the block's first": (Change(LAYER, "Tokens(tokens, first, 0)", "Tokens(tokens, first % rows, 0)"), layer.check_many_tiles),
-    "the weights of a head are as many as its positions": (
-        Change(LAYER, "    const int width = (T + 15) / 16 * 16;\n    PERFUSION_UNROLL", "    const int width = T;\n    PERFUSION_UNROLL"),
-        layer.check_many_absorbed_tiles,
-    ),
-    "values are read behind the last position": (
-        Change(LAYER, "h < H && t < T ? left : 0", "h < H ? left : 0"), layer.check_views_of_poisoned_memory
-    ),
-    "another row's absorbed values": (Change(LAYER, "+ b * value.strides[0] + at_column", "+ 0 * b * value.strides[0] + at_column"), layer.check_many_absorbed_tiles),
-    "absorbed weights are not divided by their sum": (
-        Change(LAYER, "c[0][n][e] *= factor[e / 2];", "c[0][n][e] *= e % 2 ? 1.0f : factor[e / 2];"), layer.check_many_absorbed_tiles
-    ),
-    "half of the keys is joined with what is not there yet": (
-        Change(LAYER, "  barrier();  // both halves stand\n", ""), layer.check_halves_of_the_keys
-    ),
-    "each half of the keys is divided by its own sum": (
-        Change(LAYER, "mine * sum[r] + exp2(other_high - highest) * of_row[3 - half]", "mine * sum[r] + exp2(other_high - highest) * 0.0f"),
-        layer.check_halves_of_the_keys,
-    ),
-    "halves of the keys keep their own maximum": (
-        Change(LAYER, "mine = exp2(high[r] - highest);", "mine = 1.0f;"), layer.check_halves_of_the_keys
-    ),
-    "both halves of the keys end with the context": (
-        Change(LAYER, "p.scale * log2_e, T - column)", "p.scale * log2_e, T)"), layer.check_halves_of_the_keys
-    ),
-    "bias and residual are rounded one by one": (
-        Change(LAYER, "x[e] += more[e];", "x[e] = to_float(Element{static_cast<uint16_t>(pack<Element>(x[e] + more[e], 0.0f))});"),
-        layer.check_the_sum_is_rounded_once,
-    ),
     "the last of many places is taken for absent": (Change(GATES, "return j < J ? load", "return j + 1 < J ? load"), gates.check_more_than_a_block_holds),
     "many places have the first one's bias": (
         Change(GATES, "parameters[j] : of_place(p.bias, j)", "parameters[j] : of_place(p.bias, 0)"), gates.check_more_than_a_block_holds
-    ),
-    "outputs drive weights out of the cache": (Change(LAYER, "words, plan.streamed_output);", "words, false);"), layer.check_weights_stay_in_the_cache),
-    "residuals drive weights out of the cache": (
-        Change(LAYER, "plan.wide_residual, true);", "plan.wide_residual, false);"), layer.check_weights_stay_in_the_cache
-    ),
-    "heads that share hidden states run apart": (
-        Change(
-            LAYER,
-            "h = in_row % H, first = in_row / H * rows;",
-            "h = in_row / launch.plan.splits, first = in_row % launch.plan.splits * rows;",
-        ),
-        layer.check_heads_share_hidden_states_absorbed,
-    ),
-    "channels are read to the end of 16 bytes": (
-        Change(LAYER, "static_cast<int>(launch.call.C), x.strides", "static_cast<int>(launch.call.C + 7) / 8 * 8, x.strides"), layer.check_channels_within_longer_rows
     ),
 }  # fmt: skip
 WIDTHS = (40, 96)  # of the heads that the checks have

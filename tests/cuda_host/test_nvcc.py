@@ -29,7 +29,7 @@ def kernels(compiled):  # noqa: F811
 
 def test_instructions_are_counted():
     (counts,) = nvcc_matrix.count_instructions(SASS.splitlines()).values()
-    assert counts == dict(tensor=1, wide_loads=3, wide_stores=1, streamed=1, local=1)
+    assert counts == dict(tensor=1, wide_loads=3, wide_stores=1, local=1)
 
 
 def test_what_no_kernel_may_have():
@@ -69,12 +69,7 @@ def test_no_kernel_spills_and_all_are_as_wide_as_wanted(kernels):
     assert nvcc_matrix.complaints(kernels) == []
 
 
-def test_what_streams_by_is_said_to(kernels):
-    """To the second-level cache: the layer's residual and output, and nothing else."""
-    assert all((kernel.streamed > 0) == kernel.name.startswith("cross_attention_layer_project") for kernel in kernels)
-
-
-SHARED = {"sm_80": 167936, "sm_86": 102400, "sm_89": 102400, "sm_90a": 233472, "sm_100a": 233472, "sm_120": 102400}  # a multiprocessor's
+SHARED = {"sm_80": 167936, "sm_86": 102400, "sm_89": 102400, "sm_90": 233472, "sm_100": 233472, "sm_120": 102400}  # a multiprocessor's
 
 
 def test_registers_allow_the_blocks_that_the_plan_counts_on():
@@ -82,7 +77,7 @@ def test_registers_allow_the_blocks_that_the_plan_counts_on():
     _, table = nvcc_matrix.committed()
     for name, registers in table.items():
         kernel, _, *numbers = name.split(", ")
-        if kernel not in ("edited_attention", "cross_attention_layer_attend"):
+        if kernel != "edited_attention":
             continue
         _, groups, *_ = tile = tuple(map(int, numbers))
         bytes = nvcc_matrix.REGISTRY.dynamic_shared_memory(kernel, tile)
@@ -109,10 +104,10 @@ def test_a_written_table_is_read_as_it_was(tmp_path, monkeypatch):
     kernels = [
         nvcc_matrix.Kernel(name, arch, registers=registers, tensor=tensor, wide_loads=4)
         for name in ("concept_gates, float32, 1", "edited_attention, float16, 40, 5")
-        for arch, registers, tensor in (("sm_80", 96, 30), ("sm_90a", 90, 31))
+        for arch, registers, tensor in (("sm_80", 96, 30), ("sm_90", 90, 31))
     ]
     nvcc_matrix.write(kernels, "13.0")
-    assert nvcc_matrix.committed() == ("13.0", {kernel.name: {"sm_80": 96, "sm_90a": 90} for kernel in kernels})
+    assert nvcc_matrix.committed() == ("13.0", {kernel.name: {"sm_80": 96, "sm_90": 90} for kernel in kernels})
     text = nvcc_matrix.PAGE.read_text()
     assert "| edited_attention, float16, 40, 5 | 23,040 | 30–31 | 4 | 0 | 96 | 90 |" in text
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "Not written" not in text

@@ -11,7 +11,7 @@ from ..kernels import cases
 from .host import Refused
 
 DEVICES = ((108, 166912), (84, 101376), (132, 232448), (84, 90112), (2, 49152))  # multiprocessors, bytes of shared memory a block
-PLANS = {"edited_attention": "plan", "fused_edited_attention": "fused_plan", "cross_attention_layer": "layer_plan"}
+PLANS = {"edited_attention": "plan", "fused_edited_attention": "fused_plan"}
 
 
 @pytest.fixture
@@ -42,19 +42,17 @@ def test_shared_memory(host, on_host, name):
 
 def shapes(name, T=77, d=40, N=3, **sizes):
     """Arguments whose values nobody reads."""
-    B, H, C, J, S, D = (sizes.get(letter, size) for letter, size in dict(B=2, H=2, C=24, J=2, S=3, D=8).items())
+    B, H, J, S, D = (sizes.get(letter, size) for letter, size in dict(B=2, H=2, J=2, S=3, D=8).items())
     dtype, O = sizes.get("dtype", torch.half), H * d
     half = lambda *shape: torch.empty(shape, dtype=dtype)  # noqa: E731
     gates = dict(gates=torch.empty(B, T, J), components=torch.empty(B, T, J), index=torch.full((B, J), -1, dtype=torch.int32))
     tables = {f"{side}_{table}": half(S, O) for side in ("key", "value") for table in ("outputs", "targets")}
     heads = dict(query=half(B, N, H, d), key=half(B, T, H, d), value=half(B, T, H, d))
     text = dict(encodings=half(B, T, D), key_weight=half(O, D), value_weight=half(O, D))
-    weights = dict(query_weight=half(O, C), output_weight=half(C, O))
-    layer = dict(hidden_states=half(B, N, C), **weights, output_bias=half(C), residual=half(B, N, C))
     projection = dict(weight=half(O, D), outputs=half(S, O), projected_targets=half(S, O))
     concepts = {key: torch.ones(S, D) for key in ("targets", "metric_targets")} | {key: torch.ones(B, J) for key in ("bias", "temperature")}
-    everything = {**gates, **tables, **heads, **text, **layer, **projection, **concepts}
-    return {argument.name: everything[argument.name] for argument in cases.overload_of(name)._schema.arguments if argument.name != "scale"}
+    everything = {**gates, **tables, **heads, **text, **projection, **concepts}
+    return {argument.name: everything.get(argument.name) for argument in cases.overload_of(name)._schema.arguments if argument.name != "scale"}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +62,6 @@ def shapes(name, T=77, d=40, N=3, **sizes):
         *((name, dict(T=T)) for name in PLANS for T in (1, 256, 257)),
         *((name, dict(D=D)) for name in ("edited_projection", "fused_edited_attention") for D in (0, 1, 9)),
         *((name, dict(dtype=dtype)) for name in ("edited_projection", *PLANS) for dtype in (torch.bfloat16, torch.float32)),
-        *(("cross_attention_layer", dict(H=H)) for H in (0, 1)),
         *(("concept_gates", dict(J=J, B=1, T=1)) for J in (0, 128, 129, 32769)),
     ],
 )

@@ -18,7 +18,7 @@ from .test_torch_library import compiled, facts  # noqa: F401, fixtures
 
 ELEMENTS = {"perfusion::Half": "float16", "perfusion::BFloat16": "bfloat16", "float": "float32"}
 PTXAS = re.compile(r"entry function '(\S+)' for '(\w+)'.*?(\d+) bytes stack.*?Used (\d+) registers", re.DOTALL)
-WIDTHS, ARCHITECTURES = (32, 40, 64, 80, 96, 128, 160), ("sm_80", "sm_90a")
+WIDTHS, ARCHITECTURES = (32, 40, 64, 80, 96, 128, 160), ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_every_kernel_is_there_for_every_architecture(table):
     for dtype in ("float16", "bfloat16"):
         for keys in (80, 160, 256):
             assert all(("edited_attention", dtype, f"head_dim {d}, keys {keys}", "sm_80") in rows for d in WIDTHS)
-    assert set(OPERATORS) - {kernel for kernel, *_ in rows} == {"cross_attention_layer"}  # whose kernels have names of their own
+    assert set(OPERATORS) <= {kernel for kernel, *_ in rows}
     assert all(16 <= row.registers <= 255 and row.spills == row.stack == row.static_shared_memory == 0 for row in table)
 
 
@@ -82,16 +82,6 @@ def attention_plan(host, kernel, head_dim, keys):
     return plan(**{name: tensor for name, tensor in arguments.items() if name in plain})["bytes"]
 
 
-def layer_plan(host, kernel, rows, head_dim=32, keys=80, absorbed=0):
-    layer = cases.make(B=1, T=keys, N=129, H=1, d=head_dim, D=11, J=1, dtype=torch.float16).arguments("cross_attention_layer")
-    if absorbed or kernel.endswith("_weigh"):
-        layer |= {"query_weight": None, "output_weight": None}
-    host.configure({64: 1, 32: 64}[rows])  # flat tiles where there are many multiprocessors
-    plan = host.layer_plan(**layer)
-    assert plan["rows"] == plan["second_rows"] == rows
-    return plan["second_bytes" if kernel.endswith("_project") else "bytes"]
-
-
 def projection_plan(host, kernel, rows, columns):
     host.configure({(80, 128): 1, (80, 64): 3, (32, 64): 100}[rows, columns])
     plan = host.plan_projection(encodings=torch.empty(1, 160, 8).half(), weight=torch.empty(128, 8).half())
@@ -104,7 +94,6 @@ def projection_plan(host, kernel, rows, columns):
     [
         ("edited_attention", attention_plan, 7 * 3),
         ("fused_edited_attention", attention_plan, 7 * 2),
-        ("cross_attention_layer", layer_plan, 7 * 4 + 6 + 4),
         ("edited_projection", projection_plan, 3),
     ],
 )
@@ -137,7 +126,7 @@ def test_python_reads_the_same_table(table, facts):  # noqa: F811
 
 SPILLING = """\
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN9perfusion24edited_projection_kernelINS_8BFloat16ELi32ELi64EEEvv' for 'sm_90a'
+ptxas info    : Compiling entry function '_ZN9perfusion24edited_projection_kernelINS_8BFloat16ELi32ELi64EEEvv' for 'sm_90'
 ptxas info    : Function properties for _ZN9perfusion24edited_projection_kernelINS_8BFloat16ELi32ELi64EEEvv
     16 bytes stack frame, 20 bytes spill stores, 24 bytes spill loads
 ptxas info    : Used 96 registers, used 1 barriers, 16 bytes cumulative stack size, 48 bytes smem, 400 bytes cmem[0]
@@ -154,7 +143,7 @@ def written(folder, words):
 
 def test_what_no_kernel_here_has_is_listed_too(tmp_path):
     (row,) = written(tmp_path, SPILLING)
-    assert (row.kernel, DTYPES[row.dtype], row.tile, row.architecture) == ("edited_projection", "bfloat16", "rows 32, columns 64", "sm_90a")
+    assert (row.kernel, DTYPES[row.dtype], row.tile, row.architecture) == ("edited_projection", "bfloat16", "rows 32, columns 64", "sm_90")
     assert (row.registers, row.spills, row.stack, row.static_shared_memory) == (96, 44, 16, 48)
 
 

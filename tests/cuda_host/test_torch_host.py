@@ -130,15 +130,6 @@ def test_absent_tensors(operators, host):
     assert torch.equal(call(*cases.positional("edited_attention", one_side)), host.edited_attention(**one_side))
 
 
-def test_a_layer_without_weights_is_absorbed(operators, host):
-    case = made("cross_attention_layer", channels=32)
-    arguments = {**case.arguments("cross_attention_layer"), "query_weight": None, "output_weight": None}
-    for changes in ({}, {"output_bias": None, "residual": None}):
-        given = {**arguments, **changes}
-        result = operators["cross_attention_layer"](*cases.positional("cross_attention_layer", given))
-        assert torch.equal(result, host.cross_attention_layer(**given))
-
-
 def test_empty_batches(operators):
     for name in OPERATORS:
         for result in results(operators[name](*cases.positional(name, made(name, B=0).arguments(name)))):
@@ -156,8 +147,6 @@ def test_empty_batches(operators):
         ("edited_attention", {"index": lambda x: x[:3]}, r"edited_attention: index must have shape \[4, 3\]; got \[3, 3\]"),
         ("edited_projection", {"weight": lambda x: x[:, 1:]}, r"edited_projection: weight must have shape \[64, 16\]; got \[64, 15\]"),
         ("fused_edited_attention", {"encodings": lambda x: x.half()}, "fused_edited_attention: encodings must be bfloat16; got float16"),
-        ("cross_attention_layer", {"query_weight": lambda x: None}, "cross_attention_layer: query_weight must be given; got NULL"),
-        ("cross_attention_layer", {"residual": lambda x: x[0]}, r"_layer: residual must have shape \[4, 5, 69\]; got \[5, 69\]"),
         ("concept_gates", {"bias": lambda x: x.half()}, "concept_gates: bias must be float32; got float16"),
         ("concept_gates", {"metric_targets": lambda x: x[1:]}, r"concept_gates: metric_targets must have shape \[6, 16\]; got \[5, 16\]"),
     ],

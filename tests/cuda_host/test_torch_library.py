@@ -11,11 +11,12 @@ import sys
 
 import pytest
 
-from perfusion_kernels.cuda import OPERATORS
+from bench.kernels import nvcc_matrix
+from perfusion_kernels.cuda import OPERATORS, library
 
 from .build import ROOT
 
-ARCHITECTURES = "8.0+PTX;9.0a"  # as in the Makefile
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "compute_100", "sm_120")
 
 SCRIPT = """
 import importlib, json, sys
@@ -65,7 +66,7 @@ def setup_script():
 @pytest.fixture(scope="module")
 def compiled():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+        patch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
         patch.setenv("MAX_JOBS", "2")
         return setup_script().compile_library()
 
@@ -88,16 +89,35 @@ def test_it_loads_and_registers_without_a_gpu(facts):
     assert f"another version: its concept_gates is {schema}, here it is (Tensor, Tensor, Tensor, Tensor?," in facts["another schema"]
 
 
+def test_the_architectures_are_those_that_the_documents_list(compiled):
+    """By default; read from the library itself. Machine code for each chip that differs, and PTX for all later ones."""
+    path, content = compiled
+    files = {
+        kind: subprocess.run([nvcc_matrix.cuobjdump(), f"--list-{kind}", path], capture_output=True, text=True, check=True).stdout
+        for kind in ("elf", "ptx")
+    }
+    found = {f"sm_{each}" for each in re.findall(r"\.sm_(\w+)\.cubin", files["elf"])}
+    found |= {f"compute_{each}" for each in re.findall(r"\.sm_(\w+)\.ptx", files["ptx"])}
+    assert found == set(content["architectures"]) == set(ARCHITECTURES)
+    everywhere = "8.0 8.6 8.9 9.0 10.0+PTX 12.0"
+    assert f"set(list {everywhere})" in (ROOT / "CMakeLists.txt").read_text()
+    for file in ("setup.py", "docs/kernels-cuda.md"):
+        assert everywhere.replace(" ", ";") in (ROOT / file).read_text(), file
+    assert tuple(each.replace("+PTX", "") for each in everywhere.split()) == nvcc_matrix.ARCHITECTURES
+    for capability in ((8, 0), (8, 7), (9, 0), (10, 3), (11, 0), (12, 1), (13, 0)):
+        assert library.runs_on(content["architectures"], *capability)
+
+
 def test_the_library_lists_its_kernels_and_the_doctor_sums_them_up(facts, compiled):
     """Row by row, test_registry.py looks at them."""
     found = dict(facts["compiled"])
     kernels = found.pop("kernels")
-    assert found == compiled[1] and found["architectures"] == ["sm_80", "compute_80", "sm_90a"]
+    assert found == compiled[1]
     shared_memory = {(row["kernel"], row["tile"]): row["dynamic_shared_memory"] for row in kernels}
     assert shared_memory["edited_attention", "head_dim 40, keys 80"] == 23040 and shared_memory["concept_gates", "resident 1"] is None  # by J
     registers = sorted(row["registers"] for row in kernels)
     assert facts["doctor"] == [
-        f"ok  compiled  cuda                    {len(kernels)} kernels for sm_80, compute_80, sm_90a by CUDA {found['cuda']},"
+        f"ok  compiled  cuda                    {len(kernels)} kernels for {', '.join(ARCHITECTURES)} by CUDA {found['cuda']},"
         f" {registers[0]} to {registers[-1]} registers, none with spills,"
         " up to 210 KiB of shared memory (fused_edited_attention, head_dim 160, keys 256)"
     ]
@@ -121,4 +141,4 @@ def test_one_binary_for_every_python_and_every_later_torch(compiled):
 def test_architectures_are_written_as_torch_writes_them(tmp_path, monkeypatch, wrong):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"8.0 {wrong}")
     ran = subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path], capture_output=True, text=True)
-    assert ran.returncode and "TORCH_CUDA_ARCH_LIST must list compute capabilities as 8.0;9.0a;12.0+PTX" in " ".join(ran.stderr.split())
+    assert ran.returncode and "TORCH_CUDA_ARCH_LIST must list compute capabilities as 8.0;9.0;10.0+PTX" in " ".join(ran.stderr.split())

@@ -14,9 +14,9 @@ from ..kernels import cases
 LIMIT = 1.1
 
 
-def line(number, offset=0, size=16, written=False, streamed=False):
+def line(number, offset=0, size=16, written=False):
     """An access to a line of 128 bytes."""
-    return 128 * number + offset, size, written, streamed
+    return 128 * number + offset, size, written
 
 
 def test_a_cache_brings_a_sector_once(built):
@@ -30,14 +30,6 @@ def test_what_was_used_longest_ago_makes_room(built):
     a, b, c = map(line, range(3))
     assert built.cached(256, [a, b, a, c, a], True)[1] == 3 * 32
     assert built.cached(256, [a, b, a, c, b], True)[1] == 4 * 32
-
-
-def test_what_streams_by_makes_room_first(built):
-    """And is there until then, also to be kept after all."""
-    a, b, c, streamed = line(0), line(1), line(2), line(1, streamed=True)
-    assert built.cached(256, [a, streamed, c, a], True)[1] == 3 * 32
-    assert built.cached(256, [a, streamed, streamed], True)[1] == 2 * 32
-    assert built.cached(256, [a, streamed, b, c, b], True)[1] == 3 * 32
 
 
 def test_a_line_makes_room_in_its_set(built):
@@ -54,7 +46,7 @@ def test_what_is_written_goes_to_memory_once(built):
     assert built.cached(128, [store, line(1), store], True) == (48, 32, 64)
 
 
-@pytest.mark.parametrize("operator", ("concept_gates", "edited_projection", "edited_attention", "fused_edited_attention", "cross_attention_layer"))
+@pytest.mark.parametrize("operator", ("concept_gates", "edited_projection", "edited_attention", "fused_edited_attention"))
 def test_blocks_that_run_at_once_give_the_same_bits(host, operator):
     case = cases.make(B=3, T=77, D=72, J=2, H=2, d=40, N=129, channels=88, dtype=torch.float16)
     arguments = case.arguments(operator)

@@ -96,7 +96,7 @@ PUBLIC = {
 def positional(operator: str, arguments: dict[str, Tensor], scale: float = 0.3) -> tuple:
     """The arguments in the schema's order, for the torch operator itself."""
     overload = overload_of(operator)
-    return tuple(arguments.get(argument.name, scale) for argument in overload._schema.arguments)
+    return tuple(scale if argument.name == "scale" else arguments.get(argument.name) for argument in overload._schema.arguments)
 
 
 def overload_of(operator: str, backend: str = "reference"):

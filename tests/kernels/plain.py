@@ -12,7 +12,7 @@ def used(index: Tensor, row: int) -> list[tuple[int, int]]:
     return [(place, slot) for place, slot in enumerate(index[row].tolist()) if slot >= 0]
 
 
-def concept_gates(encodings, targets, metric_targets, index, bias, temperature):
+def concept_gates(encodings, targets, metric_targets, index, bias, temperature, words=None, floor=None):
     (B, T, _), J = encodings.shape, index.shape[1]
     gates, components = torch.zeros(B, T, J).to(targets), torch.zeros(B, T, J).to(targets)
     for b in range(B):
@@ -23,6 +23,12 @@ def concept_gates(encodings, targets, metric_targets, index, bias, temperature):
         c = e @ M.T / (A * M).sum(-1)
         gates[b][:, places] = torch.sigmoid((c - bias[b, places]) / temperature[b, places])
         components[b][:, places] = torch.linalg.solve(A @ M.T, M @ e.T).T
+        if words is not None:
+            at = {j: {t for t in words[b, j].flatten().tolist() if t >= 0} for j in places}
+            for j in places:
+                for t in set().union(*at.values()):
+                    least = 0 if floor is None else floor[b, j]
+                    gates[b, t, j] = gates[b, t, j].clamp(min=least) if t in at[j] else 0
     return gates, components
 
 
@@ -39,8 +45,10 @@ fused_edited_projection = edited_projection
 
 
 def edited_attention(
-    query, key, value, gates, components, index, key_outputs, key_targets, value_outputs, value_targets, scale
+    query, key, value, gates, components, index, key_outputs, key_targets, value_outputs, value_targets, *rest
 ):
+    slots, query_regions, key_regions, scale = rest
+
     def edit(base, outputs, targets):
         flat = base.flatten(2)
         one = torch.eye(flat.shape[-1]).to(flat)
@@ -50,14 +58,21 @@ def edited_attention(
     result = torch.empty_like(query)
     for b in range(query.shape[0]):
         for h in range(query.shape[2]):
-            scores = query[b, :, h] @ key[b, :, h].T * scale
-            result[b, :, h] = torch.softmax(scores, -1) @ value[b, :, h]
+            row = b if slots is None else slots[b]
+            scores = query[b, :, h] @ key[row, :, h].T * scale
+            if query_regions is None:
+                result[b, :, h] = torch.softmax(scores, -1) @ value[row, :, h]
+                continue
+            for n in range(query.shape[1]):
+                seen = [t for t in range(key.shape[1]) if key_regions[b, t] == 0 or key_regions[b, t] & query_regions[b, n]]
+                result[b, n, h] = torch.softmax(scores[n, seen], -1) @ value[row, seen, h] if seen else 0
     return result
 
 
 def fused_edited_attention(query, encodings, key_weight, value_weight, *edit_and_scale):
+    *edit, scale = edit_and_scale
     key, value = ((encodings @ weight.T).unflatten(-1, query.shape[2:]) for weight in (key_weight, value_weight))
-    return edited_attention(query, key, value, *edit_and_scale)
+    return edited_attention(query, key, value, *edit, None, None, None, scale)
 
 
 def cross_attention_layer(hidden_states, query_weight, key, value, output_weight, output_bias, residual, scale):

@@ -144,10 +144,10 @@ def test_arguments_that_are_no_tensors_arrive(monkeypatch):
     )
     case = cases.make(B=2, T=3, D=4, H=2, d=2, N=2)
     tensors = [x.clone().requires_grad_() for x in (case.query, case.key, case.value)]
-    results = [function(*tensors, *[None] * 7, 0.7) for function in (overload, cases.overload_of("edited_attention"))]
+    results = [function(*tensors, *[None] * 10, 0.7) for function in (overload, cases.overload_of("edited_attention"))]
     for mine, other in zip(*(torch.autograd.grad(result.sum(), tensors) for result in results)):
         torch.testing.assert_close(mine, other)
-    assert seen == [(*[None] * 7, 0.7, [True] * 3 + [False] * 8)]
+    assert seen == [(*[None] * 10, 0.7, [True] * 3 + [False] * 11)]
 
 
 def test_the_schema_of_a_backward():

@@ -1,4 +1,4 @@
-"""`cross_attention_layer`: what diffusers computes, absorbed or not, and its refusals."""
+"""`cross_attention_layer`: what diffusers computes, around each backend's attention; absorbed; and its refusals."""
 
 import re
 
@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch.nn import functional
 
-from perfusion_kernels import absorb_projections, cross_attention_layer, edited_attention
+from perfusion_kernels import BackendUnavailable, absorb_projections, cross_attention_layer, edited_attention
 
 from . import cases, plain
-from .tolerance import assert_no_worse, twice_rounded
+from .tolerance import TIGHT, assert_no_worse, exactly, twice_rounded
 
-TIGHT = dict(rtol=0, atol=1e-12)
-each_run = pytest.mark.parametrize("backend, device", cases.runs("cross_attention_layer"))
+RUNS = [(None, "cpu"), *cases.runs("edited_attention")]  # the attention in its middle
+each_run = pytest.mark.parametrize("backend, device", RUNS)
+
+
+def made(backend, device, **sizes):
+    return cases.make(backend=backend or "reference", device=device, **sizes)
 
 
 def layer(case):
@@ -27,9 +31,9 @@ def absorbed(case, scale=None):
     return {**arguments, "query_weight": None, "key": key, "value": value, "output_weight": None}
 
 
-def exactly(case, scale=None):
-    arguments = layer(case.double())
-    return plain.cross_attention_layer(**arguments, scale=case.key.shape[-1] ** -0.5 if scale is None else scale)
+def truth(case, scale=None):
+    scale = case.key.shape[-1] ** -0.5 if scale is None else scale
+    return exactly(lambda: plain.cross_attention_layer(**layer(case.double()), scale=scale))[0]
 
 
 def test_is_the_attention_of_diffusers():
@@ -57,6 +61,9 @@ def test_is_projection_attention_projection(scale):
     torch.testing.assert_close(cross_attention_layer(**layer(case), scale=scale), expected, **TIGHT)
 
 
+each_form = pytest.mark.parametrize("form, backend, device", [*((layer, *run) for run in RUNS), (absorbed, None, "cpu")])
+
+
 @pytest.mark.parametrize("scale", (None, 0.05))
 def test_absorption_changes_nothing(scale):
     case = cases.make(T=77, dtype=torch.float64)
@@ -66,36 +73,41 @@ def test_absorption_changes_nothing(scale):
 
 def each_run_in(*dtypes):
     """Every run, in those of the dtypes that it takes."""
-    runs = [(*run, dtype) for run in cases.runs("cross_attention_layer") for dtype in dtypes]
-    return pytest.mark.parametrize("backend, device, dtype", [run for run in runs if cases.takes("cross_attention_layer", run[0], run[2])])
+    runs = [(*run, dtype) for run in RUNS for dtype in dtypes if cases.takes("edited_attention", run[0], dtype)]
+    return pytest.mark.parametrize("backend, device, dtype", runs)
 
 
-@each_run_in(*cases.FLOATING)
+@pytest.mark.parametrize("dtype", cases.FLOATING)
 @pytest.mark.parametrize("channels", (24, 80))
-def test_absorbed_is_no_worse_than_the_plain_formula(backend, device, dtype, channels):
-    case = cases.make(dtype=dtype, device=device, backend=backend, channels=channels)
+def test_absorbed_is_no_worse_than_the_plain_formula(dtype, channels):
+    case = cases.make(dtype=dtype, channels=channels)
     naive = plain.cross_attention_layer(**layer(case), scale=case.key.shape[-1] ** -0.5)
-    assert_no_worse(cross_attention_layer(**absorbed(case), backend=backend), naive, exactly(case), case.index)
+    assert_no_worse(cross_attention_layer(**absorbed(case)), naive, truth(case), case.index)
 
 
-@each_run
+def test_absorbed_is_plain_torch_s():
+    for backend, device in cases.runs("edited_attention"):
+        if backend != "reference":
+            with pytest.raises(BackendUnavailable, match="it does not implement this operator. Can run it: reference"):
+                cross_attention_layer(**absorbed(cases.make(device=device)), backend=backend)
+
+
+@each_form
 @pytest.mark.parametrize(
     "sizes",
     [dict(T=1), dict(T=77, d=40), dict(T=154, d=7), dict(d=1, H=1, N=1), dict(N=33, d=24, views=True)],
     ids=str,
 )
-@pytest.mark.parametrize("form", (layer, absorbed))
 def test_sizes_in_half_precision(backend, device, form, sizes):
     """Where tensor cores multiply, which in float32 they do not, sizes are cut into other tiles."""
-    case = cases.make(**{"B": 2, "N": 5, "H": 2, **sizes}, dtype=torch.float16, device=device, backend=backend)
+    case = made(backend, device, **{"B": 2, "N": 5, "H": 2, **sizes}, dtype=torch.float16)
     naive = plain.cross_attention_layer(**layer(case), scale=case.key.shape[-1] ** -0.5)
-    assert_no_worse(cross_attention_layer(**form(case), backend=backend), naive, exactly(case), case.index)
+    assert_no_worse(cross_attention_layer(**form(case), backend=backend), naive, truth(case), case.index)
 
 
-@each_run
-@pytest.mark.parametrize("form", (layer, absorbed))
+@each_form
 def test_bias_and_residual_may_be_absent(backend, device, form):
-    case = cases.make(device=device, backend=backend)
+    case = made(backend, device)
     arguments = form(case)
     whole = cross_attention_layer(**arguments, backend=backend)
     summands = {"output_bias": case.output_bias, "residual": case.residual}
@@ -105,10 +117,36 @@ def test_bias_and_residual_may_be_absent(backend, device, form):
         torch.testing.assert_close(again, whole, **twice_rounded(whole.dtype))
 
 
+@each_run_in(*cases.FLOATING)
+@pytest.mark.parametrize("without", ((), ("output_bias",), ("residual",)))
+def test_the_layer_around_an_attention(backend, device, dtype, without):
+    """Result, derivatives and autocast."""
+    case = made(backend, device, dtype=dtype)
+    arguments = {**layer(case), **dict.fromkeys(without)}
+    given = leaves(arguments)
+    scale = case.key.shape[-1] ** -0.5
+    mine = cross_attention_layer(**{**arguments, **given}, backend=backend)
+    zero = {name: torch.zeros_like(layer(case)[name]) for name in without}
+    naive = plain.cross_attention_layer(**{**layer(case), **zero}, scale=scale)
+    doubles = {**layer(case.double()), **{name: x.double() for name, x in zero.items()}}
+    (exact,) = exactly(lambda: plain.cross_attention_layer(**doubles, scale=scale))
+    assert_no_worse(mine, naive, exact, case.index)
+    if dtype == torch.float64:
+        expected = cross_attention_layer(**{**arguments, **given}, backend="reference")
+        gradients = (torch.autograd.grad(each.square().sum(), list(given.values())) for each in (mine, expected))
+        for own, reference in zip(*gradients):
+            torch.testing.assert_close(own, reference, **TIGHT)
+    if dtype == torch.float32:
+        halves = {name: x if x is None else x.bfloat16() for name, x in arguments.items()}
+        with torch.autocast(device, torch.bfloat16):
+            result = cross_attention_layer(**arguments, backend=backend)
+        assert result.dtype == torch.bfloat16 and torch.equal(result, cross_attention_layer(**halves, backend=backend))
+
+
 @each_run
 def test_the_residual_is_not_overwritten(backend, device):
     """It may be the very tensor of the hidden states."""
-    arguments = layer(cases.make(device=device, backend=backend))
+    arguments = layer(made(backend, device))
     arguments["residual"] = arguments["hidden_states"]
     before = arguments["residual"].clone()
     cross_attention_layer(**arguments, backend=backend)
@@ -118,7 +156,7 @@ def test_the_residual_is_not_overwritten(backend, device):
 @each_run
 def test_rows_do_not_meet(backend, device):
     """A batch row that is not finite stays alone."""
-    arguments = layer(cases.make(device=device, backend=backend))
+    arguments = layer(made(backend, device))
     whole = cross_attention_layer(**arguments, backend=backend)
     arguments["value"] = arguments["value"].clone()
     arguments["value"][1] = float("nan")
@@ -127,10 +165,9 @@ def test_rows_do_not_meet(backend, device):
     assert torch.equal(result[others], whole[others]) and result[1].isnan().all()
 
 
-@each_run_in(torch.float32, torch.float16)
-@pytest.mark.parametrize("form", (layer, absorbed))
-def test_large_scores_do_not_overflow(backend, device, form, dtype):
-    arguments = form(cases.make(device=device, backend=backend, dtype=dtype))
+@each_form
+def test_large_scores_do_not_overflow(backend, device, form):
+    arguments = form(made(backend, device, dtype=torch.float16))
     arguments["key"] = 100 * arguments["key"]
     assert torch.isfinite(cross_attention_layer(**arguments, backend=backend)).all()
 
@@ -172,44 +209,42 @@ def test_gradients_through_absorption():
         torch.testing.assert_close(mine, other, **TIGHT)
 
 
-@each_run_in(torch.float32, torch.bfloat16)
-def test_gradients_of_the_absorbed_form_have_their_argument_dtype(backend, device, dtype):
-    arguments = absorbed(cases.make(device=device, backend=backend, dtype=dtype))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_gradients_of_the_absorbed_form_have_their_argument_dtype(dtype):
+    arguments = absorbed(cases.make(dtype=dtype))
     given = leaves(arguments)
-    cross_attention_layer(**{**arguments, **given}, backend=backend).float().sum().backward()
+    cross_attention_layer(**{**arguments, **given}).float().sum().backward()
     for name, tensor in given.items():
         assert tensor.grad.dtype == dtype and torch.isfinite(tensor.grad).all(), name
 
 
-@each_run
-def test_opcheck_absorbed(backend, device):
-    arguments = absorbed(cases.make(T=4, D=5, H=2, d=4, N=3, device=device, backend=backend))
+def test_opcheck_absorbed():
+    arguments = absorbed(cases.make(T=4, D=5, H=2, d=4, N=3))
     arguments = {**arguments, **leaves(arguments), "output_bias": None}
     positional = (*arguments.values(), 1.0)
-    outcome = torch.library.opcheck(cases.overload_of("cross_attention_layer", backend), positional)
+    outcome = torch.library.opcheck(cases.overload_of("cross_attention_layer"), positional)
     assert set(outcome.values()) == {"SUCCESS"} and len(outcome) == 4
 
 
-@each_run
-def test_autocast_absorbed_without_bias(backend, device):
+def test_autocast_absorbed_without_bias():
     """Autocast passes over arguments that are not given."""
-    arguments = {**absorbed(cases.make(device=device, backend=backend)), "output_bias": None}
+    arguments = {**absorbed(cases.make()), "output_bias": None}
     halves = {name: tensor if tensor is None else tensor.bfloat16() for name, tensor in arguments.items()}
-    expected = cross_attention_layer(**halves, backend=backend)
-    with torch.autocast(device, torch.bfloat16):
-        result = cross_attention_layer(**arguments, backend=backend)
+    expected = cross_attention_layer(**halves)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = cross_attention_layer(**arguments)
     assert result.dtype == torch.bfloat16 and torch.equal(result, expected)
 
 
-@each_run
-def test_compiles_absorbed(backend, device):
+@each_form
+def test_compiles(form, backend, device):
     torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(arguments):
         return cross_attention_layer(**arguments, backend=backend)
 
-    arguments = absorbed(cases.make(device=device, backend=backend))
+    arguments = form(made(backend, device))
     torch.testing.assert_close(compiled(arguments), cross_attention_layer(**arguments, backend=backend))
 
 

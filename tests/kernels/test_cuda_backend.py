@@ -257,6 +257,33 @@ def test_a_call_on_a_gpu_takes_it(registered, gpu):
     assert (result.device, result.shape, result.dtype) == (torch.device("cuda:0"), arguments["query"].shape, torch.half)
 
 
+def test_the_table_decides(registered, gpu, monkeypatch):
+    """What would replace the library's product is not chosen, and on a GPU a layer is torch's products around `edited_attention`."""
+    case = cases.make(d=40, dtype=torch.half)
+    arguments = gpu(case.arguments("edited_projection"))
+    call = cases.positional("edited_projection", arguments)
+    own = cases.overload_of("edited_projection", "cuda")
+    assert backend.select("edited_projection", call) is not own and backend.select("edited_projection", call, "cuda") is own
+
+    layer = gpu(case.arguments("cross_attention_layer"))
+    called, select = [], backend.select
+    monkeypatch.setattr(backend, "select", lambda *arguments: called.append(select(*arguments)) or called[-1])
+    result = perfusion_kernels.cross_attention_layer(**layer)
+    assert called == [cases.overload_of("edited_attention", "cuda")]
+    assert (result.device, result.shape, result.dtype) == (torch.device("cuda:0"), layer["residual"].shape, torch.half)
+    called.clear()
+    perfusion_kernels.cross_attention_layer(**layer, backend="reference")
+    with perfusion_kernels.use_backend("reference"):
+        perfusion_kernels.cross_attention_layer(**layer)
+    assert called == [cases.overload_of("cross_attention_layer", "reference")] * 2
+
+
+def test_every_operator_has_a_row_in_the_table():
+    assert set(backend.DEFAULTS) == set(cases.PUBLIC)
+    for row in backend.DEFAULTS.values():
+        assert row[-1] == "reference" and list(row) == sorted(row, key=backend.ORDER.index)
+
+
 def test_derivatives_decide(registered, gpu, monkeypatch):
     """A call that will be differentiated goes to who has kernels for that, unless nobody has, or this is asked for by name."""
     operator = importlib.import_module("perfusion_kernels.edited_attention").OPERATOR

@@ -9,8 +9,7 @@ import torch
 from perfusion_kernels import concept_gates, edited_attention, edited_projection, fused_edited_attention, metric
 
 from . import cases
-
-TIGHT = dict(rtol=0, atol=1e-12)
+from .tolerance import TIGHT
 
 
 def covariances():

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from perfusion_kernels import arguments as checks
 from perfusion_kernels import backend, edited_projection
+from perfusion_kernels import shape_checks as checks
 from perfusion_kernels.schemas import SCHEMAS
 
 from . import cases

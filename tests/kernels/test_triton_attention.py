@@ -13,7 +13,7 @@ import perfusion_kernels
 from perfusion_kernels import BackendUnavailable, edited_attention, fused_edited_attention
 
 from . import cases, plain
-from .tolerance import assert_no_worse
+from .tolerance import assert_close, assert_no_worse, exactly, step
 
 pytest.importorskip("triton")
 
@@ -32,8 +32,9 @@ def attend(case, operator="edited_attention", **options):
 
 
 def compare(operator, case):
-    arguments = (cases.positional(operator, c.arguments(operator)) for c in (case, case.double()))
-    same, exact = (getattr(plain, operator)(*x) for x in arguments)
+    formula = getattr(plain, operator)
+    same = formula(*cases.positional(operator, case.arguments(operator)))
+    (exact,) = exactly(formula, *cases.positional(operator, case.double().arguments(operator)))
     assert_no_worse(attend(case, operator), same, exact, case.index)
 
 
@@ -47,13 +48,14 @@ def gradients(case, backend, operator="edited_attention", without=()):
     return {name: leaf.grad for name, leaf in leaves.items()}
 
 
+def exact_gradients(case, operator="edited_attention", without=()):
+    return exactly(lambda: tuple(gradients(case.double(), "reference", operator, without).values()))
+
+
 def assert_gradients(case, operator="edited_attention", without=()):
-    """In float32; each gradient's error is of a few roundings of its largest value, sums of N terms included."""
     mine = gradients(case, "triton", operator, without)
-    exact = gradients(case.double(), "reference", operator, without)
-    for name, gradient in mine.items():
-        error = (gradient.double() - exact[name]).abs().max()
-        assert error <= 2e-6 * exact[name].abs().max(), f"{name}: {error:.3g} beside {exact[name].abs().max():.3g}"
+    for (name, gradient), exact in zip(mine.items(), exact_gradients(case, operator, without), strict=True):
+        assert_close(gradient, exact, name)
 
 
 def test_the_backend_runs_here():
@@ -152,14 +154,19 @@ def test_every_configuration_that_may_be_chosen_is_right(module, name, dtype, mo
     case = cases.make(B=2, T=35, J=1, H=1, d=40, N=67, dtype=dtype, device=DEVICE)
     operator = "fused_edited_attention" if module is fused else "edited_attention"
     run = (lambda: {"": attend(case, operator)}) if name == "tiles" else (lambda: gradients(case, "triton"))
+    if name == "tiles":
+        exact = exactly(getattr(plain, operator), *cases.positional(operator, case.double().arguments(operator)))
+    else:
+        exact = exact_gradients(case)
     expected = run()
     for configuration in listed(35, 40, dtype)[1:] + listed(200, 160, dtype):
         monkeypatch.setattr(module, name, lambda *shape: (configuration,))
-        for argument, result in run().items():
-            bounds = {}
-            if dtype == torch.float16:  # another order of sums may round a factor of the next product otherwise
-                bounds = {"rtol": 0.0, "atol": torch.finfo(dtype).eps * expected[argument].abs().max().item()}
-            torch.testing.assert_close(result, expected[argument], **bounds, msg=lambda text: f"{configuration} {argument}: {text}")
+        for (argument, result), truth in zip(run().items(), exact, strict=True):
+            if dtype == torch.float32:
+                assert_close(result, truth, f"{configuration} {argument}")
+            else:  # another order of sums may round a factor of the next product otherwise
+                apart = (result.double() - expected[argument].double()).abs().max()
+                assert apart <= step(dtype) * truth.scale.max(), f"{configuration} {argument}"
 
 
 def test_equal_calls_give_equal_bits():

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from perfusion_kernels import BackendUnavailable, edited_attention
-from perfusion_kernels.triton import cross_attention_layer as layer
 from perfusion_kernels.triton import edited_attention as forward
 from perfusion_kernels.triton import edited_attention_backward as backward
 from perfusion_kernels.triton import fused_edited_attention as fused
@@ -37,7 +36,6 @@ def test_half_precision_fits_everywhere_at_77_tokens(limit, d):
     for module, tiles in ((forward, "tiles"), (fused, "tiles")):
         assert shared_memory.fitting(getattr(module, tiles)(77, d, HALF), module.held(77, d, HALF), DEVICE)
     assert backward.refuses_gradients(torch.empty(1, 1, 1, d, dtype=HALF), 77, d) is None
-    assert shared_memory.fitting(layer.tall_tiles(64, 16, HALF, d), layer.held(77, d, HALF), DEVICE)
 
 
 def test_what_does_not_fit_is_refused_and_left_to_others(limit):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from perfusion_kernels import unwritten, validation
+from perfusion_kernels import tensor_version, validation
 from perfusion_kernels.schemas import SCHEMAS
 
 from . import cases
@@ -234,4 +234,4 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_killed(name, tmp_path):
-    assert_killed(recognised, unwritten, *MUTANTS[name], tmp_path)
+    assert_killed(recognised, tensor_version, *MUTANTS[name], tmp_path)

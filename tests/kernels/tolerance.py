@@ -1,28 +1,104 @@
-"""When two results agree: no worse than a small multiple of the plain formula's own error.
+"""When two results agree: the one policy of every numeric test here.
 
-The plain formula is the one a reader would write, in the tested precision throughout; both are measured
-against float64. The bound holds for all elements and for each concept's rows alone: one number for
-everything can hide one wrong concept beside others of larger size. The multiple is 4, because the
-largest error of few elements is a matter of luck: over 200 cases the quotient had median 1 and maximum
-4.5. In float64, where nothing is more exact, the bound is 1e-12 of the largest value.
+A result may be wrong by a few roundings of what it was summed from. How much that is, `exactly` finds out: it computes the result
+in float64, and again with every operand of every operation changed by a tiny random part of itself. What the result moves, over the
+size of the change, is its `scale`. Unlike the result itself it does not vanish where terms cancel, and unlike an error that somebody
+once saw it depends on no processor and on no library of matrix products.
+
+    assert_close(actual, exact)               `ROUNDINGS` of the actual's dtype, of the scale
+    assert_no_worse(actual, plain, exact, …)  one rounding, and four times the error that the plain formula makes in the same dtype
+
+The plain formula is the one a reader would write, in the tested precision throughout. The bounds hold for all elements and for each
+concept's rows alone: one number for everything can hide one wrong concept beside others of larger size. The multiple is 4, because
+the largest error of few elements is a matter of luck: over 200 cases the quotient had median 1 and maximum 4.5.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROUNDINGS = 16  # sums of a few hundred terms, each rounded on the way, in any order
+CHANGE = 2.0**-30  # of an operand: far above a rounding of float64, far below what counts twice
+RUNS = 4
+ARITHMETIC = (
+    "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "mul", "add", "sub", "rsub", "div", "sum", "_softmax", "softmax", "exp", "sigmoid",
+    "linalg_solve_ex", "_linalg_solve_ex", "sigmoid_backward", "_softmax_backward_data",
+)  # fmt: skip
+
+TIGHT = dict(rtol=0, atol=1e-12)  # for assert_close of torch.testing: float64, numbers of about 1
 
 
-def assert_no_worse(
-    actual: Tensor, plain: Tensor, exact: Tensor, index: Tensor, factor: float = 4.0, dtype: torch.dtype | None = None
-) -> None:
+@dataclass(frozen=True)
+class Exact:
+    """value, scale: float64, of one shape."""
+
+    value: Tensor
+    scale: Tensor
+
+    def __getitem__(self, rows) -> "Exact":
+        return Exact(self.value[rows], self.scale[rows])
+
+
+def exactly(function: Callable[..., Tensor | None | tuple[Tensor | None, ...]], *arguments) -> tuple[Exact | None, ...]:
+    """The results of `function(*arguments)`, which computes in float64, and their scales."""
+    values = _results(function(*arguments))
+    scales = [None if value is None else value.abs() for value in values]
+    for seed in range(RUNS):
+        with _Changed(seed):
+            changed = _results(function(*arguments))
+        for i, value in enumerate(values):
+            if value is not None:
+                scales[i] = torch.maximum(scales[i], (changed[i] - value).abs() / CHANGE)
+    return tuple(None if value is None else Exact(value, scale) for value, scale in zip(values, scales))
+
+
+def _results(found) -> tuple[Tensor | None, ...]:
+    return tuple(x if x is None else x.detach() for x in (found if isinstance(found, tuple) else (found,)))
+
+
+class _Changed(TorchDispatchMode):
+    """Every floating operand of an arithmetic operation, times 1 plus or minus CHANGE."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        if operation.__name__.split(".")[0] in ARITHMETIC:
+            arguments = [self._changed(x) for x in arguments]
+        return operation(*arguments, **(keywords or {}))
+
+    def _changed(self, x):
+        if not isinstance(x, Tensor) or x.dtype != torch.float64:
+            return x
+        signs = 2 * torch.randint(2, x.shape, generator=self.generator).to(x) - 1
+        return x * (1 + CHANGE * signs)
+
+
+def step(dtype: torch.dtype) -> float:
+    """One rounding; of float64 as much as is left of it after ill-conditioned sums."""
+    return 1e-14 if dtype == torch.float64 else torch.finfo(dtype).eps
+
+
+def assert_close(actual: Tensor, exact: Exact, name: str = "", roundings: float = ROUNDINGS) -> None:
+    """actual: the float64 result within `roundings` of the actual's dtype, of the scale."""
+    assert actual.shape == exact.value.shape
+    if actual.numel():
+        error = (actual.double() - exact.value).abs().max().item()
+        bound = roundings * step(actual.dtype) * exact.scale.max().item()
+        assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
+
+
+def assert_no_worse(actual: Tensor, plain: Tensor, exact: Exact, index: Tensor, factor: float = 4.0, dtype: torch.dtype | None = None) -> None:
     """actual, plain, exact [B, ...]; the error of `actual` against that of `plain`, over all and per concept."""
-    assert actual.shape == exact.shape and actual.dtype == (dtype or plain.dtype)
-    step = 1e-12 if actual.dtype == torch.float64 else torch.finfo(actual.dtype).eps
+    assert actual.shape == exact.value.shape and actual.dtype == (dtype or plain.dtype)
     for who, rows in groups(index):
-        error = (actual[rows].double() - exact[rows]).abs()
-        own = (plain[rows].double() - exact[rows]).abs().max().item()
-        bound = factor * own + step * exact[rows].abs().max().item()
+        error = (actual[rows].double() - exact.value[rows]).abs()
+        own = (plain[rows].double() - exact.value[rows]).abs().max().item()
+        bound = factor * own + step(actual.dtype) * exact.scale[rows].max().item()
         worst = error.max().item()
         assert worst <= bound, f"{who}: error {worst:.3g}, plain formula's {own:.3g}, bound {bound:.3g}"
 
@@ -35,6 +111,6 @@ def groups(index: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def twice_rounded(dtype: torch.dtype) -> dict[str, float]:
-    """For assert_close: numbers of about 1 that differ by where 16 bits were rounded; its own tolerance for more bits."""
+    """For torch.testing.assert_close: numbers of about 1 that differ by where 16 bits were rounded; its own tolerance for more bits."""
     step = torch.finfo(dtype).eps
     return dict(rtol=4 * step, atol=4 * step) if torch.finfo(dtype).bits == 16 else {}

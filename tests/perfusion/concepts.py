@@ -1,7 +1,7 @@
 """Concepts as training leaves them, for the tests of a concept and of its file.
 
     concept = make(base, recipe={"steps": 400})
-    assert same(decode(encode(concept, torch.float32)), concept)
+    assert same(Concept.from_bytes(encode(concept, torch.float32)), concept)
 """
 
 import torch

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from perfusion.attention_processor import ConceptAttnProcessor
 from perfusion.base import Base, cross_attention_layers
 from perfusion.concept import Concept
 from perfusion.handle import Handle, attach
+from perfusion_kernels.reference.edited_attention import edited
 
 STEPS = 2
 PROMPTS, PLAIN = ["a photo of a <teddy> on a beach", "a cat"], ["a photo of a teddy on a beach", "a cat"]
@@ -90,9 +92,13 @@ def written_out(e: Tensor, weight: Tensor, uses: Sequence[Use], outputs: Sequenc
 
 @dataclasses.dataclass
 class Forward:
-    """One call of the UNet: the encodings [R, T, D] that it was given, and layer -> keys, values [R, T, d] in attention."""
+    """One call of the UNet: the encodings [R, T, D] that it was given, and layer -> keys, values [R, T, d] in attention.
+
+    fast: whether attention read them from the engine, and not from the layers' own projections.
+    """
 
     encodings: Tensor
+    fast: bool = False
     keys: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
@@ -118,11 +124,37 @@ def watch(unet: torch.nn.Module) -> Iterator[list[Forward]]:
             handles.pop().remove()
 
     beginning = unet.register_forward_pre_hook(begin, with_kwargs=True)
+    names, own = list(cross_attention_layers(unet)), ConceptAttnProcessor.__call__
+
+    def call(processor, attn, hidden_states, encoder_hidden_states=None, *rest, **options):
+        state, layer = processor.state, processor.layer
+        if state.form != "stock":
+            forward, read = forwards[-1], _read(state, layer, attn, encoder_hidden_states)
+            forward.fast = True
+            forward.keys[names[layer]], forward.values[names[layer]] = (table.detach().clone() for table in read)
+        return own(processor, attn, hidden_states, encoder_hidden_states, *rest, **options)
+
+    ConceptAttnProcessor.__call__ = call
     try:
         yield forwards
     finally:
+        ConceptAttnProcessor.__call__ = own
         beginning.remove()
         end()
+
+
+def _read(state, layer, attn, encodings):
+    """K and V [R, T, H d] as a layer's operator reads them, in every form."""
+    if state.form == "fused":
+        tables = attn.to_k.weight, attn.to_v.weight
+        keys, values = (linear(encodings, weight).unflatten(-1, (attn.heads, -1)) for weight in tables)
+    else:
+        keys, values = state.keys[layer], state.values[layer]
+    if state.form != "slots":
+        edit = state.gates, state.components, state.index
+        keys = edited(keys, *edit, state.key_outputs[layer], state.key_targets[layer])
+        values = edited(values, *edit, state.value_outputs[layer], state.value_targets[layer])
+    return (table.flatten(2) if state.slots is None else table[state.slots.long()].flatten(2) for table in (keys, values))
 
 
 def weight_of(projection: torch.nn.Module) -> Tensor:
@@ -151,7 +183,8 @@ def check_rows(
     keys: Mapping[int, Tensor] | None = None,
     tolerance: float = 2e-5,
 ) -> None:
-    """Keys and values of every layer against the edit written out; a row without a concept must keep its very bits.
+    """Keys and values of every layer against the edit written out; a row without a concept must keep its very bits,
+    on the fast path be as near.
 
     keys: row -> [T, D], the encoding that gives the row's keys instead (global lock).
     """
@@ -163,7 +196,11 @@ def check_rows(
             for row, uses in enumerate(rows):
                 if not uses:
                     plain = projection(forward.encodings) if hasattr(projection, "base_layer") else linear(forward.encodings, weight)
-                    assert torch.equal(seen[row], plain[row]), f"{name}, {kind}, row {row}: no concept, yet other bits"
+                    if not forward.fast:
+                        assert torch.equal(seen[row], plain[row]), f"{name}, {kind}, row {row}: no concept, yet other bits"
+                        continue
+                    error = (seen[row].double() - plain[row].double()).abs().max() / plain[row].double().abs().max().clamp(min=1e-3)
+                    assert error < tolerance, f"{name}, {kind}, row {row}: no concept, relative error {error:.1e}"
                     continue
                 if kind == "keys" and row in keys:
                     expected = keys[row].double() @ weight.double().T
@@ -191,6 +228,11 @@ def seen(pipe, prompt=None, **options):
     with watch(pipe.unet) as forwards:
         images = draw(pipe, prompt, **options)
     return images, forwards
+
+
+def same_bits_or_nearly(image: Tensor, other: Tensor) -> bool:
+    """Whether a row without a concept in a mixed batch is what the plain pipeline draws, up to rounding."""
+    return torch.allclose(image.float(), other.float(), atol=1e-4 if image.dtype == torch.float32 else 0.2, rtol=1e-3)
 
 
 def hooks_of(module: torch.nn.Module) -> dict[str, int]:

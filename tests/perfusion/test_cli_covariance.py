@@ -14,7 +14,7 @@ from tests.perfusion.tiny import tiny_sd
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("PERFUSION_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PERFUSION_CACHE", str(tmp_path / "home"))
     return tmp_path / "home"
 
 

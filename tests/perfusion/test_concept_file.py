@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from perfusion import concept_file
 from perfusion.base import Base, cross_attention_layers, describe_base, layer_width
 from perfusion.concept import Concept
-from perfusion.concept_file import decode, decode_layers, encode, encode_layers
+from perfusion.concept_file import decode_layers, encode, encode_layers
 from tests.perfusion.concepts import FIELDS, TENSORS, make, same
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
@@ -127,7 +127,7 @@ def test_float32_round_trip_is_exact(which, keys, request, tmp_path):
 @pytest.mark.parametrize("dtype, step", [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
 def test_half_precision_round_trip_is_rounding(sd15, dtype, step):
     concept = make(sd15)
-    loaded = decode(encode(concept, dtype))
+    loaded = Concept.from_bytes(encode(concept, dtype))
     for field in TENSORS[:-1]:
         exact, rounded = getattr(concept, field), getattr(loaded, field)
         assert rounded.dtype == torch.float32
@@ -136,7 +136,7 @@ def test_half_precision_round_trip_is_rounding(sd15, dtype, step):
     noise = torch.randn(11, 768, generator=torch.Generator().manual_seed(3))
     probes = concept.target * torch.linspace(-1, 1.5, 11)[:, None] + noise
     torch.testing.assert_close(loaded.similarity(probes), concept.similarity(probes), atol=4 * step, rtol=0)
-    assert same(decode(encode(loaded, dtype)), loaded)
+    assert same(Concept.from_bytes(encode(loaded, dtype)), loaded)
 
 
 def test_pipelines_of_every_kind_round_trip(tmp_path):
@@ -206,7 +206,7 @@ def test_save_refuses_an_energy_that_rounding_destroys(small):
     concept = make(small, target=target, metric_target=metric)
     with pytest.raises(ValueError, match="energy .* does not survive float16: 0.0001.* would become 0"):
         encode(concept)
-    assert same(decode(encode(concept, torch.float32)), concept)
+    assert same(Concept.from_bytes(encode(concept, torch.float32)), concept)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(small, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 
 from perfusion.base import describe_base
 from perfusion.concept import Concept
-from perfusion.concept_file import ConceptFileError, decode, encode
+from perfusion.concept_file import ConceptFileError, encode
 from perfusion.concept_file.format import digest
 from tests.perfusion.concepts import make, same
 from tests.perfusion.tiny import tiny_sd
@@ -49,7 +49,7 @@ def signed(header, payload):
 
 def test_signing_as_the_tests_do_it_is_valid(small):
     concept = make(small)
-    assert same(decode(signed(*parts(encode(concept, torch.float32)))), concept)
+    assert same(Concept.from_bytes(signed(*parts(encode(concept, torch.float32)))), concept)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(small):
     size = -len(text) % 256 + len(text) + 0x80
     size += 256 * (((size >> 8) & 0xFF) not in (2, 3, 4, 5))
     assert struct.pack("<Q", size)[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-    assert decode(build(text.ljust(size), payload)).name == "my-teddy"
+    assert Concept.from_bytes(build(text.ljust(size), payload)).name == "my-teddy"
 
 
 def tensor(name, **changes):
@@ -183,7 +183,7 @@ def swap_spans(header, payload):
 )
 def test_hostile_headers_are_refused_by_the_rule_they_break(small, edit, message):
     with pytest.raises(ConceptFileError, match=message):
-        decode(build(*edit(*parts(encode(make(small))))))
+        Concept.from_bytes(build(*edit(*parts(encode(make(small))))))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_hostile_headers_are_refused_by_the_rule_they_break(small, edit, message
 )
 def test_hostile_metadata_with_a_valid_digest_is_refused(small, edit, message):
     with pytest.raises(ConceptFileError, match=message) as error:
-        decode(signed(*edit(*parts(encode(make(small))))))
+        Concept.from_bytes(signed(*edit(*parts(encode(make(small))))))
     assert str(error.value).isprintable()
 
 
@@ -219,14 +219,14 @@ def test_hostile_numbers_with_a_valid_digest_are_refused(small, name, number, me
     begin, end = header[name]["data_offsets"]
     payload = payload[:begin] + struct.pack("<f", number) * ((end - begin) // 4) + payload[end:]
     with pytest.raises(ConceptFileError, match=message):
-        decode(signed(header, payload))
+        Concept.from_bytes(signed(header, payload))
 
 
 def test_unknown_metadata_of_other_programs_is_ignored(small):
     concept = make(small)
     header, payload = parts(encode(concept, torch.float32))
     header["__metadata__"]["modelspec.hash_sha256"] = "0x00"
-    assert same(decode(build(header, payload)), concept)
+    assert same(Concept.from_bytes(build(header, payload)), concept)
 
 
 def test_what_safetensors_itself_refuses_is_a_concept_file_error(small, monkeypatch):
@@ -237,7 +237,7 @@ def test_what_safetensors_itself_refuses_is_a_concept_file_error(small, monkeypa
 
     monkeypatch.setattr(safetensors.torch, "load", fail)
     with pytest.raises(ConceptFileError, match=r"safetensors cannot read it: 'no.x1b'"):
-        decode(data)
+        Concept.from_bytes(data)
 
 
 # Damage
@@ -264,7 +264,7 @@ def test_damaged_files_never_load_as_something_else(small, keys):
     refused = 0
     for copy in injured:
         try:
-            loaded = decode(copy)
+            loaded = Concept.from_bytes(copy)
         except ConceptFileError as error:
             assert str(error).isprintable()
             refused += 1

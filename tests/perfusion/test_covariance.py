@@ -31,7 +31,7 @@ def sd():
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("PERFUSION_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PERFUSION_CACHE", str(tmp_path / "home"))
     return tmp_path / "home"
 
 

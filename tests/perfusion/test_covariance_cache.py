@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import platformdirs
 import pytest
 import torch
 
@@ -24,14 +25,14 @@ def sd():
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("PERFUSION_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PERFUSION_CACHE", str(tmp_path / "home"))
     return tmp_path / "home"
 
 
 @pytest.fixture
 def computed(monkeypatch):
     """Sources of the covariances that were really computed, in order."""
-    import perfusion.covariance as module
+    import perfusion.covariance.finding as module
 
     sources, original = [], module.compute_covariance
 
@@ -113,7 +114,7 @@ def test_a_covariance_beside_the_model(sd, captions, computed, tmp_path):
 
 
 def test_a_covariance_of_another_model_is_not_taken(sd, captions, monkeypatch, tmp_path):
-    monkeypatch.setattr("perfusion.covariance.EVERYDAY_COUNT", 120)
+    monkeypatch.setattr("perfusion.covariance.finding.EVERYDAY_COUNT", 120)
     folder = tmp_path / "model"
     compute(trained_sd(seed=1), captions).save(folder / "covariance.safetensors")
     with pytest.warns(UserWarning, match="computing the covariance anew: .* is of text encoder"):
@@ -122,7 +123,7 @@ def test_a_covariance_of_another_model_is_not_taken(sd, captions, monkeypatch, t
 
 
 def test_one_shrunk_for_another_limit_is_not_taken(sd, captions, monkeypatch, tmp_path):
-    monkeypatch.setattr("perfusion.covariance.EVERYDAY_COUNT", 120)
+    monkeypatch.setattr("perfusion.covariance.finding.EVERYDAY_COUNT", 120)
     folder = tmp_path / "model"
     with pytest.warns(UserWarning, match="shrunk by"):
         compute(sd, captions, max_condition=2).save(folder / "covariance.safetensors")
@@ -139,10 +140,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing(sd, captions, home):
 
 
 def test_where_the_cache_is(monkeypatch):
-    monkeypatch.setenv("PERFUSION_HOME", "/somewhere")
+    monkeypatch.setenv("PERFUSION_CACHE", "/somewhere")
     assert cache_folder() == Path("/somewhere/covariance")
-    monkeypatch.delenv("PERFUSION_HOME")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert cache_folder() == Path("/caches/perfusion/covariance")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache/perfusion/covariance"
+    monkeypatch.delenv("PERFUSION_CACHE")
+    assert cache_folder() == Path(platformdirs.user_cache_dir("perfusion", appauthor=False)) / "covariance"

@@ -116,7 +116,7 @@ def test_an_ip_adapter_that_comes_later_is_refused_by_name(fresh, teddy):
     with pytest.raises(UnsupportedPipeline, match=r"do not work with IPAdapterAttnProcessor2_0, .*Call pipe.unload_ip_adapter\(\) first"):
         draw(fresh, "a <teddy>", **picture)
     fresh.unload_ip_adapter()
-    assert torch.equal(draw(fresh, PROMPTS), expected)
+    torch.testing.assert_close(draw(fresh, PROMPTS), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_model_offload(fresh, teddy):

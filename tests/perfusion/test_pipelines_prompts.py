@@ -1,6 +1,7 @@
 """The hook in diffusers' pipelines: prompts, batches, and encodings that are given, kept or changed on the way."""
 
 import contextlib
+import gc
 import weakref
 
 import pytest
@@ -53,7 +54,6 @@ def test_prompt_embeds_given_directly(attached, sd, teddy, cast):
 
 
 def test_the_text_encoder_may_go_once_prompts_are_encoded(fresh):
-    fresh.unet.set_default_attn_processor()
     expected = draw(fresh, PROMPTS)
     positive, negative = fresh.encode_prompt(PROMPTS, "cpu", 1, True)
     fresh.text_encoder = fresh.tokenizer = None
@@ -113,17 +113,20 @@ def test_prompt_embeds_changed_in_place_between_calls_under_inference_mode(attac
 
 
 def test_nothing_is_kept_of_a_prompt_but_its_digest(attached, sd):
-    edits = []
-    own = attached._editor.edit_of
+    plans = []
+    own = attached._engine._describe
 
-    def edit_of(encodings):
-        edit = own(encodings)
-        edits.append(weakref.ref(edit.value_updates))
-        return edit
+    def describe(plan, encodings):
+        plans.append((weakref.ref(plan), weakref.ref(encodings)))
+        own(plan, encodings)
 
-    attached._editor.edit_of = edit_of
+    attached._engine._describe = describe
     draw(sd, PROMPTS)
-    assert len(edits) == 1 and edits[0]() is None
+    attached._engine.__dict__.pop("_describe")
+    attached.load(make_concept(attached.base, "teapot"))  # what is shown to the layers is let go with the next prompt or change
+    attached.set("teapot", bias=0.5)
+    gc.collect()
+    assert len(plans) == 1 and plans[0][0]() is None and plans[0][1]() is None
 
 
 @pytest.mark.parametrize("prompt", [("a <teddy>",), []])

@@ -1,4 +1,4 @@
-"""perfusion.text and perfusion.rows: the word's embedding in its place, and the encodings that are known again."""
+"""perfusion.text and perfusion.encoding_registry: the word's embedding in its place, and the encodings that are known again."""
 
 import re
 
@@ -8,10 +8,12 @@ from transformers import AutoTokenizer
 
 from perfusion import rows as rows_module
 from perfusion.base import UnsupportedPipeline
+from perfusion.encoding_registry import EncodingRegistry
+from perfusion.loaded_concept import LoadedConcept
 from perfusion.models import TOYBOX
 from perfusion.prompts import Mention, PromptError
-from perfusion.rows import KnownRows, RowEdit
-from perfusion.text import TextHook, Word, single_token
+from perfusion.requests import RowRequest
+from perfusion.text import TextHook, single_token
 from tests.perfusion.editing import hooks_of
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
@@ -33,7 +35,7 @@ def pipe(request, pipes):
 
 @pytest.fixture
 def hooked():
-    """hook(pipe, teddy=Word(...)) installs a TextHook until the test ends."""
+    """hook(pipe, teddy=LoadedConcept(...)) installs a TextHook until the test ends."""
     installed = []
 
     def hook(pipe, **words):
@@ -56,7 +58,7 @@ def embeddings_of(pipe, word):
 
 def cat(pipe, superclass="teddy", **settings):
     """A concept that is written as its superclass and means cat: what comes out is known."""
-    return Word(superclass, embeddings_of(pipe, "cat"), **settings)
+    return LoadedConcept(superclass, embeddings_of(pipe, "cat"), **settings)
 
 
 def encode(pipe, prompt, guidance=False, copies=1, **options):
@@ -168,7 +170,7 @@ def test_the_second_encoder_may_have_its_own_prompt(pipes, hooked):
 
 def test_strength_moves_the_embedding(pipe, hooked):
     middle = [torch.lerp(a, b, 0.25) for a, b in zip(embeddings_of(pipe, "teddy"), embeddings_of(pipe, "cat"))]
-    hooked(pipe, thing=cat(pipe), weak=cat(pipe, strength=0.25), middle=Word("teddy", middle))
+    hooked(pipe, thing=cat(pipe), weak=cat(pipe, strength=0.25), middle=LoadedConcept("teddy", middle))
     expected = encode(pipe, "a <middle>")
     assert same(encode(pipe, "a <thing:0.25>"), expected) and same(encode(pipe, "a <weak>"), expected)
     assert same(encode(pipe, "a <weak:1>"), encode(pipe, "a cat"))
@@ -186,7 +188,7 @@ def test_strength_zero_and_disabled_are_the_plain_superclass(pipe, hooked):
 
 def test_gradients_flow_to_the_embeddings(pipe, hooked):
     words = [weight.clone().requires_grad_() for weight in embeddings_of(pipe, "cat")]
-    hooked(pipe, thing=Word("teddy", words))
+    hooked(pipe, thing=LoadedConcept("teddy", words))
     got = encode(pipe, "a <thing>", guidance=True)
     got[0].square().sum().backward()
     assert all(word.grad.abs().sum() > 0 for word in words)
@@ -194,7 +196,7 @@ def test_gradients_flow_to_the_embeddings(pipe, hooked):
 
 
 def test_encodings_of_a_word_in_training_are_remembered_without_gradients_only(sd, hooked):
-    hook = hooked(sd, thing=Word("teddy", [embeddings_of(sd, "cat")[0].clone().requires_grad_()]))
+    hook = hooked(sd, thing=LoadedConcept("teddy", [embeddings_of(sd, "cat")[0].clone().requires_grad_()]))
     assert not hook.rows_of(encode(sd, "a <thing>")[0])
     with torch.no_grad():
         assert names(hook.rows_of(encode(sd, "a <thing>")[0])) == {0: ["thing"]}
@@ -335,7 +337,7 @@ def test_a_wrapper_around_the_wrapper_still_works_after_remove():
 
 
 def edit(name="thing", **settings):
-    return RowEdit((Mention(name, "", **settings),))
+    return RowRequest((Mention(name, "", **settings),))
 
 
 def row(seed, dtype=torch.float32):
@@ -344,7 +346,7 @@ def row(seed, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_rows_are_known_by_content_in_any_batch_and_after_casts(dtype):
-    known, first, second = KnownRows(), edit("first"), edit("second")
+    known, first, second = EncodingRegistry(), edit("first"), edit("second")
     known.remember([(torch.cat([row(1, dtype), row(2, dtype), row(3, dtype)]), [first, None, second])])
     batch = torch.cat([row(9, dtype), row(3, dtype), row(2, dtype), row(1, dtype), row(3, dtype)])
     assert known.find(batch) == {1: second, 3: first, 4: second}
@@ -355,7 +357,7 @@ def test_rows_are_known_by_content_in_any_batch_and_after_casts(dtype):
 
 
 def test_rows_of_equal_content_keep_their_order():
-    known, first, second = KnownRows(), edit(bias=0.1), edit(bias=0.2)
+    known, first, second = EncodingRegistry(), edit(bias=0.1), edit(bias=0.2)
     twice = torch.cat([row(1), row(1)])
     known.remember([(row(5), [None]), (twice, [first, second])])
     assert known.find(twice) == {0: first, 1: second}
@@ -364,14 +366,14 @@ def test_rows_of_equal_content_keep_their_order():
 
 
 def test_content_that_comes_without_a_concept_later_is_plain():
-    known = KnownRows()
+    known = EncodingRegistry()
     known.remember([(row(1), [edit()])])
     known.remember([(row(1), [None])])
     assert not known and known.find(row(1)) == {}
 
 
 def test_an_earlier_tensor_brings_its_own_settings_back():
-    known, first, second = KnownRows(), edit(bias=0.1), edit(bias=0.2)
+    known, first, second = EncodingRegistry(), edit(bias=0.1), edit(bias=0.2)
     early, late = row(1), row(1)
     known.remember([(early, [first])])
     known.remember([(late, [second])])
@@ -384,9 +386,9 @@ def test_an_earlier_tensor_brings_its_own_settings_back():
 
 
 def test_forget():
-    known = KnownRows()
+    known = EncodingRegistry()
     both, other = torch.cat([row(1), row(2)]), row(3)
-    known.remember([(both, [RowEdit((Mention("a", ""), Mention("b", ""))), edit("b")])])
+    known.remember([(both, [RowRequest((Mention("a", ""), Mention("b", ""))), edit("b")])])
     known.remember([(other, [edit("c")])])
     known.forget("a")
     assert names(known.find(torch.cat([both, other]))) == {1: ["b"], 2: ["c"]}
@@ -397,7 +399,7 @@ def test_forget():
 
 def test_memory_is_bounded_and_the_oldest_goes_first(monkeypatch):
     monkeypatch.setattr(rows_module, "REMEMBERED", 6)
-    known = KnownRows()
+    known = EncodingRegistry()
     for seed in range(5):
         known.remember([(row(seed), [edit()])])
         known.find(row(0))
@@ -406,7 +408,7 @@ def test_memory_is_bounded_and_the_oldest_goes_first(monkeypatch):
 
 def test_a_word_that_is_still_its_superclass_edits_no_plain_prompt(sd, hooked):
     """Before training the concept's embedding is the superclass's: the two prompts encode alike, the later one counts."""
-    hook = hooked(sd, thing=Word("teddy", embeddings_of(sd, "teddy")))
+    hook = hooked(sd, thing=LoadedConcept("teddy", embeddings_of(sd, "teddy")))
     both = encode(sd, ["a <thing>", "a teddy"])[0]
     assert torch.equal(both[0], both[1]) and list(hook.rows_of(both)) == [0]
     assert list(hook.rows_of(encode(sd, "a teddy")[0])) == []
@@ -414,7 +416,7 @@ def test_a_word_that_is_still_its_superclass_edits_no_plain_prompt(sd, hooked):
 
 
 def test_the_global_lock_remembers_the_superclass_prompt(pipe, hooked):
-    hook = hooked(pipe, thing=cat(pipe, global_lock=True), pot=cat(pipe, "teapot"))
+    hook = hooked(pipe, thing=cat(pipe, key_lock="global"), pot=cat(pipe, "teapot"))
     got = encode(pipe, ["a <thing>", "a <pot>", "a <pot> on a <thing>"], guidance=True)
     plain = encode(pipe, ["a teddy", "a teapot", "a teapot on a teddy"])[0]
     found = hook.rows_of(torch.cat([got[1], got[0]]))

@@ -68,7 +68,7 @@ def _command(name: str) -> Any:
 
 def _explain(error: Exception) -> tuple[int, str]:
     """Exit code and message of an error that came out of a command."""
-    from perfusion.advice import for_command_line
+    from perfusion.errors import for_command_line
     from perfusion.writable import file_for_folder
 
     text = " ".join(for_command_line(error).split())

@@ -259,7 +259,7 @@ def _cache() -> Iterator[Finding]:
     folder = cache_folder()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(existing, os.W_OK):
-        why = "cannot be written: covariances are computed anew each time. Set PERFUSION_HOME to a folder that can"
+        why = "cannot be written: covariances are computed anew each time. Set PERFUSION_CACHE to a folder that can"
         yield Finding("cache", "covariance", "off", f"{folder} {why}")
         return
     held = len(list(folder.glob("*.safetensors")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -32,10 +31,8 @@ def warmup(
     """Compile and tune the GPU kernels for a model, before the first picture is asked for.
 
     Draws nothing: it runs the model for one step to see the sizes of its layers, tries the tile sizes of every kernel
-    at them, and keeps the fastest in the cache, where later programs find them. Then it measures, at the same sizes, where
-    the compiled edited projection is faster than the library's and where a layer is faster with its projections
-    absorbed, and keeps that, too, for calls that ask for it. Without it, the first pictures wait for the compiler. Needs
-    a GPU.
+    at them, and keeps the fastest in the cache, where later programs find them. Without it, the first pictures wait for
+    the compiler. Needs a GPU.
 
     Exit codes: 0 done, 2 bad input, 3 a model that cannot be used, 4 no GPU here.
     """
@@ -48,18 +45,16 @@ def warmup(
         raise typer.Exit(NO_GPU)
     start = time.monotonic()
     shapes = layer_shapes(load_pipeline(model, device=device), batch, height, width)
-    warm = perfusion_kernels.warm_up(**shapes, device=device, concepts=concepts, gradients=training)
+    tiles = perfusion_kernels.warm_up(**shapes, device=device, concepts=concepts, gradients=training)
     facts = {
         "model": model,
         "device": device,
         "rows": shapes["rows"],
         "layers": len(shapes["layers"]),
-        "chosen": warm.tiles,
-        "choices": [dataclasses.asdict(choice) for choice in warm.measured.choices],
-        "notes": list(warm.measured.reasons),
+        "chosen": tiles,
         "seconds": round(time.monotonic() - start, 1),
     }
-    print(strict_json(facts) if json else "\n".join(_lines(facts, [*map(str, warm.measured.choices)])))
+    print(strict_json(facts) if json else "\n".join(_lines(facts)))
 
 
 def _checked(device: str) -> str | None:
@@ -112,12 +107,10 @@ def layer_shapes(pipe: Any, batch: int = 1, height: int | None = None, width: in
     return {"layers": layers, "rows": rows, "tokens": tokens, "text_width": text_width, "dtype": seen[0][1].dtype}
 
 
-def _lines(facts: dict[str, Any], measured: list[str]) -> list[str]:
-    launches = [(launch, tiles) for choices in facts["chosen"].values() for launch, tiles in choices.items()]
+def _lines(facts: dict[str, Any]) -> list[str]:
+    launches = [(launch, tiles) for found in facts["chosen"].values() for launch, tiles in found.items()]
     return [
         *(f"{launch}: {', '.join(f'{name} {size}' for name, size in tiles.items())}" for launch, tiles in launches),
-        *measured,
-        *(f"note: {reason}" for reason in facts["notes"]),
         f"{len(launches)} launches for {facts['layers']} layers of {facts['model']}, {facts['rows']} rows, on"
         f" {', '.join(facts['chosen']) or facts['device']}; {facts['seconds']} s",
     ]

@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from perfusion.base import Base
-from perfusion.concept import Concept
 from perfusion.concept_file.format import DTYPES, FORMAT, MAX_FILE_BYTES, MODELSPEC, REQUIRED, ConceptFileError, clip, digest, word_name
 from perfusion.concept_file.layers import decode_layers
 
 __all__ = ["decode"]
+
+Made = TypeVar("Made")
 
 MAX_HEADER_BYTES = 64 * 2**10
 MAX_HEADER_DEPTH = 4
@@ -25,15 +26,18 @@ MAX_TEXT_ENCODERS = 4
 _DAMAGED = "The file is damaged or was not written by Perfusion: get it again from its source."
 
 
-def decode(data: bytes, source: str = "concept file") -> Concept:
-    """A concept from a file's bytes; `source` names them in errors. ConceptFileError as `read`."""
+def decode(data: bytes, make: Callable[..., Made], source: str = "concept file") -> Made:
+    """What `make` makes of the fields of a concept in a file's bytes, checked; a ValueError of its own becomes a ConceptFileError.
+
+    make: `Concept`, whose fields are the keyword arguments. source: names the bytes in errors.
+    """
     try:
-        return _decode(data)
+        return _decode(data, make)
     except ConceptFileError as error:
         raise ConceptFileError(f"{source}: {error}") from None
 
 
-def _decode(data: bytes) -> Concept:
+def _decode(data: bytes, make: Callable[..., Made]) -> Made:
     header, start = _read_header(data)
     metadata = _read_metadata(header.pop("__metadata__", None))
     base = _read_base(metadata, header)
@@ -53,7 +57,7 @@ def _decode(data: bytes) -> Concept:
         raise ConceptFileError(f"safetensors cannot read it: {clip(str(error))}. {_DAMAGED}") from None
     words = tuple(tensors.pop(name) for name in _word_names(base))
     try:
-        return Concept(
+        return make(
             name=metadata["perfusion.name"],
             superclass=metadata["perfusion.superclass"],
             base=base,

@@ -5,24 +5,21 @@ from __future__ import annotations
 import json
 import math
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from perfusion.advice import advise
-from perfusion.concept import Concept
 from perfusion.concept_file.format import DTYPES, FORMAT, digest, word_name
 from perfusion.concept_file.layers import encode_layers
+from perfusion.errors import advise
+from perfusion.families import family_by_id
+
+if TYPE_CHECKING:
+    from perfusion.concept import Concept
 
 __all__ = ["encode"]
 
-ARCHITECTURES = {
-    "sd1": "stable-diffusion-v1/perfusion",
-    "sd2": "stable-diffusion-v2/perfusion",
-    "sdxl": "stable-diffusion-xl-v1-base/perfusion",
-    "custom": "custom/perfusion",
-}
 # Largest rounding error that a save may make, relative to a tensor's norm: twice what the type's mantissa gives.
 ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-22}
 ENERGY_ROUNDING = 0.01  # largest change of i* . C^-1 i* that a save may make, relative; float16 makes about 5e-5
@@ -41,7 +38,7 @@ def _metadata(concept: Concept) -> dict[str, str]:
     recipe = json.dumps(concept.recipe, ensure_ascii=False, separators=(",", ":")) if concept.recipe else ""
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": ARCHITECTURES[base.family],
+        "modelspec.architecture": f"{family_by_id(base.family).architecture}/perfusion",
         "modelspec.implementation": "diffusers",
         "modelspec.title": concept.name,
         "modelspec.date": concept.created,

@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from perfusion.advice import advise
 from perfusion.base import Base, describe_base
-from perfusion.concept import DEFAULT_BIAS, DEFAULT_TEMPERATURE, Concept, check_name
+from perfusion.concept import Concept, check_name
 from perfusion.convert import checkpoint
 from perfusion.convert.checkpoint import ConversionError
 from perfusion.convert.fitting import fit, projection_weights, superclass_encoding
 from perfusion.convert.gates import Reader, collapse, training_gates
 from perfusion.convert.layouts import Found, find
+from perfusion.errors import advise
+from perfusion.settings import BIAS, TEMPERATURE
 
 if TYPE_CHECKING:
     from perfusion.covariance import Covariance
@@ -53,8 +54,8 @@ def convert(
     covariance: Covariance | None = None,
     index: int | None = None,
     templates: Sequence[str] = TEMPLATES,
-    bias: float = DEFAULT_BIAS,
-    temperature: float = DEFAULT_TEMPERATURE,
+    bias: float = BIAS.default,
+    temperature: float = TEMPERATURE.default,
     license: str = "",
     author: str = "",
 ) -> Conversion:

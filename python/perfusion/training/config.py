@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from perfusion.files import whole
+from perfusion.settings import BIAS, TEMPERATURE, TRAINING_BIAS, TRAINING_TEMPERATURE
 
 __all__ = ["TrainingConfig", "read_settings"]
 
@@ -53,10 +54,10 @@ class TrainingConfig:
     batch_size: int = 16
     learning_rate: float = 0.03
     word_learning_rate: float = 0.006
-    bias: float = 0.75
-    temperature: float = 0.1
-    inference_bias: float = 0.70
-    inference_temperature: float = 0.15
+    bias: float = TRAINING_BIAS
+    temperature: float = TRAINING_TEMPERATURE
+    inference_bias: float = BIAS.default
+    inference_temperature: float = TEMPERATURE.default
     ema_decay: float = 0.99
     flip: float = 0.5
     key_lock: bool = True
@@ -92,9 +93,9 @@ class TrainingConfig:
         for field in ("learning_rate", "word_learning_rate"):
             self._check(field, 0 < getattr(self, field) < float("inf"), "be positive")
         for field in ("bias", "inference_bias"):
-            self._check(field, -2 <= getattr(self, field) <= 2, "lie between -2 and 2")
+            self._check(field, BIAS.holds(getattr(self, field)), f"lie between {BIAS.low:g} and {BIAS.high:g}")
         for field in ("temperature", "inference_temperature"):
-            self._check(field, 1e-3 <= getattr(self, field) <= 10, "lie between 0.001 and 10")
+            self._check(field, TEMPERATURE.holds(getattr(self, field)), f"lie between {TEMPERATURE.low:g} and {TEMPERATURE.high:g}")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "lie in [0, 1)")
         self._check("flip", 0 <= self.flip <= 1, "be a probability")
         self._check("resolution", self.resolution is None or self.resolution >= 8, "be at least 8 pixels")

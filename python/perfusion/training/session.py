@@ -18,12 +18,14 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from perfusion.base import Base, UnsupportedPipeline, cross_attention_layers, text_encoders
+from perfusion.batched_projection import BatchedProjection, obstacle
 from perfusion.concept import Concept
 from perfusion.covariance import Covariance
-from perfusion.editor import Edit, Editor, Tables, make_edit
-from perfusion.hoist import Hoist, obstacle
+from perfusion.edit import RowSettings, Tables
+from perfusion.loaded_concept import LoadedConcept
 from perfusion.masks import masked_loss
-from perfusion.text import TextHook, Word, single_token
+from perfusion.projection_hooks import HookEdit, ProjectionHooks, hook_edit
+from perfusion.text import TextHook, single_token
 from perfusion.training.config import TrainingConfig
 from perfusion.training.data import Picture, digest, encode_pictures
 
@@ -72,8 +74,8 @@ class TrainingSession:
         ids = [single_token(tokenizer, config.superclass) for tokenizer, _ in text_encoders(pipe)]
         embeddings = [encoder.get_input_embeddings().weight[i] for (_, encoder), i in zip(text_encoders(pipe), ids)]
         self.words = [torch.nn.Parameter(row.detach().to(self.device, torch.float32, copy=True)) for row in embeddings]
-        self._text = TextHook(pipe, {config.name: Word(config.superclass, self.words)})
-        self._editor = Editor(pipe.unet, self._sampling_edit)
+        self._text = TextHook(pipe, {config.name: LoadedConcept(config.superclass, self.words)})
+        self._hooks = ProjectionHooks(pipe.unet, self._sampling_edit)
 
     def __enter__(self) -> TrainingSession:
         with contextlib.ExitStack() as undo:
@@ -81,8 +83,8 @@ class TrainingSession:
             undo.callback(self._text.remove)
             self._text.install()
             self._start()
-            undo.callback(self._editor.remove)
-            self._editor.install()
+            undo.callback(self._hooks.remove)
+            self._hooks.install()
             # after the hooks, which compiled code would not see otherwise; the pipeline keeps its own
             self._unet = torch.compile(self.pipe.unet, fullgraph=True) if self.config.compile else self.pipe.unet
             self._undo = undo.pop_all()
@@ -114,7 +116,7 @@ class TrainingSession:
     def _start(self) -> None:
         """Every learned vector begins at its superclass; layers are called, not read, so LoRA and offloading stay in charge."""
         self.obstacle = obstacle(self.pipe.unet)
-        self._hoist = Hoist(self.pipe.unet) if self.obstacle is None else None
+        self._batched = BatchedProjection(self.pipe.unet) if self.obstacle is None else None
         captions = sorted({caption for captions in self.captions for caption in captions})
         self._places = dict(zip(captions, self._find_places(captions)))
         encodings, _ = self._encode(captions)
@@ -176,13 +178,13 @@ class TrainingSession:
     def _editing(self, encodings: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Inside the `with` the layers follow the edit of encodings[rows]. Gives what the UNet is to read, and the gates [R, T, 1]."""
         bias, temperature = self.config.bias, self.config.temperature
-        if self._hoist is None:
+        if self._batched is None:
             edit = self._edit(encodings[rows], torch.arange(len(rows), device=self.device), bias, temperature)
             gates = edit.gates
         else:
-            edit, gates = self._hoist.project(encodings, rows, *self._setting(len(encodings), bias, temperature))
+            edit, gates = self._batched.project(encodings, rows, *self._setting(len(encodings), bias, temperature))
             gates = gates[rows]
-        with self._editor.hold(edit):
+        with self._hooks.hold(edit):
             yield encodings[rows].detach(), gates  # gradients flow through the edit
 
     def _encode(self, captions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -207,11 +209,11 @@ class TrainingSession:
         # once per optimiser step, outside the layers: gradient checkpointing runs those twice
         self.target = torch.lerp(encodings.detach().float().mean(0), self.target, self.config.ema_decay)
 
-    def _edit(self, encodings: Tensor, rows: Tensor, bias: float, temperature: float) -> Edit:
-        return make_edit(encodings, rows, *self._setting(len(rows), bias, temperature))
+    def _edit(self, encodings: Tensor, rows: Tensor, bias: float, temperature: float) -> HookEdit:
+        return hook_edit(encodings, rows, *self._setting(len(rows), bias, temperature))
 
-    def _setting(self, count: int, bias: float, temperature: float) -> tuple[Tables, Tensor, Tensor, Tensor, Tensor]:
-        """The tables with this concept alone, and index, bias, temperature and strength of `count` rows that have it."""
+    def _setting(self, count: int, bias: float, temperature: float) -> tuple[Tables, RowSettings]:
+        """The tables with this concept alone, and the settings of `count` rows that have it."""
         tables = Tables(
             self.target[None],
             self.covariance.metric_targets(self.target[None]),
@@ -222,7 +224,7 @@ class TrainingSession:
         )
         whole = torch.ones(count, 1, device=self.device)
         index = torch.zeros(count, 1, dtype=torch.int32, device=self.device)
-        return tables, index, whole * bias, whole * temperature, whole
+        return tables, RowSettings(index, whole * bias, whole * temperature, whole)
 
     def _goal(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the model predicts."""
@@ -256,7 +258,7 @@ class TrainingSession:
 
     # what it makes
 
-    def _sampling_edit(self, encodings: Tensor) -> Edit | None:
+    def _sampling_edit(self, encodings: Tensor) -> HookEdit | None:
         """The edit of encodings that the pipeline made while pictures are sampled."""
         rows = self._text.rows_of(encodings)
         if not rows:
@@ -268,7 +270,7 @@ class TrainingSession:
     @torch.no_grad()
     def sample(self, prompts: list[str], steps: int) -> list[Any]:
         """PIL images of prompts with "{}" in them, drawn by the pipeline as its user would, one by one, the same seeds each time."""
-        self._editor.forget()
+        self._hooks.forget()
         scheduler = self.pipe.scheduler
         self.pipe.scheduler = type(scheduler).from_config(scheduler.config)  # its own one would remember the last run
         try:

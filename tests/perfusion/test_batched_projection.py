@@ -1,4 +1,4 @@
-"""perfusion.hoist and the training step that uses it: the same numbers as calling every layer, or a refusal that says why."""
+"""perfusion.batched_projection and the training step that uses it: the same numbers as calling every layer, or a refusal that says why."""
 
 import contextlib
 
@@ -7,7 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from perfusion.base import cross_attention_layers, describe_base
-from perfusion.hoist import Hoist, obstacle
+from perfusion.batched_projection import BatchedProjection, obstacle
+from perfusion.edit import RowSettings
 from perfusion.training import session as session_module
 from perfusion.training.data import read_pictures
 from perfusion.training.session import TrainingSession
@@ -70,8 +71,8 @@ def test_a_step_is_the_one_that_calls_every_layer(folder, make, key_lock):
 
 def test_every_projection_reads_no_rows_and_every_caption_is_projected_once(folder, monkeypatch):
     pipe, read, projected = tiny_sd(), [], []
-    own = Hoist.project
-    monkeypatch.setattr(Hoist, "project", lambda self, encodings, *rest: projected.append(len(encodings)) or own(self, encodings, *rest))
+    own = BatchedProjection.project
+    monkeypatch.setattr(BatchedProjection, "project", lambda self, encodings, *rest: projected.append(len(encodings)) or own(self, encodings, *rest))
     with session_on(pipe, folder, batch_size=7) as session:
         for layer in cross_attention_layers(pipe.unet).values():
             for module in (layer.to_k, layer.to_v):
@@ -89,7 +90,7 @@ def test_products_are_the_layers_own(dtype):
     outputs = torch.randn(1, 40)
     tables = session_module.Tables(torch.ones(1, 16), torch.ones(1, 16), torch.ones(1, 16), outputs)
     index = torch.zeros(2, 1, dtype=torch.int32)
-    found, gates = Hoist(unet).project(encodings, torch.tensor([1, 0, 1]), tables, index, ones, ones, 0 * ones)
+    found, gates = BatchedProjection(unet).project(encodings, torch.tensor([1, 0, 1]), tables, RowSettings(index, ones, ones, 0 * ones))
     assert gates.shape == (2, 77, 1) and found.keys.shape == found.values.shape == (3, 77, 40)
     for kind, table in (("to_k", found.keys), ("to_v", found.values)):
         expected = torch.cat([getattr(layer, kind)(encodings) for layer in cross_attention_layers(unet).values()], -1)[[1, 0, 1]]
@@ -165,7 +166,7 @@ def test_what_a_layer_may_do_beside_its_product_is_an_obstacle(change, reason):
     assert obstacle(unet) is None
     change(unet.mid_block.attentions[0].transformer_blocks[0].attn2)
     with pytest.raises(ValueError, match=f"every to_k and to_v must be a frozen Linear without bias or hooks, but {reason}"):
-        Hoist(unet)
+        BatchedProjection(unet)
 
 
 def test_lora_is_called_and_stays_in_charge(folder):
@@ -174,7 +175,7 @@ def test_lora_is_called_and_stays_in_charge(folder):
     pipe = tiny_sd()
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
     with session_on(pipe, folder) as session:
-        assert "is a peft.tuners.lora" in session.obstacle and session._hoist is None
+        assert "is a peft.tuners.lora" in session.obstacle and session._batched is None
         with_lora = steps(session)
     pipe.unet.disable_adapters()
     with session_on(pipe, folder) as session:

@@ -1,4 +1,4 @@
-"""perfusion.editor: the keys and values that attention sees, against the equations written out."""
+"""perfusion.projection_hooks: the keys and values that attention sees, against the equations written out."""
 
 import weakref
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from perfusion.base import UnsupportedPipeline, describe_base
-from perfusion.editor import Edit, Editor, Tables, make_edit
+from perfusion.edit import RowSettings, Tables
+from perfusion.projection_hooks import HookEdit, ProjectionHooks, hook_edit
 from tests.perfusion.editing import check_rows, hooks_of, make_concept, use, watch
 from tests.perfusion.tiny import tiny_sd
 
@@ -33,11 +34,11 @@ def unet(pipe):
 
 @pytest.fixture
 def install():
-    """install(unet, edit_of) gives an Editor until the test ends."""
+    """install(unet, edit_of) gives an ProjectionHooks until the test ends."""
     editors = []
 
     def new(unet, edit_of=lambda encodings: None):
-        editors.append(Editor(unet, edit_of))
+        editors.append(ProjectionHooks(unet, edit_of))
         editors[-1].install()
         return editors[-1]
 
@@ -56,7 +57,7 @@ def run(unet, encodings, *, by_position=False):
 
 
 def edit_for(encodings, rows, key_rows=None):
-    """The Edit of rows: list of lists of Use, as the handle builds it."""
+    """The HookEdit of rows: list of lists of Use, as the handle builds it."""
     concepts = list({id(one.concept): one.concept for uses in rows for one in uses}.values())
     edited = [row for row, uses in enumerate(rows) if uses]
     width = max(len(rows[row]) for row in edited)
@@ -73,14 +74,16 @@ def edit_for(encodings, rows, key_rows=None):
         torch.stack([torch.zeros(concepts[0].base.outputs) if key is None else key for key in keys]) if unlocked else None,
         torch.tensor([key is not None for key in keys]) if unlocked else None,
     )
-    return make_edit(
+    return hook_edit(
         encodings,
         torch.tensor(edited),
         tables,
-        table(lambda one: concepts.index(one.concept), -1, torch.int32),
-        table(lambda one: one.concept.bias if one.bias is None else one.bias, 0.0),
-        table(lambda one: one.concept.temperature if one.temperature is None else one.temperature, 1.0),
-        table(lambda one: one.strength, 0.0),
+        RowSettings(
+            table(lambda one: concepts.index(one.concept), -1, torch.int32),
+            table(lambda one: one.concept.bias if one.bias is None else one.bias, 0.0),
+            table(lambda one: one.concept.temperature if one.temperature is None else one.temperature, 1.0),
+            table(lambda one: one.strength, 0.0),
+        ),
         key_rows,
     )
 
@@ -186,7 +189,7 @@ def training_edit(encodings, concept, outputs, key_outputs):
     one = torch.tensor([[0]], dtype=torch.int32)
     metric, unlocked = (concept.target[None], concept.metric_target[None]), torch.tensor([True])
     tables = Tables(*metric, concept.superclass_encoding[None], outputs[None], key_outputs[None], unlocked)
-    return make_edit(encodings, torch.tensor([1]), tables, one, torch.tensor([[0.3]]), torch.tensor([[0.4]]), torch.ones(1, 1))
+    return hook_edit(encodings, torch.tensor([1]), tables, one, torch.tensor([[0.3]]), torch.tensor([[0.4]]), torch.ones(1, 1))
 
 
 def gradients(unet, install, concept, *, checkpointing=False):
@@ -342,7 +345,7 @@ def test_remove_takes_every_hook_away(unet, uses):
     encodings = encodings_of(1)
     with torch.no_grad():
         expected = run(unet, encodings)
-        editor = Editor(unet, counting([[uses[0]]]))
+        editor = ProjectionHooks(unet, counting([[uses[0]]]))
         editor.install()
         assert len(hooks_of(unet)) == 9  # modules: to_k and to_v of four layers, and the UNet
         assert not torch.equal(run(unet, encodings), expected)
@@ -359,7 +362,7 @@ def test_a_forward_keeps_nothing_for_compiled_code(unet, install, uses):
 
 
 def test_hooks_that_compiled_code_still_calls_after_remove_do_nothing(unet, uses):
-    editor, encodings = Editor(unet, counting([[uses[0]]])), encodings_of(1)
+    editor, encodings = ProjectionHooks(unet, counting([[uses[0]]])), encodings_of(1)
     editor.install()
     layer = unet.mid_block.attentions[0].transformer_blocks[0].attn2
     (before,), (after,) = layer.to_v._forward_pre_hooks.values(), layer.to_v._forward_hooks.values()
@@ -388,6 +391,6 @@ def test_processors_that_pass_the_hooks_by_are_refused_when_there_is_an_edit(une
 def test_an_edit_says_which_rows_it_changes(uses):
     encodings = encodings_of(3)
     edit = edit_for(encodings, [[], [uses[0]], []])
-    assert isinstance(edit, Edit) and edit.rows.tolist() == [1] and edit.key_updates is None
+    assert isinstance(edit, HookEdit) and edit.rows.tolist() == [1] and edit.key_updates is None
     for table in (edit.key_encodings, edit.value_encodings):
         assert torch.equal(table[[0, 2]], encodings[[0, 2]]) and not torch.equal(table[1], encodings[1])

@@ -15,9 +15,10 @@ from torch.nn.functional import linear
 
 import perfusion_kernels
 from perfusion.base import cross_attention_layers
-from perfusion.editor import Projected, Tables, edit_encodings
+from perfusion.edit import EditedText, RowSettings, Tables, edit_encodings
+from perfusion.projection_hooks import KeysValues, Projection
 
-__all__ = ["Hoist", "obstacle"]
+__all__ = ["BatchedProjection", "obstacle"]
 
 
 def obstacle(unet: torch.nn.Module) -> str | None:
@@ -35,7 +36,7 @@ def obstacle(unet: torch.nn.Module) -> str | None:
                 return f"{where} is a {type(module).__module__}.{type(module).__name__}"
             if module.bias is not None:
                 return f"{where} has a bias"
-            if "forward" in vars(module) or any(hooks for key, hooks in vars(module).items() if key.endswith("_hooks")):
+            if "forward" in vars(module) or _hooked(module):
                 return f"{where} has hooks"
             weight = module.weight
             if type(weight) not in (torch.nn.Parameter, Tensor) or weight.is_meta or not weight.is_floating_point():
@@ -48,34 +49,46 @@ def obstacle(unet: torch.nn.Module) -> str | None:
     return None
 
 
-class Hoist:
+def _hooked(module: torch.nn.Module) -> bool:
+    """Whether anything but our own hooks is called with a module."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for kind in kinds for hook in vars(module).get(kind, {}).values()]
+    return any(not isinstance(getattr(hook, "__self__", None), Projection) for hook in hooks)
+
+
+class BatchedProjection:
     """The weights [O, D] of all `to_k` and of all `to_v`, as copies: what changes in the UNet later is not seen."""
 
     def __init__(self, unet: torch.nn.Module):
         reason = obstacle(unet)
         if reason is not None:
-            raise ValueError(f"Hoist: every to_k and to_v must be a frozen Linear without bias or hooks, but {reason}.")
+            raise ValueError(f"BatchedProjection: every to_k and to_v must be a frozen Linear without bias or hooks, but {reason}.")
         layers = cross_attention_layers(unet).values()
         self.key_weight = torch.cat([layer.to_k.weight.detach() for layer in layers])
         self.value_weight = torch.cat([layer.to_v.weight.detach() for layer in layers])
 
-    def project(
-        self, encodings: Tensor, rows: Tensor, tables: Tables, index: Tensor, bias: Tensor, temperature: Tensor, strength: Tensor
-    ) -> tuple[Projected, Tensor]:
+    def project(self, encodings: Tensor, rows: Tensor, tables: Tables, settings: RowSettings) -> tuple[KeysValues, Tensor]:
         """Edited keys and values of a batch whose row r has the encoding number rows[r]; and the gates [n, T, J].
 
-        encodings [n, T, D]: the distinct ones. rows [R] int64. index, bias, temperature, strength [n, J]: as in
-        `edit_encodings`. Differentiable in the encodings and the tables' outputs. Under autocast the products follow it, as
-        calls of the layers would, and the edit does not.
+        encodings [n, T, D]: the distinct ones, with their settings. rows [R] int64. Differentiable in the encodings and the
+        tables' outputs. Under autocast the products follow it, as calls of the layers would, and the edit does not.
         """
-        edited = edit_encodings(encodings, tables, index, bias, temperature, strength)
-        keys, values = edited.keys.to(encodings.dtype), edited.values.to(encodings.dtype)
+        edited = edit_encodings(encodings, tables, settings)
+        keys, values = self.keys_values(edited, encodings.dtype, tables, settings.index)
+        return KeysValues(keys[rows], values[rows]), edited.gates
+
+    def keys_values(self, edited: EditedText, dtype: torch.dtype, tables: Tables, index: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V [n, T, O] of all layers, of edited encodings [n, T, D]: two products, the edit as their epilogue."""
+        keys, values = edited.keys.to(dtype), edited.values.to(dtype)
         if edited.key_gates is None:
             keys = linear(keys, self.key_weight)
         else:
             keys = _project(keys, self.key_weight, edited.key_gates, index, tables.key_outputs)
-        values = _project(values, self.value_weight, edited.gates, index, tables.value_outputs)
-        return Projected(keys[rows], values[rows]), edited.gates
+        return keys, _project(values, self.value_weight, edited.gates, index, tables.value_outputs)
+
+    def plain(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """K of encodings [n, T, D] and V of others, without an edit: [n, T, O] each."""
+        return linear(keys, self.key_weight), linear(values, self.value_weight)
 
 
 def _project(encodings: Tensor, weight: Tensor, gates: Tensor, index: Tensor, outputs: Tensor) -> Tensor:

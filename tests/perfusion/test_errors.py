@@ -1,6 +1,6 @@
 """What an error says to who calls Python, and to who types a command."""
 
-from perfusion.advice import advise, for_command_line
+from perfusion.errors import advise, for_command_line
 
 
 def test_each_reader_gets_advice_of_their_own():

@@ -1,12 +1,16 @@
-"""One error, and for each of its two readers what to do about it: for who calls Python, and for who types a command."""
+"""Errors with advice for two readers, who calls Python and who types a command; and `UnsupportedPipeline`."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
-__all__ = ["advise", "for_command_line"]
+__all__ = ["UnsupportedPipeline", "advise", "for_command_line"]
 
 _Error = TypeVar("_Error", bound=Exception)
+
+
+class UnsupportedPipeline(ValueError):
+    """A pipeline that Perfusion cannot edit. The message names the part that stands in the way and what is supported."""
 
 
 def advise(error: _Error, *, python: str, command: str) -> _Error:

@@ -1,5 +1,0 @@
-#include "cross_attention_layer_instances.cuh"
-
-namespace perfusion {
-PERFUSION_LAYER_INSTANCES(Half)
-}

@@ -1,0 +1,54 @@
+"""`edited_attention` on a CPU: the edit in plain torch, then torch's `scaled_dot_product_attention`.
+
+What a call runs that names no backend and has its tensors in host memory: the function that stock pipelines call there, and the
+reference's result within the roundings of the dtype. Not a backend: a call that will be differentiated, autocast or vmapped, or
+that names "reference", runs the operator.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from . import backend
+from .reference.edited_attention import allowed, edited, of_rows
+from .shape_checks import autocasts
+
+
+def preferred(arguments: tuple) -> bool:
+    """Whether a call of `edited_attention` that names no backend runs here."""
+    query = arguments[0]
+    if not query.is_cpu or backend.requested() is not None or autocasts(query) or backend.differentiated(arguments):
+        return False
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+
+
+def edited_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor | None,
+    components: Tensor | None,
+    index: Tensor | None,
+    key_outputs: Tensor | None,
+    key_targets: Tensor | None,
+    value_outputs: Tensor | None,
+    value_targets: Tensor | None,
+    slots: Tensor | None,
+    query_regions: Tensor | None,
+    key_regions: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """As `reference.edited_attention`, but that K and V are rounded to the dtype of query once they are edited, as in a kernel."""
+    key = of_rows(edited(key, gates, components, index, key_outputs, key_targets).to(query.dtype), slots)
+    value = of_rows(edited(value, gates, components, index, value_outputs, value_targets).to(query.dtype), slots)
+    mask = allowed(query_regions, key_regions)
+    if mask is None:
+        return _attend(query, key, value, None, scale)
+    alone = ~mask.any(-1)  # a token with nothing left reads everything, and gives 0
+    result = _attend(query, key, value, (mask | alone[..., None])[:, None], scale)
+    return result.masked_fill(alone[..., None, None], 0)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    return scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(1, 2).contiguous()

@@ -1,0 +1,91 @@
+"""Which pipelines can be edited (`check_supported`), and what they are (`describe_base`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from perfusion.base.fingerprint import text_encoder_fingerprint
+from perfusion.base.parts import cross_attention_layers, layer_width, plain_module, text_encoders, text_width
+from perfusion.base.record import Base
+from perfusion.errors import UnsupportedPipeline
+from perfusion.families import CONDITIONINGS, family_by_encoding_dim, family_by_widths
+
+__all__ = ["check_supported", "describe_base"]
+
+SUPPORTED = (
+    "Supported are pipelines with a UNet2DConditionModel whose cross-attention reads the text encoders' output directly: "
+    "Stable Diffusion 1.x, 2.x and XL, and models of their shape (image-to-image, inpainting and ControlNet included)."
+)
+
+
+def describe_base(pipe: Any, *, text_required: bool = True) -> Base:
+    """The Base of a pipeline. Raises UnsupportedPipeline as `check_supported` does.
+
+    text_required: whether a pipeline without text encoders is refused; if not, its base says nothing of them.
+    """
+    check_supported(pipe, text_required=text_required)
+    widths = tuple(text_width(encoder) for _, encoder in text_encoders(pipe, required=text_required))
+    if not widths:
+        reads = plain_module(pipe.unet).config.cross_attention_dim
+        reads = reads[0] if isinstance(reads, (list, tuple)) else reads
+        widths = family_by_encoding_dim(reads).text_widths or (reads,)
+        fingerprint = ""
+    else:
+        fingerprint = text_encoder_fingerprint(pipe)
+    return Base(
+        family=family_by_widths(widths).id,
+        encoding_dim=sum(widths),
+        text_widths=widths,
+        layers={name: layer_width(layer) for name, layer in cross_attention_layers(pipe.unet).items()},
+        text_encoder=fingerprint,
+    )
+
+
+def check_supported(pipe: Any, *, text_required: bool = True) -> None:
+    """Raises UnsupportedPipeline, naming the obstacle, unless every cross-attention layer of the pipeline can be edited."""
+    reason = _unsupported_model(pipe) or _unsupported_processor(pipe.unet)
+    if reason is not None:
+        raise UnsupportedPipeline(f"{type(pipe).__name__} is not supported: {reason} {SUPPORTED}")
+    encoders = [encoder for _, encoder in text_encoders(pipe, required=text_required)]
+    if not encoders:
+        return
+    widths, reads = [text_width(encoder) for encoder in encoders], plain_module(pipe.unet).config.cross_attention_dim
+    if any(read != sum(widths) for read in (reads if isinstance(reads, (list, tuple)) else [reads])):
+        raise UnsupportedPipeline(
+            f"{type(pipe).__name__} is not supported: its text encoders give {' + '.join(map(str, widths))} numbers per token, "
+            f"its UNet reads {reads}. Is a text encoder missing? {SUPPORTED}"
+        )
+
+
+def _unsupported_model(pipe: Any) -> str | None:
+    from diffusers import UNet2DConditionModel
+
+    unet = plain_module(getattr(pipe, "unet", None))
+    if unet is None and getattr(pipe, "transformer", None) is not None:
+        kind = type(plain_module(pipe.transformer)).__name__
+        return f"it has a {kind}, a transformer that mixes text and image states in joint attention (as SD3 and Flux do)."
+    if not isinstance(unet, UNet2DConditionModel):
+        return "it has no UNet." if unet is None else f"its UNet is of type {type(unet).__name__}."
+    conditioning, projection = unet.config.addition_embed_type, unet.config.encoder_hid_dim_type
+    if conditioning not in CONDITIONINGS:
+        return f"its UNet has addition_embed_type={conditioning!r} (as DeepFloyd IF and Kandinsky do)."
+    if projection == "ip_image_proj":
+        return "an IP-Adapter is loaded. Call pipe.unload_ip_adapter() first."
+    if projection is not None:
+        return f"its UNet projects the text encodings itself (encoder_hid_dim_type={projection!r})."
+    return None if cross_attention_layers(unet) else "its UNet has no cross-attention layer."
+
+
+def _unsupported_processor(unet: torch.nn.Module) -> str | None:
+    for name, module in plain_module(unet).named_modules():
+        processor = type(getattr(module, "processor", None)).__name__
+        if "IPAdapter" in processor:
+            return f"layer {name} has an IP-Adapter processor ({processor}). Call pipe.unload_ip_adapter() first."
+        if "AddedKV" in processor or getattr(module, "added_kv_proj_dim", None) is not None:
+            return f"layer {name} has added key and value projections ({processor}, as DeepFloyd IF and Kandinsky have)."
+        # The processor decides: unfusing puts the old ones back and leaves the fused weights where they are, unused.
+        if "Fused" in processor:
+            return f"layer {name} has fused key and value projections ({processor}). Call pipe.unfuse_qkv_projections() first."
+    return None

@@ -1,0 +1,606 @@
+"""`Engine`: the concepts at work in one UNet. Before each forward it decides how the layers compute, and gives them what they need.
+
+Nothing here knows of a pipeline: a client (`Handle`, a server) says which rows of the encodings hold concepts. The forms are
+
+    stock     no row has a concept, or the compatibility path is taken: the pipeline's own attention, hooks on to_k and to_v
+    slots     keys and values of a prompt, computed once for its distinct rows, read by index at every step
+    schedule  settings that follow the steps: the edit as keys and values are loaded, no projection after the first step
+    fused     encodings that change at every step: projection, edit and attention in one call
+
+and `explain` says in a sentence per reason why a faster one was not taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from perfusion.attention_processor import FUSED, SCHEDULE, SLOTS, STOCK, AttentionState, ConceptAttnProcessor
+from perfusion.base import UnsupportedPipeline, cross_attention_layers, layer_width
+from perfusion.batched_projection import BatchedProjection, obstacle
+from perfusion.edit import RowSettings, Tables, edit_encodings, gates_of, spread
+from perfusion.layer_state import offloaded_block, projection_stamp
+from perfusion.loaded_concept import LoadedConcept, Schedule, value_at
+from perfusion.projection_hooks import HookEdit, ProjectionHooks, hook_edit
+from perfusion.regions import key_regions, query_regions
+from perfusion.requests import RowRequest
+from perfusion.settings import WORD_GATE_FLOOR
+from perfusion.slots import Slots
+
+__all__ = ["Client", "Engine", "engine_of"]
+
+# processors whose work ours does: the rest keep their place, and concepts take the compatibility path
+REPLACED = ("AttnProcessor", "AttnProcessor2_0")
+CHANGING = 3  # forwards in a row with new encodings, after which they are taken to change at every step
+
+_ENGINES: Any = weakref.WeakKeyDictionary()
+
+
+class Client(Protocol):
+    """Who has concepts in a UNet."""
+
+    exact: bool
+
+    def rows_of(self, encodings: Tensor) -> dict[int, RowRequest]:
+        """row -> what it wants, for the rows of encodings [R, T, D] that hold concepts of this client."""
+
+    def concept(self, name: str) -> LoadedConcept:
+        """A concept by the name that requests use."""
+
+    def tables(self, names: list[str], device: torch.device) -> Tables:
+        """The tables of the named concepts, in that order."""
+
+    def has_concepts(self) -> bool:
+        """Whether any concept is loaded and enabled."""
+
+    def doubt(self, encodings: Tensor, rows: Sequence[int]) -> None:
+        """Rows of encodings that no client knows."""
+
+    def compiled(self) -> bool:
+        """Whether code that was compiled runs the UNet, which hooks that come later do not reach."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Plan:
+    """What one tensor of encodings needs."""
+
+    stamp: int | Tensor
+    number: int  # of all plans: an id() may be that of another, once it is gone
+    client: Client | None
+    rows: dict[int, RowRequest]
+    contents: list[int] = dataclasses.field(default_factory=list)  # for each row the first row of equal content and request
+    names: list[str] = dataclasses.field(default_factory=list)
+    scheduled: bool = False
+    locked: bool = False  # whether a row takes its keys from another encoding
+    regional: bool = False
+    tables: Tables | None = None
+    slots: list[int] = dataclasses.field(default_factory=list)
+    shown: Any = None  # keys and values as the layers read them, where rows do not read slots by index
+    regions: tuple[Any, ...] = ()
+
+
+def engine_of(unet: torch.nn.Module) -> Engine:
+    """The engine of a UNet, the same for all pipelines that share it."""
+    if unet not in _ENGINES:
+        _ENGINES[unet] = Engine(unet)
+    return _ENGINES[unet]
+
+
+class Engine:
+    """Of one UNet, from the first client's `add` to the last one's `remove`. Forwards of several threads wait for each other."""
+
+    def __init__(self, unet: torch.nn.Module):
+        self._unet = weakref.ref(unet)
+        self.layers = cross_attention_layers(unet)
+        self.clients: list[Client] = []
+        self.state = AttentionState()
+        self.slots: Slots | None = None
+        self.by_index: bool | None = None  # whether rows read slots by a device index; None: on accelerators
+        self.form, self.reason = STOCK, "no forward yet"
+        self.counts = {STOCK: 0, SLOTS: 0, SCHEDULE: 0, FUSED: 0, "hooks": 0}  # forwards of the UNet by form
+        self.step = -1
+        self._hooks = ProjectionHooks(unet, self._hook_edit, driven=True)
+        self._processors: list[tuple[Any, ConceptAttnProcessor]] = []
+        self._batched: BatchedProjection | None = None
+        self._stamp: tuple[Any, ...] = ()
+        self._plans: Any = WeakTensorKeyDictionary()
+        self._numbers = itertools.count()
+        self._index: dict[int, Tensor] = {}
+        self._changed = 0
+        self._timestep: float | None = None
+        self._shown: Any = None  # (plan, kind) of the keys and values that the layers read
+        self._gates_of: Any = None  # (plan, step) of the gates
+        self._tables_of: _Plan | None = None
+        self._closed: str | None = None
+        self._lock, self._depth = threading.RLock(), 0
+        self._handles: list[Any] = []
+        self._recent = threading.local()
+        self._warned: set[str] = set()
+
+    def __deepcopy__(self, memo: Any) -> Engine:
+        raise RuntimeError("a UNet with perfusion attached cannot be copied: perfusion.detach(pipe), copy, and attach to both.")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError("a UNet with perfusion attached cannot be pickled: perfusion.detach(pipe) first.")
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        return self._unet()
+
+    # clients
+
+    def add(self, client: Client) -> None:
+        """A pipeline begins to use the UNet with concepts."""
+        if not self.clients:
+            begin = self.unet.register_forward_pre_hook(self._begin, with_kwargs=True)
+            self._handles = [begin, self.unet.register_forward_hook(self._end, always_call=True)]
+        self.clients.append(client)
+        if client.exact and not self._hooks.installed:
+            self._hooks.install()
+
+    def remove(self, client: Client) -> None:
+        self.clients.remove(client)
+        self.forget()
+        if not self.clients:
+            self._hooks.remove()
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+            self.slots = self._batched = None
+            self._stamp = ()
+            self.state.__init__()
+        self.follow()
+
+    def follow(self) -> None:
+        """Own processors are in place exactly while a concept is loaded."""
+        if any(client.has_concepts() for client in self.clients):
+            if not self._processors and self._replaceable() is None:
+                for number, layer in enumerate(self.layers.values()):
+                    own = ConceptAttnProcessor(layer.processor, self.state, number)
+                    self._processors.append((layer, own))
+                    layer.processor = own
+        else:
+            for layer, own in self._processors:
+                if layer.processor is own:  # what somebody else put there is theirs
+                    layer.processor = own.stock
+            self._processors = []
+
+    def begin_prompt(self, client: Client) -> None:
+        """A client encodes a prompt in this thread: its requests go before those of others, and steps count anew."""
+        self._recent.client = client
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        """Steps count from 0 again."""
+        self._changed, self._timestep, self.step = 0, None, -1
+
+    def use_graphs(self) -> None:
+        """Replay the UNet as CUDA graphs; without CUDA it says so, and runs as it is."""
+        if next(self.unet.parameters()).device.type != "cuda":
+            warnings.warn("graphs=True needs the UNet on a CUDA device; it runs without graphs.", stacklevel=4)
+
+    def forget(self) -> None:
+        """Compute everything anew: concepts or settings have changed."""
+        with self._lock:
+            self._plans.clear()
+            self._hooks.forget()
+            self._changed = -1  # the next tensor is no new encoding
+            self._forget_slots()
+
+    def _forget_slots(self) -> None:
+        self._shown = self._gates_of = self._tables_of = None
+        for plan in self._plans.values():
+            plan.shown = None
+        if self.slots is not None:
+            self.slots.clear()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that are held: slots, and the layers' weights as one matrix."""
+        batched = self._batched
+        weights = 0 if batched is None else batched.key_weight.nbytes + batched.value_weight.nbytes
+        tables = sum(each.nbytes for each in (self.state.gates, self.state.components) if each is not None)
+        return {"slots": 0 if self.slots is None else self.slots.nbytes, "weights": weights, "edit": tables}
+
+    # one forward
+
+    @torch.compiler.disable
+    def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._lock.acquire()
+        self._depth += 1
+        self.state.form, self._hooks.asleep = STOCK, True
+        encodings = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+        if not isinstance(encodings, Tensor) or not any(client.has_concepts() for client in self.clients):
+            self._count(STOCK, "no concept is loaded")
+            return
+        plan = self._plan(encodings)
+        if not plan.rows:
+            self._count(STOCK, "no row of the batch has a concept")
+            return
+        if plan.scheduled:
+            self._count_step(kwargs.get("timestep", args[1] if len(args) > 1 else None))
+        reason = self._obstacle(plan, encodings, kwargs)
+        if reason is None:
+            self._fast(plan, encodings, kwargs.get("sample", args[0] if args else None))
+        else:
+            self._compatible(plan, encodings, reason)
+
+    def _compatible(self, plan: _Plan, encodings: Tensor, reason: str) -> None:
+        if plan.regional:
+            raise ValueError(f"regions need the fast path, and it is closed: {reason}. Remove what closes it, or leave the regions out.")
+        if not self._hooks.installed:
+            if any(client.compiled() for client in self.clients):
+                raise UnsupportedPipeline(
+                    f"the UNet is compiled, and this needs hooks in it ({reason}): attach with exact=True, and compile then."
+                )
+            self._hooks.install()
+        if self._processors_replaced() and "processors" not in self._warned:
+            self._warned.add("processors")
+            warnings.warn(f"perfusion goes on with hooks on to_k and to_v: {reason}.", stacklevel=2)
+        self._hooks.asleep = False
+        if plan.scheduled:
+            self._hooks.forget()
+        self._count("hooks", reason)
+        self._hooks.begin(encodings)
+
+    @torch.compiler.disable
+    def _end(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._depth:
+            return
+        if not self._hooks.asleep:
+            self._hooks.end()
+        self.state.form = STOCK
+        self._depth -= 1
+        self._lock.release()
+
+    def _count(self, form: str, reason: str) -> None:
+        self.form, self.reason = form, reason
+        self.counts[form] += 1
+
+    def _count_step(self, timestep: Any) -> None:
+        """Steps are the timesteps of a run, which go down. Only schedules count them: reading one may wait for the device."""
+        value = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+        if self._timestep is None or value > self._timestep:
+            self.step = 0
+        elif value < self._timestep:
+            self.step += 1
+        self._timestep = value
+
+    def _plan(self, encodings: Tensor) -> _Plan:
+        known = self._plans.get(encodings)
+        if known is not None and _unchanged(encodings, known.stamp):
+            self._changed = 0
+            return known
+        self._changed += 1
+        plan = _Plan(_stamp(encodings), next(self._numbers), None, {})
+        recent = getattr(self._recent, "client", None)
+        for client in sorted(self.clients, key=lambda client: client is not recent):
+            rows = client.rows_of(encodings) if client.has_concepts() else {}
+            if rows:
+                plan.client, plan.rows = client, rows
+                self._describe(plan, encodings)
+                break
+        unknown = [row for row in range(len(encodings)) if row not in plan.rows]
+        for client in [plan.client] if plan.client is not None else [client for client in self.clients if client.has_concepts()]:
+            if unknown:
+                client.doubt(encodings, unknown)
+        self._plans[encodings] = plan
+        return plan
+
+    def _describe(self, plan: _Plan, encodings: Tensor) -> None:
+        mentions = [mention for request in plan.rows.values() for mention in request.mentions]
+        plan.names = list(dict.fromkeys(mention.name for mention in mentions))
+        content = [row.float().numpy().tobytes() for row in encodings.detach().cpu()]
+        first: dict[Any, int] = {}
+        plan.contents = [first.setdefault((each, id(plan.rows.get(row))), row) for row, each in enumerate(content)]
+        plan.locked = any(request.key_encoding is not None for request in plan.rows.values())
+        plan.regional = any(region is not None for request in plan.rows.values() for region in request.regions)
+        plan.scheduled = any(
+            _is_schedule(self._setting(plan, mention, field)) for mention in mentions for field in ("strength", "bias", "temperature")
+        )
+
+    def _setting(self, plan: _Plan, mention: Any, field: str) -> Schedule:
+        own = getattr(mention, field)
+        return getattr(plan.client.concept(mention.name), field) if own is None else own
+
+    # which path
+
+    def explain(self) -> list[str]:
+        """What the last forward did and why, and what stands in the way of something faster: a sentence each."""
+        path = {
+            STOCK: "The pipeline's own attention ran",
+            SLOTS: "Keys and values were read from slots",
+            SCHEDULE: "The edit of the step was applied as keys and values were loaded",
+            FUSED: "Projection, edit and attention ran in one call",
+            "hooks": "The compatibility path ran: hooks on to_k and to_v",
+        }
+        sentences = [f"{path[self.form]}: {self.reason}."]
+        if (blocked := self._blocked()) is not None:
+            sentences.append(f"The fast path is closed: {blocked}.")
+        elif (called := obstacle(self.unet)) is not None:
+            sentences.append(f"Projections are called layer by layer, once per prompt: {called}.")
+        else:
+            sentences.append("Projections of all layers are two products, once per prompt.")
+        return sentences
+
+    def _replaceable(self) -> str | None:
+        for name, layer in self.layers.items():
+            processor = type(layer.processor).__name__
+            if processor not in REPLACED:
+                return f"layer {name} has a processor of its own, {processor}"
+            if layer.residual_connection or layer.rescale_output_factor != 1 or layer.norm_cross:
+                return f"layer {name} does more than attention"
+            if any(getattr(layer, part, None) is not None for part in ("spatial_norm", "group_norm", "norm_q", "norm_k")):
+                return f"layer {name} normalises"
+        return None
+
+    def _processors_replaced(self) -> bool:
+        return any(layer.processor is not own for layer, own in self._processors)
+
+    def _blocked(self) -> str | None:
+        """What closes the fast path for every batch."""
+        if not self._processors:
+            return self._replaceable() or (None if any(client.has_concepts() for client in self.clients) else "no concept is loaded")
+        for (layer, own), name in zip(self._processors, self.layers):
+            if layer.processor is not own:
+                return f"layer {name} was given another processor, {type(layer.processor).__name__}"
+        block = offloaded_block(self.unet)
+        return None if block is None else f"{block} is offloaded as a block"
+
+    def _obstacle(self, plan: _Plan, encodings: Tensor, kwargs: dict[str, Any]) -> str | None:
+        """Why a batch takes the compatibility path, or None."""
+        if not self._processors:
+            self.follow()
+        if plan.client.exact and len(plan.rows) < len(encodings):
+            return "exact=True, and some rows have no concept"
+        if torch.is_grad_enabled() and (encodings.requires_grad or getattr(self.unet, "is_gradient_checkpointing", False)):
+            return "gradients of the encodings, or checkpointed ones, are wanted"
+        if kwargs.get("encoder_attention_mask") is not None:
+            return "the batch has a text mask"
+        if self._processors_replaced() or not self._processors:
+            return self._blocked()
+        kind = encodings.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        stamp = (autocast, *projection_stamp(list(self.layers.values())))
+        if stamp != self._stamp:
+            self._stamp, self._batched = stamp, None
+            self._closed = self._blocked()
+            self._forget_slots()
+            if self._closed is None and obstacle(self.unet) is None:
+                self._batched = BatchedProjection(self.unet)
+        return self._closed
+
+    # the fast path
+
+    def _fast(self, plan: _Plan, encodings: Tensor, sample: Tensor | None) -> None:
+        with torch.no_grad():
+            if self._changed >= CHANGING and self._batched is not None and not (plan.regional or plan.locked):
+                self._fuse(plan, encodings)
+                form, reason = FUSED, "the encodings change at every step"
+            elif plan.scheduled and not plan.locked:
+                self._fill(plan, encodings, ("unedited", 0), self._unedited)
+                self._edit_step(plan, encodings)
+                form, reason = SCHEDULE, "a setting follows the steps"
+            else:
+                self._write(plan, encodings)
+                form, reason = SLOTS, "the prompt stays the same over the steps"
+            self.state.query_regions = self.state.key_regions = None
+            if plan.regional:
+                size = tuple(sample.shape[-2:])
+                if plan.regions[:1] != (size,):
+                    queries = query_regions(plan.rows, len(encodings), size, encodings.device)
+                    plan.regions = (size, queries, key_regions(plan.rows, encodings.shape[:2], encodings.device))
+                self.state.query_regions, self.state.key_regions = plan.regions[1:]
+        self._count(form, reason)
+        self.state.form = form
+
+    def _rows(self, plan: _Plan, rows: Sequence[int], device: torch.device) -> RowSettings:
+        """The settings of some rows of a batch at the present step."""
+        requests = [plan.rows.get(row) for row in rows]
+        width = max([1, *(len(request.mentions) for request in requests if request is not None)])
+        width = 1 << (width - 1).bit_length()  # few different shapes, so few compiled graphs
+
+        def table(value_of: Any, empty: float, dtype: torch.dtype = torch.float32) -> Tensor:
+            counts = [0 if request is None else len(request.mentions) for request in requests]
+            values = [[value_of(request, number) for number in range(count)] for request, count in zip(requests, counts)]
+            return torch.tensor([each + [empty] * (width - len(each)) for each in values], dtype=dtype, device=device)
+
+        def setting(field: str) -> Any:
+            step = max(self.step, 0)
+            return lambda request, number: value_at(self._setting(plan, request.mentions[number], field), step)
+
+        settings = RowSettings(
+            table(lambda request, number: plan.names.index(request.mentions[number].name), -1, torch.int32),
+            table(setting("bias"), 0.0),
+            table(setting("temperature"), 1.0),
+            table(setting("strength"), 0.0),
+        )
+        settings.places, settings.floor = self._places(plan, requests, width, device)
+        return settings
+
+    def _places(
+        self, plan: _Plan, requests: list[RowRequest | None], width: int, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The concepts' words, in rows whose gates go by them."""
+        by_word = [
+            request is not None
+            and (request.gate or plan.client.concept(request.mentions[0].name).gate) == "word"
+            and all(request.places)
+            for request in requests
+        ]
+        if not any(by_word):
+            return None, None
+        places = [request.places if word else () for word, request in zip(by_word, requests)]
+        longest = max(len(each) for row in places for each in row)
+        filled = [[list(each) + [-1] * (longest - len(each)) for each in row] + [[-1] * longest] * (width - len(row)) for row in places]
+        floor = [[WORD_GATE_FLOOR] * len(row) + [0.0] * (width - len(row)) for row in places]
+        return torch.tensor(filled, dtype=torch.int32, device=device), torch.tensor(floor, device=device)
+
+    def _tables(self, plan: _Plan, device: torch.device) -> Tables:
+        if plan.tables is None:
+            plan.tables = plan.client.tables(plan.names, device)
+        return plan.tables
+
+    def _write(self, plan: _Plan, encodings: Tensor) -> None:
+        """Edited keys and values of the batch into slots, unless they are there."""
+        step = max(self.step, 0) if plan.scheduled else 0
+        self._fill(plan, encodings, ("edited", step), self._edited)
+
+    def _edited(self, plan: _Plan, encodings: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Edited K and V [n, T, O] of some rows."""
+        settings, tables = self._rows(plan, rows, encodings.device), self._tables(plan, encodings.device)
+        edited = edit_encodings(encodings[rows].detach(), tables, settings)
+        for place, row in enumerate(rows):
+            request = plan.rows.get(row)
+            if request is not None and request.key_encoding is not None:
+                edited.keys[place] = request.key_encoding.to(edited.keys)
+                if edited.key_gates is not None:
+                    edited.key_gates[place] = 0
+        if self._batched is not None:
+            return self._batched.keys_values(edited, encodings.dtype, tables, settings.index)
+        keys, values = self._project(edited.keys.to(encodings.dtype), edited.values.to(encodings.dtype))
+        values = values + spread(edited.gates, tables.value_outputs, settings.index).to(values)
+        if edited.key_gates is not None:
+            keys = keys + spread(edited.key_gates, tables.key_outputs, settings.index).to(keys)
+        return keys, values
+
+    def _unedited(self, plan: _Plan, encodings: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
+        chosen = encodings[rows].detach()
+        return self._project(chosen, chosen)
+
+    def _fill(self, plan: _Plan, encodings: Tensor, kind: tuple[str, int], compute: Any) -> None:
+        """Each row's keys and values into a slot, computed for the distinct rows that are in none, and shown to the layers."""
+        if self._shown == (plan, kind):
+            return
+        length, device = encodings.shape[1], encodings.device
+        if self.slots is None or not self.slots.fits(length, device):
+            self.slots = Slots(length, [(layer.heads, layer_width(layer)) for layer in self.layers.values()], device)
+        contents = [(plan.number, *kind, row) for row in plan.contents]
+        plan.slots, missing = self.slots.place(contents)
+        if missing:
+            plan.shown = None
+            try:
+                keys, values = compute(plan, encodings, [content[-1] for content in missing])
+                self.slots.write(list(missing.values()), keys, values)
+            except BaseException:
+                self.slots.clear()  # what was promised a place did not get there
+                raise
+        self._show(plan)
+        self._shown = (plan, kind)
+
+    def _show(self, plan: _Plan) -> None:
+        state, slots = self.state, self.slots
+        if self._uses_index(slots.device):
+            state.keys, state.values = slots.split(slots.keys), slots.split(slots.values)
+            count = len(plan.slots)
+            if count not in self._index:
+                with torch.inference_mode(False):
+                    self._index[count] = torch.zeros(count, dtype=torch.int32, device=slots.device)
+                torch._dynamo.mark_static_address(self._index[count])
+            self._index[count].copy_(torch.tensor(plan.slots, dtype=torch.int32))
+            state.slots = self._index[count]
+        else:  # in host memory rows are gathered once per prompt, which saves a copy in each layer at each step
+            if plan.shown is None:
+                where = torch.tensor(plan.slots)
+                plan.shown = slots.split(slots.keys[where]), slots.split(slots.values[where])
+            (state.keys, state.values), state.slots = plan.shown, None
+
+    def _show_tables(self, plan: _Plan, encodings: Tensor) -> None:
+        """W i* and o* of the plan's concepts for every layer."""
+        if self._tables_of is plan:
+            return
+        tables = self._tables(plan, encodings.device)
+        targets, superclasses = (table[None].to(encodings.dtype) for table in (tables.targets, tables.superclasses))
+        keys, values = self._project(torch.cat([targets, superclasses], 1), targets)
+        count = len(plan.names)
+        outputs = keys[0, count:]
+        if tables.unlocked is not None:
+            outputs = torch.where(tables.unlocked[:, None], tables.key_outputs.to(outputs), outputs)
+        widths = [layer_width(layer) for layer in self.layers.values()]
+        padding = (1 << (count - 1).bit_length()) - count  # few different shapes, so few compiled graphs
+
+        def split(table: Tensor) -> list[Tensor]:
+            return list(torch.nn.functional.pad(table, (0, 0, 0, padding)).split(widths, -1))
+
+        state = self.state
+        state.key_outputs, state.key_targets = split(outputs), split(keys[0, :count])
+        state.value_outputs, state.value_targets = split(tables.value_outputs.to(outputs)), split(values[0])
+        self._tables_of = plan
+
+    def _edit_step(self, plan: _Plan, encodings: Tensor) -> None:
+        """Gates and components of this step, row by row as the layers read keys and values."""
+        self._show_tables(plan, encodings)
+        if self._gates_of == (plan, self.step):
+            return
+        if self._uses_index(encodings.device):
+            rows = dict(zip(plan.slots, plan.contents))
+            count, where = self.slots.capacity, list(rows)
+            chosen = list(rows.values())
+        else:
+            chosen = list(range(len(plan.contents)))
+            count, where = len(chosen), chosen
+        settings = self._rows(plan, chosen, encodings.device)
+        with torch.autocast(encodings.device.type, enabled=False):
+            gates, components = gates_of(encodings[chosen].detach(), self._tables(plan, encodings.device), settings)
+        state, shape, at = self.state, (count, *gates.shape[1:]), torch.tensor(where, device=gates.device)
+        if state.gates is None or state.gates.shape != shape or state.gates.device != gates.device:
+            with torch.inference_mode(False):
+                state.gates, state.components = torch.zeros(shape, device=gates.device), torch.zeros(shape, device=gates.device)
+                state.index = torch.full((count, shape[-1]), -1, dtype=torch.int32, device=gates.device)
+        for table, new in ((state.gates, gates), (state.components, components), (state.index, settings.index)):
+            table.index_copy_(0, at, new)
+        self._gates_of = (plan, self.step)
+
+    def _fuse(self, plan: _Plan, encodings: Tensor) -> None:
+        """Gates and components of encodings that are new at this step; no row is projected here."""
+        self._show_tables(plan, encodings)
+        settings = self._rows(plan, range(len(encodings)), encodings.device)
+        with torch.autocast(encodings.device.type, enabled=False):
+            gates, components = gates_of(encodings.detach(), self._tables(plan, encodings.device), settings)
+        self.state.gates, self.state.components, self.state.index = gates, components, settings.index
+        self._gates_of = self._shown = None
+
+    def _project(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V [n, T, O] of all layers: two products, or to_k and to_v of every layer called once, with all that is attached to them."""
+        if self._batched is not None:
+            return self._batched.plain(keys, values)
+        hook = getattr(self.unet, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self.unet)  # accelerate loads the UNet when it is called; that is now
+        pairs = [(layer.to_k(keys), layer.to_v(values)) for layer in self.layers.values()]
+        return torch.cat([key for key, _ in pairs], -1), torch.cat([value for _, value in pairs], -1)
+
+    def _uses_index(self, device: torch.device) -> bool:
+        return device.type != "cpu" if self.by_index is None else self.by_index
+
+    # the compatibility path
+
+    def _hook_edit(self, encodings: Tensor) -> HookEdit | None:
+        plan = self._plan(encodings)
+        if not plan.rows:
+            return None
+        rows = list(plan.rows)
+        key_rows = {row: request.key_encoding for row, request in plan.rows.items() if request.key_encoding is not None}
+        tables = self._tables(plan, encodings.device)
+        return hook_edit(encodings, torch.tensor(rows, device=encodings.device), tables, self._rows(plan, rows, encodings.device), key_rows)
+
+
+def _is_schedule(value: Schedule) -> bool:
+    return callable(value) or isinstance(value, Sequence)
+
+
+def _stamp(tensor: Tensor) -> int | Tensor:
+    """What a later change in place is noticed by: an inference tensor counts no versions, so a copy."""
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def _unchanged(tensor: Tensor, stamp: int | Tensor) -> bool:
+    return torch.equal(tensor, stamp) if isinstance(stamp, Tensor) else tensor._version == stamp

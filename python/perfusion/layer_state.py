@@ -1,0 +1,48 @@
+"""Everything in a UNet's `to_k` and `to_v` that keys and values depend on, read cheaply before each forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["offloaded_block", "projection_stamp"]
+
+
+def projection_stamp(layers: list[torch.nn.Module]) -> tuple[Any, ...]:
+    """Changes when a weight is written, cast, moved or exchanged, when LoRA is put in, scaled, fused or taken out, and with hooks.
+
+    Writes are those that torch counts (`_version`), so not those through `.data`, of which only casts and moves are seen.
+    """
+    stamp: list[Any] = []
+    for layer in layers:
+        modules = layer._modules
+        for module in (modules["to_k"], modules["to_v"]):
+            weight = module._parameters.get("weight")
+            if weight is None:
+                stamp.append(_adapted(module))
+            else:
+                stamp += (id(module), id(weight), 0 if weight.is_inference() else weight._version, weight.dtype, weight.device)
+                stamp += ("forward" in module.__dict__, len(module._forward_pre_hooks), len(module._forward_hooks))
+    return tuple(stamp)
+
+
+def _adapted(module: torch.nn.Module) -> tuple[Any, ...]:
+    """The state of a module that wraps a layer, as peft's LoRA does."""
+    names = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
+    state = [id(module), *(repr(getattr(module, name, None)) for name in names)]
+    return (*state, *((id(each), 0 if each.is_inference() else each._version, each.dtype, each.device) for each in module.parameters()))
+
+
+def offloaded_block(unet: torch.nn.Module) -> str | None:
+    """The name of a module above single layers that moves weights of its own when it is called; None if there is none.
+
+    Layers below it cannot be called before it is. A whole UNet that accelerate moves is not meant: it can be asked to.
+    """
+    for name, module in unet.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and any("group_offloading" in key for key in getattr(registry, "hooks", {})) and any(module.children()):
+            return name or "the UNet"
+        if name and getattr(module, "_hf_hook", None) is not None and any(module.children()):
+            return name
+    return None

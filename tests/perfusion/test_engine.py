@@ -1,0 +1,304 @@
+"""perfusion.engine: which operators run, what is computed when, and what a request can say for its row."""
+
+import copy
+import pickle
+import threading
+import warnings
+
+import pytest
+import torch
+
+import perfusion_kernels
+from perfusion import Request
+from perfusion.attention_processor import ConceptAttnProcessor
+from perfusion.base import cross_attention_layers, describe_base
+from perfusion.handle import attach
+from perfusion.prompts import PromptError
+from tests.perfusion.editing import PLAIN, check_rows, draw, guided, make_concept, seen, use
+from tests.perfusion.tiny import tiny_sd
+
+PROMPT = "a photo of a <teddy> on a beach"
+NEAR = dict(atol=1e-4, rtol=1e-3)
+
+
+@pytest.fixture
+def pipe():
+    return tiny_sd()
+
+
+@pytest.fixture
+def handle(pipe):
+    with attach(pipe) as handle:
+        handle.load(make_concept(handle.base, "teddy"))
+        handle.load(make_concept(handle.base, "teapot", seed=2))
+        yield handle
+
+
+@pytest.fixture
+def teddy(pipe):
+    return make_concept(describe_base(pipe), "teddy")
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """How often each operator was called."""
+    counts = {}
+    for name in ("concept_gates", "edited_attention", "fused_edited_attention", "fused_edited_projection"):
+        own = getattr(perfusion_kernels, name)
+
+        def call(*arguments, own=own, name=name, **options):
+            what = f"{name} with an edit" if options.get("gates") is not None else name
+            counts[what] = counts.get(what, 0) + 1
+            return own(*arguments, **options)
+
+        monkeypatch.setattr(perfusion_kernels, name, call)
+    return counts
+
+
+# Forms
+
+
+def test_fifty_steps_project_once_and_call_no_to_k_or_to_v(handle, pipe, called):
+    calls = []
+    for layer in cross_attention_layers(pipe.unet).values():
+        for module in (layer.to_k, layer.to_v):
+            module.forward = lambda x, own=type(module).forward, module=module: calls.append(len(x)) or own(module, x)
+    draw(pipe, PROMPT, num_inference_steps=50)
+    assert calls == [2] * 8  # a forward of its own: called once each, for the two distinct rows
+    for layer in cross_attention_layers(pipe.unet).values():
+        del layer.to_k.forward, layer.to_v.forward
+    calls.clear(), called.clear()
+    draw(pipe, ["a <teddy>"] * 3 + ["a cat"], num_inference_steps=50)
+    assert not calls and called == {"concept_gates": 1, "fused_edited_projection": 1, "edited_attention": 50 * 4}
+
+
+def test_a_schedule_is_an_edit_in_the_tile_load_and_projects_nothing_again(handle, pipe, teddy, called):
+    biases = [0.0, 0.2, 0.4]
+    handle.set("teddy", bias=biases)
+    _, forwards = seen(pipe, [PROMPT, "a cat"], num_inference_steps=5)
+    for forward, bias in zip(forwards, (*biases, biases[-1], biases[-1]), strict=True):
+        check_rows(pipe.unet, forward, guided([use(teddy, bias=bias)]), tolerance=4e-5)
+    assert called == {"concept_gates": 5, "edited_attention with an edit": 5 * 4}
+    handle.set("teddy", bias=lambda step: 0.1 * step, strength=[1.0, 0.5])
+    _, forwards = seen(pipe, Request(PROMPT), num_inference_steps=2)
+    check_rows(pipe.unet, forwards[1], [[], [use(teddy, 0.5, bias=0.1)]], tolerance=4e-5)
+
+
+def test_encodings_that_change_at_every_step_take_one_call_for_all(handle, pipe, teddy, called):
+    embeds = pipe.encode_prompt([PROMPT], "cpu", 1, True)
+    tables = [torch.cat(embeds[::-1]) for _ in range(6)]
+
+    def travel(pipe, step, timestep, tensors):
+        return {"prompt_embeds": tables[step].clone()}
+
+    options = dict(callback_on_step_end=travel, callback_on_step_end_tensor_inputs=["prompt_embeds"], num_inference_steps=6)
+    called.clear()
+    _, forwards = seen(pipe, PROMPT, **options)
+    for forward in forwards:
+        check_rows(pipe.unet, forward, [[], [use(teddy)]], tolerance=4e-5)
+    assert called["fused_edited_attention"] == 4 * 4 and "one call" in handle.explain()[0]
+
+
+@pytest.mark.parametrize("by_index", [False, True])
+def test_a_batch_is_its_single_runs(handle, pipe, by_index):
+    handle._engine.by_index = by_index
+    prompts = [PROMPT, "a cat", "a <teapot:0.5> and a <teddy>", Request("a <teddy>", bias=0.9), "a <teddy|bias=0.0>"]
+    noise = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    together = draw(pipe, prompts, latents=noise)
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(draw(pipe, prompt, latents=noise[row : row + 1])[0], together[row], **NEAR)
+
+
+def test_exact_keeps_the_bits_of_rows_without_a_concept(pipe, teddy):
+    plain = draw(pipe, ["a dog", "a cat"])
+    with attach(pipe, exact=True) as handle:
+        handle.load(teddy)
+        assert torch.equal(draw(pipe, [PROMPT, "a cat"])[1], plain[1]) and "exact=True" in handle.explain()[0]
+        exact = draw(pipe, [PROMPT, "a cat"])
+    with attach(pipe) as handle:
+        handle.load(teddy)
+        torch.testing.assert_close(draw(pipe, [PROMPT, "a cat"]), exact, **NEAR)
+        assert torch.equal(draw(pipe, ["a dog", "a cat"]), plain) and "no row of the batch" in handle.explain()[0]
+
+
+def test_processors_are_there_only_while_a_concept_is_loaded(pipe, teddy):
+    def own():
+        return [type(layer.processor) is ConceptAttnProcessor for layer in cross_attention_layers(pipe.unet).values()]
+
+    with attach(pipe) as handle:
+        assert not any(own())
+        handle.load(teddy)
+        assert all(own())
+        handle.unload("teddy")
+        assert not any(own())
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype", "exchange"])
+def test_slots_are_written_anew_when_weights_change_under_the_same_embeddings(handle, pipe, teddy, change):
+    embeds = pipe.encode_prompt(["a <teddy>"], "cpu", 1, False)[0]
+    options = dict(prompt_embeds=embeds, guidance_scale=1.0)
+    before = draw(pipe, **options)
+    layer = cross_attention_layers(pipe.unet)["mid_block.attentions.0.transformer_blocks.0.attn2"]
+    if change == "weights":
+        layer.to_v.weight.mul_(1.5)
+    elif change == "exchange":
+        layer.to_v = copy.deepcopy(layer.to_v)
+        layer.to_v.weight.mul_(1.5)
+    else:
+        pipe.to(torch.bfloat16)
+        options = dict(prompt_embeds=embeds.bfloat16(), guidance_scale=1.0)
+    images, forwards = seen(pipe, **options)
+    check_rows(pipe.unet, forwards[0], [[use(teddy)]], tolerance=0.02 if change == "dtype" else 2e-5)
+    assert not torch.equal(images.float(), before)
+
+
+def test_replaced_processors_are_noticed_and_said_once(handle, pipe):
+    expected = draw(pipe, PROMPT)
+    pipe.unet.set_default_attn_processor()
+    with pytest.warns(UserWarning, match="goes on with hooks on to_k and to_v: layer .* was given another processor"):
+        torch.testing.assert_close(draw(pipe, PROMPT), expected, **NEAR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        draw(pipe, PROMPT)
+    assert "The fast path is closed" in handle.explain()[1]
+
+
+# Requests
+
+
+def test_names_resolve_per_request(handle, pipe):
+    handle.load(make_concept(handle.base, "dog", seed=5), name="alice-teddy")
+    both = draw(pipe, [Request("a <teddy>", names={"teddy": "alice-teddy"}), "a <teddy>"])
+    torch.testing.assert_close(both[0], draw(pipe, ["a <alice-teddy>", "a cat"])[0], **NEAR)
+    assert not torch.allclose(both[1], draw(pipe, ["a cat", "a <alice-teddy>"])[1], atol=1e-3)
+    with pytest.raises(PromptError, match="names ask for a concept 'bob', which is not loaded"):
+        draw(pipe, Request("a <teddy>", names={"teddy": "bob"}))
+
+
+def test_regions_hide_a_concepts_word_from_the_rest_of_the_picture(handle, pipe, teddy):
+    left = torch.zeros(16, 16)
+    left[:, :8] = 1
+    prompt = "a <teddy> and a <teapot>"
+    handle._engine.counts["slots"] = 0
+    request = Request(prompt, regions={"teddy": left})
+    whole, regional = draw(pipe, prompt), draw(pipe, request)
+    assert not torch.allclose(whole, regional, atol=1e-3) and handle._engine.counts["slots"] == 4
+    torch.testing.assert_close(draw(pipe, Request(prompt, regions={"teddy": torch.ones(4, 4)})), whole, **NEAR)
+    pipe.unet.set_default_attn_processor()
+    with pytest.raises(ValueError, match="regions need the fast path, and it is closed: layer .* another processor"):
+        draw(pipe, request)
+    with pytest.raises(PromptError, match=r"the region of <teddy> must be a mask \[H, W\], got shape \[3\]"):
+        Request(prompt, regions={"teddy": [1, 2, 3]})
+
+
+def test_gates_by_word_follow_the_places_of_the_words(handle, pipe, called):
+    rows = []
+    own = perfusion_kernels.concept_gates
+    perfusion_kernels.concept_gates = lambda *arguments, **options: rows.append((own(*arguments, **options)[0], options)) or own(*arguments, **options)
+    try:
+        draw(pipe, [Request("a <teddy> and a red <teapot>", gate="word"), "a <teddy>"], guidance_scale=1.0)
+    finally:
+        perfusion_kernels.concept_gates = own
+    gates, options = rows[0]
+    assert options["places"].tolist() == [[[2], [6]], [[-1], [-1]]]
+    assert (gates[0, 2, 0] >= 0.7) and (gates[0, 6, 1] >= 0.7) and gates[0, 2, 1] == 0 and gates[0, 6, 0] == 0
+
+
+# Identity
+
+
+def test_encodings_are_known_after_scaling_weighting_casts_files_and_joining(handle, pipe, tmp_path):
+    positive, negative = pipe.encode_prompt([PROMPT], "cpu", 1, True)
+    options = dict(negative_prompt_embeds=negative)
+    draw(pipe, prompt_embeds=positive, **options)
+    torch.save(positive, tmp_path / "embeds.pt")
+    weighted = positive.clone()
+    weighted[:, 5] *= 1.4
+    for same in (positive * 1.1, positive + 1e-6, positive.half().float(), weighted, torch.load(tmp_path / "embeds.pt")):
+        draw(pipe, prompt_embeds=same, **options)
+        assert handle._engine.form == "slots"
+    other = pipe.encode_prompt(["a red <teapot>"], "cpu", 1, False)[0]
+    joined = torch.cat([positive, other], 1)
+    found = handle.rows_of(torch.cat([joined, torch.cat([negative, negative], 1)]))
+    assert {row: [mention.name for mention in request.mentions] for row, request in found.items()} == {0: ["teddy", "teapot"]}
+    assert found[0].places == ((5,), (77 + 3,))
+
+
+def test_plain_words_are_not_taken_for_a_concept(handle, pipe):
+    plain = draw(pipe, PLAIN)
+    draw(pipe, PROMPT)
+    embeds, negative = pipe.encode_prompt(PLAIN, "cpu", 1, True)
+    torch.testing.assert_close(draw(pipe, prompt_embeds=embeds + 1e-7, negative_prompt_embeds=negative), plain, atol=1e-4, rtol=1e-3)
+    assert handle._engine.form == "stock"
+
+
+def test_bind_says_how_an_encoding_was_made_also_without_text_encoders(pipe, teddy):
+    with attach(pipe) as handle:
+        handle.load(teddy)
+        positive, negative = pipe.encode_prompt([PROMPT], "cpu", 1, True)
+        expected = draw(pipe, prompt_embeds=positive, negative_prompt_embeds=negative)
+    pipe.text_encoder = None
+    with attach(pipe) as handle:
+        handle.load(teddy)
+        unknown = draw(pipe, prompt_embeds=positive, negative_prompt_embeds=negative)
+        assert not torch.allclose(unknown, expected, atol=1e-3)
+        handle.bind(positive, PROMPT)
+        torch.testing.assert_close(draw(pipe, prompt_embeds=positive, negative_prompt_embeds=negative), expected, **NEAR)
+        with pytest.raises(ValueError, match=r"bind: encodings must be \[R, T, 16\] with one prompt for each"):
+            handle.bind(positive[..., :8], PROMPT)
+
+
+def test_an_unknown_encoding_that_holds_a_concept_is_warned_of(pipe, teddy):
+    with attach(pipe) as handle:
+        handle.load(teddy)
+        made = torch.randn(1, 77, 16)
+        made[0, 4] = teddy.target
+        with pytest.warns(UserWarning, match=r"seems to hold <teddy> \(similarity .*\), and perfusion does not know it"):
+            draw(pipe, prompt_embeds=made, guidance_scale=1.0)
+
+
+# What is exchanged, copied or shared
+
+
+def test_exchanged_parts_and_copies_are_refused_in_a_sentence(handle, pipe):
+    with pytest.raises(RuntimeError, match="cannot be copied: detach, copy, and attach to both"):
+        copy.deepcopy(pipe)
+    with pytest.raises(RuntimeError, match="cannot be pickled: detach first"):
+        pickle.dumps(handle)
+    own, tokenizer = pipe.unet, pipe.tokenizer
+    pipe.unet = tiny_sd(seed=1).unet
+    with pytest.raises(RuntimeError, match="pipe.unet was exchanged after attach"):
+        draw(pipe, PROMPT)
+    pipe.unet, pipe.tokenizer = own, copy.deepcopy(tokenizer)
+    with pytest.raises(RuntimeError, match="a text encoder or tokenizer was exchanged after attach"):
+        draw(pipe, PROMPT)
+    pipe.tokenizer = tokenizer
+    draw(pipe, PROMPT)
+
+
+def test_threads_that_share_a_unet_do_not_disturb_each_other(pipe, teddy):
+    pipes = [type(pipe)(**pipe.components, requires_safety_checker=False) for _ in range(2)]
+    for each in pipes:
+        each.scheduler = copy.deepcopy(pipe.scheduler)
+        each.set_progress_bar_config(disable=True)
+    plain = draw(pipes[1], "a cat")
+    with attach(pipes[0]) as handle:
+        handle.load(teddy)
+        expected, results = draw(pipes[0], PROMPT), {0: [], 1: []}
+
+        def work(number, prompt):
+            for _ in range(3):
+                results[number].append(draw(pipes[number], prompt))
+
+        threads = [threading.Thread(target=work, args=each) for each in enumerate((PROMPT, "a cat"))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(results[0]) == len(results[1]) == 3
+    assert all(torch.equal(image, expected) for image in results[0]) and all(torch.equal(image, plain) for image in results[1])
+
+
+def test_graphs_without_cuda_say_so(pipe):
+    with pytest.warns(UserWarning, match="graphs=True needs the UNet on a CUDA device"), attach(pipe, graphs=True) as handle:
+        assert handle.memory()["slots"] == 0
