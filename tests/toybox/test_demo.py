@@ -30,7 +30,7 @@ def test_the_page_is_one_file_with_every_picture_inside(result):
     page = result.report.read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(pictures) == 2 * (5 + 4 + len(STYLED) + len(BIASES)) + 4 * len(TOGETHER)
+    assert len(pictures) == 2 * (5 + 4 + len(STYLED) + len(BIASES)) + 4 * (len(TOGETHER) + 1)
     for data in pictures:
         with Image.open(io.BytesIO(base64.b64decode(data))) as image:
             assert image.size == (128, 128) and len(set(image.convert("L").tobytes())) > 16

@@ -62,6 +62,7 @@ RECIPE += ["--denoiser-steps", "4", "--annealing-steps", "2"]
 def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
     """Interrupted between two checkpoints and run again, it goes on from the first and ends where it would have ended."""
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    monkeypatch.setattr(train, "COVARIANCE_CAPTIONS", 200)
     average, steps = train.Stage._average, []
 
     def counting(stage):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,20 +75,30 @@ def score_subject(judge: Judge, subject: Subject, measure: Yardstick, images: Te
 
 
 def score_pair(
-    pipe: Any, judge: Judge, subjects: tuple[Subject, Subject], relation: str, prompt: str, count: int, progress: Any
+    pipe: Any,
+    judge: Judge,
+    subjects: tuple[Subject, Subject],
+    relation: str,
+    prompts: Mapping[str, Callable[[str], str]],
+    count: int,
+    progress: Any,
 ) -> dict[str, PairScores]:
-    """Scores of the superclass words, of `prompt`, and of true pictures of both subjects, by the titles of the report's rows."""
+    """Scores of the superclass words, of the concepts, and of true pictures of both subjects, by the titles of the report's rows.
+
+    prompts: title -> what makes a prompt or a `Request` of the text "a <first> RELATION a <second> SCENE".
+    """
     words = f"{subjects[0].superclass} {relation} a {subjects[1].superclass}"
     references, true = (true_pairs(*subjects, relation, count, seed) for seed in (13, 14))
     superclass = draw(pipe, scene_prompts(words, count), progress=progress)
-    concepts = draw(pipe, scene_prompts(prompt.removeprefix("a "), count), progress=progress)
+    texts = scene_prompts(f"<{subjects[0].name}> {relation} a <{subjects[1].name}>", count)
+    concepts = {title: draw(pipe, [make(text) for text in texts], progress=progress) for title, make in prompts.items()}
     kinds = [OBJECTS.index(each.superclass) for each in subjects]
     truth = {
         "things": torch.tensor([kinds]).expand(count, 2),
         "relation": torch.full((count,), RELATIONS.index(relation)),
         "scene": torch.arange(count) % len(SCENES),
     }
-    rows = {f"superclass words, “a {words} …”": superclass, "both concepts": concepts, "other true pictures": true}
+    rows = {f"superclass words, “a {words} …”": superclass, **concepts, "other true pictures": true}
     return {
         title: PairScores(
             **accuracy(judge.read(images), truth),

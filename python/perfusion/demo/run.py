@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from perfusion.demo.report import write_report
 from perfusion.files import whole
 from perfusion.handle import attach
 from perfusion.models import TOYBOX, load_pipeline
+from perfusion.requests import Request
 from perfusion.toybox.judge import load_judge
+from perfusion.toybox.model import IMAGE_SIZE
 from perfusion.toybox.score import draw
 from perfusion.toybox.words import SCENES
 from perfusion.training import train
@@ -33,10 +35,25 @@ from perfusion.writable import check_writable
 
 __all__ = ["Learned", "run_demo"]
 
-SAMPLES = 36  # a multiple of the scenes
+SAMPLES = 24  # a multiple of the scenes
 BIASES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 STYLED = ("a sketch of a {} in the city", "a sketch of a {} on the beach", "pixel art of a {} in the forest", "pixel art of a {} at night")
 TOGETHER = {relation: f"a <{SUBJECTS[0].name}> {relation} a <{SUBJECTS[1].name}>" for relation in ("next to", "in")}
+
+
+def _halves() -> dict[str, Tensor]:
+    """The left half of the picture for the first subject, the right one for the second."""
+    left = torch.zeros(IMAGE_SIZE, IMAGE_SIZE)
+    left[:, : IMAGE_SIZE // 2] = 1
+    return {SUBJECTS[0].name: left, SUBJECTS[1].name: 1 - left}
+
+
+def _variants(relation: str) -> dict[str, Callable[[str], str]]:
+    """Rows of the report: how the text of a prompt with both concepts is drawn."""
+    rows: dict[str, Callable[[str], str]] = {"both concepts": str, "gates by word": lambda text: Request(text, gate="word")}
+    if relation == "next to":
+        rows["a region each"] = lambda text: Request(text, regions=_halves())
+    return rows
 
 
 @dataclasses.dataclass
@@ -149,16 +166,19 @@ def _score(
 
 def _score_together(pipe: Any, judge: Any, learned: list[Learned], samples: int) -> dict[str, dict[str, PairScores]]:
     """By prompt, from the saved files alone."""
-    with attach(pipe) as handle, _bar("score both in one image", 2 * samples * len(TOGETHER)) as bar:
+    total = samples * sum(1 + len(_variants(relation)) for relation in TOGETHER)
+    with attach(pipe) as handle, _bar("score both in one picture", total) as bar:
         for each in learned:
             handle.load(each.file)
-        return {prompt: score_pair(pipe, judge, SUBJECTS, relation, prompt, samples, bar) for relation, prompt in TOGETHER.items()}
+        return {
+            prompt: score_pair(pipe, judge, SUBJECTS, relation, _variants(relation), samples, bar) for relation, prompt in TOGETHER.items()
+        }
 
 
 def _draw_pictures(pipe: Any, learned: list[Learned]) -> dict[str, list[Image.Image]]:
     """The report's pictures, from the saved files alone, by the place where it shows them."""
     scenes, pictures = list(SCENES.values())[:4], {}
-    count = (len(scenes) + len(STYLED) + len(BIASES)) * len(learned) + len(scenes) * len(TOGETHER)
+    count = (len(scenes) + len(STYLED) + len(BIASES)) * len(learned) + len(scenes) * (len(TOGETHER) + 1)
     with attach(pipe) as handle, _bar("pictures", count) as bar:
         for each in learned:
             handle.load(each.file)
@@ -172,6 +192,8 @@ def _draw_pictures(pipe: Any, learned: list[Learned]) -> dict[str, list[Image.Im
         for number, prompt in enumerate(TOGETHER.values(), start=1):
             images = draw(pipe, [f"{prompt} {scene}" for scene in scenes], seed=90, progress=bar)
             pictures[f"together {number}"] = _pil(images)
+        prompts = [Request(f"{TOGETHER['next to']} {scene}", regions=_halves()) for scene in scenes]
+        pictures["regions"] = _pil(draw(pipe, prompts, seed=95, progress=bar))
     return pictures
 
 

@@ -377,11 +377,15 @@ def train_denoiser(
     return stage.result()
 
 
-def export(output: Path, vae: PatchAutoencoder, tokenizer, encoder, unet, judge: Judge) -> None:
-    """Write the pipeline in half precision, the judge, and the covariance of the text encoder as it was written."""
+def export(output: Path, vae: PatchAutoencoder, tokenizer, encoder, unet, judge: Judge, covariance: Path | None = None) -> None:
+    """Write the pipeline in half precision, the judge, and the covariance of the text encoder as written, or a copy of `covariance`."""
     pipe = build_pipeline(vae, encoder, tokenizer, unet)
     pipe.to(device="cpu", dtype=torch.float16, memory_format=torch.contiguous_format).save_pretrained(output)
     save_judge(judge.cpu(), output / "judge.safetensors")
+    if covariance is not None and covariance.exists():
+        if covariance != output / covariance.name:
+            shutil.copyfile(covariance, output / covariance.name)
+        return
     words = torch.Generator().manual_seed(30)
     captions = (text for block in _scenes(4 * COVARIANCE_CAPTIONS, seed=3) for text in caption(block, words))
     distinct = list(dict.fromkeys(captions))[:COVARIANCE_CAPTIONS]
@@ -429,7 +433,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.annealing_steps:
         kinds["annealing"] = options.annealing_steps
         unet = train_denoiser(work, device, options.annealing_steps, data, tokenizer, encoder, **kinds)
-    export(options.output, vae, tokenizer, encoder, unet, judge)
+    export(options.output, vae, tokenizer, encoder, unet, judge, options.start and options.start / "covariance.safetensors")
     print(f"toybox written to {options.output}; score it with: python -m perfusion.toybox.score {options.output}")
 
 
