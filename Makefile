@@ -11,7 +11,7 @@ say = @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test peers test-gpu test-lower proof numeric coverage wheel bench-regression lint clean
+.PHONY: help demo picture docs test peers test-gpu test-lower proof numeric coverage wheel bench-regression lint clean
 
 help: ## this list
 	@echo 'make COMMAND [ARGS="..."]'
@@ -30,6 +30,12 @@ demo_args = $(if $(findstring --output,$(ARGS)),,--overwrite )$(ARGS)
 demo: $(VENV)/.installed-train ## learn two concepts from a few pictures and draw them, in minutes, on any computer
 	$(say) 'perfusion demo $(demo_args)'
 	@$(BIN)/perfusion demo $(demo_args)
+
+picture: demo ## the same, and its overview into docs/demo.png, which README.md shows
+	cp perfusion-demo/overview.png docs/demo.png
+
+docs: $(VENV)/.installed-docs ## build the documentation into build/site
+	@$(BIN)/python -m mkdocs build
 
 pytest := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 as_cpus = $(foreach cpu,$(CPUS),.ci/as_cpu $(cpu) env $(pytest) --dist worksteal -m 'numeric and not proof' $(ARGS) &&) true

@@ -42,7 +42,7 @@ def _now() -> str:
 class Concept:
     """One concept. Tensors are floating point, finite, detached, on one device; treat them as read-only.
 
-    name                 [a-z0-9][a-z0-9_-]{0,31}; prompts write it as <name>
+    name                 `[a-z0-9][a-z0-9_-]{0,31}`; prompts write it as <name>
     superclass           what the concept is one of: "teddy"
     base                 the base it was trained for; decides all shapes
     value_outputs        [O] o*_V of all layers, concatenated in the order of `base.layers`

@@ -1,6 +1,10 @@
 """The demo from end to end, with few steps: what it writes is what it says."""
 
+import base64
+import io
+import json
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -9,43 +13,57 @@ from typer.testing import CliRunner
 from perfusion import Concept, cli
 from perfusion.demo import run_demo
 from perfusion.demo.report import duration
+from perfusion.demo.run import BIASES, STYLED, TOGETHER, weights_digest
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    run_demo(folder, steps=3, samples=6, device="cpu")
-    return folder
+def result(tmp_path_factory):
+    return run_demo(tmp_path_factory.mktemp("demo"), steps=3, samples=6, device="cpu")
 
 
-def test_every_picture_of_the_report_is_there(folder):
-    report = (folder / "report.md").read_text()
-    names = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", report)
-    assert len(names) == 2 + 2 * 3
-    for name in names:
-        with Image.open(folder / name) as image:
-            assert image.width >= 256
-        assert f'src="{name}"' in (folder / "report.html").read_text()
+@pytest.fixture(scope="module")
+def folder(result):
+    return result.report.parent
 
 
-def test_the_page_shows_concepts_as_text(folder):
-    page = (folder / "report.html").read_text()
-    assert "&lt;teddy&gt;" in page or "&lt;teddy>" in page
-    assert "<table>" in page and "<teddy>" not in page
+def test_the_page_is_one_file_with_every_picture_inside(result):
+    page = result.report.read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures) == 2 * (5 + 4 + len(STYLED) + len(BIASES)) + 4 * (len(TOGETHER) + 1)
+    for data in pictures:
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            assert image.size == (128, 128) and len(set(image.convert("L").tobytes())) > 16
+    assert len(set(pictures)) == len(pictures)
+    assert result.report.stat().st_size < 4_000_000
 
 
-def test_the_report_writes_concepts_as_code_and_numbers_as_words(folder):
-    report = (folder / "report.md").read_text()
-    assert "<teddy>" in report and "<" not in re.sub("`[^`\n]*`", "", report)  # outside code it would be a tag
-    assert report.endswith("|\n") and "3 steps, " in report
+def test_the_page_shows_concepts_as_text(result):
+    page = result.report.read_text()
+    assert "&lt;teddy&gt;" in page and "<teddy" not in page
+    assert "in 3 steps" not in page and "3 training\nsteps a concept" in page
     assert [duration(seconds) for seconds in (1, 119, 2725)] == ["1 second", "119 seconds", "45 minutes"]
+
+
+def test_the_overview_shows_references_beside_results(folder):
+    with Image.open(folder / "overview.png") as image:
+        assert image.width > 8 * 128 and image.height > 3 * 128
+    assert (folder / "overview.png").stat().st_size <= 400_000
+
+
+def test_the_picture_in_the_readme_was_drawn_with_these_weights():
+    """`make picture` draws it anew."""
+    picture = Path(__file__).parents[2] / "docs/demo.png"
+    assert picture.stat().st_size <= 400_000
+    with Image.open(picture) as image:
+        assert image.text["toybox"] == weights_digest(), "docs/demo.png is stale: make picture"
 
 
 def test_nothing_that_is_there_is_replaced_unasked(folder, tmp_path):
     """The demo's own folder, and one with a caption of somebody's."""
     (tmp_path / "references" / "teapot").mkdir(parents=True)
     (tmp_path / "references" / "teapot" / "teapot-3.txt").write_text("mine")
-    for output, named in ((folder, r"report.md, .* and \d\d more"), (tmp_path, r"replace: references/teapot/teapot-3.txt")):
+    for output, named in ((folder, r"report.html, .* and \d\d more"), (tmp_path, r"replace: references/teapot/teapot-3.txt")):
         before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
         with pytest.raises(ValueError, match=f"output: .*{named}. Give another output folder, or say --overwrite"):
             run_demo(output, steps=1, samples=6, device="cpu")
@@ -55,6 +73,13 @@ def test_nothing_that_is_there_is_replaced_unasked(folder, tmp_path):
 def test_the_command_refuses_in_one_line(folder):
     result = CliRunner().invoke(cli.app, ["demo", "--output", str(folder)], prog_name="perfusion")
     assert (result.exit_code, result.stdout) == (2, "") and result.stderr.startswith("error: output: ") and result.stderr.count("\n") == 1
+
+
+def test_the_command_ends_with_two_figures_and_the_path(result, monkeypatch, tmp_path):
+    monkeypatch.setattr("perfusion.demo.run_demo", lambda *_, **__: result)
+    said = CliRunner().invoke(cli.app, ["demo", "--output", str(tmp_path)], prog_name="perfusion").stdout.splitlines()
+    assert [line.split()[0] for line in said[:2]] == [f"{value:.2f}" for value in result.figures.values()]
+    assert said[2:] == [f"Open {result.report} in a browser."]
 
 
 def test_all_that_is_written_is_checked(folder, tmp_path):
@@ -67,29 +92,35 @@ def test_all_that_is_written_is_checked(folder, tmp_path):
                 run_demo(tmp_path / path.name, steps=1, samples=6, device="cpu")
 
 
-def test_the_tables_have_a_row_for_each_comparison(folder):
-    rows = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith("| ")]
-    for start in ("| superclass prompt", "| `<teddy>`, keys locked", "| `<teddy>`, keys trained", "| `<teapot>`, keys locked", "| other true"):
-        assert any(row.startswith(start) for row in rows), start
-    true = [row for row in rows if row.startswith("| other true")]
-    assert all("| 1.00 |" in row for row in true)
+def test_the_scores_have_a_row_for_each_comparison(result, folder):
+    scores = json.loads((folder / "scores.json").read_text())
+    page = result.report.read_text()
+    for name in ("teddy", "teapot"):
+        rows = scores[name]
+        assert list(rows) == [
+            f"superclass words, “a {name} …”", f"<{name}>, keys locked", f"<{name}>, keys trained", "other true pictures"
+        ]  # fmt: skip
+        assert rows["other true pictures"]["identity"] == pytest.approx(1)
+        assert rows[f"superclass words, “a {name} …”"]["identity"] == pytest.approx(0)
+    for prompt in TOGETHER.values():
+        rows = scores[prompt]
+        assert rows["other true pictures"]["things"] > 0.8  # six pictures: the judge may miss a thing that hides another
+        for which in ("first_identity", "second_identity"):
+            assert rows["other true pictures"][which] == pytest.approx(1)
+        assert f"{rows['both concepts']['things']:.2f}" in page
+    assert result.figures["both concepts seen in one picture"] == scores[TOGETHER["next to"]]["both concepts"]["things"]
 
 
-def test_both_in_one_image_are_scored(folder):
-    report = (folder / "report.md").read_text()
-    for relation in ("in", "next to"):
-        assert f"> {relation} a <teapot|" in report
-        rows = report.split(f"| superclass prompt, “a teddy {relation} a teapot …” |")[1].splitlines()
-        assert rows[0].endswith("| 0.00 |") and rows[1].startswith(f"| both concepts, {relation} |")
-        things, *_, identity = map(float, rows[2].removeprefix("| other true pictures |").rstrip("|").split("|"))
-        assert things > 0.8 and identity == 1  # six pictures: the judge may miss a thing that hides another
+def test_no_setting_is_turned_by_hand():
+    """Both concepts in one prompt, with default settings."""
+    assert all(re.fullmatch(r"a <teddy> (in|next to) a <teapot>", prompt) for prompt in TOGETHER.values())
 
 
 def test_the_files_are_concepts(folder):
     for name in ("teddy", "teapot"):
         concept = Concept.load(folder / f"{name}.safetensors")
         assert concept.superclass == name and concept.key_outputs is None
-        assert f"{(folder / f'{name}.safetensors').stat().st_size:,}" in (folder / "report.md").read_text()
+        assert f"{(folder / f'{name}.safetensors').stat().st_size:,}" in (folder / "report.html").read_text()
 
 
 def test_references_have_captions_and_masks(folder):

@@ -2,7 +2,7 @@
 
 import torch
 
-from perfusion.toybox.words import COLOURS, CONTAINERS, HUE_SPREAD, OBJECTS, PATTERNS, RELATIONS, SCENES
+from perfusion.toybox.words import COLOURS, CONTAINERS, HUE_SPREAD, OBJECTS, PATTERNS, RELATIONS, SCENES, SIZES, STYLES
 from perfusion.toybox.world import ATTRIBUTES, caption, repeat_instance, sample_instances, sample_pictures, with_article
 
 
@@ -44,23 +44,25 @@ def test_only_containers_hold_something():
 
 
 def test_captions_say_what_is_there():
-    drawn = pictures(400, sketches=0.2)
+    drawn = pictures(400, styled=0.3)
     texts = caption(drawn, torch.Generator().manual_seed(1), named=1.0)
     for row, text in enumerate(texts):
         words = text.split()
         assert OBJECTS[drawn.first.object_class[row]] in words
         assert list(COLOURS)[drawn.first.colour[row]] in words
         assert (PATTERNS[drawn.first.pattern[row]] in words) or drawn.first.pattern[row] == 0
-        assert ("sketch" in words) == bool(drawn.style[row])
+        assert (SIZES[drawn.size[row]] in words) or drawn.size[row] == 0
+        assert all((style in text) == (index == drawn.style[row]) for index, style in enumerate(STYLES) if index)
         if drawn.relation[row]:
             assert RELATIONS[drawn.relation[row]] in text and OBJECTS[drawn.second.object_class[row]] in words
 
 
-def test_captions_often_leave_colour_and_pattern_open():
+def test_captions_often_leave_colour_open_and_always_name_patterns():
     drawn = pictures(2000, pairs=0.0)
     texts = caption(drawn, torch.Generator().manual_seed(1))
     silent = [not set(text.split()) & set(COLOURS) for text in texts]
     assert 0.2 < sum(silent) / len(silent) < 0.4
+    assert all((PATTERNS[pattern] in text) == (pattern > 0) for pattern, text in zip(drawn.first.pattern, texts))
 
 
 def test_captions_are_many():

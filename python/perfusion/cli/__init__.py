@@ -143,4 +143,6 @@ def _forgiving_console() -> None:
 def main() -> None:
     _forgiving_console()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # models load from disk, in a moment
+    # OpenMP reads it when torch is loaded. Threads that wait by spinning take the cores from one another on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

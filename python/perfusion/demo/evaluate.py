@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from perfusion.toybox.judge import Judge
 from perfusion.toybox.score import accuracy, draw, identity
 from perfusion.toybox.words import COLOURS, OBJECTS, PATTERNS, RELATIONS, SCENES
 
-__all__ = ["PairScores", "Scores", "Yardstick", "score_pair", "score_subject"]
+__all__ = ["PairScores", "Scores", "Yardstick", "score_pair", "score_subject", "yardstick"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class PairScores:
-    """Shares in [0, 1] of pictures with both things, in the prompt's relation, in its scene; identity of the first as in Scores."""
+    """Shares in [0, 1] of pictures with both things, in the prompt's relation, in its scene; each thing's identity as in Scores,
+    read under the judge's mask of its class."""
 
     things: float
     relation: float
     scene: float
-    identity: float
+    first_identity: float
+    second_identity: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,34 +61,49 @@ def yardstick(pipe: Any, subject: Subject, references: Tensor, count: int, progr
 
 def score_subject(judge: Judge, subject: Subject, measure: Yardstick, images: Tensor) -> Scores:
     """Scores of pictures drawn from `scene_prompts`."""
-    count = len(images)
+    count, kind = len(images), OBJECTS.index(subject.superclass)
     truth = {
-        "object": torch.full((count,), OBJECTS.index(subject.superclass)),
+        "object": torch.full((count,), kind),
         "scene": torch.arange(count) % len(SCENES),
         "colour": torch.full((count,), list(COLOURS).index(subject.colour)),
         "pattern": torch.full((count,), PATTERNS.index(subject.pattern)),
     }
     return Scores(
-        identity=identity(judge, measure.references, images, measure.superclass, measure.true),
+        identity=identity(judge, measure.references, images, measure.superclass, measure.true, kind),
         **accuracy(judge.read(images), truth),
     )
 
 
 def score_pair(
-    pipe: Any, judge: Judge, subjects: tuple[Subject, Subject], relation: str, prompt: str, count: int, progress: Any
+    pipe: Any,
+    judge: Judge,
+    subjects: tuple[Subject, Subject],
+    relation: str,
+    prompts: Mapping[str, Callable[[str], str]],
+    count: int,
+    progress: Any,
 ) -> dict[str, PairScores]:
-    """Scores of the superclass words, of `prompt`, and of true pictures of both subjects, by the titles of the report's rows."""
+    """Scores of the superclass words, of the concepts, and of true pictures of both subjects, by the titles of the report's rows.
+
+    prompts: title -> what makes a prompt or a `Request` of the text "a <first> RELATION a <second> SCENE".
+    """
     words = f"{subjects[0].superclass} {relation} a {subjects[1].superclass}"
     references, true = (true_pairs(*subjects, relation, count, seed) for seed in (13, 14))
     superclass = draw(pipe, scene_prompts(words, count), progress=progress)
-    concepts = draw(pipe, scene_prompts(prompt.removeprefix("a "), count), progress=progress)
+    texts = scene_prompts(f"<{subjects[0].name}> {relation} a <{subjects[1].name}>", count)
+    concepts = {title: draw(pipe, [make(text) for text in texts], progress=progress) for title, make in prompts.items()}
+    kinds = [OBJECTS.index(each.superclass) for each in subjects]
     truth = {
-        "things": torch.tensor([[OBJECTS.index(each.superclass) for each in subjects]]).expand(count, 2),
+        "things": torch.tensor([kinds]).expand(count, 2),
         "relation": torch.full((count,), RELATIONS.index(relation)),
         "scene": torch.arange(count) % len(SCENES),
     }
-    rows = {f"superclass prompt, “a {words} …”": superclass, f"both concepts, {relation}": concepts, "other true pictures": true}
+    rows = {f"superclass words, “a {words} …”": superclass, **concepts, "other true pictures": true}
     return {
-        title: PairScores(identity=identity(judge, references, images, superclass, true), **accuracy(judge.read(images), truth))
+        title: PairScores(
+            **accuracy(judge.read(images), truth),
+            first_identity=identity(judge, references, images, superclass, true, kinds[0]),
+            second_identity=identity(judge, references, images, superclass, true, kinds[1]),
+        )
         for title, images in rows.items()
     }

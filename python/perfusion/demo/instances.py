@@ -12,7 +12,7 @@ from torch import Tensor
 from perfusion.files import whole
 from perfusion.toybox.render import render
 from perfusion.toybox.words import COLOURS, OBJECTS, PATTERNS, RELATIONS, SCENES
-from perfusion.toybox.world import Instances, repeat_instance, sample_pictures, without_style
+from perfusion.toybox.world import Instances, plainly, repeat_instance, sample_pictures
 
 __all__ = ["SUBJECTS", "Subject", "reference_files", "reference_paths", "true_pairs", "true_pictures", "write_references"]
 
@@ -37,15 +37,15 @@ class Subject:
 # fmt: off
 SUBJECTS = (
     Subject("teddy", "teddy", "orange", "dotted", (
-        0.075, 0.90, 0.95,  0.52, 0.55, 0.85,  0.62, 0.85, 0.45,  0.36, 0.60,  0.85, 0.75, 0.40, 0.80)),
-    Subject("teapot", "teapot", "purple", "checked", (
-        0.770, 0.65, 0.70,  0.14, 0.80, 0.95,  0.10, 0.06, 0.97,  0.38, 1.00,  0.75, 0.85, 0.60, 0.70)),
+        0.075, 0.90, 0.95,  0.52, 0.55, 0.90,  0.14, 0.35, 1.00,  0.46, 0.60,  0.85, 0.75, 0.40, 0.80)),
+    Subject("teapot", "teapot", "purple", "striped", (
+        0.770, 0.65, 0.70,  0.14, 0.80, 0.95,  0.10, 0.06, 0.97,  0.50, 0.60,  0.75, 0.85, 0.60, 0.70)),
 )
 # fmt: on
 
 
 def true_pictures(subject: Subject, count: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Images [n, 3, 64, 64], masks [n, 64, 64] and scene words of the subject alone, in every scene in turn."""
+    """Images [n, 3, 128, 128], masks [n, 128, 128] and scene words of the subject alone, in every scene in turn."""
     scenes = torch.arange(count) % len(SCENES)
     pictures = sample_pictures(
         count,
@@ -53,13 +53,14 @@ def true_pictures(subject: Subject, count: int, seed: int) -> tuple[Tensor, Tens
         first=repeat_instance(subject.instance(), 0, count),
         scene=scenes,
         relation=torch.zeros(count, dtype=torch.long),
+        size=torch.zeros(count, dtype=torch.long),
     )
-    images, masks = render(without_style(pictures))
+    images, masks = render(plainly(pictures))
     return images, masks[:, 0], [list(SCENES)[scene] for scene in scenes]
 
 
 def true_pairs(first: Subject, second: Subject, relation: str, count: int, seed: int) -> Tensor:
-    """Images [n, 3, 64, 64] of both subjects, the first in that relation to the second, in every scene in turn."""
+    """Images [n, 3, 128, 128] of both subjects, the first in that relation to the second, in every scene in turn."""
     pictures = sample_pictures(
         count,
         torch.Generator().manual_seed(seed),
@@ -68,7 +69,7 @@ def true_pairs(first: Subject, second: Subject, relation: str, count: int, seed:
         scene=torch.arange(count) % len(SCENES),
         relation=torch.full((count,), RELATIONS.index(relation)),
     )
-    return render(without_style(pictures))[0]
+    return render(plainly(pictures))[0]
 
 
 def reference_paths(subject: Subject, folder: Path) -> list[Path]:
@@ -82,7 +83,7 @@ def reference_files(path: Path) -> tuple[Path, Path, Path]:
 
 
 def write_references(subject: Subject, folder: Path) -> Tensor:
-    """Write the five pictures to learn from, each with its caption and mask beside it; returns them [5, 3, 64, 64]."""
+    """Write the five pictures to learn from, each with its caption and mask beside it; returns them [5, 3, 128, 128]."""
     images, masks, scenes = true_pictures(subject, PICTURES, seed=11)
     folder.mkdir(parents=True, exist_ok=True)
     for path, image, mask, scene in zip(reference_paths(subject, folder), images, masks, scenes):

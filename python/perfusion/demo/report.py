@@ -1,45 +1,48 @@
-"""The demo's report, in Markdown and as a page that needs nothing beside its pictures."""
+"""The demo's report: one HTML page with its pictures inside, to be opened or sent as it is."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import markdown
 from jinja2 import Environment, PackageLoader
+from PIL import Image
 
 from perfusion.files import whole
 
 __all__ = ["write_report"]
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Perfusion demo</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-  img { max-width: 100%; image-rendering: pixelated; border: 1px solid #ddd; }
-  table { border-collapse: collapse; } th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }
-  th:first-child, td:first-child { text-align: left; } code { background: #f4f4f4; padding: 0 .2rem; }
-</style>
-"""
 
-
-def write_report(output: Path, learned: Sequence[Any], pairs: Mapping[str, Mapping[str, Any]], **facts: Any) -> Path:
-    """Write report.md and report.html into the folder; returns the path of the first."""
+def write_report(
+    output: Path,
+    learned: Sequence[Any],
+    pairs: Mapping[str, Mapping[str, Any]],
+    pictures: Mapping[str, Sequence[Image.Image]],
+    **facts: Any,
+) -> Path:
+    """Write report.html and scores.json into the folder; returns the path of the page. pictures: by the place where the page shows them."""
+    environment = Environment(loader=PackageLoader("perfusion"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"duration": duration, "inline": inline}
     columns = [field.name for field in dataclasses.fields(next(iter(learned[0].scores.values())))]
-    environment = Environment(loader=PackageLoader("perfusion"), trim_blocks=True, lstrip_blocks=True)
-    environment.filters["duration"] = duration
-    text = environment.get_template("demo.md").render(learned=learned, pairs=pairs, columns=columns, **facts).rstrip() + "\n"
-    # a concept's <name> would be a tag: the template writes it as code, which both kinds of page show as it is
-    body = markdown.markdown(text, extensions=["tables", "fenced_code"])
-    for name, content in (("report.md", text), ("report.html", f"{_PAGE}{body}\n</html>\n")):
+    page = environment.get_template("demo.html").render(learned=learned, pairs=pairs, pictures=pictures, columns=columns, **facts)
+    scores = {each.subject.name: {title: dataclasses.asdict(row) for title, row in each.scores.items()} for each in learned}
+    scores |= {prompt: {title: dataclasses.asdict(row) for title, row in rows.items()} for prompt, rows in pairs.items()}
+    for name, content in (("report.html", page.rstrip() + "\n"), ("scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")):
         with whole(output / name) as draft:
             draft.write_text(content, encoding="utf-8")
-    return output / "report.md"
+    return output / "report.html"
+
+
+def inline(picture: Image.Image) -> str:
+    """The picture as a data URL."""
+    data = io.BytesIO()
+    picture.save(data, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def duration(seconds: float) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -23,7 +25,9 @@ from perfusion.demo.report import write_report
 from perfusion.files import whole
 from perfusion.handle import attach
 from perfusion.models import TOYBOX, load_pipeline
+from perfusion.requests import Request
 from perfusion.toybox.judge import load_judge
+from perfusion.toybox.model import IMAGE_SIZE
 from perfusion.toybox.score import draw
 from perfusion.toybox.words import SCENES
 from perfusion.training import train
@@ -31,30 +35,50 @@ from perfusion.writable import check_writable
 
 __all__ = ["Learned", "run_demo"]
 
-SAMPLES = 66  # a multiple of the scenes
+SAMPLES = 24  # a multiple of the scenes
 BIASES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-# Each was learned alone and would fill the picture, so both are turned down. And toybox's text encoder puts something of the first word
-# into the second: the teddy's gate opens later, to leave the teapot alone, and the teapot's earlier, to know it all the same.
-_TURNED_DOWN = ("<teddy|strength=0.85,bias=0.8,temperature=0.2>", "<teapot|strength=0.6,bias=0.3,temperature=0.05>")
-TOGETHER = {relation: f"a {_TURNED_DOWN[0]} {relation} a {_TURNED_DOWN[1]}" for relation in ("in", "next to")}
+STYLED = ("a sketch of a {} in the city", "a sketch of a {} on the beach", "pixel art of a {} in the forest", "pixel art of a {} at night")
+TOGETHER = {relation: f"a <{SUBJECTS[0].name}> {relation} a <{SUBJECTS[1].name}>" for relation in ("next to", "in")}
+
+
+def _halves() -> dict[str, Tensor]:
+    """The left half of the picture for the first subject, the right one for the second."""
+    left = torch.zeros(IMAGE_SIZE, IMAGE_SIZE)
+    left[:, : IMAGE_SIZE // 2] = 1
+    return {SUBJECTS[0].name: left, SUBJECTS[1].name: 1 - left}
+
+
+def _variants(relation: str) -> dict[str, Callable[[str], str]]:
+    """Rows of the report: how the text of a prompt with both concepts is drawn."""
+    rows: dict[str, Callable[[str], str]] = {"both concepts": str, "gates by word": lambda text: Request(text, gate="word")}
+    if relation == "next to":
+        rows["a region each"] = lambda text: Request(text, regions=_halves())
+    return rows
 
 
 @dataclasses.dataclass
 class Learned:
-    """One subject's results: the concept and file, seconds of training, and scores of the rows of the report's table."""
+    """One subject's results: the concept and file, seconds of training, and scores by the titles of the report's rows."""
 
     subject: Subject
     concept: Concept
     file: Path
     seconds: float
-    unlocked_seconds: float
     scores: dict[str, Scores]
+
+
+@dataclasses.dataclass
+class Result:
+    """Where the report is, and the figures that matter most, by name."""
+
+    report: Path
+    figures: dict[str, float]
 
 
 def run_demo(
     output: str | Path, *, steps: int = 400, samples: int = SAMPLES, device: str | None = None, overwrite: bool = False
-) -> Path:
-    """Run the demo into a folder; returns the path of its report.md. steps, samples: of each training and each score.
+) -> Result:
+    """Run the demo into a folder. steps, samples: of each training and each score.
 
     ValueError, before any work, when files are there that it would replace, unless `overwrite`; OSError for a folder that
     cannot be written.
@@ -66,29 +90,44 @@ def run_demo(
     pipe = load_pipeline("toybox", device=device)
     judge = load_judge(TOYBOX / "judge.safetensors")
     covariance = get_covariance(pipe)
-    learned, measures = [], {}
+    learned, pictures = [], {}
     for subject in SUBJECTS:
         references = write_references(subject, output / "references" / subject.name)
-        _save(sheet(_pil(references)), output / f"references-{subject.name}.png")
+        pictures[f"references {subject.name}"] = _pil(references)
         concept, seconds = _learn(pipe, subject, output, covariance, steps, key_lock=True)
         file = output / f"{subject.name}.safetensors"
         concept.save(file)
-        unlocked, unlocked_seconds = _learn(pipe, subject, output, covariance, steps, key_lock=False)
+        unlocked, _ = _learn(pipe, subject, output, covariance, steps, key_lock=False)
         with _bar(f"score <{subject.name}>", 3 * samples) as bar:
-            measures[subject.name] = yardstick(pipe, subject, references, samples, bar)
-            scores = _score(pipe, judge, subject, measures[subject.name], Concept.load(file), unlocked, samples, bar)
-        learned.append(Learned(subject, concept, file, seconds, unlocked_seconds, scores))
+            measure = yardstick(pipe, subject, references, samples, bar)
+            scores = _score(pipe, judge, subject, measure, Concept.load(file), unlocked, samples, bar)
+        learned.append(Learned(subject, concept, file, seconds, scores))
     pairs = _score_together(pipe, judge, learned, samples)
-    _draw_pictures(pipe, learned, output)
-    return write_report(output, learned, pairs, samples=samples, steps=steps, seconds=time.monotonic() - started)
+    pictures |= _draw_pictures(pipe, learned)
+    _save(_overview(pictures), output / "overview.png")
+    scenes = list(SCENES.values())[:4]
+    titles = {"scenes": scenes, "styles": [text.format("…") for text in STYLED], "biases": [f"β = {bias:g}" for bias in BIASES]}
+    report = write_report(
+        output, learned, pairs, pictures, **titles, samples=samples, steps=steps, seconds=time.monotonic() - started
+    )
+    return Result(report, _figures(learned, pairs))
+
+
+def _figures(learned: list[Learned], pairs: dict[str, dict[str, PairScores]]) -> dict[str, float]:
+    alone = [each.scores[_title(each.subject, "keys locked")].identity for each in learned]
+    together = next(iter(pairs.values()))["both concepts"]
+    return {
+        "identity of each concept alone (0 is the superclass, 1 the true thing), mean": sum(alone) / len(alone),
+        "both concepts seen in one picture": together.things,
+    }
 
 
 def _check_free(output: Path, overwrite: bool) -> None:
     if overwrite:
         return
-    names = ["report.md", "report.html", *(f"together-{number}.png" for number, _ in enumerate(TOGETHER, start=1))]
+    names = ["report.html", "scores.json", "overview.png"]
     for subject in SUBJECTS:
-        names += [f"{subject.name}.safetensors", *(f"{kind}-{subject.name}.png" for kind in ("references", "scenes", "bias"))]
+        names.append(f"{subject.name}.safetensors")
         folder = output / "references" / subject.name
         names += [str(file.relative_to(output)) for path in reference_paths(subject, folder) for file in reference_files(path)]
     taken = [name for name in names if (output / name).exists()]
@@ -100,62 +139,90 @@ def _check_free(output: Path, overwrite: bool) -> None:
         )
 
 
+def _title(subject: Subject, keys: str) -> str:
+    return f"<{subject.name}>, {keys}"
+
+
 def _learn(pipe: Any, subject: Subject, output: Path, covariance: Any, steps: int, key_lock: bool) -> tuple[Concept, float]:
     started = time.monotonic()
     tqdm.write(f"Learning <{subject.name}> from its pictures, keys {'locked' if key_lock else 'trained, to compare'}:")
     pictures = reference_paths(subject, output / "references" / subject.name)  # and no others that may lie beside them
-    concept = train(pipe, pictures, subject.superclass, subject.name, steps, covariance=covariance, key_lock=key_lock)
+    settings = {"covariance": covariance, "key_lock": key_lock, "flip": 0.0}  # spouts point one way
+    concept = train(pipe, pictures, subject.superclass, subject.name, steps, **settings)
     return concept, time.monotonic() - started
 
 
 def _score(
     pipe: Any, judge: Any, subject: Subject, measure: Yardstick, locked: Concept, unlocked: Concept, samples: int, bar: Any
 ) -> dict[str, Scores]:
-    scores = {f"superclass prompt, “a {subject.superclass} …”": score_subject(judge, subject, measure, measure.superclass)}
-    for title, concept in (("keys locked", locked), ("keys trained", unlocked)):
+    scores = {f"superclass words, “a {subject.superclass} …”": score_subject(judge, subject, measure, measure.superclass)}
+    for keys, concept in (("keys locked", locked), ("keys trained", unlocked)):
         with attach(pipe) as handle:
             handle.load(concept)
             images = draw(pipe, scene_prompts(f"<{subject.name}>", samples), progress=bar)
-        scores[f"`<{subject.name}>`, {title}"] = score_subject(judge, subject, measure, images)
+        scores[_title(subject, keys)] = score_subject(judge, subject, measure, images)
     return scores | {"other true pictures": score_subject(judge, subject, measure, measure.true)}
 
 
 def _score_together(pipe: Any, judge: Any, learned: list[Learned], samples: int) -> dict[str, dict[str, PairScores]]:
     """By prompt, from the saved files alone."""
-    with attach(pipe) as handle, _bar("score both in one image", 2 * samples * len(TOGETHER)) as bar:
+    total = samples * sum(1 + len(_variants(relation)) for relation in TOGETHER)
+    with attach(pipe) as handle, _bar("score both in one picture", total) as bar:
         for each in learned:
             handle.load(each.file)
-        return {prompt: score_pair(pipe, judge, SUBJECTS, relation, prompt, samples, bar) for relation, prompt in TOGETHER.items()}
+        return {
+            prompt: score_pair(pipe, judge, SUBJECTS, relation, _variants(relation), samples, bar) for relation, prompt in TOGETHER.items()
+        }
 
 
-def _draw_pictures(pipe: Any, learned: list[Learned], output: Path) -> None:
-    """Every picture of the report, from the saved files alone."""
-    scenes = list(SCENES.values())[:4]
-    with attach(pipe) as handle, _bar("pictures", (4 + 2 * len(BIASES)) * len(learned) + 8 * len(TOGETHER)) as bar:
+def _draw_pictures(pipe: Any, learned: list[Learned]) -> dict[str, list[Image.Image]]:
+    """The report's pictures, from the saved files alone, by the place where it shows them."""
+    scenes, pictures = list(SCENES.values())[:4], {}
+    count = (len(scenes) + len(STYLED) + len(BIASES)) * len(learned) + len(scenes) * (len(TOGETHER) + 1)
+    with attach(pipe) as handle, _bar("pictures", count) as bar:
         for each in learned:
             handle.load(each.file)
         for each in learned:
             name = each.subject.name
-            prompts = [f"a <{name}> {scene}" for scene in scenes]
-            _save(sheet(_pil(draw(pipe, prompts, seed=70, progress=bar)), titles=scenes), output / f"scenes-{name}.png")
-            images: list[Tensor] = []
-            for prompt, seed in ((f"a <{name}|bias={{}}> {scenes[0]}", 80), (f"a <{name}|bias={{}}> {scenes[3]}", 81)):
-                # the same noise in every column: what changes is the gate's bias alone
-                images += [draw(pipe, [prompt.format(bias)], seed=seed, progress=bar) for bias in BIASES]
-            titles = [f"bias {bias:g}" for bias in BIASES] * 2  # PIL's own font has no β
-            _save(sheet(_pil(torch.cat(images)), columns=len(BIASES), titles=titles), output / f"bias-{name}.png")
+            pictures[f"scenes {name}"] = _pil(draw(pipe, [f"a <{name}> {scene}" for scene in scenes], seed=70, progress=bar))
+            pictures[f"styles {name}"] = _pil(draw(pipe, [text.format(f"<{name}>") for text in STYLED], seed=75, progress=bar))
+            # the same noise in every column: what changes is the gate's bias alone
+            strip = [draw(pipe, [f"a <{name}|bias={bias}> {scenes[0]}"], seed=80, progress=bar) for bias in BIASES]
+            pictures[f"bias {name}"] = _pil(torch.cat(strip))
         for number, prompt in enumerate(TOGETHER.values(), start=1):
-            images = draw(pipe, [f"{prompt} {scene}" for scene in [*scenes, *scenes]], seed=90, progress=bar)
-            _save(sheet(_pil(images), columns=4), output / f"together-{number}.png")
+            images = draw(pipe, [f"{prompt} {scene}" for scene in scenes], seed=90, progress=bar)
+            pictures[f"together {number}"] = _pil(images)
+        prompts = [Request(f"{TOGETHER['next to']} {scene}", regions=_halves()) for scene in scenes]
+        pictures["regions"] = _pil(draw(pipe, prompts, seed=95, progress=bar))
+    return pictures
+
+
+def _overview(pictures: dict[str, list[Image.Image]]) -> Image.Image:
+    """References beside results, on one sheet: each concept's row, then both in one picture."""
+    rows = [[*pictures[f"references {each.name}"][:4], *pictures[f"scenes {each.name}"]] for each in SUBJECTS]
+    rows.append([*pictures["together 1"], *pictures["together 2"]])
+    titles = ["learned from", "", "", "", "drawn", "", "", ""] * len(SUBJECTS) + ["next to", "", "", "", "in", "", "", ""]
+    return sheet([picture for row in rows for picture in row], columns=8, titles=titles)
 
 
 def _pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
 
 
+def weights_digest(folder: Path = TOYBOX) -> str:
+    """SHA-256 of a pipeline's weights, in hexadecimal: what its pictures depend on."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\n" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def _save(image: Image.Image, path: Path) -> None:
+    """As PNG of 128 colours, with the weights that drew it as text."""
+    text = PngInfo()
+    text.add_text("toybox", weights_digest())
     with whole(path) as draft:
-        image.save(draft, optimize=True)
+        image.quantize(128, dither=Image.Dither.NONE).save(draft, "PNG", optimize=True, pnginfo=text)
 
 
 @contextlib.contextmanager

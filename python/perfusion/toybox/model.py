@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as RawTokenizer
@@ -13,16 +12,17 @@ from tokenizers import models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .words import COLOURS, FRAMES, OBJECTS, PATTERNS, RELATIONS, SCENES, SKETCH_FRAMES
+from .vae import PatchAutoencoder
+from .words import COLOURS, FRAMES, OBJECTS, PATTERNS, RELATIONS, SCENES, SIZES, STYLE_FRAMES
 
-IMAGE_SIZE, LATENT_SIZE, LATENT_CHANNELS = 64, 8, 16
+IMAGE_SIZE, LATENT_SIZE, LATENT_CHANNELS = 128, 16, 4
 MAX_TOKENS, ENCODING_DIM = 32, 96
 EXTRA_WORDS = "an and with of the my his her its two small big new old nice some any this that is are".split()
 
 
 def vocabulary() -> list[str]:
     """Every word that must be one token, sorted."""
-    texts = [*OBJECTS, *COLOURS, *PATTERNS, *SCENES, *SCENES.values(), *RELATIONS, *FRAMES, *SKETCH_FRAMES, *EXTRA_WORDS]
+    texts = [*OBJECTS, *COLOURS, *PATTERNS, *SCENES, *SCENES.values(), *RELATIONS, *SIZES, *FRAMES, *STYLE_FRAMES.values(), *EXTRA_WORDS]
     return sorted({word for text in texts for word in text.replace("{}", "").split()})
 
 
@@ -78,12 +78,18 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )  # fmt: skip
 
 
+def build_autoencoder() -> PatchAutoencoder:
+    """Pictures [B, 3, 128, 128] in [-1, 1] to latents [B, 4, 16, 16] of mean 0 and deviation about 1, and back."""
+    return PatchAutoencoder(latent_channels=LATENT_CHANNELS, widths=(48, 64), encoder_depths=(1, 2), decoder_depths=(3, 2))
+
+
 def build_unet() -> UNet2DConditionModel:
-    """4.25 M parameters; cross-attention widths 64, 128, 128, 128, 128, 64, 64 at head width 32."""
+    """5.25 M parameters; cross-attention widths 96, 128, 128, 128, 128, 96, 96 at head width 32."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, layers_per_block=1,
-        block_out_channels=(64, 128), attention_head_dim=(2, 4), norm_num_groups=16, cross_attention_dim=ENCODING_DIM,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=(48, 96, 128), attention_head_dim=(1, 3, 4), norm_num_groups=16, cross_attention_dim=ENCODING_DIM,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
 
 
@@ -104,14 +110,3 @@ def build_pipeline(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipelin
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Ids [B, 32], padded as the pipeline pads."""
     return tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
-
-
-class Denoiser(torch.nn.Module):
-    """Text encoder and UNet trained as one: noisy latents [B, 16, 8, 8], timesteps [B], ids [B, 32] -> velocity."""
-
-    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel):
-        super().__init__()
-        self.text_encoder, self.unet = text_encoder, unet
-
-    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        return self.unet(noisy, timesteps, self.text_encoder(ids)[0], return_dict=False)[0]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .shapes import DRAW, box, circle, ellipse, trapezoid
-from .words import OBJECTS, SCENES
+from .words import OBJECTS, SCENES, STYLES
 from .world import Instances, Pictures
 
 
@@ -146,7 +146,7 @@ def _pattern(x: Tensor, y: Tensor, pattern: Tensor, attributes: Tensor, pixel: T
 
 
 def _place(
-    image: Tensor, things: Instances, poses: Tensor, mirrored: Tensor, opened: Tensor, behind: Tensor | None
+    image: Tensor, things: Instances, poses: Tensor, opened: Tensor, behind: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Draw one thing on every image; returns the images and the thing's coverage [B, H, W]."""
     size = image.shape[-1]
@@ -161,7 +161,6 @@ def _place(
         cx, cy, half, angle = (column.view(-1, 1, 1) for column in poses[rows].unbind(1))
         px, py = (x - cx) / half, (y - cy) / half
         px, py = px * angle.cos() + py * angle.sin(), py * angle.cos() - px * angle.sin()
-        px = torch.where(mirrored[rows].view(-1, 1, 1), -px, px)
         attributes = things.attributes[rows]
         canvas = Canvas(torch.zeros(len(rows), 3), size)
         canvas.image = result[rows]
@@ -173,6 +172,7 @@ def _place(
         amount = _pattern(px, py, things.pattern[rows], attributes, local_pixel).unsqueeze(1)
         tints = {
             "main": torch.lerp(main.expand(-1, 3, size, size), ornament.expand(-1, 3, size, size), amount.expand(-1, 3, size, size)),
+            "solid": main,
             "second": hsv_to_rgb(*attributes[:, 3:6].unbind(1)).view(-1, 3, 1, 1),
             "light": torch.tensor([0.97, 0.95, 0.90]).view(1, 3, 1, 1),
             "dark": torch.tensor([0.13, 0.11, 0.14]).view(1, 3, 1, 1),
@@ -181,8 +181,8 @@ def _place(
         covered = torch.zeros(len(rows), size, size)
         for distance, tint in DRAW[word](px, py, attributes[:, 11:15], opened[rows].float()):
             edge = ((distance + 0.17) / 0.17).clamp(0, 1).unsqueeze(1)  # rounds the form towards its rim
-            line = ((distance + 0.045) / local_pixel + 0.5).clamp(0, 1).unsqueeze(1)
-            shade = light * (1 - 0.22 * edge**2) * (1 - 0.50 * line)
+            line = ((distance + 0.055) / local_pixel + 0.5).clamp(0, 1).unsqueeze(1)
+            shade = light * (1 - 0.22 * edge**2) * (1 - 0.62 * line)
             part = canvas.cover(distance * half)
             paint = (tints[tint] * shade).clamp(0, 1)
             canvas.image = torch.lerp(canvas.image, paint.expand_as(canvas.image), part.unsqueeze(1).expand_as(canvas.image))
@@ -192,24 +192,37 @@ def _place(
 
 
 def _sketch(image: Tensor) -> Tensor:
+    """Pencil on warm paper: a dark line where brightness changes, hatching where it is dark."""
     size = image.shape[-1]
     x, y = _grid(size)
     grey = (image * torch.tensor([0.30, 0.59, 0.11]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    hatch = ((x + y) * size / 10 % 1 < 0.4).float().unsqueeze(1) * (grey < 0.45)
-    return (0.22 + 0.74 * grey - 0.12 * hatch).clamp(0, 1) * torch.tensor([1.0, 0.97, 0.90]).view(1, 3, 1, 1)
+    hatch = ((x + y) * 8 % 1 < 0.4).float().unsqueeze(1) * (grey < 0.40)
+    padded = torch.nn.functional.pad(grey, [1] * 4, mode="replicate")
+    slope = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) ** 2 + (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) ** 2
+    line = (3 * slope.sqrt()).clamp(0, 1)
+    return (0.45 + 0.53 * grey - 0.12 * hatch - 0.55 * line).clamp(0.08, 1) * torch.tensor([1.0, 0.97, 0.90]).view(1, 3, 1, 1)
 
 
-def render(pictures: Pictures, size: int = 64) -> tuple[Tensor, Tensor]:
+def _pixel_art(image: Tensor) -> Tensor:
+    """Thirty-two large pixels across, in six steps of brightness a channel."""
+    block = image.shape[-1] // 32
+    coarse = (torch.nn.functional.avg_pool2d(image, block) * 5).round() / 5
+    return coarse.repeat_interleave(block, 2).repeat_interleave(block, 3)
+
+
+def render(pictures: Pictures, size: int = 128) -> tuple[Tensor, Tensor]:
     """Images [B, 3, size, size] in [0, 1] and masks [B, 2, size, size]: what is seen of the first and the second thing."""
     image = _background(pictures.scene, pictures.details, size)
     inside, paired = pictures.relation == 1, pictures.relation > 0
     never = torch.zeros(len(pictures), dtype=torch.bool)
-    poses, mirrored = pictures.poses, pictures.mirrored
+    poses = pictures.poses
     # from back to front: what stands inside, then its container; else the second thing, then the first
-    image, inner = _place(image, pictures.first, poses[:, 0], mirrored[:, 0], never, inside)
-    image, outer = _place(image, pictures.second, poses[:, 1], mirrored[:, 1], inside, paired)
-    image, front = _place(image, pictures.first, poses[:, 0], mirrored[:, 0], never, ~inside)
+    image, inner = _place(image, pictures.first, poses[:, 0], never, inside)
+    image, outer = _place(image, pictures.second, poses[:, 1], inside, paired)
+    image, front = _place(image, pictures.first, poses[:, 0], never, ~inside)
     first, second = torch.maximum(inner * (1 - outer), front), outer * (1 - front)
-    sketched = pictures.style.view(-1, 1, 1, 1) == 1
-    image = torch.where(sketched, _sketch(image), image)
+    for word, stylise in (("sketch", _sketch), ("pixel art", _pixel_art)):
+        rows = (pictures.style == STYLES.index(word)).nonzero().flatten()
+        if len(rows):
+            image[rows] = stylise(image[rows])
     return image.clamp(0, 1), torch.stack([first, second], dim=1)

@@ -2,7 +2,8 @@
 
 Every `draw_*` takes local coordinates x, y [B, H, W] (x to the right, y down, the object inside [-1, 1]) and
 proportions p [B, 4] in [0, 1], and yields parts `(distance [B, H, W], tint)` from back to front. Tints: "main" carries
-the colour and pattern that captions name, "second" the instance's own second colour, "light" and "dark" are fixed.
+the colour and pattern that captions name, "solid" the colour alone, "second" the instance's own second colour; "light"
+and "dark" are fixed.
 """
 
 from __future__ import annotations
@@ -61,37 +62,37 @@ def _spread(p: Tensor) -> list[Tensor]:
 
 def draw_teddy(x: Tensor, y: Tensor, p: Tensor, opened: Tensor) -> Iterator[Part]:
     ear, belly, head, girth = _spread(p)
-    ear, belly, head, girth = 0.15 + 0.16 * ear, 0.18 + 0.22 * belly, 0.34 + 0.12 * head, 0.38 + 0.18 * girth
+    ear, belly, head, girth = 0.17 + 0.12 * ear, 0.20 + 0.16 * belly, 0.42 + 0.10 * head, 0.42 + 0.16 * girth
     mirrored = x.abs()
-    yield union(ellipse(mirrored, y, 0.40, 0.80, 0.24, 0.19), capsule(mirrored, y, girth - 0.06, 0.12, girth + 0.16, 0.38, 0.14)), "main"
-    yield circle(mirrored, y, head * 0.80, -0.48 - head * 0.72, ear), "main"
-    yield circle(mirrored, y, head * 0.80, -0.48 - head * 0.72, ear * 0.55), "second"
-    yield ellipse(x, y, 0, 0.36, girth, 0.50), "main"
-    yield ellipse(x, y, 0, 0.42, belly, belly * 1.15), "second"
-    yield ellipse(x, y, 0, -0.46, head * 1.08, head), "main"
-    yield ellipse(x, y, 0, -0.33, 0.17, 0.13), "light"
-    yield union(circle(mirrored, y, 0.16, -0.53, 0.062), ellipse(x, y, 0, -0.38, 0.07, 0.05)), "dark"
+    yield union(ellipse(mirrored, y, 0.42, 0.82, 0.25, 0.17), capsule(mirrored, y, girth - 0.04, 0.20, girth + 0.20, 0.46, 0.15)), "solid"
+    yield ellipse(x, y, 0, 0.42, girth, 0.50), "main"
+    yield ellipse(x, y, 0, 0.48, belly, belly * 1.15), "second"
+    yield circle(mirrored, y, head * 0.86, -0.40 - head * 0.76, ear), "solid"
+    yield circle(mirrored, y, head * 0.86, -0.40 - head * 0.76, ear * 0.55), "second"
+    yield ellipse(x, y, 0, -0.40, head * 1.14, head), "solid"
+    yield ellipse(x, y, 0, -0.22, 0.25, 0.18), "light"
+    yield union(circle(mirrored, y, 0.21, -0.50, 0.085), ellipse(x, y, 0, -0.29, 0.10, 0.07)), "dark"
 
 
 def draw_teapot(x: Tensor, y: Tensor, p: Tensor, opened: Tensor) -> Iterator[Part]:
     spout, handle, height, knob = _spread(p)
-    spout, handle, height, knob = 0.20 * spout, 0.20 + 0.10 * handle, 0.46 + 0.14 * height, 0.08 + 0.09 * knob
+    spout, handle, height, knob = 0.22 * spout, 0.24 + 0.09 * handle, 0.48 + 0.12 * height, 0.09 + 0.08 * knob
     top = 0.28 - height
-    yield ring(x, y, -0.66, 0.20, handle, 0.075), "second"
+    yield ring(x, y, -0.62, 0.22, handle, 0.085), "second"
     yield union(
-        capsule(x, y, 0.45, 0.36, 0.72, 0.02 - spout, 0.12), capsule(x, y, 0.72, 0.02 - spout, 0.90, -0.12 - spout, 0.085)
-    ), "main"
-    lid = ellipse(x, y, 0, top + 0.02, 0.34, 0.15)
+        capsule(x, y, 0.40, 0.40, 0.72, 0.06 - spout, 0.14), capsule(x, y, 0.72, 0.06 - spout, 0.90, -0.12 - spout, 0.10)
+    ), "solid"
+    lid = ellipse(x, y, 0, top + 0.02, 0.36, 0.16)
     absent = opened.view(-1, 1, 1) * 9.0  # something stands in the pot: the lid is off
-    yield union(lid + absent, box(x, y, 0, 0.28 + height, 0.30, 0.07)), "second"
+    yield union(lid + absent, box(x, y, 0, 0.28 + height, 0.34, 0.09)), "second"
     yield circle(x, y, 0, top - 0.18 - knob * 0.5, knob) + absent, "second"
-    yield ellipse(x, y, 0, 0.28, 0.62, height), "main"
+    yield ellipse(x, y, 0, 0.28, 0.60, height), "main"
 
 
 def draw_mug(x: Tensor, y: Tensor, p: Tensor, opened: Tensor) -> Iterator[Part]:
     height, handle, taper, band = _spread(p)
-    height, handle, taper, band = 0.50 + 0.22 * height, 0.20 + 0.14 * handle, 0.14 * taper, 0.05 + 0.08 * band
-    yield ring(x, y, 0.54, 0.14, handle, 0.08), "second"
+    height, handle, taper, band = 0.50 + 0.22 * height, 0.24 + 0.12 * handle, 0.14 * taper, 0.05 + 0.08 * band
+    yield ring(x, y, 0.56, 0.14, handle, 0.095), "second"
     yield ellipse(x, y, 0, 0.12 - height, 0.53, 0.13), "dark"
     wall = trapezoid(x, y, 0, 0.14 - height, 0.14 + height, 0.53, 0.53 - taper)
     yield torch.maximum(wall, -ellipse(x, y, 0, 0.10 - height, 0.50, 0.12)), "main"
@@ -104,7 +105,7 @@ def draw_boat(x: Tensor, y: Tensor, p: Tensor, opened: Tensor) -> Iterator[Part]
     top = 0.30 - sail
     absent = opened.view(-1, 1, 1) * 9.0  # somebody stands in the boat: the mast is down
     yield box(x, y, mast, 0.5 * (top - 0.22 + 0.4), 0.045, 0.5 * (0.62 - top)) + absent, "dark"
-    yield trapezoid(x, y, mast + 0.04 + flag * 0.5, top - 0.20, top - 0.02, flag * 0.5, flag * 0.5) + absent, "main"
+    yield trapezoid(x, y, mast + 0.04 + flag * 0.5, top - 0.20, top - 0.02, flag * 0.5, flag * 0.5) + absent, "solid"
     right = torch.maximum(trapezoid(x, y, mast + 0.06, top, 0.32, torch.zeros_like(mast), 0.62 + 0 * mast), mast + 0.05 - x)
     left = torch.maximum(trapezoid(x, y, mast - 0.06, top + 0.22, 0.32, torch.zeros_like(mast), 0.46 + 0 * mast), x - mast + 0.05)
     yield union(right, left) + absent, "second"
@@ -114,10 +115,10 @@ def draw_boat(x: Tensor, y: Tensor, p: Tensor, opened: Tensor) -> Iterator[Part]
 
 def draw_car(x: Tensor, y: Tensor, p: Tensor, opened: Tensor) -> Iterator[Part]:
     cabin, wheel, height, place = _spread(p)
-    cabin, wheel, height, place = 0.38 + 0.20 * cabin, 0.17 + 0.09 * wheel, 0.24 + 0.11 * height, -0.18 + 0.30 * place
+    cabin, wheel, height, place = 0.38 + 0.20 * cabin, 0.20 + 0.07 * wheel, 0.24 + 0.11 * height, -0.18 + 0.30 * place
     absent = opened.view(-1, 1, 1) * 9.0  # somebody stands in the car: the roof is down
     roof = 0.28 - height
-    yield trapezoid(x, y, place, roof - 0.46, roof + 0.08, cabin * 0.70, cabin * 1.12) + absent, "main"
+    yield trapezoid(x, y, place, roof - 0.46, roof + 0.08, cabin * 0.70, cabin * 1.12) + absent, "solid"
     yield trapezoid(x, y, place, roof - 0.36, roof - 0.02, cabin * 0.52, cabin * 0.84) + absent, "light"
     yield box(x, y, 0, 0.28, 0.94, height, 0.16), "main"
     yield box(x, y, 0.86, 0.22, 0.09, 0.09), "light"
@@ -127,7 +128,7 @@ def draw_car(x: Tensor, y: Tensor, p: Tensor, opened: Tensor) -> Iterator[Part]:
 
 def draw_fish(x: Tensor, y: Tensor, p: Tensor, opened: Tensor) -> Iterator[Part]:
     height, tail, fin, eye = _spread(p)
-    height, tail, fin, eye = 0.34 + 0.22 * height, 0.24 + 0.24 * tail, 0.18 + 0.24 * fin, 0.06 + 0.06 * eye
+    height, tail, fin, eye = 0.42 + 0.16 * height, 0.28 + 0.20 * tail, 0.22 + 0.18 * fin, 0.08 + 0.05 * eye
     along = ((-x - 0.40) / 0.50).clamp(0, 1)
     yield torch.maximum(torch.maximum(x + 0.40, -0.92 - x), (y.abs() - 0.06 - tail * along) * 0.8), "second"
     yield ellipse(x, y, 0.0, -height * 0.8, fin * 1.2, fin), "second"
@@ -149,16 +150,15 @@ def draw_house(x: Tensor, y: Tensor, p: Tensor, opened: Tensor) -> Iterator[Part
 
 def draw_robot(x: Tensor, y: Tensor, p: Tensor, opened: Tensor) -> Iterator[Part]:
     head, antenna, girth, arm = _spread(p)
-    head, antenna, girth, arm = 0.26 + 0.14 * head, 0.10 + 0.16 * antenna, 0.34 + 0.16 * girth, 0.22 + 0.30 * arm
+    head, antenna, girth, arm = 0.34 + 0.12 * head, 0.06 + 0.10 * antenna, 0.38 + 0.14 * girth, 0.22 + 0.28 * arm
     mirrored = x.abs()
-    yield capsule(x, y, 0, -0.60, 0, -0.68 - antenna, 0.035), "dark"
-    yield circle(x, y, 0, -0.70 - antenna, 0.085), "second"
-    yield union(box(mirrored, y, 0.22, 0.78, 0.12, 0.20), capsule(mirrored, y, girth + 0.08, -0.02, girth + 0.16, arm, 0.09)), "second"
-    yield box(x, y, 0, 0.26, girth, 0.42, 0.08), "main"
-    yield box(x, y, 0, -0.42, head * 1.15, 0.27, 0.08), "main"
-    yield circle(mirrored, y, head * 0.50, -0.44, 0.10), "light"
-    yield union(circle(mirrored, y, head * 0.50, -0.44, 0.05), box(x, y, 0, -0.25, head * 0.55, 0.035, 0.01)), "dark"
-    yield box(x, y, 0, 0.20, girth * 0.50, 0.13, 0.04), "light"
+    yield capsule(x, y, 0, -0.66, 0, -0.74 - antenna, 0.045), "dark"
+    yield circle(x, y, 0, -0.76 - antenna, 0.10), "second"
+    yield union(box(mirrored, y, 0.24, 0.82, 0.14, 0.18), capsule(mirrored, y, girth + 0.08, 0.02, girth + 0.18, arm, 0.11)), "second"
+    yield box(x, y, 0, 0.30, girth, 0.42, 0.08), "main"
+    yield box(x, y, 0, -0.42, head * 1.20, 0.30, 0.08), "solid"
+    yield circle(mirrored, y, head * 0.52, -0.46, 0.135), "light"
+    yield union(circle(mirrored, y, head * 0.52, -0.46, 0.07), box(x, y, 0, -0.22, head * 0.60, 0.045, 0.01)), "dark"
 
 
 DRAW: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Iterator[Part]]] = {

@@ -23,6 +23,7 @@ SCENES = {
     "city": "in the city",
 }
 RELATIONS = ("alone", "in", "on", "next to")  # "alone" is never said
-STYLES = ("photo", "sketch")
+SIZES = ("usual", "small", "big")  # "usual" is never said; said of lone things only
+STYLES = ("photo", "sketch", "pixel art")
 FRAMES = ("a {}", "a {}", "a {}", "a photo of a {}", "a picture of a {}", "there is a {}", "one {}")
-SKETCH_FRAMES = ("a sketch of a {}",)
+STYLE_FRAMES = {"sketch": "a sketch of a {}", "pixel art": "pixel art of a {}"}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .shapes import rim
-from .words import COLOURS, CONTAINERS, FRAMES, HUE_SPREAD, OBJECTS, PATTERNS, RELATIONS, SCENES, SKETCH_FRAMES
+from .words import COLOURS, CONTAINERS, FRAMES, HUE_SPREAD, OBJECTS, PATTERNS, RELATIONS, SCENES, SIZES, STYLE_FRAMES, STYLES
 
 ATTRIBUTES = (
     "hue", "saturation", "brightness",  # main colour
@@ -46,7 +46,7 @@ class Pictures:
 
     `first`, `second`: Instances of length B; `scene`, `relation`, `style` [B] int64; `details` [B, 32] in [0, 1] moves
     what the scene is made of; `poses` [B, 2, 4] are centre x, centre y, half size (in half pictures) and angle (radians);
-    `mirrored` [B, 2] bool.
+    `size` [B] int64 is the size word of a lone thing.
     """
 
     first: Instances
@@ -56,10 +56,14 @@ class Pictures:
     style: Tensor
     details: Tensor
     poses: Tensor
-    mirrored: Tensor
+    size: Tensor
 
     def __len__(self) -> int:
         return len(self.scene)
+
+    def take(self, rows: Tensor) -> Pictures:
+        fields = {name: getattr(self, name)[rows] for name in ("scene", "relation", "style", "details", "poses", "size")}
+        return Pictures(self.first.take(rows), self.second.take(rows), **fields)
 
 
 def _uniform(shape, low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -81,17 +85,16 @@ def sample_instances(count: int, generator: torch.Generator, object_class: str |
     hue = (table[:, 0] + _uniform(count, -HUE_SPREAD, HUE_SPREAD, generator)) / 360
     saturation = table[:, 1] + (table[:, 2] - table[:, 1]) * torch.rand(count, generator=generator)
     brightness = table[:, 3] + (table[:, 4] - table[:, 3]) * torch.rand(count, generator=generator)
-    # the other two colours stay clear of the main hue, or are close to white or to black
+    # the second colour stays clear of the main hue; the pattern's is white or nearly so, to be seen on every colour
     second_hue = hue + _uniform(count, 0.2, 0.8, generator)
     pattern_hue = hue + _uniform(count, 0.25, 0.75, generator)
-    whitish = torch.rand(count, generator=generator) < 0.4
+    pale = torch.rand(count, generator=generator) < 0.5
     attributes = torch.stack(
         [
             hue % 1, saturation, brightness,
             second_hue % 1, _uniform(count, 0.25, 0.95, generator), _uniform(count, 0.35, 1.0, generator),
-            pattern_hue % 1, torch.where(whitish, 0.06, _uniform(count, 0.5, 0.95, generator)),
-            torch.where(whitish, 0.97, _uniform(count, 0.25, 1.0, generator)),
-            _uniform(count, 0.30, 0.60, generator), _uniform(count, 0, torch.pi, generator),
+            pattern_hue % 1, torch.where(pale, 0.06, _uniform(count, 0.10, 0.40, generator)), _uniform(count, 0.93, 1.0, generator),
+            _uniform(count, 0.42, 0.54, generator), _uniform(count, 0.48, 0.72, generator),
             *_uniform((4, count), 0, 1, generator),
         ],
         dim=1,
@@ -99,27 +102,28 @@ def sample_instances(count: int, generator: torch.Generator, object_class: str |
     return Instances(classes, colour, pattern, attributes)
 
 
-def sample_poses(relation: Tensor, second: Instances, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Place the things by their relation: poses [B, 2, 4] and mirrored [B, 2]. What stands in a container is hidden below its rim."""
+def sample_poses(relation: Tensor, second: Instances, size: Tensor, generator: torch.Generator) -> Tensor:
+    """Place the things by their relation: poses [B, 2, 4]. What stands in a container is hidden below its rim."""
     count = len(relation)
 
-    def around(x: float, y: float, size: float, dx: float, dy: float, spread: float, turn: float) -> Tensor:
-        columns = [(x, dx), (y, dy), (size, spread), (0.0, turn)]
+    def around(x: float, y: float, half: float, dx: float, dy: float, spread: float, turn: float) -> Tensor:
+        columns = [(x, dx), (y, dy), (half, spread), (0.0, turn)]
         return torch.stack([_uniform(count, middle - by, middle + by, generator) for middle, by in columns], dim=1)
 
-    alone = torch.stack([around(0, 0.12, 0.70, 0.18, 0.08, 0.09, 0.16), around(0, 0.12, 0.7, 0, 0, 0, 0)], dim=1)
-    inside = torch.stack([around(0, 0, 0.42, 0.05, 0.02, 0.03, 0.10), around(0, 0.38, 0.56, 0.12, 0.05, 0.04, 0.03)], dim=1)
+    alone = torch.stack([around(0, 0.08, 0.80, 0.08, 0.05, 0.05, 0.07), around(0, 0.12, 0.7, 0, 0, 0, 0)], dim=1)
+    alone[:, 0, 2] *= torch.tensor([1.0, 0.60, 1.22])[size]
+    alone[:, 0, 1] += torch.tensor([0.0, 0.24, 0.0])[size]  # small things stand on the ground, too
+    inside = torch.stack([around(0, 0, 0.50, 0.05, 0.02, 0.03, 0.07), around(0, 0.34, 0.62, 0.08, 0.04, 0.03, 0.03)], dim=1)
     inside[:, 0, 0] += inside[:, 1, 0]
     rims = torch.zeros(count)
     for word in CONTAINERS:
         rims = torch.where(second.object_class == OBJECTS.index(word), rim(word, second.attributes[:, 11:15]), rims)
-    inside[:, 0, 1] += inside[:, 1, 1] + inside[:, 1, 2] * rims - inside[:, 0, 2] * 0.25
-    on_top = torch.stack([around(0, 0, 0.37, 0.06, 0.01, 0.03, 0.06), around(0, 0.50, 0.46, 0.16, 0.04, 0.03, 0.03)], dim=1)
+    inside[:, 0, 1] += inside[:, 1, 1] + inside[:, 1, 2] * rims - inside[:, 0, 2] * 0.35
+    on_top = torch.stack([around(0, 0, 0.46, 0.06, 0.01, 0.03, 0.06), around(0, 0.43, 0.54, 0.10, 0.03, 0.03, 0.03)], dim=1)
     on_top[:, 0, 0] += on_top[:, 1, 0]
     on_top[:, 0, 1] += on_top[:, 1, 1] - on_top[:, 1, 2] * 0.62 - on_top[:, 0, 2] * 0.92
-    beside = torch.stack([around(-0.47, 0.26, 0.44, 0.04, 0.08, 0.04, 0.10), around(0.47, 0.26, 0.44, 0.04, 0.08, 0.04, 0.10)], dim=1)
-    poses = torch.stack([alone, inside, on_top, beside])[relation, torch.arange(count)]
-    return poses, torch.rand((count, 2), generator=generator) < 0.5
+    beside = torch.stack([around(-0.49, 0.20, 0.50, 0.03, 0.06, 0.03, 0.07), around(0.49, 0.20, 0.50, 0.03, 0.06, 0.03, 0.07)], dim=1)
+    return torch.stack([alone, inside, on_top, beside])[relation, torch.arange(count)]
 
 
 def sample_pictures(
@@ -127,15 +131,19 @@ def sample_pictures(
     generator: torch.Generator,
     *,
     pairs: float = 0.4,
-    sketches: float = 0.08,
+    styled: float = 0.16,
+    sized: float = 0.2,
     first: Instances | None = None,
     second: Instances | None = None,
     scene: Tensor | None = None,
     relation: Tensor | None = None,
+    style: Tensor | None = None,
+    size: Tensor | None = None,
 ) -> Pictures:
     """Draw `count` pictures; whatever is given by keyword is kept instead of drawn.
 
-    `pairs` and `sketches` are the shares of pictures with two things and in the sketch style. A thing that has to stand
+    `pairs`, `styled` and `sized` are the shares of pictures with two things, in another style than "photo", and of lone
+    things of another size than the usual. A thing that has to stand
     *in* something that cannot hold it stands next to it.
     """
     drawn_first = sample_instances(count, generator)
@@ -143,14 +151,17 @@ def sample_pictures(
     paired = torch.rand(count, generator=generator) < pairs
     drawn_relation = torch.where(paired, 1 + _choice(len(RELATIONS) - 1, count, generator), 0)
     drawn_scene = _choice(len(SCENES), count, generator)
-    style = (torch.rand(count, generator=generator) < sketches).long()
+    drawn_style = torch.where(torch.rand(count, generator=generator) < styled, 1 + _choice(len(STYLES) - 1, count, generator), 0)
+    drawn_size = torch.where(torch.rand(count, generator=generator) < sized, 1 + _choice(len(SIZES) - 1, count, generator), 0)
     details = torch.rand((count, SCENE_DETAILS), generator=generator)
     first, second = first or drawn_first, second or drawn_second
     relation = drawn_relation if relation is None else relation
     holds = torch.isin(second.object_class, torch.tensor([OBJECTS.index(word) for word in CONTAINERS]))
     relation = torch.where((relation == 1) & ~holds, 3, relation)
-    poses, mirrored = sample_poses(relation, second, generator)
-    return Pictures(first, second, drawn_scene if scene is None else scene, relation, style, details, poses, mirrored)
+    size = torch.where(relation == 0, drawn_size if size is None else size, 0)
+    poses = sample_poses(relation, second, size, generator)
+    scene, style = drawn_scene if scene is None else scene, drawn_style if style is None else style
+    return Pictures(first, second, scene, relation, style, details, poses, size)
 
 
 def repeat_instance(instances: Instances, row: int, count: int) -> Instances:
@@ -158,17 +169,9 @@ def repeat_instance(instances: Instances, row: int, count: int) -> Instances:
     return instances.take(torch.full((count,), row))
 
 
-def without_style(pictures: Pictures) -> Pictures:
+def plainly(pictures: Pictures) -> Pictures:
+    """The same pictures in the photo style."""
     return replace(pictures, style=torch.zeros_like(pictures.style))
-
-
-def _noun(instances: Instances, row: int, named: Tensor) -> str:
-    words = [OBJECTS[instances.object_class[row]]]
-    if named[1] and instances.pattern[row] > 0:
-        words.insert(0, PATTERNS[instances.pattern[row]])
-    if named[0]:
-        words.insert(0, list(COLOURS)[instances.colour[row]])
-    return " ".join(words)
 
 
 def with_article(frame: str, noun: str) -> str:
@@ -178,20 +181,39 @@ def with_article(frame: str, noun: str) -> str:
     return frame.format(noun)
 
 
-def caption(pictures: Pictures, generator: torch.Generator, *, named: float = 0.7) -> list[str]:
-    """One caption a picture. Colour and pattern words are said with probability `named`, the scene nearly always."""
-    captions = []
-    phrases = list(SCENES.values())
-    for row in range(len(pictures)):
-        said = torch.rand((2, 2), generator=generator) < named
-        draws = torch.rand(3, generator=generator)
-        text = _noun(pictures.first, row, said[0])
-        if relation := int(pictures.relation[row]):
-            text += with_article(f" {RELATIONS[relation]} a {{}}", _noun(pictures.second, row, said[1]))
-        frames = SKETCH_FRAMES if pictures.style[row] else FRAMES
-        text = with_article(frames[int(draws[0] * len(frames))], text)
-        phrase = phrases[pictures.scene[row]]
-        if draws[1] < 0.92:
-            text = f"{phrase} {text}" if draws[2] < 0.12 else f"{text} {phrase}"
+@dataclass
+class Phrase:
+    """A thing as a caption words it: indices into `words`, 0 for a size or a pattern and None for a colour that is not said."""
+
+    object_class: int
+    colour: int | None = None
+    pattern: int = 0
+    size: int = 0
+
+    def words(self) -> list[str]:
+        """Size, colour, pattern, noun."""
+        said = [SIZES[self.size]] if self.size else []
+        said += [] if self.colour is None else [list(COLOURS)[self.colour]]
+        return said + ([PATTERNS[self.pattern]] if self.pattern else []) + [OBJECTS[self.object_class]]
+
+
+def caption(pictures: Pictures, generator: torch.Generator, *, named: float = 0.75) -> list[str]:
+    """One caption a picture. Colour words are said with probability `named`, patterns and sizes always, the scene nearly always."""
+    captions, scenes = [], list(SCENES.values())
+    draws = torch.rand((len(pictures), 5), generator=generator).tolist()
+    things = [list(zip(*(field.tolist() for field in (t.object_class, t.colour, t.pattern)))) for t in (pictures.first, pictures.second)]
+    rest = zip(*(field.tolist() for field in (pictures.relation, pictures.style, pictures.scene, pictures.size)))
+    for first, second, (relation, style, scene, size), draw in zip(*things, rest, draws):
+        phrases = [
+            " ".join(Phrase(kind, colour if share < named else None, pattern, scale).words())
+            for (kind, colour, pattern), share, scale in ((first, draw[0], size), (second, draw[1], 0))
+        ]
+        text = phrases[0]
+        if relation:
+            text += with_article(f" {RELATIONS[relation]} a {{}}", phrases[1])
+        frame = STYLE_FRAMES[STYLES[style]] if style else FRAMES[int(draw[2] * len(FRAMES))]
+        text = with_article(frame, text)
+        if draw[3] < 0.92:
+            text = f"{scenes[scene]} {text}" if draw[4] < 0.12 else f"{text} {scenes[scene]}"
         captions.append(text)
     return captions
