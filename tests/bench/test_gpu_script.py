@@ -15,7 +15,7 @@ from bench.run import parse
 ROOT = Path(__file__).parents[2]
 SCRIPT = (ROOT / "bench/gpu.sh").read_text()
 STAGES = re.search(r'known="([\w ]+)"', SCRIPT)[1].split()
-TOOLS = ("bash", "dirname", "realpath", "head", "tail", "mkdir", "nproc", "timeout", "tee", "env", "cat", "ls", "true")
+TOOLS = ("bash", "grep", "dirname", "realpath", "head", "tail", "mkdir", "nproc", "timeout", "tee", "env", "cat", "ls", "true")
 PROGRAMS = [path.stem for path in (ROOT / "csrc/example").glob("*.cpp")]
 
 

@@ -91,12 +91,14 @@ def torch_session(
 
 @contextlib.contextmanager
 def onnx_session(model: str, sources: Sequence[Source], unused: dict[str, Any]) -> Iterator[Session]:
-    """Neither torch nor diffusers is imported. unused: the options of the command that only torch can follow; ValueError if one is given."""
+    """Neither torch nor diffusers is imported. unused: options that only torch can follow, and their values; ValueError if any is given."""
     from perfusion.runtime import Concept, Request, Runtime
 
     for option, value in unused.items():
         if value is not None:
-            raise ValueError(f"{option} is for --runtime torch: an export has its parts, sizes and number format, and onnxruntime its devices.")
+            raise ValueError(
+                f"{option} is for --runtime torch: an export has its parts, sizes and number format, and onnxruntime its devices."
+            )
     concepts = [(name, path, Concept.load(path)) for name, path in sources]
     runtime = Runtime(model)
 
