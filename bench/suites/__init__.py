@@ -10,11 +10,7 @@ from typing import Any
 
 from bench.measure import Options, measure
 
-<<<<<<< HEAD
 NAMES = ("decide", "gates", "projection", "attention", "fused", "layer", "step", "training", "export", "overhead", "storage", "startup")
-=======
-NAMES = ("decide", "gates", "projection", "attention", "fused", "layer", "training", "overhead", "storage", "startup")
->>>>>>> release
 
 
 def measured(suite: str, options: Options) -> Iterator[dict[str, Any]]:

@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
 REQUIRED = (
     *("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy"),
-<<<<<<< HEAD
     *("jinja2", "pillow", "platformdirs", "pyyaml", "tqdm", "typer"),
-=======
-    *("jinja2", "markdown", "pillow", "platformdirs", "pyyaml", "tqdm", "typer"),
->>>>>>> release
 )
 OPTIONAL = {
     "triton": "without it there are no Triton kernels",
