@@ -46,10 +46,8 @@ def test_without_a_barrier_a_race_is_reported(barrier):
 
 def test_a_race_of_two_blocks_is_reported():
     """Blocks that share a head and all do the whole of it: they write the same values, so no result is wrong."""
-    all_of_it = (
-        Change("query_stream.cuh", "tile(split * plan.warps + warp())", "tile((void(split), warp()))"),
-        Change("query_stream.cuh", "step(plan.splits * plan.warps)", "step(plan.warps)"),
-    )
+    part = "first, int64_t{tiles} * (part + 1) / plan.splits - first};"
+    all_of_it = (Change("edited_attention.cuh", part, "(void(part), void(first), 0), tiles};"),)
     ran = sweep("dense", "edited_attention", flags=THREAD, changes=all_of_it, multiprocessors="64")
     assert ran.stdout == "" and "ThreadSanitizer: data race" in ran.stderr
 
