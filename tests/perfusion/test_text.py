@@ -399,7 +399,7 @@ def test_forget():
 
 
 def test_memory_is_bounded_and_the_oldest_goes_first(monkeypatch):
-    monkeypatch.setattr(rows_module, "REMEMBERED", 6)
+    monkeypatch.setattr(rows_module, "REMEMBERED", 2)
     known = EncodingRegistry()
     for seed in range(5):
         known.remember([(row(seed), [edit()])])
