@@ -46,7 +46,7 @@ def test_both_packages_go_in_with_every_module_and_nothing_else_does(files):
 
 
 def test_data_goes_in(files):
-    data = tree("python/perfusion/templates", "*") | tree("python/perfusion/toybox/weights", "*")
+    data = set().union(*(tree(f"python/perfusion/{folder}", "*") for folder in ("configurations", "templates", "toybox/weights")))
     assert {file for file in files if not file.endswith(".py")} == data
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 REQUIRED = (
     *("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy"),
-    *("jinja2", "pillow", "platformdirs", "pyyaml", "tqdm", "typer"),
+    *("huggingface-hub", "jinja2", "pillow", "platformdirs", "pyyaml", "tqdm", "typer"),
 )
 OPTIONAL = {
     "triton": "without it there are no Triton kernels",
