@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from perfusion import UnsupportedPipeline
+from perfusion.base import UnsupportedPipeline
 from perfusion.handle import attach
-from tests.perfusion.pipeline_matrix import CASES, REFUSED, Case, row_of, rows, run
+from tests.perfusion.pipeline_matrix import CASES, REFUSED, Case, drawn_plainly, row_of, rows, run
 
 
 def largest(a, b, case: Case) -> float:
@@ -26,6 +26,8 @@ def test_equal_edited_and_restored(name):
     assert torch.equal(seen.exact[half:], seen.untouched[half:])
     assert largest(seen.mixed, seen.exact, case) < 1
     assert largest(seen.mixed[:half], seen.untouched[:half], case) > 1.2, "the concept changes nothing"
+    if case.neutral:
+        assert largest(seen.mixed, drawn_plainly(case.build), case) < 1
     assert rows().get(name) == row_of(case, seen.path), "docs/pipelines.md is stale: python -m tests.perfusion.pipeline_matrix"
 
 
