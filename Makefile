@@ -11,15 +11,16 @@ say = @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test peers lint clean
+.PHONY: help demo test test-gpu proof numeric coverage peers named-diffusers lint clean
 
 help: ## this list
 	@echo 'make COMMAND [ARGS="..."]'
-	@sed -n 's/^\([a-z]*\):[^#]*## /  \1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1\t/p' Makefile | expand -t 20
 	@echo 'Variables:'
 	@echo '  PYTHON=$(PYTHON)  3.10 or newer; $(VENV) is made with it'
 	@echo '  JOBS=$(JOBS)          tests at a time, about 1 GB of memory each'
 	@echo '  PERFUSION_CUDA  0 leaves the CUDA kernels out, which nvcc compiles for some minutes; 1 insists on them'
+	@echo '  CPUS=...        kinds of processors for the numeric tests: Prescott, Haswell, SkylakeX, Zen'
 	@echo '  PIP_ARGS=...    for pip. Without an NVIDIA GPU, --extra-index-url with the address of the CPU'
 	@echo '                  builds of PyTorch (pytorch.org, "Get started") saves gigabytes'
 
@@ -30,13 +31,33 @@ demo: $(VENV)/.installed-train ## learn two concepts from a few pictures and dra
 	$(say) 'perfusion demo $(demo_args)'
 	@$(BIN)/perfusion demo $(demo_args)
 
-test: $(VENV)/.installed-test ## run every test, with coverage
-	$(say) 'Running the tests, $(JOBS) at a time'
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report term --cov-report html:build/coverage \
-		--junitxml build/tests.xml $(ARGS)
-	$(say) 'Wrote build/tests.xml and build/coverage/index.html'
+pytest := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+as_cpus = $(foreach cpu,$(CPUS),.ci/as_cpu $(cpu) env $(pytest) --dist worksteal -m 'numeric and not proof' $(ARGS) &&) true
 
-.PHONY: named-diffusers
+test: CPUS ?= Haswell Prescott
+test: $(VENV)/.installed-test ## run the tests, in minutes: public behaviour, the reference, the floor of every backend, one compile each
+	$(say) 'Running the tests, $(JOBS) at a time'
+	@$(pytest) --dist loadfile -m 'not proof' --junitxml build/tests.xml $(ARGS)
+	$(say) 'The numeric ones as on other processors'
+	@$(as_cpus)
+
+proof: $(VENV)/.installed-test ## the rest: sanitizers, faults that must be seen, traffic, every instance on every architecture
+	$(say) 'Running the proofs, $(JOBS) at a time'
+	@$(pytest) --dist loadfile -m proof --junitxml build/proof.xml $(ARGS)
+
+numeric: CPUS ?= Prescott Haswell SkylakeX Zen
+numeric: $(VENV)/.installed-test ## the numeric tests as on each kind of processor that this one can stand in for
+	@$(as_cpus)
+
+test-gpu: $(VENV)/.installed-test ## the tests of the kernels on an NVIDIA GPU, with the compiled library
+	$(say) 'Running the tests of the kernels on the GPU'
+	@PERFUSION_CUDA=1 $(BIN)/python $(install) --editable '.[test]'
+	@$(BIN)/python -m pytest -q -m 'not proof' -k 'cuda or gpu' tests/kernels --junitxml build/gpu.xml $(ARGS)
+
+coverage: $(VENV)/.installed-test ## which lines the tests of `make test` run
+	@$(pytest) --dist loadfile -m 'not proof' --cov --cov-report term --cov-report html:build/coverage $(ARGS)
+	$(say) 'Wrote build/coverage/index.html'
+
 named-diffusers:
 	@test -d '$(DIFFUSERS)/tests' || { echo 'error: give a checkout of diffusers: make peers DIFFUSERS=folder' >&2; exit 1; }
 
@@ -60,7 +81,9 @@ install := -m pip install --disable-pip-version-check --constraint constraints.t
 $(VENV)/.installed-%: pyproject.toml constraints.txt setup.py | $(BIN)/python
 	$(say) 'Installing perfusion-kernels[$*] into $(VENV)'
 	@$(BIN)/python $(install) torch
-	@if [ -z "$$PERFUSION_CUDA" ] && [ '$*' != test ] && [ ! -e perfusion_kernels/cuda/libperfusion_kernels_torch.so ] && \
+	@if [ -z "$$PERFUSION_CUDA" ] && [ '$*' = test ] && [ ! -e perfusion_kernels/cuda/libperfusion_kernels_torch.so ]; then \
+		export PERFUSION_CUDA=0; \
+	elif [ -z "$$PERFUSION_CUDA" ] && [ ! -e perfusion_kernels/cuda/libperfusion_kernels_torch.so ] && \
 		! $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
 		echo 'This PyTorch is built without CUDA, so the CUDA kernels are left out. PERFUSION_CUDA=1 compiles them all the same.'; \
 		export PERFUSION_CUDA=0; \

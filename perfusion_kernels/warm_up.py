@@ -65,9 +65,9 @@ def _require_triton(device: torch.device) -> None:
     status = next(status for status in available_backends() if status.name == "triton")
     if not status.available:
         raise BackendUnavailable(f"warm_up: Triton is unavailable, {status.reason}")
-    from .triton.device import refuses
+    from .triton.device import unsupported
 
-    reason = refuses(torch.empty(0, device=device))
+    reason = unsupported(torch.empty(0, device=device))
     if reason is not None:
         raise BackendUnavailable(f"warm_up: {reason}")
 

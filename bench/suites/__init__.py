@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.measure import Options, measure
 
-NAMES = ("gates", "projection", "attention", "fused", "layer", "training", "overhead")
+NAMES = ("gates", "projection", "attention", "fused", "layer", "training", "step", "overhead")
 
 
 def measured(suite: str, options: Options) -> Iterator[dict[str, Any]]:

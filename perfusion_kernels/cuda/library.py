@@ -150,7 +150,14 @@ def unavailable() -> str | None:
 
 
 @functools.cache
-def limits(device: int) -> tuple[int, int]:
-    """Multiprocessors, and the bytes of shared memory that a block may have."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+def shared_memory(device: int) -> int:
+    """The bytes of shared memory that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
+def ask(question: str, *numbers: int) -> int:
+    """What fits: a function of the C API without its prefix, as "edited_attention_longest"."""
+    function = getattr(loaded(), f"perfusion_{question}")
+    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * len(numbers)
+    return function(*numbers)

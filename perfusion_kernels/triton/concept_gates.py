@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..device_errors import words
 from ..reference import concept_gates as law
-from .device import refuses as refuses
 from .device import slots_at
+from .device import unsupported as unsupported
 from .tuning import launch
 
 IN_REGISTERS = 8  # places

@@ -19,7 +19,7 @@ from .rank_one import sum_by_slot
 from .tuning import launch
 
 
-def refuses_backward(
+def unsupported_backward(
     gates_gradient: Tensor,
     components_gradient: Tensor,
     encodings: Tensor,
@@ -35,7 +35,7 @@ def refuses_backward(
         return "gates by word are plain torch's to differentiate"
     if index.shape[1] > IN_REGISTERS:
         return f"it holds the system of up to {IN_REGISTERS} concepts in registers; got J = {index.shape[1]}"
-    return device.refuses(gates_gradient, components_gradient, encodings, targets, metric_targets, index, bias, temperature, *rest)
+    return device.unsupported(gates_gradient, components_gradient, encodings, targets, metric_targets, index, bias, temperature, *rest)
 
 
 def concept_gates_backward(

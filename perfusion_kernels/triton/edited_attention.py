@@ -19,10 +19,10 @@ from .attention_tiles import (
     load_tile,
     padded,
     precision,
-    refuses_sizes,
     scores,
     sizes,
     store_tile,
+    unsupported_sizes,
     within_regions,
 )
 from .edited_tiles import SMALL, edit_arguments, load_edited
@@ -32,12 +32,12 @@ PROGRAMS = 512
 """What a launch aims at: two to four per multiprocessor of a large GPU."""
 
 
-def refuses(query: Tensor, key: Tensor, *value_edit_and_scale) -> str | None:
+def unsupported(query: Tensor, key: Tensor, *value_edit_and_scale) -> str | None:
     T, d = key.shape[1], query.shape[3]
     return (
-        device.refuses(query, key, *value_edit_and_scale)
-        or refuses_sizes(T, d)
-        or shared_memory.refuses(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
+        device.unsupported(query, key, *value_edit_and_scale)
+        or unsupported_sizes(T, d)
+        or shared_memory.unsupported(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
     )
 
 

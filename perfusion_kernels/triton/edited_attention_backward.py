@@ -24,10 +24,10 @@ from .attention_tiles import (
     padded,
     pieces,
     precision,
-    refuses_sizes,
     scores,
     sizes,
     store_tile,
+    unsupported_sizes,
 )
 from .device import rounded
 from .edited_attention import share
@@ -36,19 +36,19 @@ from .rank_one import rank_one_backward
 from .tuning import launch
 
 
-def refuses_backward(gradient: Tensor, query: Tensor, key: Tensor, *value_edit_scale_and_needs) -> str | None:
+def unsupported_backward(gradient: Tensor, query: Tensor, key: Tensor, *value_edit_scale_and_needs) -> str | None:
     if any(each is not None for each in value_edit_scale_and_needs[-5:-2]):
         return "slots and regions are plain torch's to differentiate"
-    reason = device.refuses(gradient, query, key, *value_edit_scale_and_needs)
-    return reason or refuses_gradients(query, key.shape[1], query.shape[3])
+    reason = device.unsupported(gradient, query, key, *value_edit_scale_and_needs)
+    return reason or unsupported_gradients(query, key.shape[1], query.shape[3])
 
 
-def refuses_gradients(query: Tensor, T: int, d: int) -> str | None:
+def unsupported_gradients(query: Tensor, T: int, d: int) -> str | None:
     """Why `attention_gradients` cannot be had for queries of this dtype and device, or None."""
     return (
-        refuses_sizes(T, d)
-        or shared_memory.refuses(tiles_by_query(T, d, query.dtype), held_by_query(T, d, query.dtype), query.device)
-        or shared_memory.refuses(tiles_by_key(T, d, query.dtype), held_by_key(T, d, query.dtype), query.device)
+        unsupported_sizes(T, d)
+        or shared_memory.unsupported(tiles_by_query(T, d, query.dtype), held_by_query(T, d, query.dtype), query.device)
+        or shared_memory.unsupported(tiles_by_key(T, d, query.dtype), held_by_key(T, d, query.dtype), query.device)
     )
 
 

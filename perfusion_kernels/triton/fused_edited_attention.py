@@ -13,20 +13,20 @@ from torch.nn import functional
 
 from ..device_errors import words
 from . import device, shared_memory
-from .attention_tiles import add_product, alignment, at_head, load_tile, padded, precision, refuses_sizes, sizes
+from .attention_tiles import add_product, alignment, at_head, load_tile, padded, precision, sizes, unsupported_sizes
 from .device import rounded
 from .edited_attention import attend_tiles, share
-from .edited_attention_backward import attention_gradients, edit_gradients, refuses_gradients
+from .edited_attention_backward import attention_gradients, edit_gradients, unsupported_gradients
 from .edited_tiles import SMALL, edit_arguments, edit_tiles
 from .tuning import launch
 
 
-def refuses(query: Tensor, encodings: Tensor, *weights_edit_and_scale) -> str | None:
+def unsupported(query: Tensor, encodings: Tensor, *weights_edit_and_scale) -> str | None:
     T, d = encodings.shape[1], query.shape[3]
     return (
-        device.refuses(query, encodings, *weights_edit_and_scale)
-        or refuses_sizes(T, d)
-        or shared_memory.refuses(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
+        device.unsupported(query, encodings, *weights_edit_and_scale)
+        or unsupported_sizes(T, d)
+        or shared_memory.unsupported(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
     )
 
 
@@ -165,10 +165,10 @@ def _project(
     return rounded(x00, dtype), rounded(x01, dtype), rounded(x10, dtype), rounded(x11, dtype)
 
 
-def refuses_backward(gradient: Tensor, *arguments_and_needs) -> str | None:
+def unsupported_backward(gradient: Tensor, *arguments_and_needs) -> str | None:
     query, encodings = arguments_and_needs[:2]
-    reason = device.refuses(gradient, *arguments_and_needs)
-    return reason or refuses_gradients(query, encodings.shape[1], query.shape[3])
+    reason = device.unsupported(gradient, *arguments_and_needs)
+    return reason or unsupported_gradients(query, encodings.shape[1], query.shape[3])
 
 
 def fused_edited_attention_backward(

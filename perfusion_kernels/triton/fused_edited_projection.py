@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..device_errors import words
 from .attention_tiles import add_product, load_tile, pieces, precision, store_tile
-from .device import refuses as refuses
+from .device import unsupported as unsupported
 from .edited_projection import edited_projection_backward as fused_edited_projection_backward
-from .edited_projection import refuses_backward
+from .edited_projection import unsupported_backward
 from .edited_tiles import SMALL, edit_arguments, edit_tile
 from .tuning import launch
 
-__all__ = ["fused_edited_projection", "fused_edited_projection_backward", "refuses", "refuses_backward"]
+__all__ = ["fused_edited_projection", "fused_edited_projection_backward", "unsupported", "unsupported_backward"]
 
 TOKENS = 128
 """Most of a program; with this many, its stages take 96 KiB of shared memory, which all GPUs have."""

@@ -31,7 +31,7 @@ def fitting(tiles: Sequence[Tiles], held: Held, device: torch.device) -> tuple[T
     return tuple(each for each in tiles if most is None or held(each) <= most)
 
 
-def refuses(tiles: Sequence[Tiles], held: Held, device: torch.device) -> str | None:
+def unsupported(tiles: Sequence[Tiles], held: Held, device: torch.device) -> str | None:
     """Why no tiles of the list fit, or None."""
     if fitting(tiles, held, device):
         return None

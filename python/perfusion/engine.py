@@ -325,7 +325,7 @@ class Engine:
         sentences = [f"{path[self.form]}: {self.reason}."]
         if (blocked := self._blocked()) is not None:
             sentences.append(f"The fast path is closed: {blocked}.")
-        elif (called := obstacle(self.unet)) is not None:
+        elif (called := obstacle(self.unet, frozen=False)) is not None:
             sentences.append(f"Projections are called layer by layer, once per prompt: {called}.")
         else:
             sentences.append("Projections of all layers are two products, once per prompt.")
@@ -374,8 +374,8 @@ class Engine:
             self._stamp, self._batched = stamp, None
             self._closed = self._blocked()
             self._forget_slots()
-            if self._closed is None and obstacle(self.unet) is None:
-                self._batched = BatchedProjection(self.unet)
+            if self._closed is None and obstacle(self.unet, frozen=False) is None:
+                self._batched = BatchedProjection(self.unet, frozen=False)
         return self._closed
 
     # the fast path

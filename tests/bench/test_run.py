@@ -50,6 +50,7 @@ MUST_RUN = {
 }
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("suite", MUST_RUN)
 def test_every_suite_runs_in_small(suite, folder):
     found = quick_rows(suite, folder)

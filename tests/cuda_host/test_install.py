@@ -8,11 +8,13 @@ EXPORTED = (
     "compiled_kernels",
     "concept_gates",
     "concept_gates_workspace",
+    "device_errors",
     "edited_attention",
     "edited_projection",
     "edited_projection_backward",
     "edited_projection_backward_workspace",
     "fused_edited_attention",
+    "fused_edited_projection",
     "last_message",
 )
 

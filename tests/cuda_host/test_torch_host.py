@@ -176,7 +176,7 @@ def test_the_library_says_what_it_was_compiled_for(operators, path, monkeypatch)
     loaded = ctypes.CDLL(str(path))
     loaded.perfusion_torch_signatures.restype = ctypes.c_char_p
     signatures = loaded.perfusion_torch_signatures().decode()
-    assert {line.split("(")[0] for line in signatures.splitlines()} == {*OPERATORS, "edited_projection_backward"}
+    assert {line.split("(")[0] for line in signatures.splitlines()} == {*OPERATORS, "edited_projection_backward", "fused_edited_projection_backward"}
     assert library.outdated(signatures) is None
     other = library.SCHEMAS["edited_attention"].replace("Tensor? gates", "Tensor gates")
     monkeypatch.setitem(library.SCHEMAS, "edited_attention", other)

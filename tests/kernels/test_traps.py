@@ -8,6 +8,8 @@ from perfusion_kernels import concept_gates, edited_attention, edited_projection
 from . import cases
 from .tolerance import assert_no_worse, exactly
 
+pytestmark = pytest.mark.numeric
+
 
 def check_and_refute(assertion, right, wrong):
     assertion(right)

@@ -12,6 +12,8 @@ from . import cases, plain
 from .mutants import assert_killed
 from .tolerance import assert_close, assert_no_worse, exactly
 
+pytestmark = pytest.mark.proof
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHOLE = (True, True, False, True, True)
 

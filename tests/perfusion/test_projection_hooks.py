@@ -189,7 +189,8 @@ def training_edit(encodings, concept, outputs, key_outputs):
     one = torch.tensor([[0]], dtype=torch.int32)
     metric, unlocked = (concept.target[None], concept.metric_target[None]), torch.tensor([True])
     tables = Tables(*metric, concept.superclass_encoding[None], outputs[None], key_outputs[None], unlocked)
-    return hook_edit(encodings, torch.tensor([1]), tables, one, torch.tensor([[0.3]]), torch.tensor([[0.4]]), torch.ones(1, 1))
+    settings = RowSettings(one, torch.tensor([[0.3]]), torch.tensor([[0.4]]), torch.ones(1, 1))
+    return hook_edit(encodings, torch.tensor([1]), tables, settings)
 
 
 def gradients(unet, install, concept, *, checkpointing=False):

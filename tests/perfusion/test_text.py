@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from perfusion import rows as rows_module
+from perfusion import encoding_registry as rows_module
 from perfusion.base import UnsupportedPipeline
 from perfusion.encoding_registry import EncodingRegistry
 from perfusion.loaded_concept import LoadedConcept
@@ -398,7 +398,7 @@ def test_forget():
 
 
 def test_memory_is_bounded_and_the_oldest_goes_first(monkeypatch):
-    monkeypatch.setattr(rows_module, "REMEMBERED", 6)
+    monkeypatch.setattr(rows_module, "REMEMBERED", 2)
     known = EncodingRegistry()
     for seed in range(5):
         known.remember([(row(seed), [edit()])])
