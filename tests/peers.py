@@ -90,7 +90,8 @@ def pytest_configure(config: Any) -> None:
 
 
 def _attaching(call: Any, mode: str) -> Any:
-    from perfusion import UnsupportedPipeline, attach
+    from perfusion.base import UnsupportedPipeline
+    from perfusion.handle import attach
 
     @functools.wraps(call)
     def attached(pipe: Any, *args: Any, **kwargs: Any) -> Any:

@@ -30,6 +30,8 @@ __all__ = ["TextHook", "added_tokens", "superclass_tokens", "warn_of_unknown_wor
 MOST_TOKENS = 16  # of a superclass
 PIECES = 3  # tokens of a word that a model may still know
 
+JOINS = "StableDiffusionInstructPix2PixPipeline"  # the one whose method is _encode_prompt and gives one tensor
+
 # suggested as superclasses where the tokenizer has them: no small vocabulary has them all
 _NOUNS = ("teddy", "dog", "cat", "teapot", "mug", "cup", "boat", "car", "house", "robot", "fish", "toy", "bag", "shoe", "person")
 
@@ -80,11 +82,10 @@ class TextHook:
     """
 
     def __init__(self, pipe: Any, words: Mapping[str, LoadedConcept], on_encode: Callable[[], None] = lambda: None):
-        # InstructPix2Pix has the second alone
-        names = [name for name in ("encode_prompt", "_encode_prompt") if callable(getattr(pipe, name, None))]
-        if not names:
+        joins = any(kind.__name__ == JOINS for kind in type(pipe).__mro__)
+        self._method = "_encode_prompt" if joins else "encode_prompt"
+        if not callable(getattr(pipe, self._method, None)):
             raise UnsupportedPipeline(f"{type(pipe).__name__} is not supported: it has no encode_prompt, where concepts are read.")
-        self._method = names[0]
         self.pipe, self.words, self.enabled, self._on_encode = pipe, words, True, on_encode
         self._known = EncodingRegistry()
         self._expected: list[list[_Expected]] = [[] for _ in text_encoders(pipe, required=False)]

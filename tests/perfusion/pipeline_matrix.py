@@ -1,6 +1,6 @@
 """Every pipeline and option that concepts are to work with, each as one case; `docs/pipelines.md` lists what came out.
 
-    python -m tests.perfusion.pipeline_matrix      writes the tables of the page anew
+    python -m tests.perfusion.pipeline_matrix      writes the tables of the page anew, in a minute or two
 
 A case is drawn three times over, by pipelines of equal random weights: by one that never saw perfusion, by one that is
 attached, and by one that is attached with exact=True, whose hooks share nothing with the fast path but the edit itself.
@@ -43,7 +43,8 @@ class Case:
 
     change(pipe, handle): what the user does to the pipeline, after attach unless `before`; handle is None without perfusion.
     prompts(pipe, texts): the call's arguments that stand for two texts. around: a context in which all is drawn.
-    tolerance: between the two paths and between rows, as a part of the largest number.
+    tolerance: between the two paths and between rows, as a part of the largest number. neutral: whether it changes no number,
+    so that it draws what the first case of the same build does.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Case:
     prompts: Callable[[Any, list[str]], dict[str, Any]] = lambda pipe, texts: {"prompt": texts}
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     tolerance: float = 1e-4
+    neutral: bool = False
 
     def draw(self, pipe: Any, texts: list[str]) -> Tensor:
         """Latents of two steps, the same noise at every call."""
@@ -110,6 +112,12 @@ def run(case: Case) -> Outcome:
         after = case.draw(pipe, PLAIN)
         reference, _ = case.start(exact=True)
         return Outcome(path, untouched, plain, mixed, case.draw(reference, PROMPTS), after, leftovers(pipe))
+
+
+@functools.cache
+def drawn_plainly(build: Callable[[], Any]) -> Tensor:
+    """What a concept gives with none of the options."""
+    return run(next(case for case in PIPELINES if case.build is build)).mixed
 
 
 def leftovers(pipe: Any) -> list[str]:
@@ -390,41 +398,43 @@ OPTIONS = [
     Case("negative prompts", options=dict(negative_prompt=["bad", "dark"])),
     Case("guidance off", options=dict(guidance_scale=1.0)),
     Case("several images per prompt", options=dict(num_images_per_prompt=2)),
-    Case("`prompt_embeds` given", prompts=encoded),
+    Case("`prompt_embeds` given", prompts=encoded, neutral=True),
     Case("long prompts in chunks", prompts=in_chunks),
     Case("callback that ends guidance", options=callback(end_guidance)),
     Case("callback that changes encodings in place", options=callback(scale_in_place) | dict(num_inference_steps=5)),
     Case("strength that follows the steps", change=follow_steps),
-    Case("`torch.inference_mode`", around=torch.inference_mode),
+    Case("`torch.inference_mode`", around=torch.inference_mode, neutral=True),
     Case("autocast to bfloat16", around=lambda: torch.autocast("cpu", torch.bfloat16), tolerance=0.08),
     Case("bfloat16", functools.partial(tiny_sd, dtype=torch.bfloat16), tolerance=0.08),
     Case("float16", functools.partial(tiny_sd, dtype=torch.float16), tolerance=0.01),
     Case("`.to(torch.bfloat16)` after attach", change=cast(torch.bfloat16), tolerance=0.08),
-    Case('`.to("cpu")` after attach', change=call("to", "cpu")),
-    Case("channels last", change=lambda pipe, handle: pipe.unet.to(memory_format=torch.channels_last) and None),
-    Case("attention slicing before attach", change=call("enable_attention_slicing", 1), before=True),
-    Case("attention slicing after attach", change=call("enable_attention_slicing", 1)),
-    Case("VAE slicing and tiling", change=lambda pipe, handle: (pipe.vae.enable_slicing(), pipe.vae.enable_tiling()) and None),
+    Case('`.to("cpu")` after attach', change=call("to", "cpu"), neutral=True),
+    Case("channels last", change=lambda pipe, handle: pipe.unet.to(memory_format=torch.channels_last) and None, neutral=True),
+    Case("attention slicing before attach", change=call("enable_attention_slicing", 1), before=True, neutral=True),
+    Case("attention slicing after attach", change=call("enable_attention_slicing", 1), neutral=True),
+    Case(
+        "VAE slicing and tiling", change=lambda pipe, handle: (pipe.vae.enable_slicing(), pipe.vae.enable_tiling()) and None, neutral=True
+    ),
     Case("FreeU", change=call("enable_freeu", s1=0.9, s2=0.2, b1=1.4, b2=1.6)),
     Case("LoRA before attach", change=lora, before=True),
     Case("LoRA after attach", change=lora),
     Case("LoRA fused", change=fused_lora),
-    Case("LoRA unloaded", change=unloaded_lora),
+    Case("LoRA unloaded", change=unloaded_lora, neutral=True),
     Case("textual inversion", change=textual_inversion, before=True, prompts=with_style),
     Case("IP-Adapter before attach", change=ip_adapter, before=True, options=dict(ip_adapter_image_embeds=[IMAGE_EMBEDS])),
     Case("IP-Adapter after attach", change=ip_adapter, options=dict(ip_adapter_image_embeds=[IMAGE_EMBEDS])),
-    Case("model offload", change=call("enable_model_cpu_offload", device="cpu")),
-    Case("sequential offload", change=sequential_offload),
-    Case("group offload, by leaf", change=group_offload("leaf_level")),
-    Case("group offload, by block", change=group_offload("block_level", num_blocks_per_group=1)),
+    Case("model offload", change=call("enable_model_cpu_offload", device="cpu"), neutral=True),
+    Case("sequential offload", change=sequential_offload, neutral=True),
+    Case("group offload, by leaf", change=group_offload("leaf_level"), neutral=True),
+    Case("group offload, by block", change=group_offload("block_level", num_blocks_per_group=1), neutral=True),
     Case("float8 layer-wise casting", change=float8),
-    Case("`save_pretrained`", change=saved),
-    Case("two pipelines on one UNet (`from_pipe`)", change=shared),
-    Case("attach, detach, attach", change=again),
-    Case("an exception in mid-generation", change=interrupted),
-    XL("SDXL, `torch.inference_mode`", around=torch.inference_mode),
+    Case("`save_pretrained`", change=saved, neutral=True),
+    Case("two pipelines on one UNet (`from_pipe`)", change=shared, neutral=True),
+    Case("attach, detach, attach", change=again, neutral=True),
+    Case("an exception in mid-generation", change=interrupted, neutral=True),
+    XL("SDXL, `torch.inference_mode`", around=torch.inference_mode, neutral=True),
     XL("SDXL, LoRA after attach", change=lora),
-    XL("SDXL, sequential offload", change=sequential_offload),
+    XL("SDXL, sequential offload", change=sequential_offload, neutral=True),
 ]
 
 # what is refused
@@ -490,17 +500,35 @@ class Refusal:
     instead: str
 
 
+EXAMPLES = "diffusers' examples/dreambooth/train_dreambooth_lora"
+FAMILIES = "Stable Diffusion 1.x, 2.x and XL"
 TO_LORA = "a LoRA of that model by peft"
 REFUSED = [
-    Refusal("StableDiffusion3Pipeline", around("StableDiffusion3Pipeline", transformer=sd3), "joint attention", "train_dreambooth_lora_sd3.py"),
-    Refusal("FluxPipeline", around("FluxPipeline", transformer=flux), "joint attention", "train_dreambooth_lora_flux.py"),
-    Refusal("PixArtAlphaPipeline", around("PixArtAlphaPipeline", transformer=pixart), "reads the text through a projection of its own", TO_LORA),
-    Refusal("PixArtSigmaPipeline", around("PixArtSigmaPipeline", transformer=pixart), "reads the text through a projection of its own", TO_LORA),
-    Refusal("KolorsPipeline", around("KolorsPipeline", unet=projecting_unet), "projects the text encodings itself", "Stable Diffusion 1.x, 2.x and XL"),
-    Refusal("IFPipeline", around("IFPipeline", unet=added_kv), "added key and value projections", "Stable Diffusion 1.x, 2.x and XL"),
-    Refusal("KandinskyV22Pipeline", around("KandinskyV22Pipeline", unet=added_kv), "added key and value projections", "Stable Diffusion 1.x, 2.x and XL"),
+    Refusal(
+        "StableDiffusion3Pipeline",
+        around("StableDiffusion3Pipeline", transformer=sd3),
+        "mixes text and image states in joint attention",
+        f"{EXAMPLES}_sd3.py",
+    ),
+    Refusal(
+        "FluxPipeline", around("FluxPipeline", transformer=flux), "mixes text and image states in joint attention", f"{EXAMPLES}_flux.py"
+    ),
+    Refusal(
+        "PixArtAlphaPipeline", around("PixArtAlphaPipeline", transformer=pixart), "reads the text through a projection of its own", TO_LORA
+    ),
+    Refusal(
+        "PixArtSigmaPipeline", around("PixArtSigmaPipeline", transformer=pixart), "reads the text through a projection of its own", TO_LORA
+    ),
+    Refusal("KolorsPipeline", around("KolorsPipeline", unet=projecting_unet), "projects the text encodings itself", FAMILIES),
+    Refusal("IFPipeline", around("IFPipeline", unet=added_kv), "added key and value projections", FAMILIES),
+    Refusal("KandinskyV22Pipeline", around("KandinskyV22Pipeline", unet=added_kv), "added key and value projections", FAMILIES),
     Refusal("fused projections", fused, "fused key and value projections", "unfuse_qkv_projections()"),
-    Refusal("StableDiffusionXLModularPipeline", diffusers.StableDiffusionXLModularPipeline, "encodes prompts in blocks", "StableDiffusionXLPipeline"),
+    Refusal(
+        "StableDiffusionXLModularPipeline",
+        diffusers.StableDiffusionXLModularPipeline,
+        "encodes prompts in blocks",
+        "StableDiffusionXLPipeline",
+    ),
 ]
 
 CASES = {case.name: case for case in (*PIPELINES, *OPTIONS)}

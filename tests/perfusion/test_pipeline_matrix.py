@@ -6,9 +6,10 @@ import re
 import pytest
 import torch
 
-from perfusion import UnsupportedPipeline
+from perfusion.base import UnsupportedPipeline, describe_base
 from perfusion.handle import attach
-from tests.perfusion.pipeline_matrix import CASES, REFUSED, Case, row_of, rows, run
+from tests.perfusion.pipeline_matrix import CASES, REFUSED, Case, animatediff, drawn_plainly, row_of, rows, run
+from tests.perfusion.tiny import tiny_sd
 
 
 def largest(a, b, case: Case) -> float:
@@ -26,6 +27,8 @@ def test_equal_edited_and_restored(name):
     assert torch.equal(seen.exact[half:], seen.untouched[half:])
     assert largest(seen.mixed, seen.exact, case) < 1
     assert largest(seen.mixed[:half], seen.untouched[:half], case) > 1.2, "the concept changes nothing"
+    if case.neutral:
+        assert largest(seen.mixed, drawn_plainly(case.build), case) < 1
     assert rows().get(name) == row_of(case, seen.path), "docs/pipelines.md is stale: python -m tests.perfusion.pipeline_matrix"
 
 
@@ -34,6 +37,10 @@ def test_refused_by_name_with_reason_and_advice(refusal):
     pipe = refusal.build()
     with pytest.raises(UnsupportedPipeline, match=rf"^{type(pipe).__name__} .*{re.escape(refusal.reason)}.*{re.escape(refusal.instead)}"):
         attach(pipe)
+
+
+def test_a_concept_of_the_image_pipeline_fits_the_video_pipeline_around_its_unet():
+    assert describe_base(tiny_sd(unet=dict(attention_head_dim=2))).mismatch(describe_base(animatediff())) is None
 
 
 def test_the_page_lists_what_is_tested():

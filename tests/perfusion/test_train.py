@@ -15,6 +15,7 @@ from perfusion.training import checkpoints
 from perfusion.training.session import TrainingSession
 from tests.perfusion.editing import draw
 from tests.perfusion.learning import assert_unchanged, covariance_of, learn, rows, same, snapshot, train_module, write_pictures
+from tests.perfusion.pipeline_matrix import animatediff, ip_adapter
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*few. a concept takes")
@@ -285,12 +286,21 @@ def test_a_name_that_the_tokenizer_knows(pictures):
         learn(pipe, pictures)
 
 
+def adapted():
+    pipe = tiny_sd()
+    ip_adapter(pipe)
+    return pipe
+
+
 def test_pipelines_that_cannot_be_trained(pictures, tmp_path):
     pipe = tiny_sd()
     with attach(pipe), pytest.raises(ValueError, match=r"attached, .* call perfusion.detach\(pipe\) first"):
         learn(pipe, pictures)
     with pytest.raises(UnsupportedPipeline, match="Img2Img.* starts from an image.*AutoPipelineForText2Image"):
         learn(StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False), pictures)
+    for build, message in ((animatediff, "draws videos"), (adapted, "an IP-Adapter is loaded.*unload_ip_adapter")):
+        with pytest.raises(UnsupportedPipeline, match=message):
+            learn(build(), pictures)
     pipe._all_hooks = [object()]
     with pytest.raises(UnsupportedPipeline, match="offloads its models.*remove_all_hooks"):
         learn(pipe, pictures)

@@ -164,6 +164,12 @@ def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
             f"{type(pipe).__name__} starts from an image; concepts are learned on a text-to-image pipeline, and work in both. "
             "Make one of the same parts with AutoPipelineForText2Image.from_pipe(pipe)."
         )
+    if pipe.unet.config.encoder_hid_dim_type is not None:
+        raise UnsupportedPipeline("an IP-Adapter is loaded, and training has no picture for it; call pipe.unload_ip_adapter() first.")
+    if hasattr(pipe, "motion_adapter"):
+        raise UnsupportedPipeline(
+            f"{type(pipe).__name__} draws videos; learn the concept on the text-to-image pipeline whose UNet it was made of, and use it in both."
+        )
     if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in pipe.unet.modules()):
         raise UnsupportedPipeline(
             "the UNet is already compiled, and hooks added after torch.compile do nothing: train first, compile then."
