@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from perfusion.toybox import train
 from perfusion.toybox.model import LATENT_CHANNELS, build_tokenizer, vocabulary
@@ -83,7 +84,8 @@ def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
 
     def weights(name):
         folder = tmp_path / name / "weights"
-        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+        files = {path.relative_to(folder): load_file(path) for path in folder.rglob("*.safetensors")}
+        return {path: {name: tensor.numpy().tobytes() for name, tensor in tensors.items()} for path, tensors in files.items()}
 
     whole = [(stage, step) for stage in ("autoencoder", "text", "judge") for step in (1, 2)]
     whole += [("denoiser", step) for step in (1, 2, 3, 4)] + [("denoiser-annealed-2", step) for step in (1, 2)]

@@ -218,11 +218,11 @@ def weights_digest(folder: Path = TOYBOX) -> str:
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    """As PNG of 128 colours, with the weights that drew it as text."""
+    """As PNG of 256 colours, with the weights that drew it as text."""
     text = PngInfo()
     text.add_text("toybox", weights_digest())
     with whole(path) as draft:
-        image.quantize(128, dither=Image.Dither.NONE).save(draft, "PNG", optimize=True, pnginfo=text)
+        image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG).save(draft, "PNG", optimize=True, pnginfo=text)
 
 
 @contextlib.contextmanager
