@@ -185,9 +185,10 @@ class Engine:
         self._changed, self._timestep, self.step = 0, None, -1
 
     def use_graphs(self) -> None:
-        """Replay the UNet as CUDA graphs; without CUDA it says so, and runs as it is."""
-        if next(self.unet.parameters()).device.type != "cuda":
-            warnings.warn("graphs=True needs the UNet on a CUDA device; it runs without graphs.", stacklevel=4)
+        """Without CUDA it says so, and the UNet runs as it is. With CUDA, UnsupportedPipeline: no graph is recorded in this version."""
+        if next(self.unet.parameters()).device.type == "cuda":
+            raise UnsupportedPipeline("graphs=True: replaying the UNet as a CUDA graph is not there yet. Attach without it.")
+        warnings.warn("graphs=True needs the UNet on a CUDA device; it runs without graphs.", stacklevel=4)
 
     def forget(self) -> None:
         """Compute everything anew: concepts or settings have changed."""

@@ -36,8 +36,8 @@ def attach(pipe: Any, *, capacity: int = 64, exact: bool = False, graphs: bool =
 
     pipe: any pipeline around a `UNet2DConditionModel` of the Stable Diffusion 1.x, 2.x or XL family. capacity: how many
     concepts can be loaded at once. Batches without concepts give bit-identical images. In a batch with concepts, rows without
-    one agree with the plain pipeline up to rounding; exact=True keeps their bits, by a slower path. graphs: replay the UNet as
-    CUDA graphs. UnsupportedPipeline names what cannot be edited; RuntimeError refuses a second attach to the same pipeline. A
+    one agree with the plain pipeline up to rounding; exact=True keeps their bits, by a slower path. graphs: for the UNet
+    as CUDA graphs, which this version cannot record yet. UnsupportedPipeline names what cannot be edited; RuntimeError refuses a second attach to the same pipeline. A
     failed attach changes nothing.
 
     Pipelines that share a UNet (`from_pipe`) are attached one by one: each reads the concepts of its own handle. A pipeline
@@ -73,10 +73,10 @@ class Handle:
         self._text = TextHook(pipe, self._loaded, self._begin_prompt)
         self._encoders = text_encoders(pipe, required=False)
         self._engine = engine_of(plain_module(pipe.unet))
-        self._text.install()
-        self._engine.add(self)
         if graphs:
             self._engine.use_graphs()
+        self._text.install()
+        self._engine.add(self)
         setattr(pipe, _MARK, self)
 
     def __deepcopy__(self, memo: Any) -> Handle:

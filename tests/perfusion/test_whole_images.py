@@ -16,6 +16,7 @@ from perfusion.models import load_pipeline
 from tests.kernels import cuda_on_host
 from tests.perfusion.editing import draw, make_concept
 
+pytestmark = pytest.mark.proof
 BACKENDS = ["triton", pytest.param("cuda", marks=pytest.mark.skipif(not cuda_on_host.registered(), reason="PERFUSION_CUDA_ON_HOST is not set"))]
 LEFT = torch.zeros(64, 64)
 LEFT[:, :32] = 1
