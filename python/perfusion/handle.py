@@ -36,9 +36,9 @@ def attach(pipe: Any, *, capacity: int = 64, exact: bool = False, graphs: bool =
 
     pipe: any pipeline around a `UNet2DConditionModel` of the Stable Diffusion 1.x, 2.x or XL family. capacity: how many
     concepts can be loaded at once. Batches without concepts give bit-identical images. In a batch with concepts, rows without
-    one agree with the plain pipeline up to rounding; exact=True keeps their bits, by a slower path. graphs: for the UNet
-    as CUDA graphs, which this version cannot record yet. UnsupportedPipeline names what cannot be edited; RuntimeError refuses a second attach to the same pipeline. A
-    failed attach changes nothing.
+    one agree with the plain pipeline up to rounding; exact=True keeps their bits, by a slower path. graphs: for the UNet as CUDA
+    graphs, which this version cannot record yet. UnsupportedPipeline names what cannot be edited; RuntimeError refuses a second
+    attach to the same pipeline. A failed attach changes nothing.
 
     Pipelines that share a UNet (`from_pipe`) are attached one by one: each reads the concepts of its own handle. A pipeline
     without text encoders is given encodings, which `Handle.bind` explains. Threads that share a UNet wait for each other.
