@@ -486,8 +486,9 @@ def pixart() -> torch.nn.Module:
     )  # fmt: skip
 
 
-def projecting_unet() -> torch.nn.Module:
-    return tiny_sd(unet=dict(encoder_hid_dim=16, encoder_hid_dim_type="text_proj")).unet
+def projecting() -> Any:
+    """A pipeline around a UNet such as Kolors has; KolorsPipeline itself wants a tokenizer library that nothing else here needs."""
+    return tiny_sd(unet=dict(encoder_hid_dim=16, encoder_hid_dim_type="text_proj"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -519,9 +520,14 @@ REFUSED = [
     Refusal(
         "PixArtSigmaPipeline", around("PixArtSigmaPipeline", transformer=pixart), "reads the text through a projection of its own", TO_LORA
     ),
-    Refusal("KolorsPipeline", around("KolorsPipeline", unet=projecting_unet), "projects the text encodings itself", FAMILIES),
+    Refusal("UNets that project the text, as Kolors has", projecting, "projects the text encodings itself", FAMILIES),
     Refusal("IFPipeline", around("IFPipeline", unet=added_kv), "added key and value projections", FAMILIES),
-    Refusal("KandinskyV22Pipeline", around("KandinskyV22Pipeline", unet=added_kv), "added key and value projections", FAMILIES),
+    Refusal(
+        "KandinskyV22Pipeline",
+        around("KandinskyV22Pipeline", unet=added_kv, movq=lambda: tiny_sd().vae),
+        "added key and value projections",
+        FAMILIES,
+    ),
     Refusal("fused projections", fused, "fused key and value projections", "unfuse_qkv_projections()"),
     Refusal(
         "StableDiffusionXLModularPipeline",

@@ -168,8 +168,7 @@ def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
         raise UnsupportedPipeline("an IP-Adapter is loaded, and training has no picture for it; call pipe.unload_ip_adapter() first.")
     if hasattr(pipe, "motion_adapter"):
         raise UnsupportedPipeline(
-            f"{type(pipe).__name__} draws videos; learn the concept on the text-to-image pipeline whose UNet it was made of, "
-            "and use it in both."
+            f"{type(pipe).__name__} draws videos; learn on the text-to-image pipeline its UNet comes from, and use the concept in both."
         )
     if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in pipe.unet.modules()):
         raise UnsupportedPipeline(
