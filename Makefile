@@ -11,15 +11,16 @@ say = @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo picture site test lint clean
+.PHONY: help demo picture docs test peers test-gpu test-lower proof numeric coverage wheel bench-regression lint clean
 
 help: ## this list
 	@echo 'make COMMAND [ARGS="..."]'
-	@sed -n 's/^\([a-z]*\):[^#]*## /  \1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1\t/p' Makefile | expand -t 20
 	@echo 'Variables:'
 	@echo '  PYTHON=$(PYTHON)  3.10 or newer; $(VENV) is made with it'
 	@echo '  JOBS=$(JOBS)          tests at a time, about 1 GB of memory each'
 	@echo '  PERFUSION_CUDA  0 leaves the CUDA kernels out, which nvcc compiles for some minutes; 1 insists on them'
+	@echo '  CPUS=...        kinds of processors for the numeric tests: Prescott, Haswell, SkylakeX, Zen'
 	@echo '  PIP_ARGS=...    for pip. Without an NVIDIA GPU, --extra-index-url with the address of the CPU'
 	@echo '                  builds of PyTorch (pytorch.org, "Get started") saves gigabytes'
 
@@ -33,21 +34,65 @@ demo: $(VENV)/.installed-train ## learn two concepts from a few pictures and dra
 picture: demo ## the same, and its overview into docs/demo.png, which README.md shows
 	cp perfusion-demo/overview.png docs/demo.png
 
-site: $(VENV)/.installed-docs ## build the documentation into build/site
+docs: $(VENV)/.installed-docs ## build the documentation into build/site
 	@$(BIN)/python -m mkdocs build
 
-test: $(VENV)/.installed-test ## run every test, with coverage
+pytest := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+as_cpus = $(foreach cpu,$(CPUS),.ci/as_cpu $(cpu) env $(pytest) --dist worksteal -m 'numeric and not proof' $(ARGS) &&) true
+
+test: CPUS ?= Haswell Prescott
+test: $(VENV)/.installed-test ## run the tests, in minutes: public behaviour, the reference, the floor of every backend, one compile each
 	$(say) 'Running the tests, $(JOBS) at a time'
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report term --cov-report html:build/coverage \
-		--junitxml build/tests.xml $(ARGS)
-	$(say) 'Wrote build/tests.xml and build/coverage/index.html'
+	@$(pytest) --dist loadfile -m 'not proof' --junitxml build/tests.xml $(ARGS)
+	$(say) 'The numeric ones as on other processors'
+	@$(as_cpus)
+
+proof: $(VENV)/.installed-test ## the rest: sanitizers, faults that must be seen, traffic, every instance on every architecture
+	$(say) 'Running the proofs, $(JOBS) at a time'
+	@$(pytest) --dist loadfile -m proof --junitxml build/proof.xml $(ARGS)
+
+numeric: CPUS ?= Prescott Haswell SkylakeX Zen
+numeric: $(VENV)/.installed-test ## the numeric tests as on each kind of processor that this one can stand in for
+	@$(as_cpus)
+
+test-gpu: $(VENV)/.installed-test ## the tests of the kernels on an NVIDIA GPU, with the compiled library
+	$(say) 'Running the tests of the kernels on the GPU'
+	@PERFUSION_CUDA=1 $(BIN)/python $(install) --editable '.[test]'
+	@$(BIN)/python -m pytest -q -m 'not proof' -k 'cuda or gpu' tests/kernels --junitxml build/gpu.xml $(ARGS)
+
+coverage: $(VENV)/.installed-test ## which lines the tests of `make test` run
+	@$(pytest) --dist loadfile -m 'not proof' --cov --cov-report term --cov-report html:build/coverage $(ARGS)
+	$(say) 'Wrote build/coverage/index.html'
+
+test-lower: $(VENV)-lower/.installed ## run the tests at the lowest versions that pyproject.toml allows
+	$(say) 'Running the tests at the lower bounds'
+	@OMP_NUM_THREADS=1 $(VENV)-lower/bin/python -m pytest -n $(JOBS) --dist loadfile -m 'not proof' -k 'not triton and not mutant' \
+		tests/perfusion tests/toybox tests/kernels $(wildcard tests/test_*.py) $(ARGS)
+
+wheel: $(VENV)/.installed-release ## build the wheel that is given away, with kernels for every architecture, into dist
+	$(say) '.ci/wheel'
+	@PYTHON=$(BIN)/python .ci/wheel dist
+
+bench-regression: $(VENV)/.installed-bench ## time operators, load and swap beside a saved run: ratios to a yardstick, never times
+	$(say) 'python -m bench.regression'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.regression $(ARGS)
+
+.PHONY: named-diffusers
+named-diffusers:
+	@test -d '$(DIFFUSERS)/tests' || { echo 'error: give a checkout of diffusers: make peers DIFFUSERS=folder' >&2; exit 1; }
+
+peers: named-diffusers $(VENV)/.installed-test ## run diffusers' own tests with perfusion attached: DIFFUSERS=a checkout of diffusers
+	$(say) 'diffusers'"'"' tests of the pipelines: plain, attached, and with a concept loaded'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.peers '$(DIFFUSERS)' $(ARGS)
 
 lint: $(VENV)/.installed-dev ## look for mistakes that need no run
 	$(say) 'ruff check'
 	@$(BIN)/ruff check .
+	$(say) 'check-jsonschema'
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
 
 clean: ## remove the virtual environment and everything built; concepts and pictures stay
-	rm -rf $(VENV) build dist *.egg-info perfusion_kernels/cuda/*.so perfusion_kernels/cuda/build.json .coverage .coverage.* .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lower build dist *.egg-info perfusion_kernels/cuda/*.so perfusion_kernels/cuda/build.json .coverage .coverage.* .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Where there is nvcc, CUDA kernels are compiled against the headers of torch, which therefore comes first: for all architectures
@@ -58,7 +103,9 @@ install := -m pip install --disable-pip-version-check --constraint constraints.t
 $(VENV)/.installed-%: pyproject.toml constraints.txt setup.py | $(BIN)/python
 	$(say) 'Installing perfusion-kernels[$*] into $(VENV)'
 	@$(BIN)/python $(install) torch
-	@if [ -z "$$PERFUSION_CUDA" ] && [ '$*' != test ] && [ ! -e perfusion_kernels/cuda/libperfusion_kernels_torch.so ] && \
+	@if [ -z "$$PERFUSION_CUDA" ] && [ '$*' = test ] && [ ! -e perfusion_kernels/cuda/libperfusion_kernels_torch.so ]; then \
+		export PERFUSION_CUDA=0; \
+	elif [ -z "$$PERFUSION_CUDA" ] && [ ! -e perfusion_kernels/cuda/libperfusion_kernels_torch.so ] && \
 		! $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
 		echo 'This PyTorch is built without CUDA, so the CUDA kernels are left out. PERFUSION_CUDA=1 compiles them all the same.'; \
 		export PERFUSION_CUDA=0; \
@@ -67,6 +114,14 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt setup.py | $(BIN)/python
 	fi; \
 	$(BIN)/python $(install) --editable '.[$*]'
 	@sed -n 's/^{"reason": "\(.*\)"}$$/CUDA kernels are left out: \1/p' perfusion_kernels/cuda/build.json
+	@touch $@
+
+# Without the package itself, which the tests find in the tree.
+$(VENV)-lower/.installed: pyproject.toml .ci/lower_bounds.py | $(BIN)/python
+	$(say) 'Installing the lower bounds into $(VENV)-lower'
+	@$(BIN)/python .ci/lower_bounds.py > $(VENV)/lower_bounds.txt
+	@$(PYTHON) -m venv $(VENV)-lower
+	@$(VENV)-lower/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) --requirement $(VENV)/lower_bounds.txt
 	@touch $@
 
 $(BIN)/python:

@@ -6,11 +6,13 @@ CMake compiles them; CMakeLists.txt lists files and architectures. No GPU is loo
     TORCH_CUDA_ARCH_LIST   compute capabilities, as 8.0;9.0;10.0+PTX; all of them: 8.0;8.6;8.9;9.0;10.0+PTX;12.0
     CUDACXX, CUDA_HOME     where nvcc is, if not on PATH
     MAX_JOBS               files compiled at a time
+    PERFUSION_MANYLINUX    1: for wheels that are given away, which load wherever there is glibc 2.28 or newer
 
 perfusion_kernels/cuda/build.json says for what was compiled and with what, or why nothing was; the library lists its kernels itself.
 `perfusion doctor` reads both.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -84,6 +86,7 @@ def compile_library() -> tuple[Path, dict]:
     definitions = {
         "CMAKE_BUILD_TYPE": "Release", "CMAKE_MAKE_PROGRAM": ninja, "CMAKE_CUDA_COMPILER": nvcc, "PERFUSION_TORCH": torch,
         "CMAKE_EXPORT_COMPILE_COMMANDS": "ON", "Python3_EXECUTABLE": sys.executable,
+        "PERFUSION_MANYLINUX": "ON" if os.environ.get("PERFUSION_MANYLINUX") == "1" else "OFF",
     }  # fmt: skip
     configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{name}={value}" for name, value in definitions.items())]
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
@@ -94,7 +97,28 @@ def compile_library() -> tuple[Path, dict]:
             subprocess.run(command, check=True, pass_fds=(lock.fileno(),))  # held by a build that outlives this process, too
     release = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     versions = {"cuda": re.search(r"release ([\d.]+)", release)[1], "torch": ".".join(map(str, _version(torch / "version.py")))}
-    return folder / LIBRARY, {**versions, "architectures": architectures(folder)}
+    return folder / LIBRARY, {**versions, "architectures": architectures(folder), "sources": digest_of_sources()}
+
+
+def digest_of_sources() -> str:
+    """Of all that is compiled and of how: 16 hexadecimal digits."""
+    folder = ROOT / "csrc"
+    files = [ROOT / "CMakeLists.txt", *(path for path in folder.rglob("*") if path.is_file() and "example" not in path.parts)]
+    found = hashlib.sha256()
+    for path in sorted(files):
+        found.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
+def is_current(folder: Path) -> bool:
+    """Whether the library in `folder` is of these sources and has code for all of TORCH_CUDA_ARCH_LIST."""
+    try:
+        content = json.loads((folder / "build.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    wanted = re.findall(r"(\d+)\.(\d+[af]?)", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    held = content.get("architectures", [])
+    return (folder / LIBRARY).exists() and content.get("sources") == digest_of_sources() and all(f"sm_{a}{b}" in held for a, b in wanted)
 
 
 def architectures(folder: Path) -> list[str]:
@@ -108,17 +132,21 @@ def architectures(folder: Path) -> list[str]:
 class BuildCuda(Command):
     """A step of `build`: the library and build.json, into the package."""
 
-    user_options = []
+    user_options = [("inplace", "i", "into the source tree, unless the library there is of these sources and architectures")]
+    boolean_options = ["inplace"]
     editable_mode = False
 
     def initialize_options(self):
-        self.build_lib = None
+        self.build_lib, self.inplace = None, False
 
     def finalize_options(self):
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
 
     def run(self):
-        target = (ROOT if self.editable_mode else Path(self.build_lib)) / "perfusion_kernels" / "cuda"
+        target = (ROOT if self.editable_mode or self.inplace else Path(self.build_lib)) / "perfusion_kernels" / "cuda"
+        if self.inplace and is_current(target):
+            print(f"perfusion-kernels: {target / LIBRARY} is of these sources")
+            return
         target.mkdir(parents=True, exist_ok=True)
         (target / LIBRARY).unlink(missing_ok=True)  # of an earlier build
         reason = why_not()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 
-def concept_gates(encodings, targets, metric_targets, index, bias, temperature):
+def concept_gates(encodings, targets, metric_targets, index, bias, temperature, *by_word):  # which is not measured
     index, encodings = index.long(), encodings.to(targets.dtype)
     i, m = targets[index], metric_targets[index]  # [B, J, D]
     products = encodings @ m.mT  # [B, T, J]
@@ -80,6 +80,13 @@ def cross_attention_layer(hidden_states, query_weight, key, value, output_weight
     query = linear(hidden_states, query_weight).unflatten(-1, key.shape[2:])
     attended = edited_attention(query, key, value, None, scale)
     return linear(attended.flatten(2), output_weight, output_bias) + residual
+
+
+def addmm_cross_attention_layer(hidden_states, query_weight, key, value, output_weight, output_bias, residual, scale):
+    """The expert's, with the residual as the C of the last product in place of an addition behind it."""
+    query = linear(hidden_states, query_weight).unflatten(-1, key.shape[2:])
+    attended = sdpa(query, key, value, scale).flatten(0, 1).flatten(1)
+    return (residual + output_bias).flatten(0, 1).addmm_(attended, output_weight.T).unflatten(0, residual.shape[:2])
 
 
 def expert_cross_attention_layer(hidden_states, query_weight, key, value, output_weight, output_bias, residual, scale):

@@ -1,85 +1,142 @@
 #!/usr/bin/env bash
-# One call on a machine with an NVIDIA GPU: builds for that GPU, runs the tests there, asks compute-sanitizer, and measures. Under 9 minutes.
+# One call on a machine with an NVIDIA GPU: compiles for that GPU and measures, checks and trains there. Under 9 minutes on 16 cores.
 #
-#   bench/gpu.sh [FOLDER]        logs and rows go to FOLDER, by default build/gpu
-#   PYTHON=.venv/bin/python      which Python: with a CUDA build of torch and this package's test and train extras
-#   MODELS="sd15 sdxl" ROWS="2 16" SECONDS_EACH=0.2      what is measured, and for how long each contestant of a case
+#   bench/gpu.sh [FOLDER]                  writes log.txt, rows.jsonl and report.md there, by default into build/gpu
+#   STAGES="decide core" bench/gpu.sh      some stages; each is of use alone
+#   PYTHON=.venv/bin/python                which Python: one with a CUDA build of torch from 2.10 on
+#   WHEELS=FOLDER                          wheels that it lacks (diffusers, pytest, cmake, ninja, ...), installed beside it, without a network
+#   PATIENCE=3                             all limits, and the budget, times as much
+#   DEVICE=cpu QUICK=1                     a rehearsal: small shapes, no GPU
 #
-# Every stage has a limit of its own and a log, and runs whatever became of those before it, so that one call tells all; the exit
-# status is 1 if any failed, 2 if there is nothing to run on. No number needs a green stage elsewhere: bench/run.py times nothing whose result it has not checked.
+# decide    what plans rest on: how fast L2 is read, mma.sync beside the library's product, launches, and what Nsight Compute counts, if it is there
+# core      edited_attention at every shape of three UNets beside torch's attention kernels, torch.compile and the expert
+# layer     the whole cross-attention layer, likewise
+# engine    a step of a pipeline
+# sanitize  programs on the C API and tests under compute-sanitizer
+# tests     the operators' tests, on the GPU
+# train     a step of training
+#
+# A stage is steps with limits in seconds, which add up to less than the budget. A step runs whatever became of those before it. Numbers
+# need no green step elsewhere: nothing is timed that did not pass its own check. The status is 1 if a step failed, 2 if there is no GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-budget=530 # seconds for everything
-python=${PYTHON:-python3} out=$(realpath -m "${1:-build/gpu}") failed=()
+budget=530 patience=${PATIENCE:-1}
+known="decide core layer engine sanitize tests train"
+stages=${STAGES:-$known} device=${DEVICE:-cuda} python=${PYTHON:-python3} failed=()
+out=$(realpath -m "${1:-build/gpu}") scratch=$PWD/build/gpu-scratch
+log=$out/log.txt rows=$out/rows.jsonl
 
 refuse() { echo "bench/gpu.sh: $1" >&2; exit 2; }
+for stage in $stages; do
+  [[ " $known " == *" $stage "* ]] || refuse "there is no stage $stage; there are: $known"
+done
 gpu=$(nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader 2> /dev/null | head -n 1) || true
 [[ $gpu == *,* ]] || refuse "no NVIDIA GPU here (nvidia-smi lists none), and nothing that this script does makes sense without one."
-for tool in nvcc compute-sanitizer cmake ninja; do
-  command -v "$tool" > /dev/null || refuse "$tool is not on PATH. The CUDA toolkit brings nvcc and compute-sanitizer, pip cmake and ninja."
-done
-"$python" -c 'import torch; assert torch.cuda.is_available()' 2> /dev/null ||
+
+mkdir -p "$out" "$scratch"
+export PYTHONPATH=$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}
+if [[ -n ${WHEELS:-} ]]; then
+  "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$scratch/site" "$WHEELS"/*.whl > "$scratch/wheels.log" 2>&1 ||
+    refuse "the wheels in $WHEELS cannot be installed: $(tail -n 1 "$scratch/wheels.log")"
+  export PYTHONPATH=$PWD:$PWD/python:$scratch/site${PYTHONPATH#"$PWD:$PWD/python"} PATH=$scratch/site/bin:$PATH
+fi
+[[ $device == cpu ]] || "$python" -c 'import torch; assert torch.cuda.is_available()' 2> /dev/null ||
   refuse "$python has no torch that sees the GPU; PYTHON=... names another one."
 
 capability=${gpu##*, }
-export TORCH_CUDA_ARCH_LIST=$capability MAX_JOBS=${MAX_JOBS:-$(nproc)} PERFUSION_CUDA=1 PYTHONPATH=$PWD:$PWD/python
-mkdir -p "$out"
-echo "$gpu, compute capability $capability; logs and rows in $out"
+export TORCH_CUDA_ARCH_LIST=$capability MAX_JOBS=${MAX_JOBS:-$(nproc)} PERFUSION_CUDA=1 MICROBENCHMARKS=$scratch/libmicrobenchmarks.so
+echo "$gpu; log, rows and report in $out" | tee -a "$log"
 
-# stage NAME SECONDS COMMAND...
-stage() {
-  local name=$1 limit=$2 begin=$SECONDS left=$((budget - SECONDS)) status=0
+# step NAME SECONDS COMMAND...
+step() {
+  local name=$1 limit=$(($2 * patience)) begin=$SECONDS left=$((budget * patience - SECONDS)) status=0
   shift 2
   ((limit < left)) || limit=$left
+  printf '\n==> %s: %s\n' "$name" "$*" >> "$log"
   if ((limit < 1)); then
-    failed+=("$name")
-    echo "$name: not begun, the $budget s are over"
-    return
+    status="not begun, the $((budget * patience)) s are over"
+  elif ! command -v "$1" > /dev/null; then
+    status="not begun, $1 is not on PATH"
+  else
+    timeout --kill-after=5 "$limit" "$@" >> "$log" 2>&1 || status="FAILED with status $? after $((SECONDS - begin)) of $limit s; in the log: $(tail -n 1 "$log")"
   fi
-  timeout --kill-after=5 "$limit" "$@" > "$out/$name.log" 2>&1 || status=$?
-  if ((status == 0)); then
-    echo "$name: passed in $((SECONDS - begin)) s"
+  if [[ $status == 0 ]]; then
+    status="passed in $((SECONDS - begin)) s"
   else
     failed+=("$name")
-    echo "$name: FAILED with status $status ($((SECONDS - begin)) of $limit s); the end of $out/$name.log:"
-    tail -n 5 "$out/$name.log"
   fi
+  echo "$name: $status" | tee -a "$log"
 }
 
-example() {
-  local cmake=$out/cmake
-  cmake -S . -B "$cmake" -DCMAKE_CUDA_ARCHITECTURES="${capability/./}-real" -DCMAKE_INSTALL_PREFIX="$out/installed"
-  cmake --build "$cmake" --parallel "$MAX_JOBS"
-  cmake --install "$cmake"
-  cmake -S csrc/example -B "$out/example" -DCMAKE_PREFIX_PATH="$out/installed"
-  cmake --build "$out/example"
+# measure NAME SECONDS OPTIONS...
+measure() {
+  local name=$1 limit=$2
+  shift 2
+  step "$name" "$limit" "$python" bench/run.py --device "$device" ${QUICK:+--quick} --seconds 0.1 --rounds 10 --out "$rows" "$@"
 }
-export -f example
-export out capability
 
-stage build 150 "$python" -m pip install --no-build-isolation --no-deps --editable .
-stage example-build 90 bash -ec example
-stage doctor 20 "$python" -c 'from perfusion.cli import main; main()' doctor
-stage example 10 "$out/example/example"
-# what runs on the GPU: mutants and compile-only tests need none
-stage tests 120 "$python" -m pytest -q -n 4 tests/kernels --deselect tests/kernels/test_compile_matrix.py -k "not mutant"
-for tool in memcheck racecheck; do
-  stage "$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 9 "$out/example/example"
+report() {
+  [[ -e $rows ]] || return 0
+  timeout $((10 * patience)) "$python" bench/report.py "$rows" > "$out/report.md" 2>> "$log" || failed+=("report")
+}
+
+all=(--model sd15 --model sd21 --model sdxl --rows 2 --rows 16 --compile none)
+main=(--model sd15 --model sdxl --tokens 4096 --tokens 1024 --rows 2) # where most of the time is
+
+step library 60 "$python" setup.py -q build_cuda --inplace
+step backends 20 "$python" -c 'import perfusion_kernels as p; print(*p.available_backends(), sep="\n")'
+for stage in $stages; do
+  case $stage in
+    decide)
+      step microbenchmarks 20 "$python" bench/microbenchmarks/__init__.py --architecture "$capability" --out "$scratch"
+      measure decide 30 --suite decide
+      step nsight 20 "$python" bench/nsight.py --out "$rows"
+      ;;
+    core)
+      measure core-main 35 --suite attention --places 0 "${main[@]}" --compile max-autotune
+      measure core 40 --suite attention --places 0 "${all[@]}"
+      measure core-edited 15 --suite attention --places 1 "${main[@]}" --compile none
+      ;;
+    layer)
+      measure layer-main 35 --suite layer "${main[@]}" --compile max-autotune
+      measure layer 40 --suite layer "${all[@]}"
+      ;;
+    engine)
+      if grep -q '"step"' bench/suites/__init__.py; then
+        measure engine 35 --suite step
+      else
+        echo "engine: not measured, there is no suite step" | tee -a "$log"
+      fi
+      ;;
+    sanitize)
+      step examples 45 bash -ec "
+        cmake -G Ninja -S . -B '$scratch/cmake' -DCMAKE_CUDA_ARCHITECTURES=${capability/./}-real -DCMAKE_INSTALL_PREFIX='$scratch/installed'
+        cmake --build '$scratch/cmake' --parallel $MAX_JOBS
+        cmake --install '$scratch/cmake'
+        cmake -G Ninja -S csrc/example -B '$scratch/example' -DCMAKE_PREFIX_PATH='$scratch/installed'
+        cmake --build '$scratch/example'"
+      for tool in memcheck racecheck synccheck initcheck; do
+        step "$tool" 10 bash -ec "
+          command -v compute-sanitizer
+          for program in \$(cd csrc/example && ls *.cpp); do
+            compute-sanitizer --tool $tool --error-exitcode 9 '$scratch/example/'\${program%.cpp}
+          done"
+      done
+      # without torch's allocator, behind whose blocks a read out of bounds meets memory that is allocated
+      step memcheck-tests 20 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
+        "$python" -m pytest -q -x -p no:cacheprovider tests/kernels/test_floor.py -k "cuda-cuda and (odd_sizes or poisoned_memory)"
+      ;;
+    tests)
+      step tests 45 "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_floor.py tests/kernels/test_identities.py tests/kernels/test_traps.py \
+        tests/kernels/test_edited_attention.py tests/kernels/test_concept_gates.py -k "cuda-cuda or triton-cuda"
+      ;;
+    train)
+      measure train 20 --suite training --model toybox
+      ;;
+  esac
 done
-stage memcheck-tests 40 compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
-  "$python" -m pytest -q -x tests/kernels/test_floor.py -k "cuda and (odd_sizes or poisoned_memory)"
+report
 
-models=() rows=()
-for model in ${MODELS:-sd15 sdxl}; do models+=(--model "$model"); done
-for count in ${ROWS:-2 16}; do rows+=(--rows "$count"); done
-for suite in gates projection attention fused layer; do
-  stage "bench-$suite" 60 "$python" bench/run.py --suite "$suite" "${models[@]}" "${rows[@]}" \
-    --seconds "${SECONDS_EACH:-0.2}" --rounds 10 --out "$out/$suite.jsonl"
-done
-stage bench-overhead 20 "$python" bench/run.py --suite overhead --out "$out/overhead.jsonl"
-files=("$out"/*.jsonl)
-[[ -e ${files[0]} ]] && "$python" bench/report.py "${files[@]}" | tee "$out/report.md"
-
-echo "$SECONDS s in all."
-((${#failed[@]} == 0)) || { echo "Failed: ${failed[*]}" >&2; exit 1; }
+echo "$SECONDS s in all." | tee -a "$log"
+((${#failed[@]} == 0)) || { echo "Failed: ${failed[*]}" | tee -a "$log" >&2; exit 1; }

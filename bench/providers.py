@@ -9,7 +9,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,19 +30,22 @@ SDPA = {
 
 def ours(operator: str, arguments: Mapping[str, Tensor | None], form: str = "", **options) -> Iterator[Contestant]:
     """One per backend; `form` stands behind its name."""
+    device = next(tensor.device for tensor in arguments.values() if tensor is not None)
     for name in backend.ORDER:
         call = functools.partial(cases.PUBLIC[operator], **arguments, **options, backend=name, validate=False)
-        device = next(tensor.device for tensor in arguments.values() if tensor is not None)
         interpreted = name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
         yield Contestant(f"{name}{form}", call, "Triton's interpreter is for tests" if interpreted else "", on_graph=name != "reference")
 
 
-def formula(operator: str, positional: tuple) -> Iterator[Contestant]:
-    """The plain formula as it stands, as torch.compile makes it, and as the expert writes it."""
+def formula(operator: str, positional: tuple, modes: Sequence[str] = ("default",)) -> Iterator[Contestant]:
+    """The plain formula as it stands, as torch.compile makes it in each of `modes`, and as the expert writes it."""
     plain, expert = getattr(formulas, operator), getattr(formulas, f"expert_{operator}")
     yield Contestant("eager", functools.partial(plain, *positional))
-    # every problem is compiled for its own shapes alone, so none of them counts against the limit of the others
-    yield Contestant("compile", functools.partial(torch.compile(_fresh(plain), dynamic=False), *positional))
+    for mode in modes:
+        # compiled for the shapes of each problem alone, so none counts against the limit of the others; graphs are captured below
+        compiled = torch.compile(_fresh(plain), dynamic=False, mode=f"{mode}-no-cudagraphs" if mode == "max-autotune" else mode)
+        name = "compile" if mode == "default" else f"compile {mode}"
+        yield Contestant(name, functools.partial(compiled, *positional), on_graph=True)
     yield Contestant("expert", functools.partial(expert, *positional), on_graph=True)
 
 
@@ -54,39 +57,58 @@ def _fresh(function: Callable) -> Callable:
 def library(call: Callable[[], Tensor]) -> Iterator[Contestant]:
     """A call that holds one `scaled_dot_product_attention`, on each of its kernels alone."""
     for name, kernel in SDPA.items():
-        yield Contestant(f"sdpa {name}", call, context=functools.partial(sdpa_kernel, kernel))
+        yield Contestant(f"sdpa {name}", call, context=functools.partial(sdpa_kernel, kernel), on_graph=True)
 
 
-def with_graphs(contestants: list[Contestant]) -> list[Contestant]:
-    """The contestants, and each that asks for it once more as a CUDA graph: launches then cost nothing."""
+CALLS = 20  # that a graph holds: with one, the launch of the graph is what is measured
+
+
+def with_graphs(contestants: list[Contestant], copies: Sequence[list[Contestant]] = ()) -> list[Contestant]:
+    """The contestants, and each that asks for it once more as a CUDA graph of 20 calls: launches then cost little.
+
+    copies: the same contestants with tensors of their own, so that a call finds in L2 no more than a first one would: the calls
+    of a graph go through them in turn.
+    """
     found = []
-    for contestant in contestants:
+    for number, contestant in enumerate(contestants):
         found.append(contestant)
         if contestant.on_graph:
-            found.append(Contestant(f"{contestant.provider} graph", _Graphed(contestant), contestant.reason))
+            calls = [contestant.call, *(each[number].call for each in copies)]
+            graph = _Graphed(calls, contestant.context)
+            check = contestant.check or (lambda *_, graph=graph: graph.first())
+            found.append(Contestant(f"{contestant.provider} graph", graph, contestant.reason, check=check, calls=CALLS))
     return found
 
 
 class _Graphed:
     """Captures at the first call and replays at all."""
 
-    def __init__(self, contestant: Contestant):
-        self.contestant, self.graph, self.result = contestant, None, None
+    def __init__(self, calls: Sequence[Callable[[], object] | None], context: Callable[[], contextlib.AbstractContextManager]):
+        self.calls, self.context, self.graph, self.result = calls, context, None, None
 
-    def __call__(self) -> object:
-        if self.graph is None:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    self.contestant.call()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.result = self.contestant.call()
-            self.graph = graph
-        self.graph.replay()
+    def first(self) -> object:
+        """Replays, and gives the result of the graph's first call."""
+        self()
         return self.result
+
+    def __call__(self) -> None:
+        if self.graph is None:
+            with self.context():
+                self._capture()
+        self.graph.replay()
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for call in [*self.calls, *self.calls[:1] * 2]:
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = [self.calls[number % len(self.calls)]() for number in range(CALLS)]
+            self.result = results[0]  # kept, so that no later call of the graph writes there
+        self.graph = graph
 
 
 def attempt(contestant: Contestant) -> tuple[object, str]:
@@ -97,7 +119,8 @@ def attempt(contestant: Contestant) -> tuple[object, str]:
         warnings.simplefilter("always")
         try:
             with contestant.context():
-                return (contestant.check or contestant.call)(), ""
+                call = contestant.call
+                return contestant.check(call, contestant.calls) if contestant.check else call(), ""
         except Exception as error:  # whatever a library raises for a call that it does not take
             texts = [str(error), *(str(each.message) for each in said)]
     lines = dict.fromkeys(line for text in texts for line in [" ".join(text.split("(Triggered internally")[0].split())[:300]] if line)

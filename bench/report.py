@@ -20,22 +20,47 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench import model, predictions  # noqa: E402
 from bench.rows import read  # noqa: E402
 
 
 def tables(rows: list[dict[str, Any]], against: str) -> str:
-    """Markdown, one table per suite, device and dtype."""
+    """Markdown, one table per suite, device and dtype; then what was predicted of these kernels."""
     groups: dict[tuple, dict[tuple[str, str], dict]] = {}
     for row in rows:
         group = groups.setdefault((row["suite"], row["device"], row["dtype"]), {})
-        group[row["case"], row["provider"]] = row
-    return "\n\n".join(_table(key, found, against) for key, found in groups.items()) + "\n"
+        group[row["case"], row.get("what", row["provider"])] = row
+    made = [_table(key, found, against) for key, found in groups.items()]
+    return "\n\n".join([*made, *filter(None, [_predicted([row for found in groups.values() for row in found.values()])])]) + "\n"
+
+
+def _predicted(rows: list[dict[str, Any]]) -> str:
+    """What was measured of compiled kernels over what bench/predictions.jsonl says of this chip."""
+    lines = []
+    for row in rows:
+        expected = predictions.of(row) if row["gate"] == "passed" else None
+        if expected:
+            over = row["median_us"] / expected["microseconds"]
+            numbers = f"{expected['microseconds']:.1f} | {row['median_us']:.1f} | {over:.2f} | {expected['bound']}"
+            lines.append(f"| {row['suite']}, {row['case']} | {row['provider']} | {numbers} |")
+    heads = "| case | what | predicted, µs | measured, µs | measured / predicted | bound by, as predicted |"
+    return "\n".join(["**predictions, and what became of them**", "", heads, "|---" * 6 + "|", *lines]) if lines else ""
 
 
 def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], against: str) -> str:
     suite, device, dtype = key
     if suite == "overhead":
         return _overheads(list(found.values()))
+    if suite == "model":
+        return model.table(list(found.values()))
+    if suite == "storage":
+        return _storage(list(found.values()))
+    if suite == "startup":
+        return _startup(list(found.values()))
+    if suite == "nsight":
+        return _counters(device, list(found.values()))
+    if suite == "decide":
+        return _rates(device, list(found.values()))
     cases = list(dict.fromkeys(case for case, _ in found))
     # never an empty column: who ran nowhere is named below
     ran = list(dict.fromkeys(name for (_, name), row in found.items() if row["gate"] == "passed"))
@@ -54,6 +79,57 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     reasons: dict[str, str] = {name: row["reason"] for (_, name), row in found.items() if name not in ran}
     lines += ["", *(f"- {name} did not run: {reason}" for name, reason in reasons.items())] if reasons else []
+    return "\n".join(lines)
+
+
+def _storage(rows: list[dict[str, Any]]) -> str:
+    models = list(dict.fromkeys(row["case"] for row in rows))
+    lines = ["**storage: bytes of one learned subject, in float16**", ""]
+    lines += [f"| what | {' | '.join(models)} | over ours, {models[0]} | what it holds |", "|---" * (len(models) + 3) + "|"]
+    found = {(row["provider"], row["case"]): row for row in rows if "file_bytes" in row}
+    for name in dict.fromkeys(row["provider"] for row in rows):
+        cells = [f"{found[name, model]['file_bytes']:,}" if (name, model) in found else "–" for model in models]
+        one = found.get((name, models[0]))
+        times = f"{one['file_bytes'] / found['perfusion', models[0]]['file_bytes']:,.2f}" if one else "–"
+        lines.append(f"| {name} | {' | '.join(cells)} | {times} | {one['holds'] if one else ''} |")
+    return "\n".join(lines)
+
+
+def _startup(rows: list[dict[str, Any]]) -> str:
+    lines = ["**startup: a fresh process; processor time over that of `import torch`, 20th to 80th percentile, and peak memory**", ""]
+    lines += ["| process | time | | peak, MiB |", "|---|---|---|---|"]
+    for row in rows:
+        if row["gate"] != "passed":
+            lines.append(f"| {row['provider']}: {row['reason']} | – | | – |")
+            continue
+        low, middle, high = row["ratios"].get("import torch", (1.0, 1.0, 1.0))
+        lines.append(f"| {row['provider']} | {middle:.2f} | {low:.2f} to {high:.2f} | {row['peak_bytes'] / 2**20:.0f} |")
+    return "\n".join(lines)
+
+
+def _counters(device: str, rows: list[dict[str, Any]]) -> str:
+    heads = ("launch", "kernel", "µs", "L2, MB", "L2, TB/s", "memory, MB", "issue slots", "bank conflicts")
+    lines = [f"**nsight: counters on one {device}**", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        if row["gate"] != "profiled":
+            lines.append(f"| | {row['reason']} | | | | | | |")
+            continue
+        time, l2, memory = row["time"], row.get("l2_bytes", 0), row.get("memory_bytes", 0)
+        numbers = f"{1e6 * time:.1f} | {l2 / 1e6:.1f} | {l2 / time / 1e12:.2f} | {memory / 1e6:.1f}"
+        numbers += f" | {row.get('issue_active', 0):.0f} % | {row.get('bank_conflicts', 0):.0f}"
+        lines.append(f"| {row['case']} | `{row['provider']}` | {numbers} |")
+    return "\n".join(lines)
+
+
+def _rates(device: str, rows: list[dict[str, Any]]) -> str:
+    lines = [f"**decide: rates on one {device}**", "", "| case | what | µs | TB/s | TFLOP/s |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row["gate"] != "passed":
+            lines.append(f"| {row['case']} | {row['provider']}: {row['reason']} | | | |")
+            continue
+        rates = [f"{row[name] / 1e12:.2f}" if name in row else "" for name in ("bytes_per_s", "flops_per_s")]
+        time = "ran" if device == "cpu" else f"{row['median_us']:.2f}"
+        lines.append(f"| {row['case']} | {row['provider']} | {time} | {rates[0]} | {rates[1]} |")
     return "\n".join(lines)
 
 

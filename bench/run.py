@@ -39,6 +39,9 @@ def main() -> None:
         seconds=0.05 if options.quick else options.seconds,
         rounds=(3, 5) if options.quick else (options.rounds, 10 * options.rounds),
         clock=options.clock,
+        tokens=tuple(options.tokens or ()),
+        places=tuple(options.places or ()),
+        compile=tuple(mode for mode in options.compile or ["default"] if mode != "none"),
     )
     rows.provenance(options.device)  # the commit is the one whose code was loaded
     count = 0
@@ -54,6 +57,8 @@ def _said(row: dict) -> str:
     """Times only where they mean something."""
     if "overhead_us" in row:
         return f"{row['overhead_us']:.1f} µs beside the work, of {row['limit_us']:.0f} allowed"
+    if "file_bytes" in row:
+        return f"{row['file_bytes']} bytes {row['gate']}"
     if row["gate"] != "passed":
         return row["reason"]
     return f"passed, {row['repeats']} samples" if row["device"] == "cpu" else f"{row['median_us']:.1f} µs"
@@ -68,6 +73,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="by default bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated; by default all; toybox is trained only")
     parser.add_argument("--rows", action="append", type=int, help="batch rows; may be repeated; by default 1, 2, 8 and 16")
+    parser.add_argument("--tokens", action="append", type=int, help="image tokens: layers with so many alone; may be repeated")
+    parser.add_argument("--places", action="append", type=int, help="concepts of a row; may be repeated; by default those of the suite")
+    modes = ["none", "default", "max-autotune"]
+    parser.add_argument("--compile", action="append", choices=modes, help="modes of torch.compile that take part; may be repeated")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each contestant of a case, within the limits of --rounds")
     parser.add_argument("--rounds", type=int, default=10, help="samples at least; at most ten times as many")
     parser.add_argument("--clock", choices=["wall", "process"], default="wall", help="process: a CPU's time for this process alone")

@@ -18,16 +18,18 @@ SHORTEST = 2e-4  # seconds a sample on a CPU should take, so that reading the cl
 class Contestant:
     """Something to time: `call` does it once, inside `context`, which is entered outside the clock.
 
-    check: gives what is compared with the truth, if that is not what `call` returns. `reason` says why it cannot run, or is
-    empty. on_graph: whether a CUDA graph of the call is a contestant too, where there is a GPU.
+    check: gives what is compared with the truth, if that is not what `call` returns, from `call` and `calls`. `reason` says why it
+    cannot run, or is empty. on_graph: whether a CUDA graph of the call is a contestant too, where there is a GPU. calls: how many
+    calls `call` makes; times are of one.
     """
 
     provider: str
     call: Callable[[], object] | None
     reason: str = ""
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    check: Callable[[], object] | None = None
+    check: Callable[[Callable[[], object], int], object] | None = None
     on_graph: bool = False
+    calls: int = 1
 
 
 @dataclasses.dataclass
@@ -57,6 +59,8 @@ def interleave(
     On a GPU a sample is one call between two events, behind a write that empties the L2 cache and keeps the device busy
     while the call is issued. On a CPU it is as many calls as take a while, by `clock`, with whatever the caches hold.
     """
+    if not contestants:
+        return []
     sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sampler(contestants, clock)
     for contestant in contestants:  # warm up
         sample(contestant)
@@ -81,7 +85,7 @@ def _cuda_sampler(device: torch.device) -> Callable[[Contestant], Callable[[], f
             begin.record()
             contestant.call()
             end.record()
-        return lambda: begin.elapsed_time(end) * 1e-3
+        return lambda: begin.elapsed_time(end) * 1e-3 / contestant.calls
 
     return sample
 
@@ -97,6 +101,6 @@ def _cpu_sampler(contestants: Sequence[Contestant], clock: Callable[[], float]) 
                 contestant.call()
             found = (clock() - start) / count
         calls.setdefault(contestant.provider, max(1, round(SHORTEST / max(found, 1e-9))))
-        return lambda: found
+        return lambda: found / contestant.calls
 
     return sample

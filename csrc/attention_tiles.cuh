@@ -1,12 +1,12 @@
-// What the attention kernels do with a tile: 16 image tokens of one warp, and all keys of one head.
+// What the attention kernels do with a tile: 16 m image tokens of one warp, and all keys of one head.
 //
-//        K̃ [keys, d]   Ṽ [keys, d]        S = q K̃ᵀ, all keys of 16 tokens, in registers (accumulators)
+//        K̃ [keys, d]   Ṽ [keys, d]        S = q K̃ᵀ, all keys of the tokens, in registers (accumulators)
 //       ┌───────────┐ ┌───────────┐        P = exp2(S - max), packed in place: an accumulator has the layout
 //       │ resident  │ │ resident  │            of the left operand of the next product
 //       └───────────┘ └───────────┘        O = P Ṽ / ΣP, through the tile's own place in shared memory,
-//        per warp: q [16, d]                   so that it leaves in accesses of 16 bytes
+//        per warp: q [16 m, d]                 so that it leaves in accesses of 16 bytes
 //
-// The context is short enough for all scores of a tile to be in registers at once, so there is no online rescaling. Rows of
+// Up to 160 keys all scores of a tile are in registers at once, without online rescaling. Rows of
 // shared memory are an odd number of 16-byte pieces apart, which keeps matrix loads free of bank conflicts. A head width of
 // 16 i + 8 ends in one m16n8k8 product, so no column is padded.
 #pragma once
@@ -16,7 +16,6 @@
 
 namespace perfusion {
 
-constexpr int query_rows = 16;  // of a warp's tile
 constexpr int max_attention_warps = 4;
 
 // K or V [T, d] of head h of row b into tile[keys][d]; zeros from T on. Asynchronous where the layout allows it.
@@ -36,128 +35,264 @@ PERFUSION_DEVICE void load_head(Element* tile, int keys, const perfusion_tensor&
   }
 }
 
-// Scores of 16 tokens and all keys: s[n] is the accumulator of keys 8 n … 8 n + 7. Groups of 16 keys from `groups` on are left 0.
-template <class Element, int d, int max_groups>
-PERFUSION_DEVICE void multiply_by_keys(float (&s)[2 * max_groups][4], const Element* queries, const Element* keys, int groups) {
+// Scores of 16 m tokens and all keys: s[i][n] is the accumulator of tokens 16 i … and keys 8 n … 8 n + 7. Groups of 16 keys from
+// `groups` on are left 0. A fragment of keys serves all m.
+template <class Element, int d, int max_groups, int m>
+PERFUSION_DEVICE void multiply_by_keys(float (&s)[m][2 * max_groups][4], const Element* queries, const Element* keys, int groups) {
   constexpr int pitch = tile_pitch(d);
   const int l = lane();
   PERFUSION_UNROLL
-  for (int n = 0; n < 2 * max_groups; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
+  for (int i = 0; i < m; ++i) {
+    PERFUSION_UNROLL
+    for (int n = 0; n < 2 * max_groups; ++n) s[i][n][0] = s[i][n][1] = s[i][n][2] = s[i][n][3] = 0.0f;
+  }
   PERFUSION_UNROLL
   for (int k = 0; k + 16 <= d; k += 16) {
-    uint32_t a[4];
-    load_matrices(a, queries + l % 16 * pitch + k + l / 16 * 8);
+    uint32_t a[m][4];
+    PERFUSION_UNROLL
+    for (int i = 0; i < m; ++i) load_matrices(a[i], queries + (i * 16 + l % 16) * pitch + k + l / 16 * 8);
     PERFUSION_UNROLL
     for (int group = 0; group < max_groups; ++group) {
-      if (max_groups > 5 && group >= groups) continue;
+      if (max_groups != 5 && group >= groups) continue;
       uint32_t b[4];  // keys 0-7 and 8-15 of the group, each with both halves of k
       load_matrices(b, keys + (group * 16 + l / 16 * 8 + l % 8) * pitch + k + l / 8 % 2 * 8);
-      multiply_accumulate<Element>(s[2 * group], a, b[0], b[1]);
-      multiply_accumulate<Element>(s[2 * group + 1], a, b[2], b[3]);
+      PERFUSION_UNROLL
+      for (int i = 0; i < m; ++i) {
+        multiply_accumulate<Element>(s[i][2 * group], a[i], b[0], b[1]);
+        multiply_accumulate<Element>(s[i][2 * group + 1], a[i], b[2], b[3]);
+      }
     }
   }
   if (d % 16 == 8) {
-    uint32_t a[2];
-    load_matrices(a, queries + l % 16 * pitch + d - 8);
+    uint32_t a[m][2];
+    PERFUSION_UNROLL
+    for (int i = 0; i < m; ++i) load_matrices(a[i], queries + (i * 16 + l % 16) * pitch + d - 8);
     PERFUSION_UNROLL
     for (int group = 0; group < max_groups; ++group) {
-      if (max_groups > 5 && group >= groups) continue;
+      if (max_groups != 5 && group >= groups) continue;
       uint32_t b[2];
       load_matrices(b, keys + (group * 16 + l % 16) * pitch + d - 8);
-      multiply_accumulate<Element>(s[2 * group], a, b[0]);
-      multiply_accumulate<Element>(s[2 * group + 1], a, b[1]);
+      PERFUSION_UNROLL
+      for (int i = 0; i < m; ++i) {
+        multiply_accumulate<Element>(s[i][2 * group], a[i], b[0]);
+        multiply_accumulate<Element>(s[i][2 * group + 1], a[i], b[1]);
+      }
     }
   }
 }
 
-// Scores to weights exp2(scale s - max), 0 from key T on, packed as left operands; `highest` scale s and `sum` of the rows
-// lane / 4 and 8 below.
-template <class Element, int max_groups>
-PERFUSION_DEVICE void weigh(uint32_t (&p)[max_groups][4], float (&highest)[2], float (&sum)[2], float (&s)[2 * max_groups][4],
-                            float scale, int T) {
+// -inf to the scores of keys from T on. In all but the shortest contexts of an instance these are among its last 8.
+template <int keys, int m>
+PERFUSION_DEVICE void mask_end(float (&s)[m][keys / 8][4], int T) {
+  constexpr int last = keys / 8 - 1;
   const int first = 2 * (lane() % 4);  // column of this lane's first element within 8 keys
-  float high[2] = {-infinity(), -infinity()};
-  PERFUSION_UNROLL
-  for (int n = 0; n < 2 * max_groups; ++n) {
-    const bool whole = 8 * n + 8 <= T;
+  if (T >= keys) return;
+  if (T > 8 * last) {
     PERFUSION_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      s[n][e] = whole || 8 * n + first + e % 2 < T ? s[n][e] * scale : -infinity();
-      high[e / 2] = maximum(high[e / 2], s[n][e]);
+    for (int i = 0; i < m; ++i) {
+      PERFUSION_UNROLL
+      for (int e = 0; e < 4; ++e) s[i][last][e] = 8 * last + first + e % 2 < T ? s[i][last][e] : -infinity();
     }
+    return;
   }
   PERFUSION_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    high[r] = maximum(high[r], shuffle_xor(high[r], 1));
-    high[r] = maximum(high[r], shuffle_xor(high[r], 2));
-    sum[r] = 0.0f;
-  }
-  PERFUSION_UNROLL
-  for (int n = 0; n < 2 * max_groups; ++n) {
+  for (int n = 0; n <= last; ++n) {
     PERFUSION_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      s[n][e] = exp2(s[n][e] - high[e / 2]);
-      sum[e / 2] += s[n][e];
-    }
-    p[n / 2][n % 2 * 2] = pack<Element>(s[n][0], s[n][1]);
-    p[n / 2][n % 2 * 2 + 1] = pack<Element>(s[n][2], s[n][3]);
-  }
-  PERFUSION_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    sum[r] += shuffle_xor(sum[r], 1);
-    sum[r] += shuffle_xor(sum[r], 2);
-    highest[r] = high[r];
-  }
-}
-
-// o[n], the accumulator of columns 8 n … 8 n + 7 of P V.
-template <class Element, int d, int max_groups>
-PERFUSION_DEVICE void multiply_by_values(float (&o)[d / 8][4], const uint32_t (&p)[max_groups][4], const Element* values,
-                                         int groups) {
-  constexpr int pitch = tile_pitch(d);
-  const int l = lane();
-  PERFUSION_UNROLL
-  for (int n = 0; n < d / 8; ++n) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0.0f;
-  PERFUSION_UNROLL
-  for (int group = 0; group < max_groups; ++group) {
-    if (max_groups > 5 && group >= groups) continue;
-    const Element* row = values + (group * 16 + l % 16) * pitch;
-    PERFUSION_UNROLL
-    for (int n = 0; n + 2 <= d / 8; n += 2) {
-      uint32_t b[4];  // columns of n and of n + 1, each with both halves of the group
-      load_matrices_transposed(b, row + n * 8 + l / 16 * 8);
-      multiply_accumulate<Element>(o[n], p[group], b[0], b[1]);
-      multiply_accumulate<Element>(o[n + 1], p[group], b[2], b[3]);
-    }
-    if (d % 16 == 8) {
-      uint32_t b[2];
-      load_matrices_transposed(b, row + d - 8);
-      multiply_accumulate<Element>(o[d / 8 - 1], p[group], b[0], b[1]);
+    for (int i = 0; i < m; ++i) {
+      PERFUSION_UNROLL
+      for (int e = 0; e < 4; ++e) s[i][n][e] = 8 * n + first + e % 2 < T ? s[i][n][e] : -infinity();
     }
   }
 }
 
-// Attention of the tile's 16 tokens, which give way to its outputs. Zeros stand in keys and values from T on.
-template <class Element, int d, int max_groups>
-PERFUSION_DEVICE void attend_tile(Element* tile, const Element* keys, const Element* values, int groups, float scale, int T) {
-  constexpr int pitch = tile_pitch(d);
-  float s[2 * max_groups][4];
-  multiply_by_keys<Element, d, max_groups>(s, tile, keys, groups);
-  uint32_t weights[max_groups][4];
-  float high[2], sum[2];
-  weigh<Element, max_groups>(weights, high, sum, s, scale, T);
-  float o[d / 8][4];
-  multiply_by_values<Element, d, max_groups>(o, weights, values, groups);
-
-  warp_barrier();  // the tile's queries have been read; its outputs take their place
-  const float inverse[2] = {1.0f / sum[0], 1.0f / sum[1]};
+// -inf where a token may not attend. regions: bit sets of all positions, in shared memory; of_row(r): that of row r of the tile.
+template <int keys, int m, class OfRow>
+PERFUSION_DEVICE void mask_regions(float (&s)[m][keys / 8][4], const int32_t* regions, OfRow of_row, int groups) {
+  const int first = 2 * (lane() % 4);
+  int32_t query[2 * m];
   PERFUSION_UNROLL
-  for (int n = 0; n < d / 8; ++n) {
+  for (int i = 0; i < 2 * m; ++i) query[i] = of_row(8 * i + lane() / 4);
+  PERFUSION_UNROLL
+  for (int n = 0; n < keys / 8; ++n) {
+    if (keys != 80 && n / 2 >= groups) continue;
+    PERFUSION_UNROLL
+    for (int column = 0; column < 2; ++column) {
+      const int32_t key = regions[8 * n + first + column];
+      PERFUSION_UNROLL
+      for (int i = 0; i < m; ++i) {
+        PERFUSION_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          if (key != 0 && (query[2 * i + r] & key) == 0) s[i][n][2 * r + column] = -infinity();
+        }
+      }
+    }
+  }
+}
+
+// Of this lane's rows, lane / 4 + 8 r of each 16: the largest score so far, and this lane's part of the sum of exp2(scale (s - largest)).
+template <int m>
+struct Softmax {
+  float high[m][2], sum[m][2];
+
+  PERFUSION_DEVICE Softmax() {
+    PERFUSION_UNROLL
+    for (int i = 0; i < 2 * m; ++i) high[i / 2][i % 2] = -infinity(), sum[i / 2][i % 2] = 0.0f;
+  }
+
+  // 1 over the whole sum; 0 where no key is left.
+  PERFUSION_DEVICE float inverse(int i, int r) const {
+    float all = sum[i][r] + shuffle_xor(sum[i][r], 1);
+    all += shuffle_xor(all, 2);
+    return all > 0.0f || all != all ? 1.0f / all : 0.0f;
+  }
+};
+
+// Scores to weights exp2(scale s - largest), 0 at masked keys, packed as left operands. What was summed with the largest score before
+// is to be multiplied by kept[i][r], if there was `more` before.
+template <class Element, int max_groups, int m, bool more, class OfRow>
+PERFUSION_DEVICE void weigh(uint32_t (&p)[m][max_groups][4], Softmax<m>& softmax, float (&kept)[m][2], float (&s)[m][2 * max_groups][4],
+                            int groups, float scale, int T, const int32_t* regions, OfRow of_row) {
+  if (!(scale > 0.0f)) {  // the largest score is looked for before they are scaled, and must be the largest behind it too
+    PERFUSION_UNROLL
+    for (int i = 0; i < m; ++i) {
+      PERFUSION_UNROLL
+      for (int n = 0; n < 2 * max_groups; ++n) {
+        PERFUSION_UNROLL
+        for (int e = 0; e < 4; ++e) s[i][n][e] *= scale;
+      }
+    }
+    scale = 1.0f;
+  }
+  mask_end<16 * max_groups, m>(s, T);
+  if (regions != nullptr) mask_regions<16 * max_groups, m>(s, regions, of_row, groups);
+  PERFUSION_UNROLL
+  for (int i = 0; i < m; ++i) {
+    float subtrahend[2], sum[2];
     PERFUSION_UNROLL
     for (int r = 0; r < 2; ++r) {
-      Element* to = tile + (lane() / 4 + 8 * r) * pitch + n * 8 + 2 * (lane() % 4);
-      *reinterpret_cast<uint32_t*>(to) = pack<Element>(o[n][2 * r] * inverse[r], o[n][2 * r + 1] * inverse[r]);
+      float high = softmax.high[i][r];
+      PERFUSION_UNROLL
+      for (int n = 0; n < 2 * max_groups; ++n) high = maximum(high, maximum(s[i][n][2 * r], s[i][n][2 * r + 1]));
+      high = maximum(high, shuffle_xor(high, 1));
+      high = maximum(high, shuffle_xor(high, 2));
+      subtrahend[r] = high == -infinity() ? 0.0f : high * scale;  // nothing is left: exp2(-inf) and not exp2(-inf + inf)
+      kept[i][r] = more ? exp2(softmax.high[i][r] * scale - subtrahend[r]) : 1.0f;
+      sum[r] = more ? softmax.sum[i][r] * kept[i][r] : 0.0f;
+      softmax.high[i][r] = high;
     }
+    PERFUSION_UNROLL
+    for (int n = 0; n < 2 * max_groups; ++n) {
+      PERFUSION_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        s[i][n][e] = exp2(s[i][n][e] * scale - subtrahend[e / 2]);
+        sum[e / 2] += s[i][n][e];
+      }
+      p[i][n / 2][n % 2 * 2] = pack<Element>(s[i][n][0], s[i][n][1]);
+      p[i][n / 2][n % 2 * 2 + 1] = pack<Element>(s[i][n][2], s[i][n][3]);
+    }
+    PERFUSION_UNROLL
+    for (int r = 0; r < 2; ++r) softmax.sum[i][r] = sum[r];
+  }
+}
+
+// o[i][n], the accumulator of columns `column` + 8 n …, plus P V. A fragment of values serves all m.
+template <class Element, int d, int columns, int max_groups, int m>
+PERFUSION_DEVICE void multiply_by_values(float (&o)[m][columns / 8][4], const uint32_t (&p)[m][max_groups][4], const Element* values,
+                                         int groups, int column) {
+  constexpr int pitch = tile_pitch(d), last = columns / 8 - 1;
+  const int l = lane();
+  PERFUSION_UNROLL
+  for (int group = 0; group < max_groups; ++group) {
+    if (max_groups != 5 && group >= groups) continue;
+    const Element* row = values + (group * 16 + l % 16) * pitch + column;
+    PERFUSION_UNROLL
+    for (int n = 0; n + 2 <= columns / 8; n += 2) {
+      uint32_t b[4];  // columns of n and of n + 1, each with both halves of the group
+      load_matrices_transposed(b, row + n * 8 + l / 16 * 8);
+      PERFUSION_UNROLL
+      for (int i = 0; i < m; ++i) {
+        multiply_accumulate<Element>(o[i][n], p[i][group], b[0], b[1]);
+        multiply_accumulate<Element>(o[i][n + 1], p[i][group], b[2], b[3]);
+      }
+    }
+    if (columns % 16 == 8) {
+      uint32_t b[2];
+      load_matrices_transposed(b, row + last * 8);
+      PERFUSION_UNROLL
+      for (int i = 0; i < m; ++i) multiply_accumulate<Element>(o[i][last], p[i][group], b[0], b[1]);
+    }
+  }
+}
+
+// Columns `column` … of the outputs o to the tile's place.
+template <class Element, int d, int columns, int m>
+PERFUSION_DEVICE void write_outputs(Element* tile, const float (&o)[m][columns / 8][4], const float (&inverse)[m][2], int column) {
+  PERFUSION_UNROLL
+  for (int i = 0; i < m; ++i) {
+    PERFUSION_UNROLL
+    for (int n = 0; n < columns / 8; ++n) {
+      PERFUSION_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        Element* to = tile + (i * 16 + lane() / 4 + 8 * r) * tile_pitch(d) + column + n * 8 + 2 * (lane() % 4);
+        *reinterpret_cast<uint32_t*>(to) = pack<Element>(o[i][n][2 * r] * inverse[i][r], o[i][n][2 * r + 1] * inverse[i][r]);
+      }
+    }
+  }
+}
+
+// Columns of the outputs that are in registers at a time: all of them, or halves where the weights leave no room.
+PERFUSION_BOTH constexpr int output_columns(int d, int m) { return m > 1 && d > 40 ? d / 2 : d; }
+
+// Attention of the tile's 16 m tokens, which give way to its outputs. Zeros stand in keys and values from T on. The scores of up to 160
+// keys are in registers at once; more take turns, with what was summed before rescaled to the largest score.
+template <class Element, int d, int max_groups, int m, class OfRow>
+PERFUSION_DEVICE void attend_tile(Element* tile, const Element* keys, const Element* values, int groups, float scale, int T,
+                                  const int32_t* regions, OfRow of_row) {
+  constexpr int pitch = tile_pitch(d);
+  Softmax<m> softmax;
+  float kept[m][2], inverse[m][2];
+  const auto invert = [&] {
+    PERFUSION_UNROLL
+    for (int i = 0; i < 2 * m; ++i) inverse[i / 2][i % 2] = softmax.inverse(i / 2, i % 2);
+  };
+  if constexpr (max_groups <= 10) {
+    constexpr int columns = output_columns(d, m);
+    uint32_t weights[m][max_groups][4];
+    {
+      float s[m][2 * max_groups][4];
+      multiply_by_keys<Element, d, max_groups, m>(s, tile, keys, groups);
+      weigh<Element, max_groups, m, false>(weights, softmax, kept, s, groups, scale, T, regions, of_row);
+    }
+    invert();
+    PERFUSION_UNROLL
+    for (int column = 0; column < d; column += columns) {
+      float o[m][columns / 8][4] = {};
+      multiply_by_values<Element, d, columns, max_groups, m>(o, weights, values, groups, column);
+      if (column == 0) warp_barrier();  // the tile's queries have been read; its outputs take their place
+      write_outputs<Element, d, columns, m>(tile, o, inverse, column);
+    }
+  } else {
+    constexpr int part = d > 64 ? max_groups / 4 : max_groups / 2;
+    float o[m][d / 8][4] = {};
+    for (int first = 0; first < groups; first += part) {
+      uint32_t weights[m][part][4];
+      float s[m][2 * part][4];
+      multiply_by_keys<Element, d, part, m>(s, tile, keys + first * 16 * pitch, groups - first);
+      weigh<Element, part, m, true>(weights, softmax, kept, s, groups - first, scale, T - 16 * first,
+                              regions == nullptr ? nullptr : regions + 16 * first, of_row);
+      PERFUSION_UNROLL
+      for (int i = 0; i < m; ++i) {
+        PERFUSION_UNROLL
+        for (int n = 0; n < d / 8; ++n) {
+          PERFUSION_UNROLL
+          for (int e = 0; e < 4; ++e) o[i][n][e] *= kept[i][e / 2];
+        }
+      }
+      multiply_by_values<Element, d, d, part, m>(o, weights, values + first * 16 * pitch, groups - first, 0);
+    }
+    invert();
+    warp_barrier();  // the tile's queries have been read
+    write_outputs<Element, d, d, m>(tile, o, inverse, 0);
   }
   warp_barrier();
 }

@@ -18,8 +18,14 @@ constexpr int attention_groups[] = {5, 10, 16};  // of 16 keys
   CASE(160)                              \
   /* the end */
 
-// Of a thread that has the scores of all keys, at most or nearly: what ptxas takes, in docs/kernels-cuda.md.
-inline int attention_registers(int64_t T) { return T <= 80 ? 168 : 255; }
+// Blocks of 128 threads that a multiprocessor holds by its registers: what ptxas manages without a spill, and the plan counts on.
+constexpr int attention_beside(int d, int groups, int m) {
+  if (groups > 5) return 2;
+  return m == 2 ? (d <= 64 ? 3 : 2) : d <= 64 ? 4 : d <= 128 ? 3 : 2;
+}
+
+// Rows of a warp's tile, at most: 32 where their scores leave room in registers.
+inline int most_tile_rows(int64_t T) { return T <= 80 ? 32 : 16; }
 
 // The smallest that holds T keys; 0 if none does.
 inline int attention_groups_for(int64_t T) {

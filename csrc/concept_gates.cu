@@ -36,6 +36,14 @@ perfusion_status check(const perfusion_concept_gates_params& p) {
   arguments.tensor("index", p.index, {PERFUSION_INT32});
   arguments.tensor("bias", p.bias, {PERFUSION_FLOAT32});
   arguments.tensor("temperature", p.temperature, {PERFUSION_FLOAT32});
+  if (p.places.data != nullptr) {
+    arguments.tensor("places", p.places, {PERFUSION_INT32});
+    arguments.size("P", p.P, 0, most_of_a_size);
+  }
+  if (p.floor.data != nullptr) {
+    arguments.tensor("floor", p.floor, {PERFUSION_FLOAT32});
+    arguments.rule(p.places.data != nullptr, PERFUSION_INVALID_ARGUMENT, "floor must be given with places; got none, J", p.J);
+  }
   arguments.tensor("gates", p.gates, {PERFUSION_FLOAT32});
   arguments.tensor("components", p.components, {PERFUSION_FLOAT32});
   arguments.workspace(p.workspace, p.workspace_bytes, workspace_bytes(p));
@@ -68,12 +76,15 @@ extern "C" perfusion_status perfusion_concept_gates(const perfusion_concept_gate
   using namespace perfusion;
   if (params == nullptr) return fail(PERFUSION_INVALID_ARGUMENT, "concept_gates: params must be given; got NULL");
   const perfusion_concept_gates_params& p = *params;
-  const perfusion_status status = check(p);
+  perfusion_status status = check(p);
   if (status != PERFUSION_OK || is_empty({p.B, p.T, p.J})) return status;
+  Device here;
+  status = device("concept_gates", &here);
+  if (status != PERFUSION_OK) return status;
 
   const int tiles = static_cast<int>(tiles_of(p));
   const bool wide = wide_rows(p.encodings, 3) && wide_rows(p.targets, 2) && wide_rows(p.metric_targets, 2);
-  const ConceptGatesLaunch arguments{p, {tiles, wide}};
+  const ConceptGatesLaunch arguments{p, {tiles, wide}, here.errors};
   const int bytes = static_cast<int>(sizeof(float)) * shared_floats(static_cast<int>(p.J));
   auto* kernel = p.J <= resident_places ? kernel_for<1>(p.encodings.dtype) : kernel_for<0>(p.encodings.dtype);
   return launch("concept_gates", kernel, p.B * tiles, 32 * gate_warps, bytes, stream, arguments);

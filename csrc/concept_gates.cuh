@@ -24,6 +24,7 @@ struct ConceptGatesPlan {
 struct ConceptGatesLaunch {
   perfusion_concept_gates_params call;
   ConceptGatesPlan plan;
+  int32_t* errors;
 };
 
 PERFUSION_BOTH constexpr int places_in_steps(int J) { return (J + gate_places - 1) / gate_places * gate_places; }
@@ -54,10 +55,30 @@ struct GlobalFloats {
 // The slots of a row as memory has them.
 struct SlotsInMemory {
   const int32_t* index;
-  int64_t stride;
+  int64_t stride, S;
   int J;
-  PERFUSION_DEVICE int operator[](int j) const { return j < J ? load(index + j * stride) : -1; }
+  int32_t* errors;
+  PERFUSION_DEVICE int operator[](int j) const { return j < J ? bank_slot(index + j * stride, S, errors) : -1; }
 };
+
+// A gate of token t by word: at least the floor of its concept, place j of row b, where a word of that stands at t; 0 where only
+// words of others do.
+template <class Slots>
+PERFUSION_DEVICE float by_word(float gate, const perfusion_concept_gates_params& p, Slots slots, int64_t b, int j, int t) {
+  const auto* places = static_cast<const int32_t*>(p.places.data) + b * p.places.strides[0];
+  bool own = false, other = false;
+  for (int k = 0; k < p.J; ++k) {
+    if (slots[k] < 0) continue;
+    for (int i = 0; i < p.P; ++i) {
+      const bool here = load(places + k * p.places.strides[1] + i * p.places.strides[2]) == t;
+      own = own || (here && k == j), other = other || (here && k != j);
+    }
+  }
+  if (!own) return other ? 0.0f : gate;
+  const float least = p.floor.data == nullptr ? 0.0f
+                                              : load(static_cast<const float*>(p.floor.data) + b * p.floor.strides[0] + j * p.floor.strides[1]);
+  return gate < least ? least : gate;
+}
 
 // `resident`, 0 or 1: at most resident_places.
 template <class Element, int resident>
@@ -86,12 +107,12 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
     slots = shared_slots;
     system = parameters + 2 * J + places_in_steps(J);
     int slot = -1;
-    if (thread() < J) slot = load(index + thread() * p.index.strides[1]);
+    if (thread() < J) slot = bank_slot(index + thread() * p.index.strides[1], p.S, launch.errors);
     if (thread() < places_in_steps(J)) shared_slots[thread()] = slot;
     if (slot >= 0) bias = of_place(p.bias, thread()), temperature = of_place(p.temperature, thread());
     barrier();
   } else {
-    slots = {index, p.index.strides[1], J};
+    slots = {index, p.index.strides[1], p.S, J, launch.errors};
     system = {static_cast<float*>(p.workspace) + block() * system_floats(J)};
   }
   const auto columns = system + J * J;                  // [tokens_of_block, J]
@@ -146,6 +167,7 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
     if (slots[j] >= 0) {
       const float at = resident ? parameters[j] : of_place(p.bias, j), over = resident ? parameters[J + j] : of_place(p.temperature, j);
       gate = 1.0f / (1.0f + exp((at - columns[i]) / over));
+      if (p.places.data != nullptr) gate = by_word(gate, p, slots, b, j, t);
     }
     store(gates + t * p.gates.strides[1] + j * p.gates.strides[2], gate);
   }

@@ -51,21 +51,29 @@ perfusion_status check(const perfusion_edited_attention_params& p) {
   arguments.tensor("value", p.value, {p.query.dtype});
   arguments.tensor("output", p.output, {p.query.dtype});
   check_edit(arguments, p);
+  if (p.slots.data != nullptr) {
+    arguments.tensor("slots", p.slots, {PERFUSION_INT32});
+    arguments.size("P", p.P, 0, most_of_a_size);
+  }
+  if (p.query_regions.data != nullptr || p.key_regions.data != nullptr) {
+    arguments.tensor("query_regions", p.query_regions, {PERFUSION_INT32});
+    arguments.tensor("key_regions", p.key_regions, {PERFUSION_INT32});
+  }
   return arguments.status;
 }
 
 }  // namespace
 
 void fit_queries(EditedAttentionPlan* plan, const perfusion_edited_attention_params& p, int keys, int scratch, int most_warps,
-                 int least_warps, int limit) {
-  const int d = static_cast<int>(p.d), row_bytes = 2 * tile_pitch(d), tile = query_rows * row_bytes;
+                 int least_warps, int most_stages, int more, int limit) {
+  const int d = static_cast<int>(p.d), row_bytes = 2 * tile_pitch(d), tile = 16 * plan->m * row_bytes;
   const int sides = (p.key_outputs.data != nullptr) + (p.value_outputs.data != nullptr);
   const int most_places = p.index.data == nullptr ? 0 : static_cast<int>(std::min<int64_t>(p.J, edit_places));
   for (int warps = most_warps; warps >= least_warps; warps /= 2) {
     for (int places = most_places;; places = (places + 1) / 2) {
-      for (int stages = 2; stages > 0; --stages) {
+      for (int stages = most_stages; stages > 0; --stages) {
         const int behind = std::max((stages - 1) * warps * tile, edit_bytes(places, sides, d, keys));
-        const int bytes = 2 * keys * row_bytes + std::max(scratch, warps * tile + behind);
+        const int bytes = 2 * keys * row_bytes + more + std::max(scratch, warps * tile + behind);
         plan->warps = warps, plan->stages = stages, plan->places = places, plan->bytes = bytes;
         if (bytes <= limit) return;
       }
@@ -75,9 +83,55 @@ void fit_queries(EditedAttentionPlan* plan, const perfusion_edited_attention_par
   plan->warps = 0;
 }
 
+namespace {
+
+int resident(const EditedAttentionPlan& plan, int d, int64_t T, const Device& device) {
+  const int by_registers = attention_beside(d, attention_groups_for(T), plan.m) * max_attention_warps / plan.warps;
+  return resident_blocks(device, plan.bytes, by_registers);
+}
+
+// Warps, stages and places for tiles of 16 m rows. A second stage overlaps loads within a warp; it is given up where a multiprocessor
+// would otherwise hold less than two warps for each of its four schedulers.
+void fit(EditedAttentionPlan* plan, const perfusion_edited_attention_params& p, const Device& device, int m) {
+  const int keys = keys_of(p.T), regions = p.key_regions.data == nullptr ? 0 : 4 * keys;
+  plan->m = m;
+  fit_queries(plan, p, keys, 0, max_attention_warps, 1, 2, regions, device.shared_per_block);
+  if (plan->warps == 0 || plan->stages == 1 || resident(*plan, static_cast<int>(p.d), p.T, device) * plan->warps >= 8) return;
+  EditedAttentionPlan single = *plan;
+  fit_queries(&single, p, keys, 0, plan->warps, plan->warps, 1, regions, device.shared_per_block);
+  if (single.warps > 0 && single.places == plan->places && resident(single, static_cast<int>(p.d), p.T, device) > resident(*plan, static_cast<int>(p.d), p.T, device)) *plan = single;
+}
+
+// Splits and blocks. At most as many blocks as the device holds at once: a second wave, of a few, would take as long as the first. Each
+// loads K and V of a head; where whole parts of heads do not share the work out evenly, it takes a stretch of all heads' tiles, and
+// loads those of each head that the stretch touches.
+void share_out(EditedAttentionPlan* plan, const perfusion_edited_attention_params& p, const Device& device) {
+  const int64_t rows = 16 * plan->m, tiles = (p.N + rows - 1) / rows, heads = p.B * p.H;
+  const int64_t each = plan->resident = resident(*plan, static_cast<int>(p.d), p.T, device);
+  const int64_t at_once = each * device.multiprocessors, useful = (tiles + plan->warps - 1) / plan->warps;
+  plan->splits = static_cast<int>(std::max<int64_t>(1, std::min(useful, at_once / heads)));
+  plan->blocks = heads * plan->splits;
+  if (at_once == 0 || (plan->splits == useful && plan->blocks <= at_once)) return;
+  // rows of d that a multiprocessor moves: queries and outputs, keys and values
+  const double both = 2.0 * keys_of(p.T), parts = static_cast<double>((tiles + plan->splits - 1) / plan->splits);
+  const double by_parts = static_cast<double>((plan->blocks + device.multiprocessors - 1) / device.multiprocessors) * (parts * 2 * rows + both);
+  const double of_stretch = static_cast<double>(heads * tiles) / at_once, touched = 1.0 + static_cast<double>(heads - 1) / at_once;
+  const double by_stretches = each * (of_stretch * 2 * rows + touched * both);
+  if (at_once < heads || by_stretches < by_parts) plan->splits = 0, plan->blocks = at_once;
+}
+
+}  // namespace
+
 perfusion_status plan_edited_attention(const perfusion_edited_attention_params& p, const Device& device,
                                        EditedAttentionPlan* plan) {
-  fit_queries(plan, p, keys_of(p.T), 0, max_attention_warps, 1, device.shared_per_block);
+  // Tiles of 32 rows read each fragment of K and V half as often; they are taken where there is one for each of the four schedulers
+  // of every multiprocessor.
+  fit(plan, p, device, 1);
+  if (plan->warps > 0 && most_tile_rows(p.T) == 32 && p.B * p.H * ((p.N + 31) / 32) >= 4 * device.multiprocessors) {
+    EditedAttentionPlan tall{};
+    fit(&tall, p, device, 2);
+    if (tall.warps == plan->warps && tall.places == plan->places) *plan = tall;
+  }
   if (plan->warps == 0) {
     return fail(PERFUSION_UNSUPPORTED,
                 "edited_attention: K and V of one head must fit into shared memory, %d bytes a block on this device; got T = %lld"
@@ -85,12 +139,7 @@ perfusion_status plan_edited_attention(const perfusion_edited_attention_params& 
                 device.shared_per_block, static_cast<long long>(p.T), static_cast<long long>(p.d),
                 static_cast<long long>(plan->bytes));
   }
-  // As many blocks as the chip runs at once, while there are tiles to share out: each loads K and V once more, and one that had to
-  // wait for a seat would take as long again.
-  const int64_t tiles = (p.N + query_rows - 1) / query_rows, heads = p.B * p.H;
-  const int64_t useful = (tiles + plan->warps - 1) / plan->warps;
-  const int64_t at_once = seats(device, 32 * plan->warps, plan->bytes, attention_registers(p.T));
-  plan->splits = static_cast<int>(std::max<int64_t>(1, std::min(useful, at_once / heads)));
+  share_out(plan, p, device);
 
   plan->wide_query = wide_rows(p.query, 4);
   plan->wide_key = wide_rows(p.key, 4);
@@ -106,20 +155,21 @@ perfusion_status plan_edited_attention(const perfusion_edited_attention_params& 
 extern "C" perfusion_status perfusion_edited_attention(const perfusion_edited_attention_params* params, perfusion_stream stream) {
   using namespace perfusion;
   if (params == nullptr) return fail(PERFUSION_INVALID_ARGUMENT, "edited_attention: params must be given; got NULL");
-  EditedAttentionLaunch arguments{*params, {}};
+  EditedAttentionLaunch arguments{*params, {}, nullptr};
   perfusion_edited_attention_params& p = arguments.call;
   perfusion_status status = check(p);
   if (status != PERFUSION_OK || is_empty({p.B, p.N, p.H})) return status;
   if (p.J == 0) p.index.data = nullptr;
+  if (p.slots.data == nullptr) p.P = p.B;
+  if (p.B * p.H > most_of_a_size) {
+    return fail(PERFUSION_UNSUPPORTED, "edited_attention: B * H must be below 2^30; got %lld", static_cast<long long>(p.B * p.H));
+  }
 
   Device here;
   status = device("edited_attention", &here);
   if (status == PERFUSION_OK) status = plan_edited_attention(p, here, &arguments.plan);
   if (status != PERFUSION_OK) return status;
-  const int64_t blocks = p.B * p.H * arguments.plan.splits;
-  if (blocks > most_of_a_size) {
-    return fail(PERFUSION_UNSUPPORTED, "edited_attention: B * H must be below 2^30; got %lld", static_cast<long long>(p.B * p.H));
-  }
-  return p.query.dtype == PERFUSION_FLOAT16 ? launch_edited_attention<Half>(arguments, blocks, stream)
-                                            : launch_edited_attention<BFloat16>(arguments, blocks, stream);
+  arguments.errors = here.errors;
+  return p.query.dtype == PERFUSION_FLOAT16 ? launch_edited_attention<Half>(arguments, stream)
+                                            : launch_edited_attention<BFloat16>(arguments, stream);
 }

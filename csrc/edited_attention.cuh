@@ -1,8 +1,9 @@
 // softmax(scale q K̃ᵀ) Ṽ over a short context, in one pass, K̃ and Ṽ being K and V or their edits (DESIGN.md, (12)).
 //
-// A block owns one head of one batch row. It brings that head's K and V into shared memory, edits them there if the row has a
-// concept, and then each of its warps streams tiles of 16 image tokens past them, on its own, with no more barriers. What a warp
-// does with a tile is in attention_tiles.cuh.
+// The tiles of all heads and rows stand in one line, and a block owns a stretch of it: of one head, or of several, one after the
+// other, so that as many blocks as the chip holds at once share the work out evenly. For each of its heads a block brings K and V
+// of the row's slot into shared memory, edits them there if the slot has a concept, and then each of its warps streams tiles of
+// 16 m image tokens past them, on its own, with no more barriers. What a warp does with a tile is in attention_tiles.cuh.
 #pragma once
 
 #include "edited_attention.h"
@@ -14,36 +15,82 @@ namespace perfusion {
 struct EditedAttentionLaunch {
   perfusion_edited_attention_params call;
   EditedAttentionPlan plan;
+  int32_t* errors;
 };
 
-// max_groups: of 16 keys each, at least T / 16. 5 of them are all computed; of more, those that T needs.
-template <class Element, int d, int max_groups>
-PERFUSION_KERNEL(32 * max_attention_warps)
+// A block's tiles: `count` from tile `at` of head `head` on.
+struct Stretch {
+  int head, at;
+  int64_t count;
+};
+
+PERFUSION_DEVICE Stretch stretch_of(const EditedAttentionPlan& plan, int tiles, int64_t heads) {
+  if (plan.splits > 0) {  // one head, of which the block has a part
+    const int part = static_cast<int>(block() % plan.splits), first = static_cast<int>(int64_t{tiles} * part / plan.splits);
+    return {static_cast<int>(block() / plan.splits), first, int64_t{tiles} * (part + 1) / plan.splits - first};
+  }
+  const int64_t all = heads * tiles, each = all / plan.blocks, more = all % plan.blocks;
+  const int64_t first = block() * each + (block() < more ? block() : more);
+  return {static_cast<int>(first / tiles), static_cast<int>(first % tiles), each + (block() < more ? 1 : 0)};
+}
+
+// The row of K and V that row b of the query reads; -1, which is noted, if its slot is none of P.
+PERFUSION_DEVICE int64_t row_of_slot(const perfusion_edited_attention_params& p, int64_t b, int32_t* errors) {
+  if (p.slots.data == nullptr) return b;
+  const int32_t slot = load(static_cast<const int32_t*>(p.slots.data) + b * p.slots.strides[0]);
+  if (slot >= 0 && slot < p.P) return slot;
+  if (thread() == 0) store(errors + PERFUSION_SLOT_OUT_OF_RANGE, 1);
+  return -1;
+}
+
+// max_groups: of 16 keys each, at least T / 16. 5 of them are all computed; of more, those that T needs. A warp's tile has 16 m rows.
+template <class Element, int d, int max_groups, int m>
+PERFUSION_KERNEL_BESIDE(32 * max_attention_warps, attention_beside(d, max_groups, m))
 edited_attention_kernel(PERFUSION_CONSTANT EditedAttentionLaunch launch) {
   static_assert(d % 8 == 0 && d >= 16, "heads are read in pieces of 8 elements, and multiplied 16 at a time");
-  constexpr int pitch = tile_pitch(d);
+  constexpr int pitch = tile_pitch(d), rows = 16 * m;
   const perfusion_edited_attention_params& p = launch.call;
   const EditedAttentionPlan& plan = launch.plan;
-  const int groups = max_groups > 5 ? (static_cast<int>(p.T) + 15) / 16 : max_groups;
-  const int64_t b = block() / plan.splits / p.H, h = block() / plan.splits % p.H;
+  const int groups = max_groups > 5 ? (static_cast<int>(p.T) + 15) / 16 : max_groups, T = static_cast<int>(p.T);
+  const int tiles = (static_cast<int>(p.N) + rows - 1) / rows, H = static_cast<int>(p.H);
 
   auto* keys = reinterpret_cast<Element*>(shared_memory());
   Element* values = keys + groups * 16 * pitch;
-  QueryStream<Element, d> stream(p, plan, b, h, static_cast<int>(block() % plan.splits), values + groups * 16 * pitch);
-  stream.load_first();
-  load_head<Element, d>(keys, groups * 16, p.key, b, h, static_cast<int>(p.T), plan.wide_key);
-  load_head<Element, d>(values, groups * 16, p.value, b, h, static_cast<int>(p.T), plan.wide_value);
-  commit_copies();
-  const HeadEdit<Element, d> edit(p, plan, b, h, groups * 16, stream.behind_first());
-  const bool edited = has_concept(p, b);
-  if (edited) edit.load_places(0);
-  wait_for_copies<0>();
-  barrier();
-  if (edited) {
-    edit.apply(keys, values);
+  auto* regions = p.key_regions.data == nullptr ? nullptr : reinterpret_cast<int32_t*>(values + groups * 16 * pitch);
+  Element* stages = values + groups * 16 * pitch + (regions == nullptr ? 0 : groups * 16 * 2);
+
+  Stretch stretch = stretch_of(plan, tiles, p.B * p.H);
+  for (bool others = false; stretch.count > 0; ++stretch.head, stretch.at = 0) {
+    const int b = stretch.head / H, h = stretch.head % H;
+    const int64_t row = row_of_slot(p, b, launch.errors);
+    const int end = stretch.count < tiles - stretch.at ? stretch.at + static_cast<int>(stretch.count) : tiles;
+    stretch.count -= end - stretch.at;
+    if (others) barrier();  // all have read the head before
+    others = true;
+    QueryStream<Element, d, m> stream(p, plan, b, h, stretch.at, end, stages);
+    if (row < 0) {
+      stream.clear();
+      continue;
+    }
+    stream.load_first();
+    load_head<Element, d>(keys, groups * 16, p.key, row, h, T, plan.wide_key);
+    load_head<Element, d>(values, groups * 16, p.value, row, h, T, plan.wide_value);
+    commit_copies();
+    if (regions != nullptr) {
+      const auto* bits = static_cast<const int32_t*>(p.key_regions.data) + b * p.key_regions.strides[0];
+      for (int t = thread(); t < groups * 16; t += threads()) regions[t] = t < T ? load(bits + t * p.key_regions.strides[1]) : 0;
+    }
+    const HeadEdit<Element, d> edit(p, plan, row, h, groups * 16, stream.behind_first(), launch.errors);
+    const bool edited = has_concept(p, row, launch.errors);
+    if (edited) edit.load_places(0);
+    wait_for_copies<0>();
     barrier();
+    if (edited) {
+      edit.apply(keys, values);
+      barrier();
+    }
+    stream.template attend<max_groups>(keys, values, regions, groups);
   }
-  stream.template attend<max_groups>(keys, values, groups);
 }
 
 }  // namespace perfusion

@@ -8,11 +8,14 @@
 namespace perfusion {
 
 struct EditedAttentionPlan {
-  int warps;   // per block
-  int stages;  // of query tiles per warp: 2 overlaps a load with the tile before
-  int splits;  // blocks that share one head of one row
-  int places;  // of the edit in shared memory at once; 0 without one
-  int bytes;   // of shared memory
+  int warps;       // per block
+  int m;           // 16 m rows in a warp's tile of queries
+  int stages;      // of query tiles per warp: 2 overlaps a load with the tile before
+  int splits;      // blocks that share one head of one row; 0 if a block's tiles may be of several heads
+  int64_t blocks;
+  int resident;    // blocks that a multiprocessor holds at once
+  int places;      // of the edit in shared memory at once; 0 without one
+  int bytes;       // of shared memory
   bool wide_query, wide_key, wide_value, wide_output;  // accesses of 16 bytes
   bool wide_key_tables, wide_value_tables;
 };
@@ -25,10 +28,11 @@ constexpr int edit_bytes(int places, int sides, int d, int keys) {
 }
 
 // Warps from most_warps to least_warps, places of the edit and stages of queries: the most, in this order, that fit into `limit`
-// bytes behind `resident` ones. The edit lies behind each warp's first stage, and gives way to the second; `scratch` bytes lie where
-// all of them do, before. Where nothing fits plan->warps is 0 and plan->bytes what the least would take.
+// bytes behind K, V and `more` bytes. The edit lies behind each warp's first stage, and gives way to the second; `scratch` bytes lie
+// where all of them do, before. Where nothing fits plan->warps is 0 and plan->bytes what the least would take. Tiles have 16 plan->m
+// rows.
 void fit_queries(EditedAttentionPlan* plan, const perfusion_edited_attention_params& params, int keys, int scratch, int most_warps,
-                 int least_warps, int limit);
+                 int least_warps, int most_stages, int more, int limit);
 
 // Keys in shared memory: T, padded to 80 or to the next 16 beyond.
 constexpr int keys_of(int64_t T) { return T <= 80 ? 80 : static_cast<int>((T + 15) / 16 * 16); }

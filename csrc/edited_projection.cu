@@ -1,4 +1,4 @@
-// Checks, launch plan and C API of `edited_projection`, and its kernels.
+// Checks, launch plan and C API of `edited_projection` and `fused_edited_projection`, and their kernels.
 #include "edited_projection.cuh"
 
 #include <iterator>
@@ -11,15 +11,13 @@ namespace {
 
 constexpr int64_t most = int64_t{1} << 30;  // of every size: rows and blocks are counted in 32 bits
 
-// Every compiled tile, the largest first.
-#define PERFUSION_PROJECTION_TILES(USE) USE(80, 128) USE(80, 64) USE(32, 64)
 #define PERFUSION_PROJECTION_TILE(ROWS, COLUMNS) {ROWS, COLUMNS, product_bytes<ProjectionTile<ROWS, COLUMNS>, true>()},
 constexpr struct Tile {
   int rows, columns, bytes;
 } tiles[] = {PERFUSION_PROJECTION_TILES(PERFUSION_PROJECTION_TILE)};
 
-perfusion_status check(const perfusion_edited_projection_params& p) {
-  Arguments arguments("edited_projection");
+perfusion_status check(const char* operation, const perfusion_edited_projection_params& p) {
+  Arguments arguments(operation);
   const struct {
     const char* name;
     int64_t value, least;
@@ -41,15 +39,16 @@ perfusion_status check(const perfusion_edited_projection_params& p) {
 }
 
 template <class Element>
-perfusion_status launch_edited_projection(const EditedProjectionLaunch& arguments, int64_t blocks, perfusion_stream stream) {
+perfusion_status launch_projection(const char* operation, bool once, const EditedProjectionLaunch& arguments, int64_t blocks,
+                                   perfusion_stream stream) {
   const EditedProjectionPlan& plan = arguments.plan;
 #define PERFUSION_PROJECTION_CASE(ROWS, COLUMNS)                                                                  \
   if (plan.rows == ROWS && plan.columns == COLUMNS) {                                                             \
-    return launch("edited_projection", edited_projection_kernel<Element, ROWS, COLUMNS>, blocks,                  \
-                  32 * projection_warps, plan.bytes, stream, arguments);                                          \
+    auto* kernel = once ? fused_edited_projection_kernel<Element, ROWS, COLUMNS> : edited_projection_kernel<Element, ROWS, COLUMNS>; \
+    return launch(operation, kernel, blocks, 32 * projection_warps, plan.bytes, stream, arguments);               \
   }
   PERFUSION_PROJECTION_TILES(PERFUSION_PROJECTION_CASE)
-  return fail(PERFUSION_UNSUPPORTED, "edited_projection: no kernel for a tile of %d x %d", plan.rows, plan.columns);
+  return fail(PERFUSION_UNSUPPORTED, "%s: no kernel for a tile of %d x %d", operation, plan.rows, plan.columns);
 }
 
 }  // namespace
@@ -79,27 +78,39 @@ perfusion_status plan_edited_projection(const perfusion_edited_projection_params
   return PERFUSION_OK;
 }
 
-}  // namespace perfusion
+namespace {
 
-extern "C" perfusion_status perfusion_edited_projection(const perfusion_edited_projection_params* params,
-                                                        perfusion_stream stream) {
-  using namespace perfusion;
-  if (params == nullptr) return fail(PERFUSION_INVALID_ARGUMENT, "edited_projection: params must be given; got NULL");
-  EditedProjectionLaunch arguments{*params, {}};
+perfusion_status project(const char* operation, bool once, const perfusion_edited_projection_params* params, perfusion_stream stream) {
+  if (params == nullptr) return fail(PERFUSION_INVALID_ARGUMENT, "%s: params must be given; got NULL", operation);
+  EditedProjectionLaunch arguments{*params, {}, nullptr};
   perfusion_edited_projection_params& p = arguments.call;
-  perfusion_status status = check(p);
+  perfusion_status status = check(operation, p);
   if (status != PERFUSION_OK || is_empty({p.B, p.T, p.O})) return status;
   if (p.index.data == nullptr) p.J = 0;
 
   Device here;
-  status = device("edited_projection", &here);
+  status = device(operation, &here);
   if (status == PERFUSION_OK) status = plan_edited_projection(p, here, &arguments.plan);
   if (status != PERFUSION_OK) return status;
+  arguments.errors = here.errors;
   const int64_t blocks = int64_t{arguments.plan.row_tiles} * arguments.plan.column_tiles;
   if (blocks > most) {
-    return fail(PERFUSION_UNSUPPORTED, "edited_projection: B * T * O must be below 2^41; got %lld * %lld", static_cast<long long>(p.B * p.T),
-                static_cast<long long>(p.O));
+    return fail(PERFUSION_UNSUPPORTED, "%s: B * T * O must be below 2^41; got %lld * %lld", operation,
+                static_cast<long long>(p.B * p.T), static_cast<long long>(p.O));
   }
-  return p.encodings.dtype == PERFUSION_FLOAT16 ? launch_edited_projection<Half>(arguments, blocks, stream)
-                                                : launch_edited_projection<BFloat16>(arguments, blocks, stream);
+  return p.encodings.dtype == PERFUSION_FLOAT16 ? launch_projection<Half>(operation, once, arguments, blocks, stream)
+                                                : launch_projection<BFloat16>(operation, once, arguments, blocks, stream);
+}
+
+}  // namespace
+
+}  // namespace perfusion
+
+extern "C" perfusion_status perfusion_edited_projection(const perfusion_edited_projection_params* params, perfusion_stream stream) {
+  return perfusion::project("edited_projection", false, params, stream);
+}
+
+extern "C" perfusion_status perfusion_fused_edited_projection(const perfusion_edited_projection_params* params,
+                                                              perfusion_stream stream) {
+  return perfusion::project("fused_edited_projection", true, params, stream);
 }

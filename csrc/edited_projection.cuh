@@ -7,6 +7,8 @@
 //   │ row 0, 1, … │   │ e Wᵀ + edit     │          more, and stores 16 bytes a row, wherever the destination is.
 //   └─────────────┘   └────────┴────────┴─ …
 //
+// `fused_edited_projection` leaves the first rounding out: its tile in shared memory has the float32 sums.
+//
 // Rows of a tile may be of several batch rows: each has its own concepts, whose slots, gates and components are brought into shared
 // memory eight places at a time. A row to which nothing is added keeps its bits. Row tiles come first in the order of blocks, so
 // that those that share weights run together.
@@ -14,6 +16,8 @@
 // Bytes, with R row tiles and L column tiles: read 2 (R O D + L B T D) of the product, 12 L B T J of slots, gates and components at
 // most, and 2 J table pieces for each thread's rows, as long as their slot is one; written 2 B T O.
 #pragma once
+
+#include <type_traits>
 
 #include "edited_projection.h"
 #include "matrix_product.cuh"
@@ -26,9 +30,13 @@ constexpr int places_at_a_time = 8;
 template <int rows, int columns>
 using ProjectionTile = ProductTile<rows, columns, 1, projection_warps>;
 
+// Every compiled tile, the largest first.
+#define PERFUSION_PROJECTION_TILES(USE) USE(80, 128) USE(80, 64) USE(32, 64)
+
 struct EditedProjectionLaunch {
   perfusion_edited_projection_params call;
   EditedProjectionPlan plan;
+  int32_t* errors;
 };
 
 // Slots, gates and components of a tile's rows at eight places, in shared memory; slot -1 where nothing is to be added.
@@ -38,14 +46,15 @@ struct Coefficients {
   float gates[rows][places_at_a_time], components[rows][places_at_a_time];
 
   // By all threads, for rows from `row` of [B T] and places from `place` on.
-  PERFUSION_DEVICE void load_from(const perfusion_edited_projection_params& p, int row, int place) {
+  PERFUSION_DEVICE void load_from(const perfusion_edited_projection_params& p, int row, int place, int32_t* errors) {
     const int T = static_cast<int>(p.T), M = static_cast<int>(p.B) * T;
     for (int i = thread(); i < rows * places_at_a_time; i += threads()) {
       const int r = i / places_at_a_time, j = i % places_at_a_time;
       slots[r][j] = -1;
       if (row + r >= M || place + j >= p.J) continue;
       const int64_t b = (row + r) / T, t = (row + r) % T, at = place + j;
-      const int32_t slot = load(static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0] + at * p.index.strides[1]);
+      const auto* index = static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0] + at * p.index.strides[1];
+      const int32_t slot = bank_slot(index, p.S, errors);
       if (slot < 0) continue;
       slots[r][j] = slot;
       gates[r][j] = load(static_cast<const float*>(p.gates.data) + b * p.gates.strides[0] + t * p.gates.strides[1] +
@@ -56,24 +65,30 @@ struct Coefficients {
   }
 };
 
-template <class Element, int rows, int columns>
-PERFUSION_KERNEL(32 * projection_warps)
-edited_projection_kernel(PERFUSION_CONSTANT EditedProjectionLaunch launch) {
+// once: the edit is added to the product's float32 sums, and the result rounded once; else to the product as it is rounded.
+template <class Element, int rows, int columns, bool once>
+PERFUSION_DEVICE void project_and_edit(const EditedProjectionLaunch& launch) {
   using Tile = ProjectionTile<rows, columns>;
-  constexpr int pitch = tile_pitch(columns), pieces = columns / 8, mine = rows / (Tile::threads / pieces);  // rows of a thread
-  static_assert(2 * rows * pitch + sizeof(Coefficients<rows>) <= product_bytes<Tile, true>(), "the epilogue takes the product's place");
+  // elements from a row of the tile to the next: an odd number of 16-byte pieces
+  constexpr int pitch = once ? columns + 4 : tile_pitch(columns), pieces = columns / 8, mine = rows / (Tile::threads / pieces);
+  using Sum = std::conditional_t<once, float, Element>;
+  static_assert(sizeof(Sum) * rows * pitch + sizeof(Coefficients<rows>) <= product_bytes<Tile, true>(), "the epilogue takes the product's place");
   const perfusion_edited_projection_params& p = launch.call;
   const EditedProjectionPlan& plan = launch.plan;
   const int B = static_cast<int>(p.B), T = static_cast<int>(p.T), D = static_cast<int>(p.D), O = static_cast<int>(p.O);
   const int row = static_cast<int>(block() % plan.row_tiles) * rows;
   const int column = static_cast<int>(block() / plan.row_tiles) * columns;
 
-  auto* tile = reinterpret_cast<Element*>(shared_memory());
+  auto* tile = reinterpret_cast<Sum*>(shared_memory());
   auto& coefficients = *reinterpret_cast<Coefficients<rows>*>(tile + rows * pitch);
-  multiply_tile<Tile, true>(tile, product_operand<Element>(p.encodings, B, T, D, plan.wide_encodings),
+  multiply_tile<Tile, true>(reinterpret_cast<Element*>(shared_memory()), product_operand<Element>(p.encodings, B, T, D, plan.wide_encodings),
                             product_operand<Element>(p.weight, O, D, plan.wide_weight), row, column, 0,
                             [&](int r, int n, float x, float y) {
-                              *reinterpret_cast<uint32_t*>(tile + r * pitch + n) = pack<Element>(x, y);
+                              if constexpr (once) {
+                                tile[r * pitch + n] = x, tile[r * pitch + n + 1] = y;
+                              } else {
+                                *reinterpret_cast<uint32_t*>(tile + r * pitch + n) = pack<Element>(x, y);
+                              }
                             });
   barrier();
 
@@ -81,11 +96,18 @@ edited_projection_kernel(PERFUSION_CONSTANT EditedProjectionLaunch launch) {
   const int there = O - column - piece * 8 < 8 ? O - column - piece * 8 : 8;  // columns of the piece
   float x[mine][8];
   PERFUSION_UNROLL
-  for (int i = 0; i < mine; ++i) widen(x[i], *reinterpret_cast<const Words*>(tile + (first + i) * pitch + piece * 8), Element{});
+  for (int i = 0; i < mine; ++i) {
+    const Sum* sums = tile + (first + i) * pitch + piece * 8;
+    if constexpr (once) {
+      read_floats(x[i], sums);
+    } else {
+      widen(x[i], *reinterpret_cast<const Words*>(sums), Element{});
+    }
+  }
 
   for (int place = 0; place < p.J; place += places_at_a_time) {
     if (place > 0) barrier();  // those before have been read
-    coefficients.load_from(p, row, place);
+    coefficients.load_from(p, row, place, launch.errors);
     barrier();
     for (int j = 0; j < places_at_a_time && place + j < p.J; ++j) {
       const auto below = [&](int32_t bound) {  // the largest slot of these rows that is; -1 if none is
@@ -121,6 +143,18 @@ edited_projection_kernel(PERFUSION_CONSTANT EditedProjectionLaunch launch) {
                   (column + piece * 8) * p.result.strides[2];
     store_eight(to, p.result.strides[2], x[i], there, plan.wide_result);
   }
+}
+
+template <class Element, int rows, int columns>
+PERFUSION_KERNEL(32 * projection_warps)
+edited_projection_kernel(PERFUSION_CONSTANT EditedProjectionLaunch launch) {
+  project_and_edit<Element, rows, columns, false>(launch);
+}
+
+template <class Element, int rows, int columns>
+PERFUSION_KERNEL(32 * projection_warps)
+fused_edited_projection_kernel(PERFUSION_CONSTANT EditedProjectionLaunch launch) {
+  project_and_edit<Element, rows, columns, true>(launch);
 }
 
 }  // namespace perfusion

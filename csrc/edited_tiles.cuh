@@ -16,11 +16,11 @@
 namespace perfusion {
 
 // Whether row b names any concept, asked by whole warps. Without one its keys and values stay as they are, to the last bit.
-PERFUSION_DEVICE bool has_concept(const perfusion_edited_attention_params& p, int64_t b) {
+PERFUSION_DEVICE bool has_concept(const perfusion_edited_attention_params& p, int64_t b, int32_t* errors) {
   if (p.index.data == nullptr) return false;
   const auto* index = static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0];
   bool any = false;
-  for (int64_t j = lane(); j < p.J; j += 32) any = any || load(index + j * p.index.strides[1]) >= 0;
+  for (int64_t j = lane(); j < p.J; j += 32) any = any || bank_slot(index + j * p.index.strides[1], p.S, errors) >= 0;
   return sum_of_warp(any ? 1.0f : 0.0f) > 0.0f;
 }
 
@@ -29,7 +29,7 @@ class HeadEdit {
  public:
   // The edit of `keys` keys and values of head h of row b; scratch: plan.places's edit_bytes().
   PERFUSION_DEVICE HeadEdit(const perfusion_edited_attention_params& p, const EditedAttentionPlan& plan, int64_t b, int64_t h,
-                            int keys, void* scratch)
+                            int keys, void* scratch, int32_t* errors)
       : p(p),
         plan(plan),
         b(b),
@@ -39,6 +39,7 @@ class HeadEdit {
         J(static_cast<int>(p.J)),
         first_side(p.key_outputs.data == nullptr ? 1 : 0),
         sides((p.key_outputs.data != nullptr ? 1 : 0) + (p.value_outputs.data != nullptr ? 1 : 0)),
+        errors(errors),
         slots(static_cast<int*>(scratch)),
         tables(reinterpret_cast<float*>(slots + edit_places)),
         coefficients(tables + plan.places * sides * 2 * d) {}
@@ -47,7 +48,9 @@ class HeadEdit {
   PERFUSION_DEVICE void load_places(int place) const {
     const int places = J - place < plan.places ? J - place : plan.places;
     const auto* index = static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0];
-    if (thread() < places) slots[thread()] = load(index + (place + thread()) * p.index.strides[1]);
+    if (thread() < places) {
+      slots[thread()] = bank_slot(index + (place + thread()) * p.index.strides[1], p.S, errors);
+    }
     barrier();
     const int of_tables = places * sides * 2 * pieces;
     for (int i = thread(); i < of_tables + places * keys / 4; i += threads()) {
@@ -137,6 +140,7 @@ class HeadEdit {
   const EditedAttentionPlan& plan;
   int64_t b, column;
   int keys, T, J, first_side, sides;
+  int32_t* errors;
   int* slots;           // [edit_places]
   float* tables;        // [places, sides, 2, d]
   float* coefficients;  // [places, 2, keys]

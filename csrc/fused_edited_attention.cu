@@ -56,7 +56,8 @@ perfusion_status plan_fused_edited_attention(const perfusion_fused_edited_attent
                                              FusedEditedAttentionPlan* plan) {
   EditedAttentionPlan& attention = plan->attention;
   const int d = static_cast<int>(p.d), keys = keys_of(p.T);
-  fit_queries(&attention, attention_of(p), keys, projection_bytes(d), max_attention_warps, max_attention_warps,
+  attention.m = 1;
+  fit_queries(&attention, attention_of(p), keys, projection_bytes(d), max_attention_warps, max_attention_warps, 2, 0,
               device.shared_per_block);
   if (attention.warps == 0) {
     return fail(PERFUSION_UNSUPPORTED,
@@ -65,7 +66,7 @@ perfusion_status plan_fused_edited_attention(const perfusion_fused_edited_attent
                 device.shared_per_block, static_cast<long long>(p.T), d, attention.bytes);
   }
 
-  const int64_t tiles = (p.N + query_rows - 1) / query_rows, unit = int64_t{2} * query_rows * keys * d;
+  const int64_t tiles = (p.N + 15) / 16, unit = int64_t{2} * 16 * keys * d;  // tokens of a warp's tile
   const int64_t tokens = (keys + projected_tokens - 1) / projected_tokens * projected_tokens;
   attention.splits = share_projection(p.B * p.H, tiles, tokens * p.D * 2 * projection_columns(d), unit, device.multiprocessors);
 
@@ -87,7 +88,7 @@ extern "C" perfusion_status perfusion_fused_edited_attention(const perfusion_fus
   using namespace perfusion;
   if (params == nullptr) return fail(PERFUSION_INVALID_ARGUMENT, "fused_edited_attention: params must be given; got NULL");
   const perfusion_fused_edited_attention_params& p = *params;
-  FusedEditedAttentionLaunch arguments{attention_of(p), p.encodings, p.key_weight, p.value_weight, p.D, {}};
+  FusedEditedAttentionLaunch arguments{attention_of(p), p.encodings, p.key_weight, p.value_weight, p.D, {}, nullptr};
   perfusion_status status = check(p, arguments.call);
   if (status != PERFUSION_OK || is_empty({p.B, p.N, p.H})) return status;
 
@@ -95,7 +96,8 @@ extern "C" perfusion_status perfusion_fused_edited_attention(const perfusion_fus
   status = device("fused_edited_attention", &here);
   if (status == PERFUSION_OK) status = plan_fused_edited_attention(p, here, &arguments.plan);
   if (status != PERFUSION_OK) return status;
-  const int64_t blocks = p.B * p.H * arguments.plan.attention.splits;
+  arguments.errors = here.errors;
+  const int64_t blocks = arguments.plan.attention.blocks = p.B * p.H * arguments.plan.attention.splits;
   if (blocks > most_of_a_size) {
     return fail(PERFUSION_UNSUPPORTED, "fused_edited_attention: B * H must be below 2^30; got %lld",
                 static_cast<long long>(p.B * p.H));

@@ -26,6 +26,7 @@ struct FusedEditedAttentionLaunch {
   perfusion_tensor encodings, key_weight, value_weight;
   int64_t D;
   FusedEditedAttentionPlan plan;
+  int32_t* errors;
 };
 
 // K's rows of a step and V's below them.
@@ -34,10 +35,10 @@ struct BothSides {
   Loader key, value;
   int apart;  // elements
 
-  template <class Element>
+  template <bool wide, bool whole, class Element>
   PERFUSION_DEVICE void load(Element* stage) {
-    key.load(stage);
-    value.load(stage + apart);
+    key.template load<wide, whole>(stage);
+    value.template load<wide, whole>(stage + apart);
   }
 };
 
@@ -65,15 +66,16 @@ PERFUSION_DEVICE void project_keys(Element* keys, Element* values, Element* step
   const auto key = [&] { return Side(head_of<Element>(launch.key_weight, h, d, D, launch.plan.wide_key_weight), 0, 0); };
   const auto value = [&] { return Side(head_of<Element>(launch.value_weight, h, d, D, launch.plan.wide_value_weight), 0, 0); };
   const int steps_of_sum = (D + Tile::depth - 1) / Tile::depth;
+  const bool wide = launch.plan.wide_encodings && launch.plan.wide_key_weight && launch.plan.wide_value_weight;
 
   for (int first = 0; first < 16 * groups; first += projected_tokens) {
     for (int side = 0; side < 3 - sides; ++side) {
       float c[Tile::m][Tile::n][4] = {};
       if constexpr (sides == 2) {
         const BothSides<Side> both{key(), value(), columns * tile_pitch(Tile::depth)};
-        multiply_steps<Tile, true>(c, steps, Tokens(encodings, first, 0), both, steps_of_sum);
+        multiply_steps<Tile, true>(c, steps, Tokens(encodings, first, 0), both, wide, steps_of_sum);
       } else {
-        multiply_steps<Tile, true>(c, steps, Tokens(encodings, first, 0), side == 0 ? key() : value(), steps_of_sum);
+        multiply_steps<Tile, true>(c, steps, Tokens(encodings, first, 0), side == 0 ? key() : value(), wide, steps_of_sum);
       }
       hand_over<Tile>(c, [&](int r, int n, float x, float y) {
         Element* tile = side + n / columns == 0 ? keys : values;
@@ -100,18 +102,20 @@ fused_edited_attention_kernel(PERFUSION_CONSTANT FusedEditedAttentionLaunch laun
   Element* rest = values + groups * 16 * pitch;
   project_keys<Element, d>(keys, values, rest, groups, launch, b, h);
 
-  QueryStream<Element, d> stream(p, plan, b, h, static_cast<int>(block() % plan.splits), rest);
+  const int tiles = (static_cast<int>(p.N) + 15) / 16, part = static_cast<int>(block() % plan.splits);
+  const auto tile = [&](int part) { return static_cast<int>(int64_t{tiles} * part / plan.splits); };
+  QueryStream<Element, d, 1> stream(p, plan, b, h, tile(part), tile(part + 1), rest);
   stream.load_first();
   commit_copies();
-  if (has_concept(p, b)) {
-    const HeadEdit<Element, d> edit(p, plan, b, h, groups * 16, stream.behind_first());
+  if (has_concept(p, b, launch.errors)) {
+    const HeadEdit<Element, d> edit(p, plan, b, h, groups * 16, stream.behind_first(), launch.errors);
     edit.load_places(0);
     barrier();  // all of K and V stands
     edit.apply(keys, values);
   }
   wait_for_copies<0>();
   barrier();
-  stream.template attend<max_groups>(keys, values, groups);
+  stream.template attend<max_groups>(keys, values, nullptr, groups);
 }
 
 }  // namespace perfusion

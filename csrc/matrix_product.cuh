@@ -68,6 +68,9 @@ PERFUSION_BOTH constexpr int product_bytes() {
 
 // Brings an operand into shared memory, [rows, columns] a step. The sum runs along its columns, or, if `down`, along its rows. Unless
 // its rows are `grouped`, one address stands for all of a thread's rows, which spares registers.
+//
+// What a step may lack is known before the sum begins: rows that are not there have no bytes in any step, and columns end in the last.
+// So all steps but the last ask nothing of columns, where the sum runs along them.
 template <class Element, int rows, int columns, int threads_of_block, bool down, bool grouped = false>
 class ProductLoader {
  public:
@@ -77,31 +80,27 @@ class ProductLoader {
         row_stride(from.row),
         to(thread() / pieces * tile_pitch(columns) + thread() % pieces * 8),
         rows_left(from.rows - row - thread() / pieces),
-        columns_left(from.columns - column - thread() % pieces * 8),
-        wide(from.wide) {
+        columns_left(from.columns - column - thread() % pieces * 8) {
     PERFUSION_UNROLL
     for (int i = 0; i < lines; ++i) {
       line[i] = from.at(row + thread() / pieces + i * apart) + (column + thread() % pieces * 8) * from.column;
     }
   }
 
-  // The next step; asynchronous where the layout allows it.
+  // The next step. wide: asynchronous accesses of 16 bytes. whole: no columns are missing in it, for which nobody asks then.
+  template <bool wide, bool whole>
   PERFUSION_DEVICE void load(Element* stage) {
-    const int most = columns_left < 0 ? 0 : columns_left < 8 ? columns_left : 8;
+    const int most = whole && !down ? 8 : columns_left < 0 ? 0 : columns_left < 8 ? columns_left : 8;
     const auto elements = [&](int i) { return i * apart < rows_left ? most : 0; };
     const auto source = [&](int i) { return grouped ? line[i % lines] : line[0] + i * apart * row_stride; };
     const auto beyond = [&](int i) { return rows % apart != 0 && thread() / pieces + i * apart >= rows; };  // of the step
     Element* target = stage + to;
-    if (wide) {
-      PERFUSION_UNROLL
-      for (int i = 0; i < count; ++i) {
-        if (beyond(i)) continue;
+    PERFUSION_UNROLL
+    for (int i = 0; i < count; ++i) {
+      if (beyond(i)) continue;
+      if (wide) {
         copy_async(target + i * apart * tile_pitch(columns), elements(i) > 0 ? source(i) : data, 2 * elements(i));
-      }
-    } else {
-      PERFUSION_UNROLL
-      for (int i = 0; i < count; ++i) {
-        if (beyond(i)) continue;
+      } else {
         *reinterpret_cast<Words*>(target + i * apart * tile_pitch(columns)) = gather(source(i), stride, elements(i));
       }
     }
@@ -119,7 +118,6 @@ class ProductLoader {
   const Element *data, *line[lines];
   int64_t stride, row_stride;
   int to, rows_left, columns_left;
-  bool wide;
 };
 
 // c += the products of one step.
@@ -162,29 +160,45 @@ PERFUSION_DEVICE void multiply_step(float (&c)[Tile::m][Tile::n][4], const Eleme
 }
 
 // c += the products of `steps` steps, which the loaders bring into product_bytes() of shared memory. All threads have read the
-// last of them when it returns.
-template <class Tile, bool transposed, class Element, class Left, class Right>
-PERFUSION_DEVICE void multiply_steps(float (&c)[Tile::m][Tile::n][4], Element* shared, Left next_left, Right next_right, int steps) {
+// last of them when it returns. wide: of all operands. The stages follow each other without a division.
+template <class Tile, bool transposed, bool wide, class Element, class Left, class Right>
+PERFUSION_DEVICE void multiply_steps_of(float (&c)[Tile::m][Tile::n][4], Element* shared, Left& next_left, Right& next_right, int steps) {
   constexpr int left_step = Tile::rows * tile_pitch(Tile::depth);
-  constexpr int right_step = product_bytes<Tile, transposed>() / 2 / Tile::stages - left_step;
-  const auto stage = [&](int step) { return shared + step % Tile::stages * (left_step + right_step); };
-  const auto load = [&](int step) {
-    if (step < steps) {
-      next_left.load(stage(step));
-      next_right.load(stage(step) + left_step);
+  constexpr int stage = product_bytes<Tile, transposed>() / 2 / Tile::stages, all = Tile::stages * stage;
+  const auto load = [&](int step, int offset) {
+    if (step + 1 < steps) {
+      next_left.template load<wide, true>(shared + offset);
+      next_right.template load<wide, true>(shared + offset + left_step);
+    } else if (step < steps) {
+      next_left.template load<wide, false>(shared + offset);
+      next_right.template load<wide, false>(shared + offset + left_step);
     }
     commit_copies();
   };
 
   PERFUSION_UNROLL
-  for (int step = 0; step + 1 < Tile::stages; ++step) load(step);
+  for (int step = 0; step + 1 < Tile::stages; ++step) load(step, step * stage);
+  int read = 0, written = all - stage;
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<Tile::stages - 2>();
     barrier();
-    load(step + Tile::stages - 1);
-    multiply_step<Tile, transposed>(c, stage(step), stage(step) + left_step);
+    load(step + Tile::stages - 1, written);
+    multiply_step<Tile, transposed>(c, shared + read, shared + read + left_step);
+    read = read + stage == all ? 0 : read + stage;
+    written = written + stage == all ? 0 : written + stage;
   }
   barrier();
+}
+
+// The same, `wide` asked once for the whole sum.
+template <class Tile, bool transposed, class Element, class Left, class Right>
+PERFUSION_DEVICE void multiply_steps(float (&c)[Tile::m][Tile::n][4], Element* shared, Left next_left, Right next_right, bool wide,
+                                     int steps) {
+  if (wide) {
+    multiply_steps_of<Tile, transposed, true>(c, shared, next_left, next_right, steps);
+  } else {
+    multiply_steps_of<Tile, transposed, false>(c, shared, next_left, next_right, steps);
+  }
 }
 
 // epilogue(r, n, x, y) for every pair of a tile: x is element (r, n) of the tile, n even, y the next.
@@ -213,7 +227,8 @@ PERFUSION_DEVICE void multiply_tile(Element* shared, const ProductOperand<Elemen
                 !transposed, true>
       next_right(right, transposed ? column : k, transposed ? k : column);
   float c[Tile::m][Tile::n][4] = {};
-  multiply_steps<Tile, transposed>(c, shared, next_left, next_right, (left.columns - k + Tile::depth - 1) / Tile::depth);
+  multiply_steps<Tile, transposed>(c, shared, next_left, next_right, left.wide && right.wide,
+                                   (left.columns - k + Tile::depth - 1) / Tile::depth);
   hand_over<Tile>(c, epilogue);
 }
 

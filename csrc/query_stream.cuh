@@ -1,4 +1,4 @@
-// The image tokens of one head on their way past its keys and values, a warp with a tile of 16 at a time and no barrier of the block.
+// The image tokens of one head on their way past its keys and values, a warp with a tile of 16 m at a time and no barrier of the block.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -6,13 +6,13 @@
 
 namespace perfusion {
 
-// 16 tokens of the query, zeros from N on, into a warp's stage; asynchronous where the layout allows it. A lane fills the pieces
+// 16 m tokens of the query, zeros from N on, into a warp's stage; asynchronous where the layout allows it. A lane fills the pieces
 // that it reads in store_outputs, so a tile may land on the outputs before it without a barrier.
-template <class Element, int d>
+template <class Element, int d, int m>
 PERFUSION_DEVICE void load_queries(Element* stage, const Element* from, int64_t row, int64_t column, int first, int N,
                                    bool wide) {
   constexpr int pieces = d / 8, pitch = tile_pitch(d);
-  for (int i = lane(); i < query_rows * pieces; i += 32) {
+  for (int i = lane(); i < 16 * m * pieces; i += 32) {
     const int n = first + i / pieces, piece = i % pieces;
     Element* to = stage + i / pieces * pitch + piece * 8;
     const Element* source = n < N ? from + n * row + piece * 8 * column : from;
@@ -24,10 +24,10 @@ PERFUSION_DEVICE void load_queries(Element* stage, const Element* from, int64_t 
   }
 }
 
-template <class Element, int d>
+template <class Element, int d, int m>
 PERFUSION_DEVICE void store_outputs(Element* to, int64_t row, int64_t column, const Element* stage, int first, int N, bool wide) {
   constexpr int pieces = d / 8, pitch = tile_pitch(d);
-  for (int i = lane(); i < query_rows * pieces; i += 32) {
+  for (int i = lane(); i < 16 * m * pieces; i += 32) {
     const int n = first + i / pieces, piece = i % pieces;
     if (n >= N) continue;
     const Words words = *reinterpret_cast<const Words*>(stage + i / pieces * pitch + piece * 8);
@@ -40,65 +40,80 @@ PERFUSION_DEVICE void store_outputs(Element* to, int64_t row, int64_t column, co
   }
 }
 
-// One warp's share of a head's tiles: every `step`-th from `tile` on.
-template <class Element, int d>
+// The tiles `first` … `end` - 1 of head h of row b, shared out to the block's warps.
+template <class Element, int d, int m>
 struct QueryStream {
-  const Element* query;
-  Element* output;
+  static constexpr int rows = 16 * m, pitch = tile_pitch(d);
+
   Element* own;  // this warp's tile of the first stage; those of all warps are neighbours
   const perfusion_edited_attention_params& p;
   const EditedAttentionPlan& plan;
-  int tile, tiles, step;
+  const int b, h;
+  int tile, end;
 
-  PERFUSION_DEVICE QueryStream(const perfusion_edited_attention_params& p, const EditedAttentionPlan& plan, int64_t b, int64_t h,
-                               int split, Element* stages)
-      : query(static_cast<const Element*>(p.query.data) + b * p.query.strides[0] + h * p.query.strides[2]),
-        output(static_cast<Element*>(p.output.data) + b * p.output.strides[0] + h * p.output.strides[2]),
-        own(stages + warp() * query_rows * tile_pitch(d)),
-        p(p),
-        plan(plan),
-        tile(split * plan.warps + warp()),
-        tiles((static_cast<int>(p.N) + query_rows - 1) / query_rows),
-        step(plan.splits * plan.warps) {}
+  PERFUSION_DEVICE QueryStream(const perfusion_edited_attention_params& p, const EditedAttentionPlan& plan, int b, int h, int first,
+                               int end, Element* stages)
+      : own(stages + warp() * rows * pitch), p(p), plan(plan), b(b), h(h), tile(first + warp()), end(end) {}
 
-  PERFUSION_DEVICE Element* stage(int which) const {
-    return own + which * plan.warps * query_rows * tile_pitch(d);
-  }
+  // Where the head begins; counted anew for each tile, which costs less than the registers to keep it.
+  PERFUSION_DEVICE int64_t head(const perfusion_tensor& x) const { return b * x.strides[0] + h * x.strides[2]; }
+
+  PERFUSION_DEVICE Element* stage(int which) const { return own + which * plan.warps * rows * pitch; }
 
   PERFUSION_DEVICE void load(int which, int tile) const {
-    load_queries<Element, d>(stage(which), query, p.query.strides[1], p.query.strides[3], tile * query_rows,
-                             static_cast<int>(p.N), plan.wide_query);
+    load_queries<Element, d, m>(stage(which), static_cast<const Element*>(p.query.data) + head(p.query), p.query.strides[1],
+                                p.query.strides[3], tile * rows, static_cast<int>(p.N), plan.wide_query);
+  }
+
+  PERFUSION_DEVICE void store(int which) const {
+    store_outputs<Element, d, m>(static_cast<Element*>(p.output.data) + head(p.output), p.output.strides[1], p.output.strides[3],
+                                 stage(which), tile * rows, static_cast<int>(p.N), plan.wide_output);
   }
 
   PERFUSION_DEVICE void load_first() const {
-    if (tile < tiles) load(0, tile);
+    if (tile < end) load(0, tile);
   }
 
   // What lies in shared memory behind all warps' first stages: free until attend is called.
-  PERFUSION_DEVICE void* behind_first() const { return own + (plan.warps - warp()) * query_rows * tile_pitch(d); }
+  PERFUSION_DEVICE void* behind_first() const { return own + (plan.warps - warp()) * rows * pitch; }
 
-  // After load_first, its commit, and a barrier behind which all keys and values stand.
+  // The bit set of a row of the tile.
+  PERFUSION_DEVICE int32_t region(int row) const {
+    const auto* bits = static_cast<const int32_t*>(p.query_regions.data) + b * p.query_regions.strides[0];
+    const int n = tile * rows + row;
+    return n < p.N ? perfusion::load(bits + n * p.query_regions.strides[1]) : 0;
+  }
+
+  // After load_first, its commit, and a barrier behind which all keys, values and their regions stand.
   template <int max_groups>
-  PERFUSION_DEVICE void attend(const Element* keys, const Element* values, int groups) {
+  PERFUSION_DEVICE void attend(const Element* keys, const Element* values, const int32_t* key_regions, int groups) {
     const float scale = p.scale * 1.4426950408889634f;  // exp(x) is exp2(x log2 e)
-    for (int which = 0; tile < tiles; tile += step) {
+    for (int which = 0; tile < end; tile += plan.warps) {
       if (plan.stages == 2) {
-        if (tile + step < tiles) load(which ^ 1, tile + step);
+        if (tile + plan.warps < end) load(which ^ 1, tile + plan.warps);
         commit_copies();
         wait_for_copies<1>();
       } else {
         wait_for_copies<0>();
       }
       warp_barrier();
-      attend_tile<Element, d, max_groups>(stage(which), keys, values, groups, scale, static_cast<int>(p.T));
-      store_outputs<Element, d>(output, p.output.strides[1], p.output.strides[3], stage(which), tile * query_rows,
-                                static_cast<int>(p.N), plan.wide_output);
+      attend_tile<Element, d, max_groups, m>(stage(which), keys, values, groups, scale, static_cast<int>(p.T), key_regions,
+                                             [this](int row) { return region(row); });
+      store(which);
       if (plan.stages == 2) {
         which ^= 1;
-      } else if (tile + step < tiles) {
-        load(0, tile + step);
+      } else if (tile + plan.warps < end) {
+        load(0, tile + plan.warps);
         commit_copies();
       }
+    }
+  }
+
+  // Zeros in place of all outputs.
+  PERFUSION_DEVICE void clear() {
+    for (; tile < end; tile += plan.warps) {
+      for (int i = lane(); i < rows * (d / 8); i += 32) *reinterpret_cast<Words*>(own + i / (d / 8) * pitch + i % (d / 8) * 8) = Words{};
+      store(0);
     }
   }
 };

@@ -3,8 +3,8 @@
     python csrc/registry.py REGISTRY.cpp OBJECT…
 
 CMake runs it when the objects are there. ptxas's words, which keep_ptxas.sh keeps beside each of nvcc's, say everything but the
-dynamic shared memory, whose formulas are here; tests/cuda_host holds them against the launch plans. C++ and Python read the
-table by perfusion_compiled_kernels of include/perfusion_kernels.h.
+dynamic shared memory, which limits.cu knows. C++ and Python read the table by perfusion_compiled_kernels of
+include/perfusion_kernels.h.
 """
 
 import re
@@ -13,11 +13,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 DTYPES = {"NS_4HalfE": "float16", "NS_8BFloat16E": "bfloat16", "f": "float32"}  # by the mangled name of a kernel's first template argument
-TILES = {  # what its other template arguments are; keys are counted in groups of 16
+SIXTEENS = ("keys", "query_rows")  # which are counted in groups of 16
+TILES = {  # what its other template arguments are
     "concept_gates": ("resident",),
-    "edited_attention": ("head_dim", "keys"),
+    "edited_attention": ("head_dim", "keys", "query_rows"),
     "fused_edited_attention": ("head_dim", "keys"),
     "edited_projection": ("rows", "columns"),
+    "fused_edited_projection": ("rows", "columns"),
     "encodings_gradient": (),
     "sum_of_splits": (),
     "coefficients_gradient": (),
@@ -54,38 +56,13 @@ def named(symbol: str) -> tuple[str, str, tuple[int, ...]]:
     arguments = tuple(map(int, re.findall(r"L[a-z](\d+)E", literals)))
     if kernel not in TILES or len(TILES[kernel]) != len(arguments):
         rule = "TILES of csrc/registry.py must name each kernel, and each number among its template arguments after the dtype"
-        raise ValueError(f"{rule}; got {symbol}. Add it there, and its shared memory to dynamic_shared_memory")
+        raise ValueError(f"{rule}; got {symbol}. Add it there, and its shared memory to csrc/limits.cu")
     return kernel, DTYPES[dtype], arguments
 
 
 def tile(kernel: str, arguments: tuple[int, ...]) -> str:
     """The numbers by name: "head_dim 40, keys 80"."""
-    return ", ".join(f"{name} {16 * number if name == 'keys' else number}" for name, number in zip(TILES[kernel], arguments))
-
-
-def pitch(columns: int) -> int:
-    """Bytes from one row of a tile to the next: tile_pitch of device/memory.cuh."""
-    return 2 * 8 * (columns // 8 | 1)
-
-
-def dynamic_shared_memory(kernel: str, arguments: tuple[int, ...]) -> int:
-    """Bytes that a launch without an edit asks for: two stages of queries, where there are any, and the longest T of the instance. -1:
-    by J. An edit takes the place of the second stage, and more where that is too small for its concepts."""
-    steps_pitch = pitch(32)  # of the steps of a product inside an attention kernel
-    if kernel == "edited_attention":
-        d, groups = arguments
-        return pitch(d) * (2 * 16 * groups + 4 * 2 * 16)
-    if kernel == "fused_edited_attention":
-        d, groups = arguments
-        sides, stages = 2 if d <= 80 else 1, 3 if d <= 128 else 2
-        return 2 * 16 * groups * pitch(d) + max(steps_pitch * stages * (80 + sides * -(-d // 16) * 16), 4 * 2 * 16 * pitch(d))
-    if kernel == "edited_projection":
-        return 3 * pitch(64) * sum(arguments)
-    if kernel == "concept_gates":
-        (resident,) = arguments
-        return -1 if resident else 16384
-    others = {"encodings_gradient": 86784, "coefficients_gradient": 512, "tables_gradient": 8192, "sum_of_splits": 0}
-    return others[kernel]
+    return ", ".join(f"{name} {16 * number if name in SIXTEENS else number}" for name, number in zip(TILES[kernel], arguments))
 
 
 def source(rows: Iterable[dict]) -> str:
@@ -94,11 +71,13 @@ def source(rows: Iterable[dict]) -> str:
     for row in rows:
         kernel, arguments = row["kernel"], row["arguments"]
         texts = ", ".join(f'"{text}"' for text in (kernel, tile(kernel, arguments), row["architecture"]))
-        numbers = [row[name] for name in ("registers", "spills", "stack", "shared")] + [dynamic_shared_memory(kernel, arguments)]
-        lines.append(f"    {{{texts}, PERFUSION_{row['dtype'].upper()}, {', '.join(map(str, numbers))}}},\n")
+        numbers = ", ".join(str(row[name]) for name in ("registers", "spills", "stack", "shared"))
+        dynamic = f'perfusion::shared_memory_of("{kernel}", {{{", ".join(map(str, arguments))}}})'
+        lines.append(f"    {{{texts}, PERFUSION_{row['dtype'].upper()}, {numbers}, {dynamic}}},\n")
     return f"""\
 // Written by csrc/registry.py from the words of ptxas.
 #include "perfusion_kernels.h"
+#include "../limits.h"
 
 static const perfusion_compiled_kernel registry[] = {{
 {"".join(lines)}    {{}},  // not counted: an array has an element, and PTX alone has no kernel here

@@ -2,7 +2,7 @@
 
 A backend is a subpackage of this package whose import calls `register` once per operator it has. One that depends on more
 than its import has a function `unavailable`, which says why none of its operators can run here, or None.
-Every call takes the first of its operator's `DEFAULTS` that is there and neither refuses nor declines the arguments. A
+Every call takes the first of its operator's `DEFAULTS` that is there, supports the arguments and is preferred for them. A
 backend asked for by name (a call's `backend=`, `use_backend`, or the environment variable
 PERFUSION_BACKEND, in this order) is taken, or the call fails and says why.
 """
@@ -60,7 +60,7 @@ class BackendStatus:
         return f"{self.name}: {', '.join(self.operators) if self.available else 'unavailable, ' + self.reason}"
 
 
-def _refuses_nothing(*arguments) -> None:
+def _no_objection(*arguments) -> None:
     return None
 
 
@@ -69,20 +69,20 @@ def register(
     operator: Operator,
     implementation: Callable | None,
     *,
-    refuses: Callable[..., str | None] = _refuses_nothing,
-    declines: Callable[..., str | None] = _refuses_nothing,
+    unsupported: Callable[..., str | None] = _no_objection,
+    not_preferred: Callable[..., str | None] = _no_objection,
 ) -> None:
     """Makes `implementation` the `backend`'s way to run `operator`.
 
     implementation: a function of the schema's arguments, or None if a loaded C++ library registers the
         kernel of `perfusion_kernels::<operator>.<backend>` itself.
-    refuses: given the schema's arguments, None, or the reason why they cannot run here. It may look at
+    unsupported: given the schema's arguments, None, or the reason why they cannot run here. It may look at
         shapes, dtypes and devices only: it runs under `torch.compile` too.
-    declines: the same, for calls that can run here when `backend` is asked for by name, and not otherwise.
+    not_preferred: the same, for calls that can run here when `backend` is asked for by name, and not otherwise.
     """
     implementations = _implementations.setdefault(operator.name, {})
     _require_new(backend, operator.name, implementations)
-    implementations[backend] = Implementation(bind(operator, backend, implementation), refuses, declines)
+    implementations[backend] = Implementation(bind(operator, backend, implementation), unsupported, not_preferred)
 
 
 def register_backward(
@@ -90,18 +90,18 @@ def register_backward(
     operator: Operator,
     implementation: Callable | None,
     *,
-    refuses: Callable[..., str | None] = _refuses_nothing,
+    unsupported: Callable[..., str | None] = _no_objection,
 ) -> None:
     """Makes `implementation` the way to differentiate what `backend` ran of `operator`, instead of plain torch.
 
     implementation: as `registration.bind_backward` says; None if a loaded C++ library registers the kernel of
         `perfusion_kernels::<operator>_backward.<backend>` itself.
-    refuses: as in `register`, given the arguments of the backward; plain torch then takes over, as it does
+    unsupported: as in `register`, given the arguments of the backward; plain torch then takes over, as it does
         for second derivatives.
     """
     _require_new(backend, f"{operator.name}_backward", operator.backwards)
     overload = bind_backward(operator, backend, implementation)
-    operator.backwards[backend] = Implementation(overload, refuses, _refuses_nothing)
+    operator.backwards[backend] = Implementation(overload, unsupported, _no_objection)
 
 
 def _require_new(backend: str, operator: str, implementations: dict[str, Implementation]) -> None:
@@ -118,7 +118,7 @@ def load(backend: str) -> None:
         _absent[backend] = "not part of this installation"
         return
     try:
-        _unavailable[backend] = getattr(importlib.import_module(module), "unavailable", _refuses_nothing)
+        _unavailable[backend] = getattr(importlib.import_module(module), "unavailable", _no_objection)
     except (ImportError, OSError, BackendUnavailable) as error:
         _absent[backend] = f"{type(error).__name__}: {error}"
 
@@ -154,7 +154,7 @@ def select(operator: str, arguments: Sequence, backend: str | None = None) -> Op
         return implementations[name].overload
     for name in DEFAULTS.get(operator, ORDER):
         found = implementations.get(name)  # why an absent one is absent is not asked here, in every call
-        if found is not None and found.refuses(*arguments) is None and found.declines(*arguments) is None:
+        if found is not None and found.unsupported(*arguments) is None and found.not_preferred(*arguments) is None:
             return found.overload
     raise BackendUnavailable(f"{operator}: no backend can run this call")
 
@@ -174,11 +174,11 @@ def _why_not(backend: str, implementations: dict[str, Implementation], arguments
         return f"there is no such backend, only {', '.join(ORDER)}"
     if backend not in implementations:
         return _reason(backend) or "it does not implement this operator"
-    return implementations[backend].refuses(*arguments)
+    return implementations[backend].unsupported(*arguments)
 
 
 def _reason(backend: str) -> str | None:
-    return _absent[backend] if backend in _absent else _unavailable.get(backend, _refuses_nothing)()
+    return _absent[backend] if backend in _absent else _unavailable.get(backend, _no_objection)()
 
 
 @contextmanager

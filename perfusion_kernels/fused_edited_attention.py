@@ -64,19 +64,8 @@ def fused_edited_attention(
 
 
 @once
-def _check(
-    query: Tensor,
-    encodings: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    gates: Tensor,
-    components: Tensor,
-    index: Tensor,
-    key_outputs: Tensor,
-    key_targets: Tensor,
-    value_outputs: Tensor,
-    value_targets: Tensor,
-) -> None:
+def _check(query: Tensor, encodings: Tensor, key_weight: Tensor, value_weight: Tensor, *edit: Tensor) -> None:
+    gates, components, index, key_outputs, key_targets, value_outputs, value_targets = edit
     check = Arguments("fused_edited_attention")
     check("query", query, "B N H d", FLOATING)
     check("encodings", encodings, "B T D", dtypes_beside(query), "as query")

@@ -22,8 +22,8 @@ class Implementation:
     """An overload, why it cannot run given arguments, and why it is not preferred; both look at shapes, dtypes and devices only."""
 
     overload: OpOverload
-    refuses: Callable[..., str | None]
-    declines: Callable[..., str | None]
+    unsupported: Callable[..., str | None]
+    not_preferred: Callable[..., str | None]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _derivative(operator: Operator, backend: str) -> Callable:
             own, needs = operator.backwards.get(backend), ctx.needs_input_grad
             if own is not None and not torch.is_grad_enabled():  # enabled: the gradients will be differentiated
                 arguments = (*gradients, *ctx.saved_tensors, *ctx.constants, list(needs))
-                if own.refuses(*arguments) is None:
+                if own.unsupported(*arguments) is None:
                     found = iter(own.overload(*arguments))
                     return tuple(next(found) if need else None for need in needs)
             return operator.backward(ctx, *gradients)

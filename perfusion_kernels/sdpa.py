@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import backend
+from .reference.edit import of_keys, of_values, unpacked
 from .reference.edited_attention import allowed, edited, of_rows
 from .shape_checks import autocasts
 
@@ -22,25 +23,11 @@ def preferred(arguments: tuple) -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
 
 
-def edited_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gates: Tensor | None,
-    components: Tensor | None,
-    index: Tensor | None,
-    key_outputs: Tensor | None,
-    key_targets: Tensor | None,
-    value_outputs: Tensor | None,
-    value_targets: Tensor | None,
-    slots: Tensor | None,
-    query_regions: Tensor | None,
-    key_regions: Tensor | None,
-    scale: float,
-) -> Tensor:
+def edited_attention(query: Tensor, key: Tensor, value: Tensor, *rest) -> Tensor:
     """As `reference.edited_attention`, but that K and V are rounded to the dtype of query once they are edited, as in a kernel."""
-    key = of_rows(edited(key, gates, components, index, key_outputs, key_targets).to(query.dtype), slots)
-    value = of_rows(edited(value, gates, components, index, value_outputs, value_targets).to(query.dtype), slots)
+    edit, slots, query_regions, key_regions, scale = unpacked(rest)
+    key = of_rows(edited(key, *of_keys(edit)).to(query.dtype), slots)
+    value = of_rows(edited(value, *of_values(edit)).to(query.dtype), slots)
     mask = allowed(query_regions, key_regions)
     if mask is None:
         return _attend(query, key, value, None, scale)

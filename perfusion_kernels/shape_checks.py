@@ -23,7 +23,9 @@ def autocasts(tensor: Tensor) -> bool:
     if tensor.is_cpu:
         return torch.is_autocast_enabled("cpu")
     device_type = tensor.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # torch.compile cannot trace the question before torch 2.12; what it compiles for has autocast
+    known = device_type != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type))
+    return known and torch.is_autocast_enabled(device_type)
 
 
 _NONE = type(None)

@@ -44,7 +44,7 @@ def warm_up(
     Raises:
         BackendUnavailable: no Triton here, or the device is none that it serves. ValueError: no layer is given.
 
-    Source: DESIGN.md, "Tile sizes".
+    Source: docs/kernels-triton.md, "Tile sizes".
     """
     layers = list(layers)
     if not layers:
@@ -65,9 +65,9 @@ def _require_triton(device: torch.device) -> None:
     status = next(status for status in available_backends() if status.name == "triton")
     if not status.available:
         raise BackendUnavailable(f"warm_up: Triton is unavailable, {status.reason}")
-    from .triton.device import refuses
+    from .triton.device import unsupported
 
-    reason = refuses(torch.empty(0, device=device))
+    reason = unsupported(torch.empty(0, device=device))
     if reason is not None:
         raise BackendUnavailable(f"warm_up: {reason}")
 

@@ -59,5 +59,5 @@ def test_the_defaults_of_train_are_those_of_the_configuration():
     said = {"None": "the model's", "True": "on", "False": "off"}
     for field in dataclasses.fields(TrainingConfig):
         if field.name in names and field.default not in (dataclasses.MISSING, ""):
-            default = said.get(str(field.default), field.default)
+            default = "all" if field.name == "micro_batch" else said.get(str(field.default), field.default)
             assert f"[default: {default}]" in entry(text, names[field.name]), field.name

@@ -17,9 +17,11 @@ STANDARD = set(sys.stdlib_module_names)
 PACKAGES = {  # folder -> what it may import beside the standard library and itself
     "perfusion_kernels": {"torch", "triton", "platformdirs"},
     "python/perfusion": {
-        *("perfusion_kernels", "torch", "diffusers", "transformers", "tokenizers", "accelerate", "safetensors"),
-        *("PIL", "jinja2", "markdown", "numpy", "tqdm", "typer", "yaml"),
+        *("perfusion_kernels", "torch", "diffusers", "transformers", "tokenizers", "accelerate", "safetensors", "huggingface_hub"),
+        *("PIL", "jinja2", "markdown", "numpy", "onnx", "onnxruntime", "onnxscript", "tqdm", "typer", "yaml"),
+        *("peft", "pillow_heif"),  # where they are installed
     },
+    "python/perfusion/runtime": {"PIL", "numpy", "onnxruntime", "perfusion", "safetensors", "tokenizers"},  # no torch
 }
 
 
@@ -110,9 +112,10 @@ def test_the_rule_for_includes(name, line, allowed):
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
-        ("import perfusion_kernels", {"perfusion", "diffusers", "transformers"}),
+        ("import perfusion_kernels", {"perfusion", "diffusers", "transformers", "torch._dynamo"}),
         ("import perfusion", {"perfusion_kernels", "torch", "numpy", "diffusers", "transformers"}),
         ("import perfusion; perfusion.Concept; perfusion.attach", {"diffusers", "transformers"}),
+        ("import perfusion.runtime", {"perfusion_kernels", "torch", "diffusers", "transformers", "onnxruntime"}),
     ],
 )
 def test_importing_loads_no_more_than_it_must(code, absent):

@@ -46,7 +46,7 @@ def test_both_packages_go_in_with_every_module_and_nothing_else_does(files):
 
 
 def test_data_goes_in(files):
-    data = tree("python/perfusion/templates", "*") | tree("python/perfusion/toybox/weights", "*")
+    data = set().union(*(tree(f"python/perfusion/{folder}", "*") for folder in ("configurations", "templates", "toybox/weights")))
     assert {file for file in files if not file.endswith(".py")} == data
 
 
@@ -87,7 +87,7 @@ def test_constraints_pin_what_is_required_and_fit(distribution):
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = [Requirement(line) for line in lines]
     assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins)
-    wanted = [*distribution.install_requires, *(line for name in ("train", "test", "dev") for line in distribution.extras_require[name])]
+    wanted = [*distribution.install_requires, *(line for name in ("train", "export", "test", "dev") for line in distribution.extras_require[name])]
     for requirement in map(Requirement, wanted):
         for python in ("3.10", "3.11", "3.13"):
             found = [p for p in pins if p.name == requirement.name and (p.marker is None or p.marker.evaluate({"python_version": python}))]

@@ -49,12 +49,12 @@ def calls(operator: str, d: int, J: int, dtype: torch.dtype) -> Iterator[tuple[s
     """(what, call, why not) of the operator and of its derivatives, where it has kernels for them."""
     forward, backward = kernels_of(operator), kernels_of(f"{operator}_backward")
     for form, arguments in arguments_of(operator, d, J, dtype):
-        yield operator + form, partial(forward, *arguments), partial(_refusal, operator, "refuses", *arguments)
+        yield operator + form, partial(forward, *arguments), partial(_refusal, operator, "unsupported", *arguments)
         if backward is not None:
             needs = [isinstance(argument, torch.Tensor) and argument.is_floating_point() for argument in arguments]
             all_arguments = (*results_of(operator, arguments), *arguments, needs)
-            refuses = partial(_refusal, f"{operator}_backward", "refuses_backward", *all_arguments)
-            yield f"{operator}{form}, backward", partial(backward, *all_arguments), refuses
+            unsupported = partial(_refusal, f"{operator}_backward", "unsupported_backward", *all_arguments)
+            yield f"{operator}{form}, backward", partial(backward, *all_arguments), unsupported
 
 
 def kernels_of(name: str, what: str = "") -> Callable | None:
@@ -67,12 +67,12 @@ def kernels_of(name: str, what: str = "") -> Callable | None:
 
 def _refusal(name: str, what: str, *arguments) -> str | None:
     """Why the operator would not take these, were they on the GPU that is compiled for."""
-    refuses, device_refuses = kernels_of(name, what), device.refuses
-    device.refuses = lambda *arguments: None
+    unsupported, device_unsupported = kernels_of(name, what), device.unsupported
+    device.unsupported = lambda *arguments: None
     try:
-        return None if refuses is device_refuses else refuses(*arguments)
+        return None if unsupported is device_unsupported else unsupported(*arguments)
     finally:
-        device.refuses = device_refuses
+        device.unsupported = device_unsupported
 
 
 def arguments_of(operator: str, d: int, J: int, dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
@@ -126,14 +126,14 @@ def compiled(case: Case, architectures: Iterable[str], quick: bool) -> list[dict
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     operator, d, J, dtype = case
     rows = []
-    for what, call, refuses in calls(operator, d, J, DTYPES[dtype]):
+    for what, call, unsupported in calls(operator, d, J, DTYPES[dtype]):
         for architecture in architectures:
             if not _counts(operator, what, d, architecture, quick):
                 continue
             row = {"operator": what, "head_dim": d, "J": J, "dtype": dtype, "architecture": architecture}
             row |= {"triton": triton.__version__, "case": list(case)}
             with compiling(TARGETS[architecture]) as kernels:
-                reason = refuses()
+                reason = unsupported()
                 if reason is None:
                     call()
             if reason is not None:

@@ -9,10 +9,12 @@ here is a time.
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ class Kernel:
     stack: int = 0  # bytes of local memory
     spills: int = 0  # bytes stored and loaded
     shared: int = 0  # bytes, static
+    dynamic: int = -1  # bytes of a launch without an edit; -1: by J
     tensor: int = 0  # matrix multiply-accumulate instructions
     wide_loads: int = 0  # of 16 bytes from global memory, synchronous or not
     wide_stores: int = 0
@@ -98,6 +101,15 @@ def compiled(architectures: Sequence[str], jobs: int = 2) -> tuple[Path, dict]:
     return module("setup.py").compile_library()
 
 
+def dynamic_shared_memory(library: Path) -> dict[tuple[str, str], int]:
+    """By kernel and tile, as the library lists it; asked in a process of its own, for the library brings torch kernels."""
+    script = "import ctypes, json, sys, torch; from perfusion_kernels.cuda import registry"
+    script += "; print(json.dumps(registry.kernels(ctypes.CDLL(sys.argv[1]))))"
+    ran = subprocess.run([sys.executable, "-c", script, str(library)], cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = json.loads(ran.stdout.splitlines()[-1])
+    return {(row["kernel"], row["tile"]): -1 if row["dynamic_shared_memory"] is None else row["dynamic_shared_memory"] for row in rows}
+
+
 def kernels_of(library: Path, content: dict) -> list[Kernel]:
     """Every kernel of the library, by name and then by architecture in the library's order."""
     architectures = [each for each in content["architectures"] if each.startswith("sm_")]
@@ -105,10 +117,11 @@ def kernels_of(library: Path, content: dict) -> list[Kernel]:
     for arch in architectures:
         of_arch = count_instructions(disassembled(library, arch))
         counts |= {(readable(*REGISTRY.named(symbol)), arch): found for symbol, found in of_arch.items()}
-    rows = {}
+    dynamic, rows = dynamic_shared_memory(library), {}
     for row in REGISTRY.kernels(library.parent.rglob("*.cu.o")):
-        name = readable(row.pop("kernel"), row.pop("dtype"), row.pop("arguments"))
-        rows[name, row.pop("architecture")] = row
+        kernel, numbers = row.pop("kernel"), row.pop("arguments")
+        name = readable(kernel, row.pop("dtype"), numbers)
+        rows[name, row.pop("architecture")] = {**row, "dynamic": dynamic[kernel, REGISTRY.tile(kernel, numbers)]}
     if not rows or rows.keys() != counts.keys():
         raise RuntimeError(f"ptxas and cuobjdump do not speak of the same kernels: {sorted(rows.keys() ^ counts.keys())[:4]} …")
     kernels = [Kernel(name, arch, **row, **counts[name, arch]) for (name, arch), row in rows.items()]
@@ -154,9 +167,8 @@ def table(kernels: Sequence[Kernel]) -> str:
         mine = {kernel.arch: kernel for kernel in kernels if kernel.name == name}
         counts = [span(getattr(kernel, field) for kernel in mine.values()) for field in ("tensor", "wide_loads", "wide_stores")]
         registers = [str(mine[arch].registers) for arch in architectures]
-        operator, _, *arguments = name.split(", ")
-        shared = REGISTRY.dynamic_shared_memory(operator, tuple(map(int, arguments)))
-        lines.append("| " + " | ".join([name, "by J" if shared < 0 else f"{shared:,}", *counts, *registers]) + " |")
+        dynamic = next(iter(mine.values())).dynamic
+        lines.append("| " + " | ".join([name, "by J" if dynamic < 0 else f"{dynamic:,}", *counts, *registers]) + " |")
     spilled = sum(bool(kernel.spills or kernel.stack or kernel.local) for kernel in kernels)
     static = sum(bool(kernel.shared) for kernel in kernels)
     lines += ["", f"{len(kernels)} compiled kernels; {spilled} of them spill or use local memory, {static} have static shared memory."]

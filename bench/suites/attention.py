@@ -6,6 +6,7 @@ from bench import formulas
 from bench.measure import Options, Problem
 from bench.providers import formula, library, ours
 from bench.suites.draw import T, case, problem, unets
+from bench.timing import Contestant
 from tests.kernels import cases
 
 WIDTH = 16  # D: there are keys and values already
@@ -15,17 +16,20 @@ def problems(options: Options) -> Iterator[Problem]:
     for model, layers, _, B in unets(options):
         for layer in layers:
             N, H, d = layer.N, layer.H, layer.d
-            for J in (0, 1):
+            scale = d**-0.5
+            for J in options.places or (0, 1):
                 one = case(options, B=B, D=WIDTH, J=J, H=H, d=d, N=N)
                 arguments = one.arguments("edited_attention")
                 if J == 0:
                     arguments = {name: tensor if name in ("query", "key", "value") else None for name, tensor in arguments.items()}
-                scale = d**-0.5
-                positional = cases.positional("edited_attention", arguments, scale)
-                contestants = [
-                    *ours("edited_attention", arguments, scale=scale),
-                    *library(lambda positional=positional: formulas.expert_edited_attention(*positional)),
-                    *formula("edited_attention", positional),
-                ]
+
+                def contestants(arguments: dict, scale: float = scale) -> list[Contestant]:
+                    positional = cases.positional("edited_attention", arguments, scale)
+                    return [
+                        *ours("edited_attention", arguments, scale=scale),
+                        *library(lambda: formulas.expert_edited_attention(*positional)),
+                        *formula("edited_attention", positional, options.compile),
+                    ]
+
                 name = f"{model}, {B} rows, N = {N}, d = {d}, J = {J}"
                 yield problem(name, "edited_attention", arguments, scale, one.index, options, contestants, B=B, N=N, T=T, H=H, d=d, J=J)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -21,13 +21,14 @@ def unets(options: Options) -> Iterator[tuple[str, tuple[floors.Layer, ...], int
         yield "small", SMALL, 24, 2
         return
     for model in filter(floors.UNETS.get, options.models):
+        layers = tuple(layer for layer in floors.UNETS[model] if not options.tokens or layer.N in options.tokens)
         for rows in options.rows:
-            yield model, floors.UNETS[model], floors.TEXT_WIDTHS[model], rows
+            yield model, layers, floors.TEXT_WIDTHS[model], rows
 
 
 def places(options: Options) -> tuple[int, ...]:
     """J: how many concepts a row has."""
-    return (3,) if options.quick else (1, 3)
+    return (3,) if options.quick else options.places or (1, 3)
 
 
 def case(options: Options, *, B: int, D: int, J: int, H: int, d: int, N: int, channels: int = 1) -> cases.Case:
@@ -39,9 +40,12 @@ def case(options: Options, *, B: int, D: int, J: int, H: int, d: int, N: int, ch
 
 def problem(
     name: str, operator: str, arguments: dict[str, Tensor | None], scale: float, index: Tensor, options: Options,
-    contestants: list[Contestant], **shapes: int,
+    contestants: Callable[[dict[str, Tensor | None]], list[Contestant]], **shapes: int,
 ) -> Problem:  # fmt: skip
-    """The plain formula is that of the tests, row by row, and so is the truth, in float64."""
+    """The plain formula is that of the tests, row by row, and so is the truth, in float64. contestants: makes them for these arguments."""
+
+    def copied() -> list[Contestant]:
+        return contestants({key: tensor if tensor is None else tensor.clone() for key, tensor in arguments.items()})
 
     values = cases.positional(operator, arguments, scale)
     if operator == "edited_attention" and arguments["index"] is None:
@@ -54,6 +58,7 @@ def problem(
     return Problem(
         name, shapes, options.dtype, index,
         exact=lambda: formula(*map(double, values)), plain=lambda: formula(*values),
-        contestants=contestants, work=floors.of(operator, arguments),
+        contestants=contestants(arguments), work=floors.of(operator, arguments), again=copied,
+        copied=sum(tensor.nbytes for tensor in arguments.values() if tensor is not None),
     )  # fmt: skip
 

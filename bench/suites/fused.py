@@ -6,6 +6,7 @@ from bench import formulas
 from bench.measure import Options, Problem
 from bench.providers import formula, library, ours
 from bench.suites.draw import T, case, problem, unets
+from bench.timing import Contestant
 from tests.kernels import cases
 
 
@@ -14,14 +15,17 @@ def problems(options: Options) -> Iterator[Problem]:
         for layer in layers:
             N, H, d = layer.N, layer.H, layer.d
             one = case(options, B=B, D=D, J=1, H=H, d=d, N=N)
-            arguments, scale = one.arguments("fused_edited_attention"), d**-0.5
-            positional = cases.positional("fused_edited_attention", arguments, scale)
-            contestants = [
-                *ours("fused_edited_attention", arguments, scale=scale),
-                *library(lambda positional=positional: formulas.expert_fused_edited_attention(*positional)),
-                *formula("fused_edited_attention", positional),
-            ]
-            name = f"{model}, {B} rows, N = {N}, d = {d}"
+            scale = d**-0.5
+
+            def contestants(arguments: dict, scale: float = scale) -> list[Contestant]:
+                positional = cases.positional("fused_edited_attention", arguments, scale)
+                return [
+                    *ours("fused_edited_attention", arguments, scale=scale),
+                    *library(lambda: formulas.expert_fused_edited_attention(*positional)),
+                    *formula("fused_edited_attention", positional, options.compile),
+                ]
+
+            arguments, name = one.arguments("fused_edited_attention"), f"{model}, {B} rows, N = {N}, d = {d}"
             yield problem(
                 name, "fused_edited_attention", arguments, scale, one.index, options, contestants, B=B, N=N, T=T, D=D, H=H, d=d, J=1
             )

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import torch
-from diffusers.models.attention_processor import Attention
 
 from bench import formulas
 from bench.measure import Options, Problem
@@ -18,23 +17,30 @@ def problems(options: Options) -> Iterator[Problem]:
         for layer in layers:
             N, C, H, d = layer.N, layer.C, layer.H, layer.d
             one = case(options, B=B, D=D, J=0, H=H, d=d, N=N, channels=C)
-            arguments = one.arguments("cross_attention_layer")
             scale = d**-0.5
-            positional = cases.positional("cross_attention_layer", arguments, scale)
-            contestants = [
-                *ours("cross_attention_layer", arguments, scale=scale),
-                *library(lambda positional=positional: formulas.expert_cross_attention_layer(*positional)),
-                diffusers(one, N),
-                *formula("cross_attention_layer", positional),
-            ]
-            name = f"{model}, {B} rows, N = {N}, C = {C}"
+
+            def contestants(arguments: dict, one: cases.Case = one, scale: float = scale) -> list[Contestant]:
+                positional = cases.positional("cross_attention_layer", arguments, scale)
+                return [
+                    *ours("cross_attention_layer", arguments, scale=scale),
+                    *library(lambda: formulas.expert_cross_attention_layer(*positional)),
+                    Contestant("expert addmm", lambda: formulas.addmm_cross_attention_layer(*positional), on_graph=True),
+                    diffusers(one),
+                    *formula("cross_attention_layer", positional, options.compile),
+                ]
+
+            arguments, name = one.arguments("cross_attention_layer"), f"{model}, {B} rows, N = {N}, C = {C}"
             yield problem(
                 name, "cross_attention_layer", arguments, scale, one.index, options, contestants, B=B, N=N, C=C, T=T, H=H, d=d, D=D
             )
 
 
-def diffusers(one: cases.Case, N: int) -> Contestant:
+def diffusers(one: cases.Case) -> Contestant:
     """The block that the pipeline has, which projects the text to K and V at every step."""
+    try:
+        from diffusers.models.attention_processor import Attention
+    except ImportError as error:
+        return Contestant("diffusers", None, f"diffusers cannot be imported: {error}")
     H, d = one.query.shape[2:]
     with torch.device("meta"):
         block = Attention(one.hidden_states.shape[-1], one.encodings.shape[-1], heads=H, dim_head=d)

@@ -113,7 +113,7 @@ def problem(name: str, make: Callable[[], tuple[Any, Covariance, int]], batch: i
         if compile and name not in COMPILED:
             continue
         session = stack.enter_context(new(kind, compile))
-        contestants.append(Contestant(provider, session.train_step, check=lambda session=session: gradients(session)))
+        contestants.append(Contestant(provider, session.train_step, check=lambda *_, session=session: gradients(session)))
     layers = describe_base(pipe)
     shapes = dict(R=batch, captions=len(config.instance_prompts), T=77, D=layers.encoding_dim, O=layers.outputs, layers=len(layers.layers))
     index = torch.zeros(1, 1, dtype=torch.int32, device=options.device)

@@ -9,8 +9,10 @@
 
 #define PERFUSION_DEVICE __device__ __forceinline__
 #define PERFUSION_BOTH __host__ __device__
-// 1: blocks that a multiprocessor must hold. With it ptxas takes the registers that it needs; without, it spills a few to fit more.
-#define PERFUSION_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+// `blocks` are those that a multiprocessor must hold. With 1 ptxas takes the registers that it needs; without, it spills a few to fit
+// more.
+#define PERFUSION_KERNEL(threads) PERFUSION_KERNEL_BESIDE(threads, 1)
+#define PERFUSION_KERNEL_BESIDE(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define PERFUSION_CONSTANT const __grid_constant__
 #define PERFUSION_UNROLL _Pragma("unroll")
 
@@ -167,38 +169,6 @@ PERFUSION_DEVICE float exp(float x) { return ::expf(x); }
 PERFUSION_DEVICE float maximum(float x, float y) { return ::fmaxf(x, y); }
 PERFUSION_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
-inline perfusion_status device(const char* operation, Device* result) {
-  int ordinal = 0;
-  cudaError_t error = cudaGetDevice(&ordinal);
-  const struct {
-    cudaDeviceAttr attribute;
-    int* value;
-  } wanted[] = {
-      {cudaDevAttrMultiProcessorCount, &result->multiprocessors},
-      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &result->shared_per_block},
-      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &result->shared_per_multiprocessor},
-      {cudaDevAttrL2CacheSize, &result->cache},
-  };
-  for (const auto& each : wanted) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(each.value, each.attribute, ordinal);
-  }
-  if (error == cudaSuccess) return PERFUSION_OK;
-  return fail(PERFUSION_DEVICE_ERROR, "%s: the device cannot be asked: %s", operation, cudaGetErrorString(error));
-}
-
-template <class Arguments>
-perfusion_status launch(const char* operation, void (*kernel)(Arguments), int64_t blocks, int threads, int bytes,
-                        perfusion_stream stream, const Arguments& arguments) {
-  cudaError_t error = cudaSuccess;
-  if (bytes > 48 * 1024) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) {
-    // not <<<>>> and cudaGetLastError, which would also give what an earlier call of somebody else has left there
-    void* values[] = {const_cast<Arguments*>(&arguments)};
-    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(threads), values,
-                             static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
-  }
-  if (error == cudaSuccess) return PERFUSION_OK;
-  return fail(PERFUSION_DEVICE_ERROR, "%s: the launch was refused: %s", operation, cudaGetErrorString(error));
-}
-
 }  // namespace perfusion
+
+#include "launch.h"

@@ -24,14 +24,14 @@ struct Device {
   int shared_per_block;           // bytes, with opt-in
   int shared_per_multiprocessor;  // bytes
   int cache;                      // bytes, of the second level
+  int32_t* errors;                // PERFUSION_DEVICE_ERRORS words of host memory that kernels write and the host reads
 };
 
-// Blocks that the device runs at once: as many as shared memory has room for, a KB of which each block takes beside its own, and
-// registers, 65,536 a multiprocessor.
-inline int64_t seats(const Device& device, int threads, int bytes, int registers = 168) {
-  const int by_memory = device.shared_per_multiprocessor / (bytes + 1024), by_registers = 65536 / (registers * threads);
-  const int each = by_memory < by_registers ? by_memory : by_registers;
-  return int64_t{device.multiprocessors} * (each > 1 ? each : 1);
+// Blocks that a multiprocessor holds at once, of `by_registers` at most: as many as shared memory has room for, a KB of which each
+// takes beside its own. At least 1.
+inline int resident_blocks(const Device& device, int bytes, int by_registers) {
+  const int by_memory = device.shared_per_multiprocessor / (bytes + 1024), each = by_memory < by_registers ? by_memory : by_registers;
+  return each > 1 ? each : 1;
 }
 
 }  // namespace perfusion

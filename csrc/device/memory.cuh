@@ -13,6 +13,14 @@ inline bool wide_rows(const perfusion_tensor& tensor, int dimensions) {
   return aligned;
 }
 
+// The slot in a bank of S that stands there; -1 for none, and for one out of range, which is noted in the device's words.
+PERFUSION_DEVICE int32_t bank_slot(const int32_t* place, int64_t S, int32_t* errors) {
+  const int32_t slot = load(place);
+  if (slot >= -1 && slot < S) return slot;
+  store(errors + PERFUSION_INDEX_OUT_OF_RANGE, 1);
+  return -1;
+}
+
 // Elements from one row of a tile in shared memory to the next, an odd number of 16-byte pieces: no bank conflicts in matrix loads.
 PERFUSION_BOTH constexpr int tile_pitch(int columns) { return (columns / 8 | 1) * 8; }
 

@@ -1,6 +1,7 @@
 #include "block.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <numeric>
 
@@ -11,7 +12,7 @@ namespace perfusion::host {
 namespace {
 
 int64_t blocks_at_once(int threads, int bytes) {
-  const int64_t on_the_machine = seats(machine().device, threads, bytes);
+  const int64_t on_the_machine = int64_t{machine().device.multiprocessors} * resident_blocks(machine().device, bytes, 65536 / (168 * threads));
   return machine().device.cache == 0 || on_the_machine < 1 ? 1 : on_the_machine;
 }
 
@@ -133,8 +134,17 @@ bool drop(const char* file, int line) {
   return same;
 }
 
+// PERFUSION_HOST_MULTIPROCESSORS, PERFUSION_HOST_ORDER (0, 1, 2) and PERFUSION_HOST_DROP, for programs that see the C API alone.
+Machine from_environment() {
+  Machine one;
+  if (const char* count = std::getenv("PERFUSION_HOST_MULTIPROCESSORS")) one.device.multiprocessors = std::atoi(count);
+  if (const char* order = std::getenv("PERFUSION_HOST_ORDER")) one.order = static_cast<Order>(std::atoi(order));
+  if (const char* barrier = std::getenv("PERFUSION_HOST_DROP")) one.dropped = barrier;
+  return one;
+}
+
 Machine& machine() {
-  static thread_local Machine one;
+  static thread_local Machine one = from_environment();
   return one;
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../device/element.h"
+#include "../include/perfusion_kernels.h"
 
 namespace perfusion::host {
 
@@ -23,11 +24,13 @@ enum class Order { forward, backward, shuffled };  // which of the threads that 
 
 // What the run may be told, and what it tells.
 struct Machine {
-  Device device{2, 232448, 233472, 0};  // each launch finds its cache full of other things; without one, no traffic is counted
+  int32_t errors[PERFUSION_DEVICE_ERRORS] = {};  // what kernels note
+  Device device{2, 232448, 233472, 0, nullptr};  // each launch finds its cache full of other things; without one, no traffic is counted
   Order order = Order::forward;
   uint64_t read_wide = 0, read_narrow = 0;        // bytes of global memory, in accesses of 16 bytes and in smaller ones
   uint64_t written_wide = 0, written_narrow = 0;  // the same
   std::vector<Traffic> traffic;                   // of each launch
+  uint64_t matrices = 0, matrix_cycles = 0;       // 8 x 8 matrices loaded from shared memory, and cycles: more where rows share banks
   uint64_t products = 0;                          // multiply-accumulates in matrix instructions
   std::string dropped;                            // FILE:LINE of a barrier that is left out, to see that it is missed
   uint64_t drops = 0;                             // threads that came to it
@@ -51,7 +54,7 @@ unsigned char* shared_memory();
 void barrier(const char* file, int line);
 void warp_barrier(const char* file, int line);
 float shuffle_xor(float x, int mask);
-void exchange_matrices(uint32_t* r, const uint16_t* row, int matrices, bool transposed);
+void exchange_matrices(uint32_t* r, const uint16_t* row, const void* address, int matrices, bool transposed);
 void multiply_accumulate(float* c, const uint32_t* a, const uint32_t* b, int k, float (*widen)(uint16_t));
 
 // Asynchronous copies of the fiber that runs. `issue` poisons the destination; `next_due` hands out, in order, the copies that

@@ -14,6 +14,7 @@
 #define PERFUSION_DEVICE inline
 #define PERFUSION_BOTH
 #define PERFUSION_KERNEL(threads) void
+#define PERFUSION_KERNEL_BESIDE(threads, blocks) void
 #define PERFUSION_CONSTANT const
 #define PERFUSION_UNROLL
 
@@ -64,7 +65,7 @@ inline void load_matrices_as(uint32_t (&r)[matrices], const void* row, bool tran
     require_alignment(row, "load_matrices");
     for (int i = 0; i < 8; ++i) elements[i] = static_cast<const uint16_t*>(row)[i];
   }
-  host::exchange_matrices(r, elements, matrices, transposed);
+  host::exchange_matrices(r, elements, row, matrices, transposed);
 }
 
 template <int matrices>
@@ -109,6 +110,7 @@ inline float infinity() { return std::numeric_limits<float>::infinity(); }
 
 inline perfusion_status device(const char*, Device* result) {
   *result = host::machine().device;
+  result->errors = host::machine().errors;
   return PERFUSION_OK;
 }
 

@@ -1,4 +1,6 @@
 // What the lanes of a warp do together, with the layouts of the PTX manual.
+#include <algorithm>
+
 #include "run.h"
 
 namespace perfusion::host {
@@ -32,16 +34,22 @@ float shuffle_xor(float x, int mask) {
 }
 
 // PTX: lane i holds row i / 4 of each matrix, elements 2 (i % 4) and the next; transposed, column i / 4.
-void exchange_matrices(uint32_t* r, const uint16_t* row, int matrices, bool transposed) {
+void exchange_matrices(uint32_t* r, const uint16_t* row, const void* address, int matrices, bool transposed) {
   Run& run = here();
   struct Operand {
     uint32_t* r;
-    const uint16_t* row;
+    const uint16_t* row;  // a copy of what stands at `address`
+    const void* address;
   };
   const char* const names[2][2] = {{"load_matrices of 2", "load_matrices_transposed of 2"},
                                    {"load_matrices of 4", "load_matrices_transposed of 4"}};
   // the names must be one object each: they are compared by address
-  run.collective(names[matrices == 4][transposed], Operand{r, row}, [=](const Operand* const* lanes) {
+  run.collective(names[matrices == 4][transposed], Operand{r, row, address}, [=](const Operand* const* lanes) {
+    for (int m = 0; m < matrices; ++m) {  // rows of 16 bytes, eight of which are all banks
+      int rows[8] = {};
+      for (int i = 0; i < 8; ++i) ++rows[reinterpret_cast<uintptr_t>(lanes[8 * m + i]->address) / 16 % 8];
+      machine().matrices += 1, machine().matrix_cycles += *std::max_element(rows, rows + 8);
+    }
     for (int i = 0; i < warp_lanes; ++i) {
       for (int m = 0; m < matrices; ++m) {
         const int major = i / 4, minor = 2 * (i % 4);

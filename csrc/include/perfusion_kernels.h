@@ -58,6 +58,9 @@ typedef struct perfusion_concept_gates_params {
   perfusion_tensor components;     /* [B, T, J] float32, written: 0 where index is -1 */
   void *workspace;                 /* 16-byte aligned, where one is needed; its contents do not matter */
   int64_t workspace_bytes;
+  perfusion_tensor places;         /* [B, J, P] int32: where a concept's words stand in T, -1 for none; or absent. At its own places a */
+  int64_t P;                       /* gate is at least its floor, at those of another concept of the row 0 (DESIGN.md, (5a)) */
+  perfusion_tensor floor;          /* [B, J] float32, with places; absent: 0 */
 } perfusion_concept_gates_params;
 
 /* The bytes of workspace that a call of these sizes needs, 0 up to J = 128; tensors are not read. */
@@ -84,7 +87,12 @@ typedef struct perfusion_edited_projection_params {
 PERFUSION_API perfusion_status perfusion_edited_projection(const perfusion_edited_projection_params *params,
                                                            perfusion_stream stream);
 
-/* Derivatives of perfusion_edited_projection for a gradient of its result (DESIGN.md, (14)): those whose tensors are given are
+/* The same sum with the edit added to the product's float32 sums, rounded once. A row without a concept has the bits of this function
+ * without index, not those of perfusion_edited_projection. */
+PERFUSION_API perfusion_status perfusion_fused_edited_projection(const perfusion_edited_projection_params *params,
+                                                                 perfusion_stream stream);
+
+/* Derivatives of perfusion_edited_projection and perfusion_fused_edited_projection for a gradient of its result (DESIGN.md, (14)): those whose tensors are given are
  * written. Every sum has one order, so equal calls give equal bits. */
 typedef struct perfusion_edited_projection_backward_params {
   int64_t B, T, D, O, J, S;
@@ -128,6 +136,10 @@ typedef struct perfusion_edited_attention_params {
   perfusion_tensor value_targets; /* [S, H*d] as value_outputs */
   perfusion_tensor output;        /* [B, N, H, d] as query, written; must not overlap any other */
   float scale;
+  perfusion_tensor slots;         /* [B] int32: the row of key, value, gates, components and index that a row of query reads, of P */
+  int64_t P;                      /* instead of B, with slots */
+  perfusion_tensor query_regions; /* [B, N] int32, a set of bits; with key_regions, or absent */
+  perfusion_tensor key_regions;   /* [B, T] int32: a token attends where this is 0 or shares a bit with its own */
 } perfusion_edited_attention_params;
 
 /* d of 32, 40, 64, 80, 96, 128, 160; 1 <= T <= 256, as far as K and V of one head fit into the device's shared memory. */
@@ -158,6 +170,15 @@ typedef struct perfusion_fused_edited_attention_params {
 PERFUSION_API perfusion_status perfusion_fused_edited_attention(const perfusion_fused_edited_attention_params *params,
                                                                 perfusion_stream stream);
 
+/* What fits, without a call and without a device: the longest context, T, that an operator takes where a block has so many bytes of
+ * shared memory (cudaDevAttrMaxSharedMemoryPerBlockOptin), at head width d, with `sides` of K and V edited, 0 to 2, and with regions
+ * or without. 0: none, because the width is not compiled or one token is too many. */
+PERFUSION_API int64_t perfusion_edited_attention_longest(int64_t shared_memory, int64_t d, int64_t sides, int64_t regions);
+PERFUSION_API int64_t perfusion_fused_edited_attention_longest(int64_t shared_memory, int64_t d, int64_t sides);
+
+/* The largest J that perfusion_concept_gates takes. */
+PERFUSION_API int64_t perfusion_concept_gates_most(void);
+
 /* A kernel as it was compiled for one architecture, from the words of ptxas. Bytes of spills are those stored and loaded, of stack
  * those of a thread's local memory, of shared memory those of a block. */
 typedef struct perfusion_compiled_kernel {
@@ -175,6 +196,18 @@ typedef struct perfusion_compiled_kernel {
 /* The kernels of this library: how many there are, and the first of them, valid as long as the library is loaded. Never fails and
  * looks at no device. The host library has none: 0, and *kernels is NULL. */
 PERFUSION_API int64_t perfusion_compiled_kernels(const perfusion_compiled_kernel **kernels);
+
+/* Errors that only the device sees. No function waits for it, so none can return them: a kernel reads what is out of range as absent,
+ * and notes it in a word of host memory. */
+typedef enum perfusion_device_error {
+  PERFUSION_SLOT_OUT_OF_RANGE = 0,  /* slots: the row gave zeros */
+  PERFUSION_INDEX_OUT_OF_RANGE = 1, /* index: the concept was left out */
+  PERFUSION_DEVICE_ERRORS = 2       /* how many there are */
+} perfusion_device_error;
+
+/* Writes PERFUSION_DEVICE_ERRORS words, not 0 where kernels on the current device have met the error since the last call, and
+ * forgets them. Complete once the device is past the launches in question, for which it does not wait. */
+PERFUSION_API perfusion_status perfusion_device_errors(int32_t *errors);
 
 /* What the last call of this thread that failed has to say: operator, argument, rule, what came. Valid until the next call. */
 PERFUSION_API const char *perfusion_last_message(void);

@@ -7,7 +7,6 @@ std::tuple<Tensor, Tensor> concept_gates(const Tensor& encodings, const Tensor& 
                                          const Tensor& index, const Tensor& bias, const Tensor& temperature,
                                          const MaybeTensor& places, const MaybeTensor& floor) {
   const Call call("concept_gates", encodings);
-  if (places || floor) call.refuse("places are not supported yet");
   const auto [B, T, D] = call.sizes<3>("encodings", encodings);
   const int64_t S = call.sizes<2>("targets", targets)[0], J = call.sizes<2>("index", index)[1];
   const Tensor gates = call.empty({B, T, J}, ScalarType::Float), components = call.empty({B, T, J}, ScalarType::Float);
@@ -20,6 +19,9 @@ std::tuple<Tensor, Tensor> concept_gates(const Tensor& encodings, const Tensor& 
   p.index = call.tensor("index", index, {B, J});
   p.bias = call.tensor("bias", bias, {B, J});
   p.temperature = call.tensor("temperature", temperature, {B, J});
+  p.P = places ? call.sizes<3>("places", *places)[2] : 0;
+  p.places = call.tensor("places", places, {B, J, p.P});
+  p.floor = call.tensor("floor", floor, {B, J});
   p.gates = call.tensor("gates", gates, {B, T, J});
   p.components = call.tensor("components", components, {B, T, J});
   call.finish(perfusion_concept_gates_workspace(&p, &p.workspace_bytes));

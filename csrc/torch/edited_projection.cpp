@@ -3,9 +3,11 @@
 namespace perfusion::border {
 namespace {
 
-Tensor edited_projection(const Tensor& encodings, const Tensor& weight, const Tensor& gates, const Tensor& components,
+using Function = perfusion_status (*)(const perfusion_edited_projection_params*, perfusion_stream);
+
+Tensor project(const char* operation, Function function, const Tensor& encodings, const Tensor& weight, const Tensor& gates, const Tensor& components,
                          const Tensor& index, const Tensor& outputs, const Tensor& projected_targets) {
-  const Call call("edited_projection", encodings);
+  const Call call(operation, encodings);
   const auto [B, T, D] = call.sizes<3>("encodings", encodings);
   const int64_t O = call.sizes<2>("weight", weight)[0], J = call.sizes<2>("index", index)[1];
   const int64_t S = call.sizes<2>("outputs", outputs)[0];
@@ -21,11 +23,24 @@ Tensor edited_projection(const Tensor& encodings, const Tensor& weight, const Te
   p.outputs = call.tensor("outputs", outputs, {S, O});
   p.projected_targets = call.tensor("projected_targets", projected_targets, {S, O});
   p.result = call.tensor("result", result, {B, T, O});
-  call.finish(perfusion_edited_projection(&p, call.stream()));
+  call.finish(function(&p, call.stream()));
   return result;
 }
 
+Tensor edited_projection(const Tensor& encodings, const Tensor& weight, const Tensor& gates, const Tensor& components,
+                         const Tensor& index, const Tensor& outputs, const Tensor& projected_targets) {
+  return project("edited_projection", perfusion_edited_projection, encodings, weight, gates, components, index, outputs,
+                 projected_targets);
+}
+
+Tensor fused_edited_projection(const Tensor& encodings, const Tensor& weight, const Tensor& gates, const Tensor& components,
+                               const Tensor& index, const Tensor& outputs, const Tensor& projected_targets) {
+  return project("fused_edited_projection", perfusion_fused_edited_projection, encodings, weight, gates, components, index,
+                 outputs, projected_targets);
+}
+
 PERFUSION_TORCH_OPERATOR(edited_projection)
+PERFUSION_TORCH_OPERATOR(fused_edited_projection)
 
 }  // namespace
 }  // namespace perfusion::border

@@ -42,7 +42,16 @@ std::vector<Tensor> edited_projection_backward(const Tensor& gradient, const Ten
   return found;
 }
 
+// A rounding less changes no derivative.
+std::vector<Tensor> fused_edited_projection_backward(const Tensor& gradient, const Tensor& encodings, const Tensor& weight,
+                                                     const Tensor& gates, const Tensor& components, const Tensor& index,
+                                                     const Tensor& outputs, const Tensor& projected_targets,
+                                                     const std::vector<bool>& needs) {
+  return edited_projection_backward(gradient, encodings, weight, gates, components, index, outputs, projected_targets, needs);
+}
+
 PERFUSION_TORCH_OPERATOR(edited_projection_backward)
+PERFUSION_TORCH_OPERATOR(fused_edited_projection_backward)
 
 }  // namespace
 }  // namespace perfusion::border

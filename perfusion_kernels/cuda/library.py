@@ -22,7 +22,8 @@ LIBRARY = FOLDER / "libperfusion_kernels_torch.so"
 def compiled_kernels() -> dict:
     """What was compiled for CUDA when this was installed; a dict that JSON can hold. Loads the library, and needs no GPU.
 
-    architectures: "sm_80" for machine code, "compute_80" for PTX. cuda, torch: the versions that it was compiled with. kernels: one
+    architectures: "sm_80" for machine code, "compute_80" for PTX. cuda, torch: the versions that it was compiled with; sources:
+    a digest of what was compiled. kernels: one
     dict for each kernel and architecture: kernel, dtype and architecture; tile, the numbers that it was compiled for, as
     "head_dim 40, keys 80"; registers of a thread; bytes of spills, stack, static_shared_memory, and dynamic_shared_memory, which a launch
     without an edit asks for, None where that depends on J. Where the library cannot say, reason says why in the place of kernels.
@@ -150,7 +151,14 @@ def unavailable() -> str | None:
 
 
 @functools.cache
-def limits(device: int) -> tuple[int, int]:
-    """Multiprocessors, and the bytes of shared memory that a block may have."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+def shared_memory(device: int) -> int:
+    """The bytes of shared memory that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
+def ask(question: str, *numbers: int) -> int:
+    """What fits: a function of the C API without its prefix, as "edited_attention_longest"."""
+    function = getattr(loaded(), f"perfusion_{question}")
+    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * len(numbers)
+    return function(*numbers)

@@ -107,20 +107,9 @@ def _solve(system: Tensor, right: Tensor) -> Tensor:
     return rows[..., size:]
 
 
-def concept_gates_backward(
-    gates_gradient: Tensor,
-    components_gradient: Tensor,
-    encodings: Tensor,
-    targets: Tensor,
-    metric_targets: Tensor,
-    index: Tensor,
-    bias: Tensor,
-    temperature: Tensor,
-    places: Tensor | None,
-    floor: Tensor | None,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+def concept_gates_backward(gates_gradient: Tensor, components_gradient: Tensor, *arguments) -> tuple[Tensor | None, ...]:
     """One gradient per argument of `concept_gates`, None where `needs` is False."""
+    encodings, targets, metric_targets, index, bias, temperature, places, floor, needs = arguments
     projection = _project(encodings, targets, metric_targets, index)
     present, i, m, energies, c, system = projection
     dtype = c.dtype

@@ -3,28 +3,15 @@
 import torch
 from torch import Tensor
 
+from .edit import of_keys, of_values, unpacked
 from .look_up import look_up, look_up_backward, wide
 from .rank_one import rank_one_backward, rank_one_update
 
 
-def edited_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gates: Tensor | None,
-    components: Tensor | None,
-    index: Tensor | None,
-    key_outputs: Tensor | None,
-    key_targets: Tensor | None,
-    value_outputs: Tensor | None,
-    value_targets: Tensor | None,
-    slots: Tensor | None,
-    query_regions: Tensor | None,
-    key_regions: Tensor | None,
-    scale: float,
-) -> Tensor:
-    key = of_rows(edited(key, gates, components, index, key_outputs, key_targets), slots)
-    value = of_rows(edited(value, gates, components, index, value_outputs, value_targets), slots)
+def edited_attention(query: Tensor, key: Tensor, value: Tensor, *rest) -> Tensor:
+    """rest: the edit, slots, regions and scale, as the schema has them."""
+    edit, slots, query_regions, key_regions, scale = unpacked(rest)
+    key, value = of_rows(edited(key, *of_keys(edit)), slots), of_rows(edited(value, *of_values(edit)), slots)
     weights, value = _weights(query, key, scale, allowed(query_regions, key_regions)), value.to(wide(query, key, value))
     return torch.einsum("bhnt,bthd->bnhd", weights.to(value.dtype), value).to(query.dtype).contiguous()
 
@@ -68,27 +55,10 @@ def _weights(query: Tensor, key: Tensor, scale: float, allowed: Tensor | None) -
     return weights.masked_fill(forbidden, 0)
 
 
-def edited_attention_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gates: Tensor | None,
-    components: Tensor | None,
-    index: Tensor | None,
-    key_outputs: Tensor | None,
-    key_targets: Tensor | None,
-    value_outputs: Tensor | None,
-    value_targets: Tensor | None,
-    slots: Tensor | None,
-    query_regions: Tensor | None,
-    key_regions: Tensor | None,
-    scale: float,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+def edited_attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest) -> tuple[Tensor | None, ...]:
     """One gradient per argument of `edited_attention`, None where there is none; the first three always."""
-    edited_key = of_rows(edited(key, gates, components, index, key_outputs, key_targets), slots)
-    edited_value = of_rows(edited(value, gates, components, index, value_outputs, value_targets), slots)
+    edit, slots, query_regions, key_regions, scale, needs = unpacked(rest)
+    edited_key, edited_value = of_rows(edited(key, *of_keys(edit)), slots), of_rows(edited(value, *of_values(edit)), slots)
     dtype = wide(query, edited_key, edited_value)
     gradient, q, k, v = (x.to(dtype) for x in (gradient, query, edited_key, edited_value))
     weights = _weights(q, k, scale, allowed(query_regions, key_regions))
@@ -102,14 +72,10 @@ def edited_attention_backward(
 
     by_key_edit = by_value_edit = (None,) * 5
     shared = needs[3:6]
-    if key_outputs is not None:
-        by_key_edit = rank_one_backward(
-            by_key.flatten(2), gates, components, index, key_outputs, key_targets, (*shared, *needs[6:8])
-        )
-    if value_outputs is not None:
-        by_value_edit = rank_one_backward(
-            by_value.flatten(2), gates, components, index, value_outputs, value_targets, (*shared, *needs[8:10])
-        )
+    if edit.key_outputs is not None:
+        by_key_edit = rank_one_backward(by_key.flatten(2), *of_keys(edit), (*shared, *needs[6:8]))
+    if edit.value_outputs is not None:
+        by_value_edit = rank_one_backward(by_value.flatten(2), *of_values(edit), (*shared, *needs[8:10]))
     return (
         by_query.to(query.dtype),
         by_key.to(key.dtype),

@@ -9,22 +9,10 @@ ALL_TO_ALL = (None,) * 3
 """No slots and no regions: row b reads row b, and every image token all positions."""
 
 
-def fused_edited_attention(
-    query: Tensor,
-    encodings: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    gates: Tensor,
-    components: Tensor,
-    index: Tensor,
-    key_outputs: Tensor,
-    key_targets: Tensor,
-    value_outputs: Tensor,
-    value_targets: Tensor,
-    scale: float,
-) -> Tensor:
+def fused_edited_attention(query: Tensor, encodings: Tensor, key_weight: Tensor, value_weight: Tensor, *rest) -> Tensor:
+    """rest: the edit and the scale, as the schema has them."""
+    *edit, scale = rest
     key, value = _project(query, encodings, key_weight, value_weight)
-    edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
     return edited_attention(query, key, value, *edit, *ALL_TO_ALL, scale)
 
 
@@ -36,24 +24,11 @@ def _project(query: Tensor, encodings: Tensor, key_weight: Tensor, value_weight:
 
 
 def fused_edited_attention_backward(
-    gradient: Tensor,
-    query: Tensor,
-    encodings: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    gates: Tensor,
-    components: Tensor,
-    index: Tensor,
-    key_outputs: Tensor,
-    key_targets: Tensor,
-    value_outputs: Tensor,
-    value_targets: Tensor,
-    scale: float,
-    needs: tuple[bool, ...],
+    gradient: Tensor, query: Tensor, encodings: Tensor, key_weight: Tensor, value_weight: Tensor, *rest
 ) -> tuple[Tensor | None, ...]:
     """One gradient per argument of `fused_edited_attention`, None where `needs` is False."""
+    *edit, scale, needs = rest
     key, value = _project(query, encodings, key_weight, value_weight)
-    edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
     by_query, by_key, by_value, *by_edit = edited_attention_backward(
         gradient, query, key, value, *edit, *ALL_TO_ALL, scale, (True, True, True, *needs[4:11], False, False, False, False)
     )

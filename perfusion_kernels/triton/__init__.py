@@ -1,7 +1,7 @@
 """Triton kernels of the operators, for any GPU that Triton has a compiler for; nothing is compiled before a first call.
 
-An operator's file here has a function of the operator's name and `refuses`, and where derivatives have kernels
-of their own, `<operator>_backward` and `refuses_backward`, which get the arguments that their schemas name; these may
+An operator's file here has a function of the operator's name and `unsupported`, and where derivatives have kernels
+of their own, `<operator>_backward` and `unsupported_backward`, which get the arguments that their schemas name; these may
 stand in a file of their own, `<operator>_backward.py`.
 """
 
@@ -9,16 +9,16 @@ import importlib
 import importlib.util
 
 from ..backend import register, register_backward
-from .device import declines
+from .device import not_preferred
 
 OPERATORS = ("concept_gates", "edited_projection", "fused_edited_projection", "edited_attention", "fused_edited_attention")
 
 for _name in OPERATORS:
     _kernels = importlib.import_module(f".{_name}", __name__)
     _operator = importlib.import_module(f"..{_name}", __name__).OPERATOR
-    register("triton", _operator, getattr(_kernels, _name), refuses=_kernels.refuses, declines=declines)
+    register("triton", _operator, getattr(_kernels, _name), unsupported=_kernels.unsupported, not_preferred=not_preferred)
     if importlib.util.find_spec(f".{_name}_backward", __name__):
         _kernels = importlib.import_module(f".{_name}_backward", __name__)
     if _backward := getattr(_kernels, f"{_name}_backward", None):
-        register_backward("triton", _operator, _backward, refuses=_kernels.refuses_backward)
+        register_backward("triton", _operator, _backward, unsupported=_kernels.unsupported_backward)
 del _name, _kernels, _operator, _backward

@@ -29,7 +29,7 @@ def pieces(size: int) -> tuple[int, int]:
     return (whole, 0) if rest == half else (half, rest)
 
 
-def refuses_sizes(T: int, d: int) -> str | None:
+def unsupported_sizes(T: int, d: int) -> str | None:
     """Why no program can hold these keys and values, or None."""
     if T > LONGEST or d > LONGEST:
         return f"it holds all keys and values of a head, up to {LONGEST} of up to {LONGEST} columns; got T = {T}, d = {d}"

@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_errors import words
-from ..reference import concept_gates as law
-from .device import refuses as refuses
+from ..reference import concept_gates as reference
 from .device import slots_at
+from .device import unsupported as unsupported
 from .tuning import launch
 
 IN_REGISTERS = 8  # places
@@ -168,19 +168,11 @@ def _concept_gates(
     tl.store(components + at, a, mask=written)
 
 
-def _beyond_registers(
-    encodings: Tensor,
-    targets: Tensor,
-    metric_targets: Tensor,
-    index: Tensor,
-    bias: Tensor,
-    temperature: Tensor,
-    places: Tensor | None,
-    floor: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _beyond_registers(*arguments) -> tuple[Tensor, Tensor]:
     """The same for any J: the sums over D by a kernel, elimination and gates as the reference has them."""
+    encodings, targets, metric_targets, index, bias, temperature, places, floor = arguments
     (B, T, D), J = encodings.shape, index.shape[1]
-    present = law.in_range(index, len(targets))
+    present = reference.in_range(index, len(targets))
     products = encodings.new_empty((B, J, T + J), dtype=torch.float32)
     if products.numel():
         tables = (encodings, targets, metric_targets, index)
@@ -194,10 +186,10 @@ def _beyond_registers(
     energies = torch.where(present, products[..., T:].diagonal(dim1=1, dim2=2), 1)
     similarities, system = (products / energies[..., None]).split((T, J), -1)
     system = system + torch.diag_embed((~present).float())
-    projection = law._Projection(present, None, None, energies, similarities, system)
-    gates = torch.where(present[..., None], torch.sigmoid(law._logits(projection, bias, temperature)), 0)
-    gates = law.by_word(gates, present, places, floor)
-    components = torch.where(present[..., None], law._solve(system, similarities), 0)
+    projection = reference._Projection(present, None, None, energies, similarities, system)
+    gates = torch.where(present[..., None], torch.sigmoid(reference._logits(projection, bias, temperature)), 0)
+    gates = reference.by_word(gates, present, places, floor)
+    components = torch.where(present[..., None], reference._solve(system, similarities), 0)
     return gates.mT.contiguous(), components.mT.contiguous()
 
 

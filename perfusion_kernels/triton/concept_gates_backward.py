@@ -19,40 +19,19 @@ from .rank_one import sum_by_slot
 from .tuning import launch
 
 
-def refuses_backward(
-    gates_gradient: Tensor,
-    components_gradient: Tensor,
-    encodings: Tensor,
-    targets: Tensor,
-    metric_targets: Tensor,
-    index: Tensor,
-    bias: Tensor,
-    temperature: Tensor,
-    places: Tensor | None,
-    *rest,
-) -> str | None:
+def unsupported_backward(gates_gradient: Tensor, components_gradient: Tensor, *arguments) -> str | None:
+    *_, index, _, _, places, _, needs = arguments
     if places is not None:
         return "gates by word are plain torch's to differentiate"
     if index.shape[1] > IN_REGISTERS:
         return f"it holds the system of up to {IN_REGISTERS} concepts in registers; got J = {index.shape[1]}"
-    return device.refuses(gates_gradient, components_gradient, encodings, targets, metric_targets, index, bias, temperature, *rest)
+    return device.unsupported(gates_gradient, components_gradient, *arguments)
 
 
-def concept_gates_backward(
-    gates_gradient: Tensor,
-    components_gradient: Tensor,
-    encodings: Tensor,
-    targets: Tensor,
-    metric_targets: Tensor,
-    index: Tensor,
-    bias: Tensor,
-    temperature: Tensor,
-    places: Tensor | None,
-    floor: Tensor | None,
-    needs: list[bool],
-) -> list[Tensor]:
+def concept_gates_backward(gates_gradient: Tensor, components_gradient: Tensor, *arguments) -> list[Tensor]:
     """The gradients that are needed, in order."""
-    arguments = (encodings, targets, metric_targets, index, bias, temperature)
+    *arguments, _, _, needs = arguments  # no places and no floor
+    encodings, targets, metric_targets, index, bias, temperature = arguments
     (B, T, D), J = encodings.shape, index.shape[1]
     if B * T * D * J == 0:
         return [x.new_zeros(x.shape) for x, need in zip(arguments, needs) if need]

@@ -17,7 +17,7 @@ _interpreted = bool(triton.knobs.runtime.interpret)  # what torch.compile can re
 ON_HOST = "Triton's kernels need tensors on a GPU; got cpu"
 
 
-def refuses(*arguments) -> str | None:
+def unsupported(*arguments) -> str | None:
     """Why no kernel takes these arguments, or None: a device that Triton does not serve, or float64."""
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -31,7 +31,7 @@ def refuses(*arguments) -> str | None:
     return None
 
 
-def declines(*arguments) -> str | None:
+def not_preferred(*arguments) -> str | None:
     """Why these arguments, which could be taken, are left to others unless this backend is asked for by name."""
     return "Triton's interpreter is for tests" if arguments[0].is_cpu else None
 

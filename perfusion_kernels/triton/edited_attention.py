@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_errors import words
+from ..reference.edit import unpacked
 from . import device, shared_memory
 from .attention_tiles import (
     alignment,
@@ -19,10 +20,10 @@ from .attention_tiles import (
     load_tile,
     padded,
     precision,
-    refuses_sizes,
     scores,
     sizes,
     store_tile,
+    unsupported_sizes,
     within_regions,
 )
 from .edited_tiles import SMALL, edit_arguments, load_edited
@@ -32,31 +33,17 @@ PROGRAMS = 512
 """What a launch aims at: two to four per multiprocessor of a large GPU."""
 
 
-def refuses(query: Tensor, key: Tensor, *value_edit_and_scale) -> str | None:
+def unsupported(query: Tensor, key: Tensor, *value_edit_and_scale) -> str | None:
     T, d = key.shape[1], query.shape[3]
     return (
-        device.refuses(query, key, *value_edit_and_scale)
-        or refuses_sizes(T, d)
-        or shared_memory.refuses(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
+        device.unsupported(query, key, *value_edit_and_scale)
+        or unsupported_sizes(T, d)
+        or shared_memory.unsupported(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
     )
 
 
-def edited_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gates: Tensor | None,
-    components: Tensor | None,
-    index: Tensor | None,
-    key_outputs: Tensor | None,
-    key_targets: Tensor | None,
-    value_outputs: Tensor | None,
-    value_targets: Tensor | None,
-    slots: Tensor | None,
-    query_regions: Tensor | None,
-    key_regions: Tensor | None,
-    scale: float,
-) -> Tensor:
+def edited_attention(query: Tensor, key: Tensor, value: Tensor, *rest) -> Tensor:
+    edit, slots, query_regions, key_regions, scale = unpacked(rest)
     (B, N, H, d), T = query.shape, key.shape[1]
     result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if result.numel() == 0:
@@ -65,9 +52,7 @@ def edited_attention(
     if len(key) == 0:  # there is no slot, so none is in range
         errors[0] = 1
         return result.zero_()
-    edit, edit_strides, J, S, places = edit_arguments(
-        gates, components, index, key_outputs, key_targets, value_outputs, value_targets
-    )
+    edit, edit_strides, J, S, places = edit_arguments(edit)
 
     where = ((slots, 1), (query_regions, 2), (key_regions, 2))
     where_strides = [n for x, dimensions in where for n in ((0,) * dimensions if x is None else x.stride())]

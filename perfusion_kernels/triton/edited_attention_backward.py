@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_errors import words
+from ..reference.edit import Edit, of_keys, of_values, unpacked
 from . import device, shared_memory
 from .attention_tiles import (
     LOG2_E,
@@ -24,10 +25,10 @@ from .attention_tiles import (
     padded,
     pieces,
     precision,
-    refuses_sizes,
     scores,
     sizes,
     store_tile,
+    unsupported_sizes,
 )
 from .device import rounded
 from .edited_attention import share
@@ -36,59 +37,38 @@ from .rank_one import rank_one_backward
 from .tuning import launch
 
 
-def refuses_backward(gradient: Tensor, query: Tensor, key: Tensor, *value_edit_scale_and_needs) -> str | None:
+def unsupported_backward(gradient: Tensor, query: Tensor, key: Tensor, *value_edit_scale_and_needs) -> str | None:
     if any(each is not None for each in value_edit_scale_and_needs[-5:-2]):
         return "slots and regions are plain torch's to differentiate"
-    reason = device.refuses(gradient, query, key, *value_edit_scale_and_needs)
-    return reason or refuses_gradients(query, key.shape[1], query.shape[3])
+    reason = device.unsupported(gradient, query, key, *value_edit_scale_and_needs)
+    return reason or unsupported_gradients(query, key.shape[1], query.shape[3])
 
 
-def refuses_gradients(query: Tensor, T: int, d: int) -> str | None:
+def unsupported_gradients(query: Tensor, T: int, d: int) -> str | None:
     """Why `attention_gradients` cannot be had for queries of this dtype and device, or None."""
     return (
-        refuses_sizes(T, d)
-        or shared_memory.refuses(tiles_by_query(T, d, query.dtype), held_by_query(T, d, query.dtype), query.device)
-        or shared_memory.refuses(tiles_by_key(T, d, query.dtype), held_by_key(T, d, query.dtype), query.device)
+        unsupported_sizes(T, d)
+        or shared_memory.unsupported(tiles_by_query(T, d, query.dtype), held_by_query(T, d, query.dtype), query.device)
+        or shared_memory.unsupported(tiles_by_key(T, d, query.dtype), held_by_key(T, d, query.dtype), query.device)
     )
 
 
-def edited_attention_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gates: Tensor | None,
-    components: Tensor | None,
-    index: Tensor | None,
-    key_outputs: Tensor | None,
-    key_targets: Tensor | None,
-    value_outputs: Tensor | None,
-    value_targets: Tensor | None,
-    slots: Tensor | None,
-    query_regions: Tensor | None,
-    key_regions: Tensor | None,
-    scale: float,
-    needs: list[bool],
-) -> list[Tensor]:
+def edited_attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest) -> list[Tensor]:
     """The gradients that are needed, in order."""
-    edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
+    edit, *_, scale, needs = unpacked(rest)
     by_query, by_key, by_value = attention_gradients(gradient, query, key, value, edit, scale)
     found = [by_query, by_key.to(key.dtype), by_value.to(value.dtype), *edit_gradients(by_key, by_value, edit, needs[3:10])]
     return [x for x, need in zip(found, needs) if need]
 
 
-def edit_gradients(by_key: Tensor, by_value: Tensor, edit: tuple, needs: list[bool]) -> list[Tensor | None]:
+def edit_gradients(by_key: Tensor, by_value: Tensor, edit: Edit, needs: list[bool]) -> list[Tensor | None]:
     """What the edit's seven arguments get from dK̃ and dṼ [B, T, H, d]; `needs` are theirs."""
-    gates, components, index, key_outputs, key_targets, value_outputs, value_targets = edit
     by_gates, by_components, by_tables = [], [], []
-    for by_base, outputs, targets, wanted in (
-        (by_key, key_outputs, key_targets, needs[3:5]),
-        (by_value, value_outputs, value_targets, needs[5:7]),
-    ):
+    for by_base, side, wanted in ((by_key, of_keys(edit), needs[3:5]), (by_value, of_values(edit), needs[5:7])):
         sums = (None,) * 5
-        if outputs is not None and (needs[0] or needs[1] or any(wanted)):
+        if side[3] is not None and (needs[0] or needs[1] or any(wanted)):
             asked = (needs[0], needs[1], False, *wanted)
-            sums = rank_one_backward(by_base.flatten(2), gates, components, index, outputs, targets, asked)
+            sums = rank_one_backward(by_base.flatten(2), *side, asked)
             by_gates.append(sums[0])
             by_components.append(sums[1])
         by_tables += sums[3:]
@@ -96,7 +76,7 @@ def edit_gradients(by_key: Tensor, by_value: Tensor, edit: tuple, needs: list[bo
 
 
 def attention_gradients(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, edit: tuple, scale: float
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, edit: Edit, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq in the dtype of query, dK̃ and dṼ in float32: what the edit gets of them is computed before they are rounded."""
     (B, N, H, d), T = query.shape, key.shape[1]
@@ -105,7 +85,7 @@ def attention_gradients(
         empty = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
         return by_query, empty, empty.clone()
     errors = words(query.device)
-    tensors, edit_strides, J, S, places = edit_arguments(*edit)
+    tensors, edit_strides, J, S, places = edit_arguments(edit)
     strides = (*query.stride(), *key.stride(), *value.stride(), *gradient.stride(), *edit_strides)
     aligned = alignment(*(x.stride(2) for x in (query, key, value, gradient)))
     constants = {"d": d, "PLACES": places, "ALIGNED": aligned, "PRECISION": precision(query)}

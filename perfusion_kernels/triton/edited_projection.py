@@ -9,7 +9,7 @@ setting, as for every other linear layer.
 from torch import Tensor
 from torch.nn import functional
 
-from .device import refuses as refuses
+from .device import unsupported as unsupported
 from .rank_one import add_rank_one, rank_one_backward
 
 
@@ -50,4 +50,4 @@ def edited_projection_backward(
     return found
 
 
-refuses_backward = refuses
+unsupported_backward = unsupported

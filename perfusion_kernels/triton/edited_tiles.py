@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..reference.edit import Edit
 from .attention_tiles import load_tile
 from .device import rounded, slots_at
 
@@ -15,15 +16,14 @@ def places(J: int) -> int:
     return triton.next_power_of_2(J) if J <= 8 else 0
 
 
-def edit_arguments(gates, components, index, key_outputs, key_targets, value_outputs, value_targets) -> tuple:
+def edit_arguments(edit: Edit) -> tuple:
     """(tensors, strides, J, S, PLACES) of the edit for a kernel; no tensors and zeros where there is nothing to do."""
-    tensors = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
-    if index is None or index.shape[1] == 0:
+    if edit.index is None or edit.index.shape[1] == 0:
         return (None,) * 7, (0,) * 16, 0, 0, 1
     dimensions = (3, 3, 2, 2, 2, 2, 2)
-    strides = [n for x, size in zip(tensors, dimensions) for n in ((0,) * size if x is None else x.stride())]
-    J, S = index.shape[1], (value_outputs if key_outputs is None else key_outputs).shape[0]
-    return tensors, tuple(strides), J, S, places(J)
+    strides = [n for x, size in zip(edit, dimensions) for n in ((0,) * size if x is None else x.stride())]
+    J, S = edit.index.shape[1], (edit.value_outputs if edit.key_outputs is None else edit.key_outputs).shape[0]
+    return edit, tuple(strides), J, S, places(J)
 
 
 @triton.jit

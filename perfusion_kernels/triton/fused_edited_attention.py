@@ -12,45 +12,32 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..device_errors import words
+from ..reference.edit import unpacked
 from . import device, shared_memory
-from .attention_tiles import add_product, alignment, at_head, load_tile, padded, precision, refuses_sizes, sizes
+from .attention_tiles import add_product, alignment, at_head, load_tile, padded, precision, sizes, unsupported_sizes
 from .device import rounded
 from .edited_attention import attend_tiles, share
-from .edited_attention_backward import attention_gradients, edit_gradients, refuses_gradients
+from .edited_attention_backward import attention_gradients, edit_gradients, unsupported_gradients
 from .edited_tiles import SMALL, edit_arguments, edit_tiles
 from .tuning import launch
 
 
-def refuses(query: Tensor, encodings: Tensor, *weights_edit_and_scale) -> str | None:
+def unsupported(query: Tensor, encodings: Tensor, *weights_edit_and_scale) -> str | None:
     T, d = encodings.shape[1], query.shape[3]
     return (
-        device.refuses(query, encodings, *weights_edit_and_scale)
-        or refuses_sizes(T, d)
-        or shared_memory.refuses(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
+        device.unsupported(query, encodings, *weights_edit_and_scale)
+        or unsupported_sizes(T, d)
+        or shared_memory.unsupported(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
     )
 
 
-def fused_edited_attention(
-    query: Tensor,
-    encodings: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    gates: Tensor,
-    components: Tensor,
-    index: Tensor,
-    key_outputs: Tensor,
-    key_targets: Tensor,
-    value_outputs: Tensor,
-    value_targets: Tensor,
-    scale: float,
-) -> Tensor:
+def fused_edited_attention(query: Tensor, encodings: Tensor, key_weight: Tensor, value_weight: Tensor, *rest) -> Tensor:
+    edit, scale = unpacked(rest)
     (B, N, H, d), (_, T, D) = query.shape, encodings.shape
     result = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if result.numel() == 0:
         return result
-    edit, edit_strides, J, S, places = edit_arguments(
-        gates, components, index, key_outputs, key_targets, value_outputs, value_targets
-    )
+    edit, edit_strides, J, S, places = edit_arguments(edit)
 
     def run(tiles):
         programs, each = share(N, B * H, tiles["BLOCK_N"])
@@ -165,32 +152,19 @@ def _project(
     return rounded(x00, dtype), rounded(x01, dtype), rounded(x10, dtype), rounded(x11, dtype)
 
 
-def refuses_backward(gradient: Tensor, *arguments_and_needs) -> str | None:
+def unsupported_backward(gradient: Tensor, *arguments_and_needs) -> str | None:
     query, encodings = arguments_and_needs[:2]
-    reason = device.refuses(gradient, *arguments_and_needs)
-    return reason or refuses_gradients(query, encodings.shape[1], query.shape[3])
+    reason = device.unsupported(gradient, *arguments_and_needs)
+    return reason or unsupported_gradients(query, encodings.shape[1], query.shape[3])
 
 
 def fused_edited_attention_backward(
-    gradient: Tensor,
-    query: Tensor,
-    encodings: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    gates: Tensor,
-    components: Tensor,
-    index: Tensor,
-    key_outputs: Tensor,
-    key_targets: Tensor,
-    value_outputs: Tensor,
-    value_targets: Tensor,
-    scale: float,
-    needs: list[bool],
+    gradient: Tensor, query: Tensor, encodings: Tensor, key_weight: Tensor, value_weight: Tensor, *rest
 ) -> list[Tensor]:
     """The gradients that are needed: attention's by its kernels, the projections' by products of the library."""
     key = functional.linear(encodings, key_weight).unflatten(-1, query.shape[2:])
     value = functional.linear(encodings, value_weight).unflatten(-1, query.shape[2:])
-    edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
+    edit, scale, needs = unpacked(rest)
     by_query, by_key, by_value = attention_gradients(gradient, query, key, value, edit, scale)
     by_edit = edit_gradients(by_key, by_value, edit, needs[4:11])
     by_key, by_value = (x.flatten(2).to(encodings.dtype) for x in (by_key, by_value))

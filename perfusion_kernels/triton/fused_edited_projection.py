@@ -11,14 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_errors import words
+from ..reference.edit import Edit
 from .attention_tiles import add_product, load_tile, pieces, precision, store_tile
-from .device import refuses as refuses
+from .device import unsupported as unsupported
 from .edited_projection import edited_projection_backward as fused_edited_projection_backward
-from .edited_projection import refuses_backward
+from .edited_projection import unsupported_backward
 from .edited_tiles import SMALL, edit_arguments, edit_tile
 from .tuning import launch
 
-__all__ = ["fused_edited_projection", "fused_edited_projection_backward", "refuses", "refuses_backward"]
+__all__ = ["fused_edited_projection", "fused_edited_projection_backward", "unsupported", "unsupported_backward"]
 
 TOKENS = 128
 """Most of a program; with this many, its stages take 96 KiB of shared memory, which all GPUs have."""
@@ -37,9 +38,9 @@ def fused_edited_projection(
     result = torch.empty((B, T, O), dtype=encodings.dtype, device=encodings.device)
     if result.numel() == 0:
         return result
-    (gates, components, index, outputs, targets, _, _), strides, J, S, places = edit_arguments(
+    (gates, components, index, outputs, targets, _, _), strides, J, S, places = edit_arguments(Edit(
         gates, components, index, outputs, projected_targets, None, None
-    )
+    ))
     parts = triton.cdiv(T, TOKENS)
     each = triton.cdiv(T, parts)
     T0, T1 = pieces(each)

@@ -10,11 +10,13 @@ from functools import cache
 
 import torch
 
+from ..constant_result import constant_result
+
 Tiles = dict[str, int]
 Held = Callable[[Tiles], int]  # bytes of shared memory that a program with such tiles takes
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def limit(device: torch.device) -> int | None:
     """Bytes for a program, or None: no limit that these kernels could exceed."""
     return None if device.type != "cuda" or torch.version.hip is not None else _of_cuda(device)
@@ -31,7 +33,7 @@ def fitting(tiles: Sequence[Tiles], held: Held, device: torch.device) -> tuple[T
     return tuple(each for each in tiles if most is None or held(each) <= most)
 
 
-def refuses(tiles: Sequence[Tiles], held: Held, device: torch.device) -> str | None:
+def unsupported(tiles: Sequence[Tiles], held: Held, device: torch.device) -> str | None:
     """Why no tiles of the list fit, or None."""
     if fitting(tiles, held, device):
         return None

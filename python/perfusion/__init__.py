@@ -9,6 +9,7 @@
     train                       learns one from a few pictures
     attach, detach              teach one pipeline object to read <name> in prompts, and undo it
     Request                     a prompt with what its row wants beside the text: settings, schedules, regions
+    export                      a model as a folder that runs without torch; perfusion.runtime draws with it
     load_pipeline               the built-in model, or a checkpoint in diffusers' folder format
     Covariance, get_covariance  the metric in which text encodings are compared
 
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from perfusion.concept import Concept
     from perfusion.covariance import Covariance, get_covariance
+    from perfusion.exporting import export
     from perfusion.handle import attach, detach
     from perfusion.models import load_pipeline
     from perfusion.requests import Request
@@ -30,7 +32,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Concept", "Covariance", "Request", "__version__", "attach", "detach", "get_covariance", "load_pipeline", "train"]
+__all__ = [
+    "Concept",
+    "Covariance",
+    "Request",
+    "__version__",
+    "attach",
+    "detach",
+    "export",
+    "get_covariance",
+    "load_pipeline",
+    "train",
+]
 
 _MODULES = {
     "Concept": "concept",
@@ -38,6 +51,7 @@ _MODULES = {
     "Request": "requests",
     "attach": "handle",
     "detach": "handle",
+    "export": "exporting",
     "get_covariance": "covariance",
     "load_pipeline": "models",
     "train": "training",

@@ -21,11 +21,11 @@ from perfusion.projection_hooks import KeysValues, Projection
 __all__ = ["BatchedProjection", "obstacle"]
 
 
-def obstacle(unet: torch.nn.Module) -> str | None:
+def obstacle(unet: torch.nn.Module, *, frozen: bool = True) -> str | None:
     """Why the layers of a UNet must be called, or None where reading their weights gives the same.
 
     LoRA and quantised layers are modules of other kinds, or weights of another kind of tensor; offloading and layer-wise
-    casting are hooks, or a `forward` of the module's own.
+    casting are hooks, or a `forward` of the module's own. frozen: whether weights that want gradients must be called, too.
     """
     first = None
     for name, layer in cross_attention_layers(unet).items():
@@ -41,7 +41,7 @@ def obstacle(unet: torch.nn.Module) -> str | None:
             weight = module.weight
             if type(weight) not in (torch.nn.Parameter, Tensor) or weight.is_meta or not weight.is_floating_point():
                 return f"{where} has a weight that cannot be read"
-            if weight.requires_grad:
+            if frozen and weight.requires_grad:
                 return f"{where} is trained"
             first = weight if first is None else first
             if (weight.dtype, weight.device) != (first.dtype, first.device):
@@ -59,8 +59,8 @@ def _hooked(module: torch.nn.Module) -> bool:
 class BatchedProjection:
     """The weights [O, D] of all `to_k` and of all `to_v`, as copies: what changes in the UNet later is not seen."""
 
-    def __init__(self, unet: torch.nn.Module):
-        reason = obstacle(unet)
+    def __init__(self, unet: torch.nn.Module, *, frozen: bool = True):
+        reason = obstacle(unet, frozen=frozen)
         if reason is not None:
             raise ValueError(f"BatchedProjection: every to_k and to_v must be a frozen Linear without bias or hooks, but {reason}.")
         layers = cross_attention_layers(unet).values()

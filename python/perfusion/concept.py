@@ -16,28 +16,22 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from perfusion.base import Base
-from perfusion.concept_file import decode, encode, read_bytes
+from perfusion.concept_fields import check_fields, check_name
+from perfusion.concept_file import decode, read_bytes
+from perfusion.concept_file.encoding import encode
 from perfusion.files import write_bytes
-from perfusion.settings import BIAS, TEMPERATURE, Setting
+from perfusion.settings import BIAS, TEMPERATURE
 
 __all__ = ["Concept", "check_name"]
-
-TEXT_BYTES = 64  # of each free text field, as JSON text in UTF-8: bounds the file's header
-COVARIANCE_BYTES = 24
-RECIPE_BYTES = 248  # of the recipe, as a JSON string that holds JSON
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
-_DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
 def _now() -> str:
@@ -84,16 +78,8 @@ class Concept:
     author: str = ""
 
     def __post_init__(self) -> None:
-        check_name(self.name)
-        _check_text("superclass", self.superclass, TEXT_BYTES, required=True)
-        _check_text("covariance", self.covariance, COVARIANCE_BYTES)
-        _check_text("license", self.license, TEXT_BYTES)
-        _check_text("author", self.author, TEXT_BYTES)
-        _check_date(self.created)
-        _check_recipe(self.recipe)
+        check_fields(self)
         self._set("recipe", dict(self.recipe))
-        _check_number(BIAS, self.bias)
-        _check_number(TEMPERATURE, self.temperature)
         if not isinstance(self.base, Base):
             raise ValueError(f"a concept's base must be a perfusion.base.Base, got {type(self.base).__name__}")
         if not self.base.text_encoder:
@@ -176,12 +162,17 @@ class Concept:
         write_bytes(Path(path), data)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Concept:
+    def load(cls, path: str | os.PathLike[str], revision: str | None = None) -> Concept:
         """Reads and checks a concept file; tensors come as float32 on the CPU.
 
-        ConceptFileError when it is not a concept file, damaged, hostile, or of another format version; OSError when it
-        cannot be opened.
+        path may also be an id on the Hugging Face hub, "user/concept" or "user/concept@revision": its file is fetched, unless the
+        cache has it. ConceptFileError when it is not a concept file, damaged, hostile, or of another format version; OSError when
+        it cannot be opened; HubError (a ValueError) when the hub does not give it.
         """
+        from perfusion import hub
+
+        if hub.hub_id(path) is not None:
+            path = hub.concept_file(str(path), revision)
         return cls.from_bytes(read_bytes(path), source=str(path))
 
     def to_bytes(self, dtype: torch.dtype = torch.float16) -> bytes:
@@ -191,7 +182,12 @@ class Concept:
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "concept file") -> Concept:
         """A concept from a file's bytes; `source` names them in errors. ConceptFileError as `load`."""
-        return decode(data, cls, source)
+
+        def make(word_embeddings: tuple[np.ndarray, ...], **fields: Any) -> Concept:
+            tensors = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in fields.items()}
+            return cls(word_embeddings=tuple(map(torch.from_numpy, word_embeddings)), **tensors)
+
+        return decode(data, make, source)
 
     def __repr__(self) -> str:
         lock = "" if self.key_outputs is None else ", keys not locked"
@@ -199,66 +195,6 @@ class Concept:
             f"Concept({self.name!r}, superclass={self.superclass!r}, base={self.base.family}, layers={len(self.base.layers)}, "
             f"outputs={self.base.outputs}, bias={self.bias:g}, temperature={self.temperature:g}{lock})"
         )
-
-
-def _short(value: Any, size: int = 80) -> str:
-    """A value in quotes, and where it is too long for a message, a sign that it goes on."""
-    text = repr(value)
-    return text if len(text) <= size else text[: size - 1] + "…"
-
-
-def check_name(name: Any) -> None:
-    """ValueError unless `name` can be a concept's name."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(
-            f"a concept's name must be 1 to 32 characters of a-z, 0-9, '-' and '_', the first a letter or digit, got {_short(name)}"
-        )
-
-
-def _json_bytes(value: Any) -> int:
-    return len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8"))
-
-
-def _check_text(field: str, value: Any, limit: int, *, required: bool = False) -> None:
-    if not isinstance(value, str) or not value.isprintable():
-        raise ValueError(f"a concept's {field} must be printable text on one line, got {_short(value)}")
-    if value != value.strip() or (required and not value):
-        raise ValueError(f"a concept's {field} must not be empty or begin or end with a space, got {_short(value)}")
-    size = _json_bytes(value) - 2
-    if size > limit:
-        raise ValueError(f"a concept's {field} must be at most {limit} bytes as JSON text in UTF-8, got {size}: {_short(value)}")
-
-
-def _check_date(value: Any) -> None:
-    try:
-        if not _DATE.fullmatch(value):
-            raise ValueError(value)
-        datetime.datetime.strptime(value, "%Y-%m-%dT%H:%M:%SZ")
-    except (TypeError, ValueError):
-        raise ValueError(f"a concept's time created must be a UTC time like 2025-01-31T12:00:00Z, got {_short(value)}") from None
-
-
-def _check_recipe(recipe: Any) -> None:
-    plain = (str, int, float, bool, type(None))
-    pairs = recipe.items() if isinstance(recipe, dict) else [(None, None)]
-    items = [item for _, value in pairs for item in (value if isinstance(value, list) else [value])]
-    keys = [key for key, _ in pairs]
-    if not all(isinstance(item, plain) for item in items) or not all(isinstance(key, str) for key in keys):
-        came = _short(recipe, 200)
-        raise ValueError(f"a concept's recipe must map text to text, numbers, true, false, None or lists of them, got {came}")
-    if not all(item.isprintable() for item in (*keys, *items) if isinstance(item, str)):
-        raise ValueError(f"a concept's recipe must hold printable text on one line, got {_short(recipe, 200)}")
-    try:
-        size = _json_bytes(json.dumps(recipe, ensure_ascii=False, separators=(",", ":"), allow_nan=False)) - 2
-    except ValueError:
-        raise ValueError(f"a concept's recipe must hold finite numbers, got {_short(recipe, 200)}") from None
-    if size > RECIPE_BYTES:
-        raise ValueError(f"a concept's recipe must be at most {RECIPE_BYTES} bytes as JSON text, got {size}. Leave something out.")
-
-
-def _check_number(setting: Setting, value: Any) -> None:
-    if not setting.holds(value):
-        raise ValueError(f"a concept's {setting.name} must be a number from {setting.low:g} to {setting.high:g}, got {_short(value)}")
 
 
 def _vector(field: str, value: Any, size: int) -> Tensor:

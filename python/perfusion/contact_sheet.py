@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["image", "sheet"]
 
 
 def image(pixels: Tensor) -> Image.Image:
     """A PIL image of pixels [3, H, W] in [-1, 1]."""
-    values = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    values = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(values.permute(1, 2, 0).numpy())
 
 

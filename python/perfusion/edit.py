@@ -9,13 +9,18 @@ The edit of a layer is (arXiv 2305.01644, eq. 3 and 4; DESIGN.md, "What the hook
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import perfusion_kernels
 
-__all__ = ["EditedText", "RowSettings", "Tables", "edit_encodings", "gates_of", "spread"]
+if TYPE_CHECKING:
+    from perfusion.concept import Concept
+
+__all__ = ["EditedText", "RowSettings", "Tables", "edit_encodings", "gates_of", "spread", "tables_of"]
 
 
 @dataclasses.dataclass
@@ -32,6 +37,22 @@ class Tables:
     value_outputs: Tensor
     key_outputs: Tensor | None = None
     unlocked: Tensor | None = None
+
+
+def tables_of(
+    bank: perfusion_kernels.ConceptBank, concepts: Mapping[str, Concept], names: Sequence[str], device: torch.device
+) -> Tables:
+    """The tables of the named concepts alone, in that order: a bank may hold many that a prompt does not use."""
+    slots = [bank.slot(name) for name in names]
+    tables = Tables(*(table[slots].to(device) for table in (bank.targets, bank.metric_targets, bank.superclasses, bank.value_outputs)))
+    keys = [concepts[name].key_outputs for name in names]
+    if any(key is not None for key in keys):
+        tables.unlocked = torch.tensor([key is not None for key in keys], device=device)
+        tables.key_outputs = torch.zeros_like(tables.value_outputs)
+        for row, key in zip(tables.key_outputs, keys):
+            if key is not None:
+                row.copy_(key)
+    return tables
 
 
 @dataclasses.dataclass

@@ -1,6 +1,7 @@
 """`Engine`: the concepts at work in one UNet. Before each forward it decides how the layers compute, and gives them what they need.
 
-Nothing here knows of a pipeline: a client (`Handle`, a server) says which rows of the encodings hold concepts. The forms are
+Nothing here knows of a pipeline: a client (`Handle`, `UNetConcepts`, a server) says which rows of the encodings hold concepts. The
+forms are
 
     stock     no row has a concept, or the compatibility path is taken: the pipeline's own attention, hooks on to_k and to_v
     slots     keys and values of a prompt, computed once for its distinct rows, read by index at every step
@@ -184,9 +185,10 @@ class Engine:
         self._changed, self._timestep, self.step = 0, None, -1
 
     def use_graphs(self) -> None:
-        """Replay the UNet as CUDA graphs; without CUDA it says so, and runs as it is."""
-        if next(self.unet.parameters()).device.type != "cuda":
-            warnings.warn("graphs=True needs the UNet on a CUDA device; it runs without graphs.", stacklevel=4)
+        """Without CUDA it says so, and the UNet runs as it is. With CUDA, UnsupportedPipeline: no graph is recorded in this version."""
+        if next(self.unet.parameters()).device.type == "cuda":
+            raise UnsupportedPipeline("graphs=True: replaying the UNet as a CUDA graph is not there yet. Attach without it.")
+        warnings.warn("graphs=True needs the UNet on a CUDA device; it runs without graphs.", stacklevel=4)
 
     def forget(self) -> None:
         """Compute everything anew: concepts or settings have changed."""
@@ -209,6 +211,26 @@ class Engine:
         weights = 0 if batched is None else batched.key_weight.nbytes + batched.value_weight.nbytes
         tables = sum(each.nbytes for each in (self.state.gates, self.state.components) if each is not None)
         return {"slots": 0 if self.slots is None else self.slots.nbytes, "weights": weights, "edit": tables}
+
+    def keys_values(self, encodings: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
+        """Edited K and V [R, T, O] of all layers, side by side, of encodings [R, T, D] at a step; no forward is run.
+
+        For a UNet elsewhere that takes them as inputs (`perfusion.export`). Rows without a concept have the plain ones.
+        """
+        with self._lock, torch.no_grad():
+            self._follow_weights(encodings.device.type)
+            self._hooks.asleep = True  # those on to_k and to_v, which are called here
+            plan, before = self._plan(encodings), self.step
+            if not plan.rows:
+                return self._project(encodings, encodings)
+            try:
+                self.step = step
+                distinct = list(dict.fromkeys(plan.contents))
+                keys, values = self._edited(plan, encodings, distinct)
+            finally:
+                self.step = before
+            where = torch.tensor([distinct.index(row) for row in plan.contents], device=keys.device)
+            return keys[where], values[where]
 
     # one forward
 
@@ -325,7 +347,7 @@ class Engine:
         sentences = [f"{path[self.form]}: {self.reason}."]
         if (blocked := self._blocked()) is not None:
             sentences.append(f"The fast path is closed: {blocked}.")
-        elif (called := obstacle(self.unet)) is not None:
+        elif (called := obstacle(self.unet, frozen=False)) is not None:
             sentences.append(f"Projections are called layer by layer, once per prompt: {called}.")
         else:
             sentences.append("Projections of all layers are two products, once per prompt.")
@@ -367,16 +389,19 @@ class Engine:
             return "the batch has a text mask"
         if self._processors_replaced() or not self._processors:
             return self._blocked()
-        kind = encodings.device.type
+        self._follow_weights(encodings.device.type)
+        return self._closed
+
+    def _follow_weights(self, kind: str) -> None:
+        """Everything that was made from the layers' weights, anew where these have changed. kind: of the device."""
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         stamp = (autocast, *projection_stamp(list(self.layers.values())))
         if stamp != self._stamp:
             self._stamp, self._batched = stamp, None
             self._closed = self._blocked()
             self._forget_slots()
-            if self._closed is None and obstacle(self.unet) is None:
-                self._batched = BatchedProjection(self.unet)
-        return self._closed
+            if self._closed is None and obstacle(self.unet, frozen=False) is None:
+                self._batched = BatchedProjection(self.unet, frozen=False)
 
     # the fast path
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 __all__ = ["whole", "write_bytes"]
@@ -37,3 +38,35 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def whole_and_new(path: Path) -> Iterator[tuple[Path, Callable[[], Path]]]:
+    """As `whole`, and never over a file: where the name is taken, the next free one of NAME-2, NAME-3, …; the function says which.
+
+    Linking is atomic, so of two programs that write to one name at the same time each gets a name of its own.
+    """
+    draft, taken = path.with_name(f".{uuid.uuid4().hex}{path.suffix}"), [path]
+    try:
+        yield draft, lambda: taken[0]
+        for number in itertools.count(1):
+            taken[0] = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+            try:
+                os.link(draft, taken[0])
+                return
+            except FileExistsError:
+                continue
+            except OSError:  # a file system without hard links
+                try:
+                    os.close(os.open(taken[0], os.O_CREAT | os.O_EXCL))
+                except FileExistsError:
+                    continue
+                os.replace(draft, taken[0])
+                return
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(draft), draft):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()

@@ -14,14 +14,14 @@ from torch import Tensor
 from perfusion.base import Base, describe_base, text_encoders
 from perfusion.base.parts import plain_module
 from perfusion.concept import Concept, check_name
-from perfusion.edit import Tables
+from perfusion.edit import Tables, tables_of
 from perfusion.engine import engine_of
 from perfusion.errors import UnsupportedPipeline, advise
 from perfusion.loaded_concept import LoadedConcept, Schedule
 from perfusion.prompts import Mention
 from perfusion.requests import RowRequest, check_schedule
 from perfusion.settings import GATES, KEY_LOCKS, one_of
-from perfusion.text import TextHook, added_tokens, single_token
+from perfusion.text import TextHook, added_tokens, superclass_tokens
 from perfusion_kernels import ConceptBank
 
 __all__ = ["Handle", "LoadedConcept", "attach", "detach"]
@@ -36,8 +36,8 @@ def attach(pipe: Any, *, capacity: int = 64, exact: bool = False, graphs: bool =
 
     pipe: any pipeline around a `UNet2DConditionModel` of the Stable Diffusion 1.x, 2.x or XL family. capacity: how many
     concepts can be loaded at once. Batches without concepts give bit-identical images. In a batch with concepts, rows without
-    one agree with the plain pipeline up to rounding; exact=True keeps their bits, by a slower path. graphs: replay the UNet as
-    CUDA graphs. UnsupportedPipeline names what cannot be edited; RuntimeError refuses a second attach to the same pipeline. A
+    one agree with the plain pipeline up to rounding; exact=True keeps their bits, by a slower path. graphs: for the UNet
+    as CUDA graphs, which this version cannot record yet. UnsupportedPipeline names what cannot be edited; RuntimeError refuses a second attach to the same pipeline. A
     failed attach changes nothing.
 
     Pipelines that share a UNet (`from_pipe`) are attached one by one: each reads the concepts of its own handle. A pipeline
@@ -73,10 +73,10 @@ class Handle:
         self._text = TextHook(pipe, self._loaded, self._begin_prompt)
         self._encoders = text_encoders(pipe, required=False)
         self._engine = engine_of(plain_module(pipe.unet))
-        self._text.install()
-        self._engine.add(self)
         if graphs:
             self._engine.use_graphs()
+        self._text.install()
+        self._engine.add(self)
         setattr(pipe, _MARK, self)
 
     def __deepcopy__(self, memo: Any) -> Handle:
@@ -106,7 +106,8 @@ class Handle:
     def load(self, concept: str | os.PathLike[str] | Concept, name: str | None = None) -> str:
         """Make a concept usable as `<name>`; returns the name, by default the concept's own.
 
-        concept: a file or a Concept. ValueError when it was made for another base (both are named), when the name is
+        concept: a file, an id on the Hugging Face hub ("user/concept", "user/concept@revision") or a Concept. ValueError when it
+        was made for another base (both are named), when the name is
         taken, when no place is free, or when the file cannot be trusted (ConceptFileError). A failed load changes nothing.
         """
         self._require_attached()
@@ -129,7 +130,7 @@ class Handle:
                 command="Give this concept another name with --concept NAME=FILE.",
             )
         for tokenizer in self._text.tokenizers():
-            single_token(tokenizer, concept.superclass)
+            superclass_tokens(tokenizer, concept.superclass)
         self._warn_about_covariance(name, concept)
         self._bank.add(
             name,
@@ -319,15 +320,4 @@ class Handle:
                 )
 
     def tables(self, names: list[str], device: torch.device) -> Tables:
-        """The tables of the named concepts alone: a bank may hold many that this prompt does not use."""
-        bank, slots = self._bank, [self._bank.slot(name) for name in names]
-        tables = Tables(*(table[slots].to(device) for table in (bank.targets, bank.metric_targets, bank.superclasses, bank.value_outputs)))
-        keys = [self._loaded[name].concept.key_outputs for name in names]
-        if any(key is not None for key in keys):
-            tables.unlocked = torch.tensor([key is not None for key in keys], device=device)
-            tables.key_outputs = torch.zeros_like(tables.value_outputs)
-            for row, key in zip(tables.key_outputs, keys):
-                if key is not None:
-                    row.copy_(key)
-        return tables
-
+        return tables_of(self._bank, {name: self._loaded[name].concept for name in names}, names, device)

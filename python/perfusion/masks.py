@@ -14,30 +14,48 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Literal
 
 import numpy
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["SIDECAR_ENDINGS", "ClipSeg", "flatten", "has_sidecar", "is_sidecar", "latent_mask", "load_mask", "masked_loss"]
+from perfusion.pictures import eight_bits, is_picture
 
-SIDECAR_ENDINGS = ("-masklabel.png", ".mask.png")
+__all__ = ["ClipSeg", "find_mask", "flatten", "latent_mask", "load_mask", "mask_rank", "masked_stem", "masked_loss", "read_mask"]
+
+MASK_MARKS = ("-masklabel", ".mask", "_mask", "-mask", "_masklabel")  # before any picture's ending; the first that is there counts
 # A subject that CLIPSeg gives less than this anywhere is not in the picture, and normalising would train on noise.
 CLIPSEG_FLOOR = 0.05
 BACKGROUND = (255, 255, 255)
 
 
-def is_sidecar(path: str | Path) -> bool:
-    """Whether the file name is that of a mask, not of a training image."""
-    return str(path).lower().endswith(SIDECAR_ENDINGS)
-
-
-def has_sidecar(path: str | Path) -> bool:
-    """Whether a mask file lies beside the training image."""
+def masked_stem(path: str | Path) -> str | None:
+    """The stem of the picture that a file is the mask of, by its name: "a" for a-masklabel.PNG; None for other names."""
     path = Path(path)
-    return any(path.with_name(path.stem + ending).is_file() for ending in SIDECAR_ENDINGS)
+    mark = _mark(path)
+    return None if mark is None else path.stem[: -len(mark)]
+
+
+def mask_rank(path: str | Path) -> int:
+    """Which of two masks of one picture counts: the one of the lower rank."""
+    mark = _mark(Path(path))
+    return len(MASK_MARKS) if mark is None else MASK_MARKS.index(mark)
+
+
+def _mark(path: Path) -> str | None:
+    stem = path.stem.lower()
+    return next((mark for mark in MASK_MARKS if stem.endswith(mark) and len(stem) > len(mark)), None) if is_picture(path) else None
+
+
+def find_mask(path: str | Path) -> Path | None:
+    """The mask file beside a training image; capitals matter only where two files differ by nothing else."""
+    path = Path(path)
+    beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    masks = [each for each in beside if (stem := masked_stem(each)) is not None and stem.lower() == path.stem.lower() and each.is_file()]
+    return min(masks, key=lambda each: (masked_stem(each) != path.stem, mask_rank(each)), default=None)
 
 
 def flatten(image: Image.Image) -> Image.Image:
@@ -55,27 +73,30 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def load_mask(
-    image_path: str | Path, image: Image.Image, *, clipseg: ClipSeg | str | Path | None = None, superclass: str | None = None
+    image_path: str | Path,
+    image: Image.Image,
+    *,
+    sidecar: Path | None | Literal["beside"] = "beside",
+    clipseg: ClipSeg | str | Path | None = None,
+    superclass: str | None = None,
 ) -> Tensor | None:
     """The mask of the subject: [H, W] float32 in [0, 1], 1 on the subject; None where there is no source for one.
 
-    The first of these that exists: a file beside the image named NAME-masklabel.png or NAME.mask.png (grey; white is the
-    subject), an alpha channel that is not opaque everywhere (see `flatten` for what the picture becomes), CLIPSeg.
+    The first of these that exists: a file beside the image named as `find_mask` says (white is the subject; or `sidecar`,
+    None for no file), an alpha channel that is not opaque everywhere (see `flatten` for what the picture becomes), CLIPSeg.
     image: the opened picture, unflattened. clipseg: a folder with the weights, or a ClipSeg. superclass: what it looks for.
     Raises ValueError for a mask that cannot be read, has another size than the image, or is zero everywhere, and for a
     superclass that CLIPSeg does not see in the image; FileNotFoundError for a missing weights folder.
     """
     image_path = Path(image_path)
     height, width = image.height, image.width
-    for ending in SIDECAR_ENDINGS:
-        sidecar = image_path.with_name(image_path.stem + ending)
-        if sidecar.is_file():
-            mask = _read_grey(sidecar)
-            if mask.shape != (height, width):
-                raise ValueError(
-                    f"mask {sidecar} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {image_path} is {width} x {height}"
-                )
-            return _not_empty(mask, f"mask {sidecar} is black everywhere; the subject should be white")
+    if sidecar == "beside":
+        sidecar = find_mask(image_path)
+    if sidecar is not None:
+        mask = read_mask(sidecar)
+        if mask.shape != (height, width):
+            raise ValueError(f"mask {sidecar} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {image_path} is {width} x {height}")
+        return _not_empty(mask, f"mask {sidecar} is black everywhere; the subject should be white")
     if image.has_transparency_data:
         alpha = torch.from_numpy(numpy.asarray(image.convert("RGBA").getchannel("A"), dtype=numpy.float32) / 255)
         if alpha.min() < 1:
@@ -90,20 +111,30 @@ def load_mask(
     if mask.max() < CLIPSEG_FLOOR:
         raise ValueError(
             f"CLIPSeg sees no {superclass!r} in {image_path}: its highest probability is {float(mask.max()):.3f}. "
-            f"Give a mask file {image_path.stem}{SIDECAR_ENDINGS[0]}, another superclass word, or leave the image out"
+            f"Give a mask file {image_path.stem}{MASK_MARKS[0]}.png, another superclass word, or leave the image out"
         )
     return mask
 
 
-def _read_grey(path: Path) -> Tensor:
-    """[H, W] float32 in [0, 1] from any picture file, 16-bit ones included."""
+def read_mask(path: Path) -> Tensor:
+    """[H, W] float32 in [0, 1] from any picture file, 16-bit ones included.
+
+    A mask may be drawn in grey, or as a shape on a transparent ground: then the alpha channel is the shape, and grey counts
+    where it says anything, that is where what can be seen is not of one grey.
+    """
     try:
         with Image.open(path) as file:
-            deep = file.mode.startswith("I")  # convert("L") would clip 16 bits to 8
-            values = numpy.asarray(file if deep else file.convert("L"), dtype=numpy.float32)
-    except OSError as error:
+            deep = file.mode.startswith("I")  # eight_bits would round them
+            values = numpy.asarray(file if deep else eight_bits(ImageOps.exif_transpose(file)).convert("LA"), dtype=numpy.float32)
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"mask {path} cannot be read as a picture: {error}") from error
-    return torch.from_numpy(values / (65535 if deep else 255))
+    if deep:
+        return torch.from_numpy(values / 65535)
+    grey, alpha = torch.from_numpy(values / 255).unbind(-1)
+    seen = grey[alpha > 0]
+    if alpha.min() == 1 or seen.numel() == 0:
+        return grey.contiguous() if alpha.min() == 1 else alpha.contiguous()
+    return (alpha if seen.min() == seen.max() else grey * alpha).contiguous()
 
 
 def _not_empty(mask: Tensor, complaint: str) -> Tensor:

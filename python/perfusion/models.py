@@ -1,56 +1,188 @@
-"""`load_pipeline`: toybox by default, or any checkpoint in diffusers' folder format."""
+"""`load_pipeline`: toybox by default, or a checkpoint as people have it: a folder, one file, or an id on the hub."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["TOYBOX", "ModelError", "load_pipeline"]
+from perfusion import hub
+from perfusion.checkpoint_file import CheckpointError, load_file, load_vae, read_header, read_kind
+
+__all__ = ["TOYBOX", "ModelError", "add_embedding", "add_lora", "load_pipeline", "resolve"]
 
 TOYBOX = Path(__file__).parent / "toybox" / "weights"
+FORMS = (
+    "'toybox', the folder of a checkpoint in diffusers' format, one .safetensors checkpoint of Stable Diffusion 1.x, 2.x or XL, "
+    "or an id on the Hugging Face hub (user/model)"
+)
+_WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 
 
 class ModelError(ValueError):
     """A model that cannot be loaded. The message says what was looked for and what to give instead."""
 
 
-def load_pipeline(model: str | Path = "toybox", *, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
-    """A text-to-image pipeline, ready to run, with its progress bar off.
+def resolve(model: str | Path, *, half: bool = False) -> Path:
+    """The folder or file that `model` means. An id on the hub is fetched, unless the cache has it. ModelError says what is wrong."""
+    if str(model) == "toybox":
+        return TOYBOX
+    named = hub.hub_id(model)
+    if named is not None:
+        try:
+            return hub.model_path(str(model), half=half)
+        except hub.HubError as error:
+            raise ModelError(f"model: {error} Give {FORMS}.") from error
+    path = Path(model).expanduser()
+    if path.is_file() or (path / "model_index.json").is_file():
+        return path
+    if not path.is_dir():
+        raise ModelError(f"model {str(model)!r} is neither a folder nor a file: give {FORMS}.")
+    inside = sorted(each.name for each in path.glob("*.safetensors"))
+    hint = f" It holds {', '.join(inside[:5])}: give one of these files." if inside else ""
+    raise ModelError(f"model {str(model)!r} has no model_index.json: give {FORMS}.{hint}")
 
-    model: "toybox", or a folder with a `model_index.json`. Nothing is downloaded. device: by default CUDA where there is
-    one. dtype: by default float32 on a CPU and float16 elsewhere. ModelError says what is wrong with the folder.
+
+def load_pipeline(
+    model: str | Path = "toybox",
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    vae: str | Path | None = None,
+    prediction_type: str | None = None,
+) -> Any:
+    """A pipeline, ready to run, with its progress bar off.
+
+    model: "toybox"; a folder with a `model_index.json` (weights as safetensors or .bin, sharded, or in an fp16 variant only);
+    one .safetensors checkpoint of SD 1.x, 2.x or XL, inpainting included; or `user/model`, `user/model@revision` or
+    `user/model/file.safetensors` on the Hugging Face hub. Nothing is downloaded unless a hub id is given. device: by default
+    CUDA where there is one. dtype: by default float32 on a CPU and float16 elsewhere. vae: a file or folder to use instead of
+    the model's own. prediction_type: "epsilon" or "v_prediction", where a checkpoint file does not say it: SD 2.x is taken
+    for a velocity model. ModelError says what is wrong with the model.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
+    path = resolve(model, half=dtype != torch.float32)
+    if torch.device(device).type == "cpu" and dtype == torch.float16:
+        warnings.warn("float16 on a CPU is slow and rounds coarsely; float32, the default there, is better.", stacklevel=2)
+    with _quiet():
+        try:
+            if path.is_file():
+                pipe = load_file(path, read_kind(path, prediction_type), dtype, vae=vae)
+            else:
+                pipe = _load_folder(path, dtype, vae)
+            pipe.set_progress_bar_config(disable=True)
+            return pipe.to(device)
+        except CheckpointError as error:
+            raise ModelError(f"model: {error}") from error
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ModelError(f"model {str(model)!r} could not be loaded: {error}") from error
+
+
+def _load_folder(folder: Path, dtype: torch.dtype, vae: str | Path | None) -> Any:
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
 
     import perfusion.toybox.vae  # noqa: F401  diffusers takes a pipeline's own classes from imported modules only
 
-    folder = TOYBOX if str(model) == "toybox" else Path(model).expanduser()
-    if not (folder / "model_index.json").is_file():
-        missing = "has no model_index.json" if folder.is_dir() else "is not a folder"
-        raise ModelError(
-            f"model {str(model)!r} {missing}: give 'toybox' or the path of a checkpoint in diffusers' folder format "
-            "(a single .safetensors checkpoint becomes one with StableDiffusionPipeline.from_single_file(...).save_pretrained(folder))."
-        )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
+    given = {} if vae is None else {"vae": load_vae(Path(vae), folder, dtype)}
+    return DiffusionPipeline.from_pretrained(
+        folder, torch_dtype=dtype, variant=variant_of(folder), local_files_only=True, safety_checker=None, **given
+    )
+
+
+def variant_of(folder: Path) -> str | None:
+    """The variant, such as "fp16", of the UNet's weights where no others are there."""
+    found = [match[1] for path in sorted((folder / "unet").glob("*")) if (match := _WEIGHTS.fullmatch(path.name))]
+    return None if None in found or not found else found[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without remarks that nobody here can act on: on the folder, and one a model on float16."""
+    from diffusers.utils import logging as diffusers_logging
+
     diffusers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    if torch.device(device).type == "cpu" and dtype == torch.float16:
-        warnings.warn("float16 on a CPU is slow and rounds coarsely; float32, the default there, is better.", stacklevel=2)
     verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # remarks that nobody here can act on: on the folder, and one a model on float16
+    diffusers_logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # `dtype` is `torch_dtype` in the oldest diffusers that is supported
-            pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, safety_checker=None)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe.to(device)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {str(model)!r} could not be loaded: {error}") from error
+            yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
+
+
+# What is loaded beside a model
+
+
+def _beside(model: str | Path, name: str, folders: Sequence[str]) -> Path:
+    """A file by its path, or by its bare name in the model's folder or a folder of such files beside it. ModelError where there is none."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    home = Path(model).expanduser()
+    home = home.parent if home.is_file() else home
+    places = [home, *(base / folder for base in (home, home.parent) for folder in folders)]
+    for place in places if path.parent == Path() else ():
+        for file in (place / name, place / f"{name}.safetensors"):
+            if file.is_file():
+                return file
+    raise ModelError(f"there is no file {name!r}, here or beside the model. Check the path.")
+
+
+def add_embedding(pipe: Any, file: str, *, token: str | None = None, model: str | Path = "toybox") -> str:
+    """Load a textual inversion; returns the word that prompts write. file: its path, or its bare name beside the model."""
+    from safetensors.torch import load_file as load_tensors
+
+    path = _beside(model, file, ("embeddings", "Embeddings", "embedding"))
+    token = token or path.stem
+    encoders = [each for each in (getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None)) if each is not None]
+    with _quiet():
+        try:
+            if len(encoders) == 1:
+                pipe.load_textual_inversion(str(path), token=token, local_files_only=True)
+                return token
+            tensors = load_tensors(path)
+            if not {"clip_l", "clip_g"} <= set(tensors):
+                raise ModelError(f"embedding {str(path)!r} is not one of Stable Diffusion XL: it has no clip_l and clip_g.")
+            for key, suffix in (("clip_l", ""), ("clip_g", "_2")):
+                encoder, tokenizer = getattr(pipe, f"text_encoder{suffix}"), getattr(pipe, f"tokenizer{suffix}")
+                pipe.load_textual_inversion(tensors[key], token=token, text_encoder=encoder, tokenizer=tokenizer)
+        except ModelError:
+            raise
+        except Exception as error:  # diffusers raises what it meets
+            raise ModelError(f"embedding {str(path)!r} could not be loaded: {error}") from error
+    return token
+
+
+def add_lora(pipe: Any, file: str, *, scale: float = 1.0, model: str | Path = "toybox") -> str:
+    """Load a LoRA in kohya's or diffusers' names; returns its adapter's name. file: its path, or its bare name beside the model."""
+    path = _beside(model, file, ("loras", "lora", "Lora"))
+    name = re.sub(r"\W", "_", path.stem)
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise ModelError("a LoRA needs the package peft: pip install peft") from None
+    with _quiet():
+        try:
+            read_header(path)
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, local_files_only=True)
+            adapters = pipe.get_active_adapters()
+            if name not in adapters:
+                raise ValueError("no layer of it fits this model")
+            known = getattr(pipe, "_perfusion_lora_scales", {})
+            known[name] = scale
+            pipe._perfusion_lora_scales = known
+            pipe.set_adapters(list(known), list(known.values()))
+        except Exception as error:
+            raise ModelError(f"lora {str(path)!r} could not be loaded: {error}") from error
+    return name

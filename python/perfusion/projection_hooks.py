@@ -23,8 +23,8 @@ from perfusion.edit import RowSettings, Tables, edit_encodings, spread
 
 __all__ = ["HookEdit", "KeysValues", "ProjectionHooks", "hook_edit"]
 
-# Processors that never call to_k and to_v, or that give the layer more than text
-REFUSED = {"Fused": "Call unet.unfuse_qkv_projections() first.", "IPAdapter": "Call pipe.unload_ip_adapter() first."}
+# Processors that never call to_k and to_v
+REFUSED = {"Fused": "Call unet.unfuse_qkv_projections() first."}
 
 
 @dataclasses.dataclass(eq=False)

@@ -26,7 +26,7 @@ class Mention:
     """One concept in a prompt. `prefix` is the plain text before it; settings that are left open are None, others numbers or schedules."""
 
     name: str
-    prefix: str
+    prefix: str = ""
     strength: Any = None
     bias: Any = None
     temperature: Any = None

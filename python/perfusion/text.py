@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import numbers
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,12 @@ from perfusion.prompts import Mention, Prompt, PromptError, parse_prompt
 from perfusion.requests import Request, RowRequest
 from perfusion.settings import SETTINGS
 
-__all__ = ["TextHook", "added_tokens", "single_token"]
+__all__ = ["TextHook", "added_tokens", "superclass_tokens", "warn_of_unknown_word"]
+
+MOST_TOKENS = 16  # of a superclass
+PIECES = 3  # tokens of a word that a model may still know
+
+JOINS = "StableDiffusionInstructPix2PixPipeline"  # the one whose method is _encode_prompt and gives one tensor
 
 # suggested as superclasses where the tokenizer has them: no small vocabulary has them all
 _NOUNS = ("teddy", "dog", "cat", "teapot", "mug", "cup", "boat", "car", "house", "robot", "fish", "toy", "bag", "shoe", "person")
@@ -76,20 +82,22 @@ class TextHook:
     """
 
     def __init__(self, pipe: Any, words: Mapping[str, LoadedConcept], on_encode: Callable[[], None] = lambda: None):
-        if not callable(getattr(pipe, "encode_prompt", None)):
+        joins = any(kind.__name__ == JOINS for kind in type(pipe).__mro__)
+        self._method = "_encode_prompt" if joins else "encode_prompt"
+        if not callable(getattr(pipe, self._method, None)):
             raise UnsupportedPipeline(f"{type(pipe).__name__} is not supported: it has no encode_prompt, where concepts are read.")
         self.pipe, self.words, self.enabled, self._on_encode = pipe, words, True, on_encode
         self._known = EncodingRegistry()
         self._expected: list[list[_Expected]] = [[] for _ in text_encoders(pipe, required=False)]
         self._handles: list[Any] = []
-        self._own = self._wrapper = None  # encode_prompt as the pipeline object had it, normally not at all, and as it has it now
+        self._own = self._wrapper = None  # that method as the pipeline object had it, normally not at all, and as it has it now
 
     def install(self) -> None:
         for number, (_, encoder) in enumerate(text_encoders(self.pipe, required=False)):
             embedding = getattr(encoder, "_orig_mod", encoder).get_input_embeddings()
             self._handles.append(embedding.register_forward_hook(functools.partial(self._substitute, number)))
-        self._own = self.pipe.__dict__.get("encode_prompt")
-        original = self.pipe.encode_prompt
+        self._own = self.pipe.__dict__.get(self._method)
+        original = getattr(self.pipe, self._method)
         signature = inspect.signature(original)
 
         @functools.wraps(original)
@@ -97,16 +105,17 @@ class TextHook:
             # somebody who wrapped this one may call it still after `remove`
             return self._encode(original, signature.bind(*args, **kwargs)) if self._handles else original(*args, **kwargs)
 
-        self.pipe.encode_prompt = self._wrapper = encode_prompt
+        self._wrapper = encode_prompt
+        setattr(self.pipe, self._method, encode_prompt)
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._wrapper is not None and self.pipe.__dict__.get("encode_prompt") is self._wrapper:
-            del self.pipe.encode_prompt
+        if self._wrapper is not None and self.pipe.__dict__.get(self._method) is self._wrapper:
+            delattr(self.pipe, self._method)
             if self._own is not None:
-                self.pipe.encode_prompt = self._own
+                setattr(self.pipe, self._method, self._own)
 
     def parse(self, text: str, tokens: Collection[str] | None = None) -> Prompt:
         """The prompt, every mention with its strength, without those of strength 0: they are the superclass word and no concept."""
@@ -118,6 +127,10 @@ class TextHook:
         prompt = parse_prompt(str(text), superclasses, tokens)
         mentions = [self._settled(mention, request) for mention in prompt.mentions]
         return Prompt(prompt.text, tuple(mention for mention in mentions if mention.strength != 0), request)
+
+    def read_at(self, number: int, text: str) -> list[int]:
+        """Where text encoder `number` reads each concept of a prompt, after textual inversions before it have become their tokens."""
+        return [position for _, position, _ in self._expect(number, [self.parse(text)]).substitutions]
 
     def check(self, text: str, tokens: Collection[str] | None = None) -> tuple[Mention, ...]:
         """The concepts that act in a prompt. PromptError, or what else would stop it when it is drawn; nothing is encoded."""
@@ -144,7 +157,8 @@ class TextHook:
             if not self._expected or self.pipe.text_encoder is None:
                 raise PromptError(f"prompt {text!r}: the global key lock encodes the superclass prompt, and there is no text encoder.")
             with torch.no_grad():
-                key_encoding = self.pipe.encode_prompt(prompt.text, row.device, 1, False)[0][0].cpu()
+                encoded = getattr(self.pipe, self._method)(prompt.text, row.device, 1, False)
+                key_encoding = _parts(encoded, {})[0][0].cpu()
             if key_encoding.shape != row.shape:
                 raise PromptError(f"prompt {text!r}: the global key lock needs encodings of {len(key_encoding)} tokens, got {len(row)}.")
         request = self.row_request(mentions, [prompt] * max(1, len(self.tokenizers())), key_encoding)
@@ -204,7 +218,7 @@ class TextHook:
         sides = self._sides(arguments, parsed)
         result = self._run(original, bound, sides) if mentioned else original(*bound.args, **bound.kwargs)
         if self.words and not self._trained():  # plain rows are remembered as plain, while there is anything else to be
-            self._remember(original, bound, result, sides)
+            self._remember(original, bound, _parts(result, arguments), sides)
         return result
 
     def _trained(self) -> bool:
@@ -245,10 +259,10 @@ class TextHook:
         substitutions = []
         for row, prompt in enumerate(prompts):
             for mention in prompt.mentions:
-                position = self._position(number, mention)
+                word, position = self._word(number, mention), self._position(number, mention)
                 if position >= length - 1:
                     raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> lies beyond the {length} tokens that the encoder reads.")
-                if table[row, position] != single_token(tokenizer, self.words[mention.name].superclass):
+                if table[row, position + 1 - len(word) : position + 1].tolist() != word:
                     raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> must stand as a word of its own.")
                 substitutions.append((row, position, mention))
         return _Expected(table, substitutions)
@@ -259,9 +273,14 @@ class TextHook:
         return tokenizer(convert(text, tokenizer), **{"max_length": tokenizer.model_max_length, "truncation": True, **options}).input_ids
 
     def _position(self, number: int, mention: Mention) -> int:
-        """The token of a text encoder's input that is the mention's word; it may lie beyond the end."""
+        """The token of a text encoder's input at which the concept stands, the last one of its superclass; it may lie beyond the end."""
         prefix = mention.prefix
-        return 1 + (len(self._ids(number, prefix, add_special_tokens=False, truncation=False)) if prefix.strip() else 0)
+        before = len(self._ids(number, prefix, add_special_tokens=False, truncation=False)) if prefix.strip() else 0
+        return before + len(self._word(number, mention))
+
+    def _word(self, number: int, mention: Mention) -> list[int]:
+        """The tokens of the mention's superclass."""
+        return superclass_tokens(self.tokenizers()[number], self.words[mention.name].superclass)
 
     def tokenizers(self) -> list[Any]:
         """Those that the pipeline has, also where the text encoders are gone."""
@@ -306,7 +325,7 @@ class TextHook:
         rows = [(here, side.request(row, copies)) for side in sides for row, here in enumerate(mentions[side.place])]
         if any(self._locks(here, request) for here, request in rows if here):
             with torch.no_grad():  # the superclass prompt itself: nothing is expected now, so nothing is substituted
-                plain = original(*bound.args, **bound.kwargs)
+                plain = _parts(original(*bound.args, **bound.kwargs), bound.arguments)
 
         requests: dict[tuple[int, int], RowRequest | None] = {}  # rows that are copies share theirs, so they share keys and values
 
@@ -340,6 +359,14 @@ class TextHook:
         return any(self.words[mention.name].global_lock for mention in mentions)
 
 
+def _parts(result: Any, arguments: Mapping[str, Any]) -> Any:
+    """The encodings of the prompt and of the negative one; InstructPix2Pix gives one tensor: prompts, negatives, negatives."""
+    if not isinstance(result, Tensor):
+        return result
+    rows = len(result) // 3 if arguments.get("do_classifier_free_guidance") else len(result)
+    return result[:rows], result[rows : 2 * rows]
+
+
 def _in_chunks(places: tuple[int, ...], tokenizers: Sequence[Any], length: int) -> tuple[int, ...]:
     """Where words of a long prompt stand that was encoded in pieces, each with a start and an end of its own."""
     size = tokenizers[0].model_max_length if tokenizers else length
@@ -355,23 +382,29 @@ def added_tokens(pipe: Any) -> set[str]:
     return set().union(*(tokenizer.get_added_vocab() for tokenizer, _ in text_encoders(pipe, required=False)))
 
 
-def single_token(tokenizer: Any, word: str) -> int:
-    """The id of a word that is one token. ValueError says what to do when it is not."""
-    ids = _ids(tokenizer, word)
-    if not _is_single(tokenizer, ids):
-        pieces = tokenizer.convert_ids_to_tokens(ids)
-        known = [repr(each) for each in _NOUNS if _is_single(tokenizer, _ids(tokenizer, each))][:3]
+def superclass_tokens(tokenizer: Any, word: str) -> list[int]:
+    """The ids of a superclass, a word or several ("coffee mug"). The concept stands at the last of them. ValueError when there are none.
+
+    In a causal text encoder the last token alone has read the whole word, and in English the last word says what the thing is: so
+    the concept's embedding replaces the last token's, i* and s are encodings there, and the tokens before it stay as they are.
+    """
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if not ids or tokenizer.unk_token_id in ids:
+        raise ValueError(f"superclass {word!r} holds nothing that this model's tokenizer knows. Give a word for what the thing is.")
+    if len(ids) > MOST_TOKENS:
+        raise ValueError(f"superclass {word!r} is {len(ids)} tokens long; at most {MOST_TOKENS} are read as one. Give a shorter name.")
+    return ids
+
+
+def warn_of_unknown_word(tokenizer: Any, word: str) -> None:
+    """Warn where a superclass falls into so many pieces that the model can hardly know it, as words do that a small vocabulary lacks."""
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) > PIECES * len(word.split()):
+        pieces = ", ".join(tokenizer.convert_ids_to_tokens(ids))
+        known = [repr(each) for each in _NOUNS if len(tokenizer(each, add_special_tokens=False).input_ids) == 1][:3]
         such = f", such as {' or '.join(filter(None, [', '.join(known[:-1]), known[-1]]))}" if known else ""
-        raise ValueError(
-            f"superclass {word!r} must be a single token of this model's tokenizer, but it becomes {len(ids)} ({', '.join(pieces)}). "
-            f"Choose one common word for what the thing is{such}."
+        warnings.warn(
+            f"superclass {word!r} becomes {len(ids)} tokens ({pieces}), so this model hardly knows the word. A word that it knows for "
+            f"what the thing is makes a better start{such}.",
+            stacklevel=4,
         )
-    return ids[0]
-
-
-def _ids(tokenizer: Any, word: str) -> list[int]:
-    return tokenizer(word, add_special_tokens=False).input_ids
-
-
-def _is_single(tokenizer: Any, ids: list[int]) -> bool:
-    return len(ids) == 1 and ids[0] != tokenizer.unk_token_id

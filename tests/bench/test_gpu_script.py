@@ -1,15 +1,22 @@
-"""bench/gpu.sh without a GPU: it refuses in a sentence, and with tools that only write down how they were called, all it calls is there."""
+"""bench/gpu.sh without a GPU: it refuses in a sentence, all that it calls is there, and its Python runs for real, in small, on the CPU."""
 
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from bench import rows, suites
+from bench.run import parse
+
 ROOT = Path(__file__).parents[2]
-TOOLS = ("bash", "dirname", "realpath", "head", "tail", "mkdir", "nproc", "timeout", "tee", "env", "cat", "true")
+SCRIPT = (ROOT / "bench/gpu.sh").read_text()
+STAGES = re.search(r'known="([\w ]+)"', SCRIPT)[1].split()
+TOOLS = ("bash", "grep", "dirname", "realpath", "head", "tail", "mkdir", "nproc", "timeout", "tee", "env", "cat", "ls", "true")
+PROGRAMS = [path.stem for path in (ROOT / "csrc/example").glob("*.cpp")]
 
 
 @pytest.fixture
@@ -21,6 +28,7 @@ def tools(tmp_path):
         (folder / name).symlink_to(shutil.which(name))
 
     def add(name, script):
+        (folder / name).unlink(missing_ok=True)
         (folder / name).write_text(f"#!/bin/bash\n{script}\n")
         (folder / name).chmod(0o755)
 
@@ -28,76 +36,104 @@ def tools(tmp_path):
     return add
 
 
-def run(tools, tmp_path, **variables):
-    environment = {"PATH": tools.path, "HOME": os.environ.get("HOME", "/"), **variables}
-    return subprocess.run([ROOT / "bench/gpu.sh", tmp_path / "out"], env=environment, capture_output=True, text=True)
+def run(tools, out, **variables):
+    environment = {"PATH": tools.path, "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run([ROOT / "bench/gpu.sh", out], env=environment, capture_output=True, text=True)
 
 
-def test_without_a_gpu_it_refuses_in_one_sentence(tools, tmp_path):
+def test_it_refuses_in_one_sentence(tools, tmp_path):
     for script in (None, "echo 'No devices were found'; exit 9"):
         if script:
             tools("nvidia-smi", script)
-        ran = run(tools, tmp_path)
-        assert ran.returncode == 2 and ran.stdout == ""
+        ran = run(tools, tmp_path / "out")
+        assert (ran.returncode, ran.stdout) == (2, "")
         assert ran.stderr == (
             "bench/gpu.sh: no NVIDIA GPU here (nvidia-smi lists none), and nothing that this script does makes sense without one.\n"
         )
+    ran = run(tools, tmp_path / "out", STAGES="core cores")
+    assert ran.returncode == 2 and ran.stderr == f"bench/gpu.sh: there is no stage cores; there are: {' '.join(STAGES)}\n"
     assert not (tmp_path / "out").exists()
-
-
-def test_without_its_tools_it_names_them(tools, tmp_path):
     tools("nvidia-smi", "echo 'NVIDIA H200, 9.0'")
-    ran = run(tools, tmp_path)
-    assert ran.returncode == 2 and "nvcc is not on PATH" in ran.stderr
-    for name in ("nvcc", "cmake", "compute-sanitizer", "ninja"):
-        tools(name, "exit 0")
     tools("python3", "exit 1")
-    ran = run(tools, tmp_path)
+    ran = run(tools, tmp_path / "out")
     assert ran.returncode == 2 and "python3 has no torch that sees the GPU" in ran.stderr
+    ran = run(tools, tmp_path / "out", WHEELS=str(tmp_path))
+    assert ran.returncode == 2 and f"the wheels in {tmp_path} cannot be installed" in ran.stderr
+
+
+def stand_ins(tools, calls, **scripts):
+    tools("nvidia-smi", "echo 'NVIDIA H200, 9.0'")
+    for name in ("nvcc", "cmake", "ninja", "compute-sanitizer", "python3"):
+        tools(name, f'echo "{name} $*" >> {calls}; {scripts.get(name.replace("-", "_"), "")}')
 
 
 def test_all_it_calls_is_there(tools, tmp_path):
-    log = tmp_path / "calls"
-    tools("nvidia-smi", "echo 'NVIDIA H200, 9.0'")
-    for name in ("nvcc", "cmake", "compute-sanitizer", "ninja", "python3"):
-        tools(name, f'echo "{name} $*" >> {log}; echo "$TORCH_CUDA_ARCH_LIST" >> {log}.arch')
-    example = tmp_path / "out/example/example"
-    example.parent.mkdir(parents=True)
-    example.symlink_to(shutil.which("true"))
-    for suite in ("layer", "gates"):  # as if the benchmarks had written them
-        (tmp_path / f"out/{suite}.jsonl").touch()
-    ran = run(tools, tmp_path)
+    calls, out = tmp_path / "calls", tmp_path / "out"
+    stand_ins(tools, calls, python3=f'echo "$PYTHONPATH $TORCH_CUDA_ARCH_LIST" >> {calls}.environment')
+    ran = run(tools, out, PYTHONPATH="/somebody's/own", WHEELS="")
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    calls = log.read_text().splitlines()
-    assert set(re.findall(r"^\S+: passed", ran.stdout, re.MULTILINE)) == {
-        f"{stage}: passed"
-        for stage in ("build", "example-build", "doctor", "example", "tests", "memcheck", "racecheck", "memcheck-tests")
-        + (*(f"bench-{suite}" for suite in ("gates", "projection", "attention", "fused", "layer", "overhead")),)
-    }
-    for call in calls:
-        for word in call.split():
-            if re.match(r"(bench|tests|csrc|python)/", word):
-                assert (ROOT / word).exists(), call
-    assert set(Path(f"{log}.arch").read_text().split()) == {"9.0"}
-    assert sum("compute-sanitizer --tool" in call for call in calls) == 3
+    lines = calls.read_text().splitlines()
+    for line in lines:
+        for word in line.split():
+            if re.match(r"(bench|tests|csrc|python|setup\.py)(/|$)", word):
+                assert (ROOT / word).exists(), line
+    first, *others = Path(f"{calls}.environment").read_text().splitlines()  # the first looks for a GPU
+    assert {first + "9.0", *others} == {f"{ROOT}:{ROOT}/python:/somebody's/own 9.0"}
 
-    from bench.run import parse  # what it passes is understood
+    measured = [line for line in lines if "bench/run.py" in line]
+    options = [parse(line.replace("--device cuda", "--device cpu").split()[2:]) for line in measured]
+    step = [["step"]] * ("step" in suites.NAMES)
+    assert [each.suite for each in options] == [["decide"], *[["attention"]] * 3, *[["layer"]] * 2, *step, ["training"]]
+    assert all("--device cuda" in line for line in measured) and (step or "engine: not measured" in ran.stdout)
+    sanitized = [re.search(r"--tool (\w+).*/(\w+)$", line) for line in lines if "compute-sanitizer" in line and "pytest" not in line]
+    assert [found.groups() for found in sanitized] == [
+        (tool, name) for tool in ("memcheck", "racecheck", "synccheck", "initcheck") for name in sorted(PROGRAMS)
+    ]
+    for line in lines:  # tests that are chosen by name
+        if "-m pytest" in line and "odd_sizes" in line:
+            names = re.findall(r"def test_(\w+)", (ROOT / "tests/kernels/test_floor.py").read_text())
+            assert all(any(wanted in name for name in names) for wanted in ("odd_sizes", "poisoned_memory"))
 
-    options = [call.split()[2:] for call in calls if "bench/run.py" in call]
-    assert [parse(each).suite for each in options] == [["gates"], ["projection"], ["attention"], ["fused"], ["layer"], ["overhead"]]
-    pytest_calls = [call for call in calls if "-m pytest" in call]
-    names = re.findall(r"def test_(\w+)", (ROOT / "tests/kernels/test_floor.py").read_text())
-    for wanted in ("odd_sizes", "poisoned_memory"):
-        assert wanted in pytest_calls[-1] and any(wanted in name for name in names)
+
+def test_limits_add_up():
+    """Of all steps, each as often as it runs: so none takes the time of a later one."""
+    limits = {name: int(limit) for name, limit in re.findall(r"^\s*(?:step|measure) (\S+) (\d+) ", SCRIPT, re.MULTILINE)}
+    tools = re.search(r"for tool in (.*); do", SCRIPT)[1].split()
+    limits['"$tool"'] *= len(tools)
+    report = int(re.search(r"timeout \$\(\((\d+) \* patience\)\) \S+ bench/report.py", SCRIPT)[1])
+    assert sum(limits.values()) + report <= int(re.search(r"^budget=(\d+) ", SCRIPT, re.MULTILINE)[1]) <= 540
+    assert len(limits) == 16
 
 
-def test_a_stage_that_fails_is_named_and_the_others_run(tools, tmp_path):
-    tools("nvidia-smi", "echo 'NVIDIA H200, 9.0'")
-    for name in ("nvcc", "cmake", "ninja"):
-        tools(name, "exit 0")
-    tools("compute-sanitizer", '[[ $2 != racecheck ]] || { echo "a race"; exit 9; }')
-    tools("python3", "exit 0")
-    ran = run(tools, tmp_path)
-    assert ran.returncode == 1
-    assert "racecheck: FAILED with status 9" in ran.stdout and "a race" in ran.stdout and "bench-layer: passed" in ran.stdout
-    assert ran.stderr == "Failed: example racecheck\n"  # no example was built
+def test_a_stage_alone_and_a_step_that_fails(tools, tmp_path):
+    calls, out = tmp_path / "calls", tmp_path / "out"
+    stand_ins(tools, calls, compute_sanitizer='[[ $2 != racecheck ]] || { echo "a race"; exit 9; }')
+    ran = run(tools, out, STAGES="sanitize")
+    assert ran.returncode == 1 and ran.stderr == "Failed: racecheck\n"
+    assert "racecheck: FAILED with status 9" in ran.stdout and "a race" in ran.stdout and "memcheck-tests: passed" in ran.stdout
+    assert "bench/run.py" not in calls.read_text()
+    (Path(tools.path) / "compute-sanitizer").unlink()
+    ran = run(tools, out, STAGES="sanitize core")
+    assert "memcheck-tests: FAILED" in ran.stdout and "core: passed" in ran.stdout
+    assert ran.stderr == "Failed: memcheck racecheck synccheck initcheck memcheck-tests\n"
+
+
+@pytest.mark.proof
+def test_its_python_runs_for_real(tools, tmp_path):
+    """In small, on the CPU; what compiles or tests is written down alone."""
+    calls, out = tmp_path / "calls", tmp_path / "out"
+    stand_ins(tools, calls)
+    tools("python3", f'case "$*" in *setup.py*|"-m pytest "*|*microbenchmarks/*) echo "python3 $*" >> {calls};; *) exec {sys.executable} "$@";; esac')
+    wanted = {"decide": "decide", "core": "attention", "layer": "layer", "train": "training"}
+    path = f"{tools.path}:{os.path.dirname(shutil.which('g++'))}"  # torch.compile calls it
+    tools.path = path
+    ran = run(tools, out, DEVICE="cpu", QUICK="1", PATIENCE="20", STAGES=" ".join(wanted))
+    assert ran.returncode == 0, ran.stdout + ran.stderr + (out / "log.txt").read_text()[-3000:]
+    assert sorted(path.name for path in out.iterdir()) == ["log.txt", "report.md", "rows.jsonl"]
+    found = rows.read(out / "rows.jsonl")
+    assert {row["suite"] for row in found} == {*wanted.values(), "nsight"} and set(wanted.values()) <= set(suites.NAMES)
+    passed = {(row["suite"], row["provider"]) for row in found if row["gate"] == "passed"}
+    assert passed >= {("decide", "library"), ("attention", "compile max-autotune"), ("layer", "expert addmm"), ("training", "ours")}
+    assert "ncu is not on PATH" in next(row["reason"] for row in found if row["suite"] == "nsight")
+    report = (out / "report.md").read_text()
+    assert all(f"**{suite}" in report for suite in (*wanted.values(), "nsight"))

@@ -45,11 +45,13 @@ MUST_RUN = {
     "projection": {"reference", "reference fused", "eager", "compile", "expert"},
     "attention": {"reference", "eager", "compile", "expert", "sdpa flash", "sdpa math"},
     "fused": {"reference", "eager", "compile", "expert", "sdpa flash", "sdpa math"},
-    "layer": {"reference", "reference absorbed", "eager", "compile", "expert", "sdpa flash", "sdpa math", "diffusers"},
+    "layer": {"reference", "expert addmm", "eager", "compile", "expert", "sdpa flash", "sdpa math", "diffusers"},
     "training": {"ours", "plain", "expert"},
+    "export": {"torch", "torch, K and V", "onnxruntime", "onnxruntime, by layer"},
 }
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("suite", MUST_RUN)
 def test_every_suite_runs_in_small(suite, folder):
     found = quick_rows(suite, folder)
@@ -62,7 +64,7 @@ def test_every_suite_runs_in_small(suite, folder):
             assert row["l2"] == "warm"
         else:
             assert row["gate"] == "not passed" and len(row["reason"]) > 10 and not row.keys() & TIMED
-        if suite != "training":
+        if suite not in ("training", "export"):
             assert row["bytes"] > 0 and row["flops"] > 0 and row["floor_us"] > 0
     for case in cases:
         ran = {row["provider"] for row in found if row["case"] == case and row["gate"] == "passed"}
@@ -74,12 +76,60 @@ def test_every_suite_runs_in_small(suite, folder):
 
 def test_overheads_are_rows(folder):
     found = quick_rows("overhead", folder)
-    assert {row["case"] for row in found} == set(SCHEMAS) and {*MUST_RUN, "overhead"} == set(suites.NAMES)
+    assert {row["case"] for row in found} == set(SCHEMAS)
+    assert {*MUST_RUN, "decide", "overhead", "storage", "startup"} <= set(suites.NAMES)
     for row in found:
         assert row.keys() >= EVERY and row["overhead_us"] > 0 and row["limit_us"] == 15
         assert row["fresh_us"] > row["overhead_us"] and row["fresh_us"] > row["unvalidated_us"] > 0
         numbers = f"{row['overhead_us']:.1f} | 15 | {row['unvalidated_us']:.1f} | {row['fresh_us']:.1f}"
         assert f"| {row['case']} | {numbers} |" in tables(found, "expert")
+
+
+def test_what_plans_rest_on_has_rows(folder):
+    """Of a GPU alone: here, the library's product and ours are compared, and the rest says what is missing."""
+    found = {(row["case"].split(",")[0], row["provider"]): row for row in quick_rows("decide", folder)}
+    passed = {key for key, row in found.items() if row["gate"] == "passed"}
+    assert passed == {("product", "library"), ("product", "reference edited_projection"), ("launch of one block", "torch add_")}
+    assert {case for case, _ in found} == {"product", "read", "mma.sync alone", "launch of one block"}
+    assert all("need a GPU" in row["reason"] for (_, name), row in found.items() if "mma" in name or name.startswith("ld."))
+    page = tables(list(found.values()), "expert")
+    assert "| product, 64 x 48 x 32 | library | ran | | |" in page.replace("|  |  |", "| | |")
+
+
+def test_subjects_are_written_by_their_libraries(folder):
+    found = {row["provider"]: row for row in quick_rows("storage", folder)}
+    assert found["perfusion"]["gate"] == "written" and found["DreamBooth"]["gate"] == "counted"
+    assert found["perfusion"]["file_bytes"] < found["LoRA, rank 4"]["file_bytes"] < found["LoRA, rank 16"]["file_bytes"]
+    assert all(row.keys() >= EVERY - {"ratios"} for row in found.values())
+    assert "over ours" in tables(list(found.values()), "expert")
+
+
+@pytest.mark.proof
+def test_processes_are_timed_by_their_own_time(folder):
+    found = {row["provider"]: row for row in quick_rows("startup", folder)}
+    assert all(row["gate"] == "passed" and row["clock"] == "processor time" for row in found.values())
+    assert found["import perfusion"]["ratios"]["import torch"][1] < 0.5, "it imports nothing heavy"
+    assert found["import perfusion"]["peak_bytes"] < found["import torch"]["peak_bytes"] / 3
+    assert "| import perfusion |" in tables(list(found.values()), "expert")
+
+
+def test_a_graph_goes_through_copies(monkeypatch):
+    """Twenty calls, each with the tensors of the next copy, whose results are checked on those of the first."""
+    from bench import providers
+
+    class Graph(providers._Graphed):
+        def _capture(self):
+            self.results = [self.calls[number % len(self.calls)]() for number in range(providers.CALLS)]
+            self.result, self.graph = self.results[0], type("Replayed", (), {"replay": lambda self: None})()
+
+    monkeypatch.setattr(providers, "_Graphed", Graph)
+    lists = [[Contestant("ours", lambda n=n: n, on_graph=True), Contestant("slow", lambda: None)] for n in range(3)]
+    plain, graph, slow = providers.with_graphs(lists[0], lists[1:])
+    assert (plain.provider, graph.provider, slow.provider, graph.calls) == ("ours", "ours graph", "slow", 20)
+    assert providers.attempt(graph) == (0, "") and graph.call.results == [number % 3 for number in range(20)]
+    clock = iter(range(10**6))
+    (times,) = interleave([graph], torch.device("cpu"), seconds=0, rounds=(3, 3), clock=lambda: next(clock))
+    assert times.samples.tolist() == [1 / 20] * 3, "times are of one call"
 
 
 def test_reasons_name_what_is_missing(folder):

@@ -1,4 +1,5 @@
-// The C API of the host library, and what its machine can be told and tells, for Python. Addresses come in as integers.
+// What the host library's machine can be told and tells, its plans, and the device layer alone, for Python. Addresses come in as integers.
+// The C API is called through ctypes (c_api.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -18,134 +19,42 @@ using namespace perfusion;
 
 namespace {
 
-// name -> (address, dtype, strides), or nothing where the operator has an absent tensor
-perfusion_tensor tensor(const py::dict& tensors, const char* name) {
-  perfusion_tensor result{};
-  if (!tensors.contains(name)) return result;
-  const py::tuple given = tensors[name];
-  result.data = reinterpret_cast<void*>(given[0].cast<uintptr_t>());
-  result.dtype = static_cast<perfusion_dtype>(given[1].cast<int>());
-  const auto strides = given[2].cast<std::vector<int64_t>>();
-  for (size_t i = 0; i < strides.size() && i < 4; ++i) result.strides[i] = strides[i];
-  return result;
-}
-
-int64_t size(const py::dict& sizes, const char* name) { return sizes.contains(name) ? sizes[name].cast<int64_t>() : 0; }
-
-std::pair<int, std::string> outcome(perfusion_status status) {
-  return {status, status == PERFUSION_OK ? "" : perfusion_last_message()};
-}
-
-perfusion_edited_attention_params attention(const py::dict& sizes, const py::dict& tensors, float scale) {
-  perfusion_edited_attention_params p{};
-  for (auto [name, value] : {std::pair{"B", &p.B}, {"N", &p.N}, {"T", &p.T}, {"H", &p.H}, {"d", &p.d}, {"J", &p.J}, {"S", &p.S}}) {
-    *value = size(sizes, name);
-  }
-  for (auto [name, value] : {std::pair{"query", &p.query}, {"key", &p.key}, {"value", &p.value}, {"gates", &p.gates},
-                             {"components", &p.components}, {"index", &p.index}, {"key_outputs", &p.key_outputs},
-                             {"key_targets", &p.key_targets}, {"value_outputs", &p.value_outputs},
-                             {"value_targets", &p.value_targets}, {"output", &p.output}}) {
-    *value = tensor(tensors, name);
-  }
-  p.scale = scale;
-  return p;
-}
-
-perfusion_fused_edited_attention_params fused(const py::dict& sizes, const py::dict& tensors, float scale) {
-  perfusion_fused_edited_attention_params p{};
-  for (auto [name, value] : {std::pair{"B", &p.B}, {"N", &p.N}, {"T", &p.T}, {"D", &p.D}, {"H", &p.H}, {"d", &p.d}, {"J", &p.J},
-                             {"S", &p.S}}) {
-    *value = size(sizes, name);
-  }
-  for (auto [name, value] : {std::pair{"query", &p.query}, {"encodings", &p.encodings}, {"key_weight", &p.key_weight},
-                             {"value_weight", &p.value_weight}, {"gates", &p.gates}, {"components", &p.components},
-                             {"index", &p.index}, {"key_outputs", &p.key_outputs}, {"key_targets", &p.key_targets},
-                             {"value_outputs", &p.value_outputs}, {"value_targets", &p.value_targets}, {"output", &p.output}}) {
-    *value = tensor(tensors, name);
-  }
-  p.scale = scale;
-  return p;
-}
-
-perfusion_concept_gates_params gates(const py::dict& sizes, const py::dict& tensors) {
-  perfusion_concept_gates_params p{};
-  for (auto [name, value] : {std::pair{"B", &p.B}, {"T", &p.T}, {"D", &p.D}, {"J", &p.J}, {"S", &p.S}}) *value = size(sizes, name);
-  for (auto [name, value] : {std::pair{"encodings", &p.encodings}, {"targets", &p.targets}, {"metric_targets", &p.metric_targets},
-                             {"index", &p.index}, {"bias", &p.bias}, {"temperature", &p.temperature}, {"gates", &p.gates},
-                             {"components", &p.components}}) {
-    *value = tensor(tensors, name);
-  }
-  p.workspace = tensor(tensors, "workspace").data;
-  p.workspace_bytes = size(sizes, "workspace_bytes");
-  return p;
-}
-
-perfusion_edited_projection_params projection(const py::dict& sizes, const py::dict& tensors) {
-  perfusion_edited_projection_params p{};
-  for (auto [name, value] : {std::pair{"B", &p.B}, {"T", &p.T}, {"D", &p.D}, {"O", &p.O}, {"J", &p.J}, {"S", &p.S}}) {
-    *value = size(sizes, name);
-  }
-  for (auto [name, value] : {std::pair{"encodings", &p.encodings}, {"weight", &p.weight}, {"gates", &p.gates},
-                             {"components", &p.components}, {"index", &p.index}, {"outputs", &p.outputs},
-                             {"projected_targets", &p.projected_targets}, {"result", &p.result}}) {
-    *value = tensor(tensors, name);
-  }
-  return p;
-}
-
-perfusion_edited_projection_backward_params projection_backward(const py::dict& sizes, const py::dict& tensors) {
-  perfusion_edited_projection_backward_params p{};
-  for (auto [name, value] : {std::pair{"B", &p.B}, {"T", &p.T}, {"D", &p.D}, {"O", &p.O}, {"J", &p.J}, {"S", &p.S}}) {
-    *value = size(sizes, name);
-  }
-  for (auto [name, value] : {std::pair{"gradient", &p.gradient}, {"weight", &p.weight}, {"gates", &p.gates},
-                             {"components", &p.components}, {"index", &p.index}, {"outputs", &p.outputs},
-                             {"projected_targets", &p.projected_targets}, {"encodings_gradient", &p.encodings_gradient},
-                             {"gates_gradient", &p.gates_gradient}, {"components_gradient", &p.components_gradient},
-                             {"outputs_gradient", &p.outputs_gradient},
-                             {"projected_targets_gradient", &p.projected_targets_gradient}}) {
-    *value = tensor(tensors, name);
-  }
-  p.workspace = tensor(tensors, "workspace").data;
-  p.workspace_bytes = size(sizes, "workspace_bytes");
-  return p;
-}
-
-py::dict plan_projection(const py::dict& sizes, const py::dict& tensors) {
-  EditedProjectionPlan made{};
-  const perfusion_status status = plan_edited_projection(projection(sizes, tensors), host::machine().device, &made);
+// A launch plan of the machine as it is: its numbers by name. The params come by their address.
+template <class Params, class Plan, class Told>
+py::dict planned(perfusion_status (*plan)(const Params&, const Device&, Plan*), uintptr_t params, Told told) {
+  Plan made{};
+  const perfusion_status status = plan(*reinterpret_cast<const Params*>(params), host::machine().device, &made);
   py::dict result;
   result["status"] = static_cast<int>(status);
-  result["rows"] = made.rows;
-  result["columns"] = made.columns;
-  result["row_tiles"] = made.row_tiles;
-  result["column_tiles"] = made.column_tiles;
-  result["bytes"] = made.bytes;
+  result["message"] = status == PERFUSION_OK ? "" : perfusion_last_message();
+  told(result, made);
   return result;
 }
 
-py::dict told(perfusion_status status, const EditedAttentionPlan& made) {
-  py::dict result;
-  result["status"] = static_cast<int>(status);
-  result["message"] = outcome(status).second;
-  result["warps"] = made.warps;
-  result["stages"] = made.stages;
-  result["splits"] = made.splits;
-  result["places"] = made.places;
-  result["bytes"] = made.bytes;
-  return result;
+void tell(py::dict& result, const EditedAttentionPlan& made) {
+  for (auto [name, value] : {std::pair{"warps", made.warps}, {"m", made.m}, {"resident", made.resident}, {"stages", made.stages},
+                             {"splits", made.splits}, {"places", made.places}, {"bytes", made.bytes}}) {
+    result[name] = value;
+  }
+  result["blocks"] = made.blocks;
 }
 
-py::dict plan(const py::dict& sizes, const py::dict& tensors) {
-  EditedAttentionPlan made{};
-  const perfusion_status status = plan_edited_attention(attention(sizes, tensors, 1.0f), host::machine().device, &made);
-  return told(status, made);
+py::dict plan_attention(uintptr_t params) {
+  return planned(plan_edited_attention, params, [](py::dict& result, const EditedAttentionPlan& made) { tell(result, made); });
 }
 
-py::dict fused_plan(const py::dict& sizes, const py::dict& tensors) {
-  FusedEditedAttentionPlan made{};
-  const perfusion_status status = plan_fused_edited_attention(fused(sizes, tensors, 1.0f), host::machine().device, &made);
-  return told(status, made.attention);
+py::dict plan_fused(uintptr_t params) {
+  return planned(plan_fused_edited_attention, params,
+                 [](py::dict& result, const FusedEditedAttentionPlan& made) { tell(result, made.attention); });
+}
+
+py::dict plan_projection(uintptr_t params) {
+  return planned(plan_edited_projection, params, [](py::dict& result, const EditedProjectionPlan& made) {
+    for (auto [name, value] : {std::pair{"rows", made.rows}, {"columns", made.columns}, {"row_tiles", made.row_tiles},
+                               {"column_tiles", made.column_tiles}, {"bytes", made.bytes}}) {
+      result[name] = value;
+    }
+  });
 }
 
 void configure(int multiprocessors, int shared_per_block, int shared_per_multiprocessor, int order, int cache) {
@@ -166,6 +75,8 @@ py::dict counted() {
   result["written_wide"] = machine.written_wide;
   result["written_narrow"] = machine.written_narrow;
   result["products"] = machine.products;
+  result["matrices"] = machine.matrices;
+  result["matrix_cycles"] = machine.matrix_cycles;
   py::list traffic;
   for (const host::Traffic& launch : machine.traffic) traffic.append(py::make_tuple(launch.asked, launch.read, launch.written));
   result["traffic"] = traffic;
@@ -197,51 +108,18 @@ void convert(uintptr_t narrow, uintptr_t wide, int64_t count, bool widen) {
 }  // namespace
 
 PYBIND11_MODULE(perfusion_host, module) {
-  module.def("edited_attention", [](const py::dict& sizes, const py::dict& tensors, float scale) {
-    const auto p = attention(sizes, tensors, scale);
-    return outcome(perfusion_edited_attention(&p, nullptr));
-  });
-  module.def("fused_edited_attention", [](const py::dict& sizes, const py::dict& tensors, float scale) {
-    const auto p = fused(sizes, tensors, scale);
-    return outcome(perfusion_fused_edited_attention(&p, nullptr));
-  });
-  module.def("plan_fused_edited_attention", &fused_plan);
   module.def("share_projection", &share_projection);
-  module.def("concept_gates", [](const py::dict& sizes, const py::dict& tensors) {
-    const auto p = gates(sizes, tensors);
-    return outcome(perfusion_concept_gates(&p, nullptr));
+  module.def("device_errors", [] {
+    int32_t errors[PERFUSION_DEVICE_ERRORS];
+    perfusion_device_errors(errors);
+    return std::vector<bool>(errors, errors + PERFUSION_DEVICE_ERRORS);
   });
-  module.def("concept_gates_workspace", [](const py::dict& sizes, const py::dict& tensors) {
-    const auto p = gates(sizes, tensors);
-    int64_t bytes = -1;
-    const auto [status, message] = outcome(perfusion_concept_gates_workspace(&p, &bytes));
-    return std::tuple{status, message, bytes};
-  });
-  module.def("edited_projection", [](const py::dict& sizes, const py::dict& tensors) {
-    const auto p = projection(sizes, tensors);
-    return outcome(perfusion_edited_projection(&p, nullptr));
-  });
-  module.def("edited_projection_backward", [](const py::dict& sizes, const py::dict& tensors) {
-    const auto p = projection_backward(sizes, tensors);
-    return outcome(perfusion_edited_projection_backward(&p, nullptr));
-  });
-  module.def("edited_projection_backward_workspace", [](const py::dict& sizes, const py::dict& tensors) {
-    const auto p = projection_backward(sizes, tensors);
-    int64_t bytes = -1;
-    const auto [status, message] = outcome(perfusion_edited_projection_backward_workspace(&p, &bytes));
-    return std::make_tuple(status, message, bytes);
-  });
-  module.def("plan_edited_attention", &plan);
+  module.def("plan_edited_attention", &plan_attention);
+  module.def("plan_fused_edited_attention", &plan_fused);
   module.def("plan_edited_projection", &plan_projection);
   module.def("configure", &configure);
   module.def("counted", &counted);
   module.def("cached", &cached);
-  py::dict shared_memory;  // bytes of a block, of kernels whose tile has one size
-  shared_memory["encodings_gradient"] = product_bytes<EncodingsGradientTile, false>();
-  shared_memory["coefficients_gradient"] = coefficients_gradient_bytes;
-  shared_memory["tables_gradient"] = tables_gradient_bytes;
-  module.attr("shared_memory") = shared_memory;
-  module.attr("gate_slices_bytes") = sizeof(float) * gate_warps * slice_floats;
   module.def("misuse", [](int which, int threads) { return host::run(1, threads, 1024, [which] { misuse(which); }); });
   module.def("multiply_fragments", [](bool half, int k, uintptr_t a, uintptr_t b, uintptr_t c) {
     const auto run_with = [=](auto multiply) {

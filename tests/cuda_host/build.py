@@ -23,8 +23,10 @@ BUILD = ROOT / "build" / "cuda_host"
 ATTENTION = ("edited_attention", "fused_edited_attention")
 KERNELS = (
     "concept_gates.cu",
+    "device_errors.cu",
     "edited_projection.cu",
     "edited_projection_backward.cu",
+    "limits.cu",
     *(f"{name}{part}.cu" for name in ATTENTION for part in ("", "_float16", "_bfloat16")),
 )
 PLAIN = ("status.cpp", "host/block.cpp", "host/cache.cpp", "host/copies.cpp", "host/fiber.cpp", "host/warp.cpp")
@@ -65,6 +67,8 @@ def build(
         own = [f for f in flags if not (source.startswith("csrc/host/") and f == "-fsanitize=thread")]
         if source.endswith("/binding.cpp"):
             own += PYTHON
+        if source.startswith("csrc/example/"):
+            own += ["-DPERFUSION_HOST", f"-I{ROOT}/csrc/include"]
         if source.startswith("csrc/torch/"):
             own += [*named, "-DPERFUSION_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(TORCH / "include")]
         tree = "changed" if all(Path(source).name.startswith(operator) for operator in operators) else "others"
@@ -141,13 +145,6 @@ def build_module(changes: tuple[Change, ...] = ()):
     path = build("perfusion_host.so", "binding.cpp", link=("-shared", "-Wl,-Bsymbolic"), changes=changes)
     # by its full name pybind11 knows a module again, and must not: another build is another
     return _import(f"{path.parent.name}.perfusion_host", path)
-
-
-def build_registry(registry: Path, folder: Path):
-    """The pybind11 module over the registry of compiled kernels that csrc/registry.py wrote, built in `folder`."""
-    binding, include, path = "tests/cuda_host/registry_binding.cpp", ROOT / "csrc/include", folder / "perfusion_registry.so"
-    _run(ROOT, "g++", *FLAGS, "-Wpedantic", *PYTHON, f"-I{include}", "-shared", binding, str(registry), "-o", str(path))
-    return _import(f"{folder.name}.perfusion_registry", path)
 
 
 def _import(name: str, path: Path):

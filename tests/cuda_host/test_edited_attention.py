@@ -1,13 +1,13 @@
 """The CUDA source of `edited_attention`, run on the CPU, against the plain formula.
 
-What mutants are killed by stands in functions `check_…(host)`: test_mutants.py calls them with a changed library.
+test_mutants.py calls some of these tests with a changed library.
 """
 
 import pytest
 import torch
 
-from bench import floors
-from bench.kernels.traffic_matrix import CHIPS
+from bench import plans
+from perfusion_kernels import edited_attention
 
 from ..kernels import cases
 from .host import Refused, compare
@@ -24,70 +24,8 @@ def plainly(case):
     return {name: getattr(case, name) for name in ("query", "key", "value")}
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("d", WIDTHS)
-def test_every_head_width(host, d, dtype):
-    compare(host, "edited_attention", small(d=d, dtype=dtype, seed=d))
-
-
-@pytest.mark.parametrize("T", (1, 16, 77, 80, 154, 231, 256))
-def test_context_lengths(host, T):
-    compare(host, "edited_attention", small(T=T, dtype=HALVES[T % 2], seed=T, H=1))
-
-
-@pytest.mark.parametrize("d, T", [(160, 231), (96, 154)])
-def test_long_contexts_of_wide_heads(host, d, T):
-    compare(host, "edited_attention", small(d=d, T=T, H=1, B=2, N=5))
-
-
-@pytest.mark.parametrize("J", range(9))
-def test_any_number_of_concepts(host, J):
-    compare(host, "edited_attention", small(T=13, d=32, J=J, dtype=HALVES[J % 2], seed=J))
-
-
-def test_many_concepts(host):
-    compare(host, "edited_attention", small(T=20, d=32, J=19, N=3))
-
-
-@pytest.mark.parametrize("sizes", [dict(B=1, N=1, H=1, J=1, T=5), dict(B=5, N=33, H=3, J=3, T=79), dict(B=3, N=16, H=2, T=17)])
-def test_odd_sizes(host, sizes):
-    compare(host, "edited_attention", small(**sizes))
-
-
-def check_mixed_rows(host):
-    compare(host, "edited_attention", small(J=3, dtype=torch.bfloat16, seed=5))
-
-
 def test_mixed_rows(host):
-    check_mixed_rows(host)
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-def test_views_of_poisoned_memory(host, dtype):
-    """Strided, misaligned and surrounded by NaN: the bits of the dense call."""
-    case = small(J=3, dtype=dtype, views=True)
-    views = case.arguments("edited_attention")
-    dense = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in views.items()}
-    assert not case.query.is_contiguous()
-    compare(host, "edited_attention", case)
-    assert torch.equal(host.edited_attention(**views), host.edited_attention(**dense))
-
-
-def test_elements_apart(host):
-    """A head's columns need not be neighbours."""
-    case = small(N=3, H=1)
-    apart = case.map(lambda name, x: x.repeat_interleave(2, -1)[..., ::2] if x.is_floating_point() else x)
-    assert apart.query.stride(-1) == 2
-    results = [host.edited_attention(**each.arguments("edited_attention")) for each in (apart, case)]
-    assert torch.equal(*results)
-
-
-def test_rows_without_a_concept_are_plain_attention(host):
-    case = small(B=6)
-    result, plain = host.edited_attention(**case.arguments("edited_attention")), host.edited_attention(**plainly(case))
-    none = (case.index < 0).all(-1)
-    assert none.any() and torch.equal(result[none], plain[none])
-    assert not torch.equal(result[~none], plain[~none])
+    compare(host, "edited_attention", small(J=3, dtype=torch.bfloat16, seed=5))
 
 
 def test_heads_first_layout_is_read_in_place(host):
@@ -97,23 +35,6 @@ def test_heads_first_layout_is_read_in_place(host):
     host.configure()
     assert torch.equal(host.edited_attention(**heads_first), expected)
     assert host.counted()["read_narrow"] == 0
-
-
-@pytest.mark.parametrize("side", ("key", "value"))
-def test_one_side_alone(host, side):
-    """With the tables of one side, the other stays; zero tables say the same."""
-    arguments = small(T=20, d=32, N=5).arguments("edited_attention")
-    names = [f"{'value' if side == 'key' else 'key'}_{table}" for table in ("outputs", "targets")]
-    zeros = {name: torch.zeros_like(arguments[name]) for name in names}
-    alone = host.edited_attention(**{**arguments, **dict.fromkeys(names)})
-    assert torch.equal(alone, host.edited_attention(**{**arguments, **zeros}))
-    assert not torch.equal(alone, host.edited_attention(**arguments))
-
-
-@pytest.mark.parametrize("tables", (torch.float16, torch.bfloat16, torch.float32))
-def test_tables_of_another_dtype(host, tables):
-    case = small(T=20, d=32, N=5, dtype=torch.bfloat16)
-    compare(host, "edited_attention", case.map(lambda n, x: x.to(tables) if n.startswith(("key_", "value_")) and "weight" not in n else x))
 
 
 @pytest.mark.parametrize("scale", (0.0, -0.3, 40.0))
@@ -126,7 +47,7 @@ def test_any_scale(host, scale):
     torch.testing.assert_close(host.edited_attention(**plainly(case), scale=scale).double(), expected, rtol=2e-3, atol=4e-3)
 
 
-def check_nothing_is_written_outside(host):
+def test_nothing_is_written_outside(host):
     """Between the rows of a strided output, sentinels stay."""
     case = small(N=19, T=13)
     guarded = torch.full((6, 19, 2, 40), 7.0, dtype=torch.float16)
@@ -139,11 +60,7 @@ def check_nothing_is_written_outside(host):
         assert torch.equal(result, host.edited_attention(**plainly(case)))
 
 
-def test_nothing_is_written_outside(host):
-    check_nothing_is_written_outside(host)
-
-
-def check_schedules_agree(host):
+def test_schedules_agree(host):
     """One block or several for a head, one stage or two, concepts together or in turn, any order of the threads: the same bits."""
     arguments = small(B=2, H=1, N=150, J=2).arguments("edited_attention")
     arguments["index"] = arguments["index"].clone()
@@ -159,11 +76,7 @@ def check_schedules_agree(host):
     assert torch.isfinite(results[0]).all()
 
 
-def test_schedules_agree(host):
-    check_schedules_agree(host)
-
-
-def check_long_streams(host):
+def test_long_streams(host):
     """Many tiles through every warp, with a last one that is not full, in both orders of the threads."""
     case = small(B=2, H=1, N=150)
     for order in ("forward", "backward"):
@@ -171,11 +84,7 @@ def check_long_streams(host):
         compare(host, "edited_attention", case)
 
 
-def test_long_streams(host):
-    check_long_streams(host)
-
-
-def check_short_last_group(host):
+def test_short_last_group(host):
     """T that ends inside a piece of 8 keys: what stands behind it in memory is not attended to, nor is a zero in its place."""
     longer = small(T=80, N=5, H=1)
     key, value = longer.key.clone(), longer.value + 2  # a mean that a stray weight would move
@@ -185,10 +94,6 @@ def check_short_last_group(host):
     scores = torch.einsum("bnhd,bthd->bhnt", query, key) * 0.05
     expected = torch.einsum("bhnt,bthd->bnhd", torch.softmax(scores, -1), value)
     torch.testing.assert_close(host.edited_attention(**arguments, scale=0.05).double(), expected, rtol=1e-3, atol=2e-3)
-
-
-def test_short_last_group(host):
-    check_short_last_group(host)
 
 
 def test_bytes(host):
@@ -204,18 +109,78 @@ def test_bytes(host):
     assert counted["written_wide"] == 2 * case.query.numel()
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("rows", (1, 2, 16))
-@pytest.mark.parametrize("layer", sum(floors.UNETS.values(), ()), ids=lambda layer: f"N={layer.N}, d={layer.d}")
-def test_no_block_waits_for_a_seat_and_half_are_taken(host, layer, rows, chip):
-    """Where heads share the chip out: what waited would take as long again, and a free multiprocessor does nothing."""
-    machine, H, d = CHIPS[chip], layer.H, layer.d
-    host.configure(machine.multiprocessors, machine.shared_per_block, shared_per_multiprocessor=machine.shared_per_multiprocessor)
-    plan = host.module.plan_edited_attention(dict(B=rows, N=layer.N, T=77, H=H, d=d), {})
-    each = min(machine.shared_per_multiprocessor // (plan["bytes"] + 1024), 65536 // (168 * 32 * plan["warps"]))
-    seats, heads, most = machine.multiprocessors * max(1, each), rows * H, -(-layer.N // (16 * plan["warps"]))
-    assert plan["splits"] == 1 or heads * plan["splits"] <= seats
-    assert heads * plan["splits"] > seats / 2 or plan["splits"] == most
+@pytest.mark.parametrize("chip", plans.CHIPS)
+def test_one_even_wave(host, chip):
+    """No block waits for another to end, every tile has one block, and where all have tiles, nobody has many more than others."""
+    for layer in plans.layers():
+        for rows in (1, 2, 16, 20, 64):
+            plan = plans.plan(host, chip, layer, rows)
+            assert plan.blocks <= plan.at_once, plan
+            stretches = plan.stretches()
+            assert [first for first, _ in stretches[1:]] == [end for _, end in stretches[:-1]]
+            assert stretches[0][0] == 0 and stretches[-1][1] == plan.tiles
+            assert plan.rounds == 1 or plan.fill() >= 0.7, plan
+
+
+def test_stretches(host):
+    """Blocks whose tiles are of one head and a part of the next, on a machine that holds a few."""
+    host.configure(3, shared_per_multiprocessor=40000)
+    case = small(B=3, H=2, N=330, T=20, d=40)
+    assert host.plan(**plainly(case))["splits"] == 0
+    compare(host, "edited_attention", case)
+
+
+def test_slots_and_regions(host):
+    """Rows that read others' slots, one of which is none; tokens with all, some and no positions."""
+    host.configure()
+    case = small(B=4, N=40, T=30, d=40)
+    generator = torch.Generator().manual_seed(0)
+    regions = {
+        "query_regions": torch.randint(0, 4, (4, 40), generator=generator, dtype=torch.int32),
+        "key_regions": torch.randint(0, 4, (4, 30), generator=generator, dtype=torch.int32),
+    }
+    regions["key_regions"][3], regions["query_regions"][3, :5] = 4, -5
+    given = {**plainly(case), **regions, "slots": torch.tensor([2, -1, 1, 0], dtype=torch.int32)}
+    result = host.edited_attention(**given)
+    expected = edited_attention(**{**given, **plainly(case.double())}, scale=0.3, backend="reference", validate=False)
+    torch.testing.assert_close(result.double(), expected, rtol=2e-3, atol=4e-3)
+    assert not result[1].any() and not result[3, :5].any() and host.module.device_errors() == [True, False]
+    assert host.module.device_errors() == [False, False]
+
+
+def test_long_contexts(host):
+    """More keys than there are scores at once, the largest of which come last."""
+    host.configure()
+    case = small(B=1, N=33, T=231, d=40)
+    key = case.key * torch.linspace(0.1, 3, 231)[:, None, None].half()
+    given = {**plainly(case), "key": key}
+    expected = edited_attention(**{name: x.double() for name, x in given.items()}, scale=0.3, backend="reference")
+    torch.testing.assert_close(host.edited_attention(**given).double(), expected, rtol=2e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("m", (1, 2))
+@pytest.mark.parametrize("T, d", [(77, 40), (80, 64), (13, 160), (72, 96), (77, 128), (65, 80), (5, 32)])
+def test_tiles_of_16_and_of_32_rows(host, m, T, d):
+    """The number of multiprocessors says which: few have work enough with tall ones."""
+    host.configure({1: 64, 2: 1}[m])
+    case = small(B=2, H=2, N=130, T=T, d=d)
+    assert host.plan(**case.arguments("edited_attention"))["m"] == m
+    compare(host, "edited_attention", case)
+
+
+@pytest.mark.parametrize("scale", (-0.3, 0.0))
+def test_scales_that_turn_the_order_round(host, scale):
+    case = small(T=77, d=40)
+    expected = edited_attention(*(x.double() for x in plainly(case).values()), scale=scale, backend="reference")
+    torch.testing.assert_close(host.edited_attention(**plainly(case), scale=scale).double(), expected, rtol=2e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+def test_no_two_rows_of_a_matrix_share_a_bank(host, d):
+    host.configure(1)
+    host.edited_attention(**plainly(small(B=1, H=1, N=40, T=77, d=d)))
+    counted = host.counted()
+    assert counted["matrices"] > 0 and counted["matrix_cycles"] == counted["matrices"]
 
 
 @pytest.mark.parametrize("d, T", [(40, 77), (64, 80), (160, 154)])
@@ -225,22 +190,6 @@ def test_products(host, d, T):
     host.configure()
     host.edited_attention(**plainly(case))
     assert host.counted()["products"] == 2 * 32 * d * (80 if T <= 80 else -T // 16 * -16)
-
-
-def test_what_is_not_finite_stays_in_its_row(host):
-    case = small(T=13, d=32, N=3)
-    query = case.query.clone()
-    query[1, 2, 1] = torch.nan
-    result = host.edited_attention(**{**plainly(case), "query": query})
-    assert result[1, 2, 1].isnan().all()
-    result[1, 2, 1] = host.edited_attention(**plainly(case))[1, 2, 1]
-    assert torch.equal(result, host.edited_attention(**plainly(case)))
-
-
-def test_empty(host):
-    for sizes in (dict(B=0), dict(N=0), dict(H=0)):
-        case = small(**{"B": 2, "N": 2, "H": 2, **sizes})
-        assert host.edited_attention(**plainly(case)).numel() == 0
 
 
 def test_refusals(host):

@@ -1,6 +1,6 @@
-"""The CUDA source of `edited_projection`'s derivatives, run on the CPU, against the law in float64.
+"""The CUDA source of `edited_projection`'s derivatives, run on the CPU, against the reference in float64.
 
-What mutants are killed by stands in functions `check_…(host)`: test_mutants.py calls them with a changed library.
+test_mutants.py calls some of these tests with a changed library.
 """
 
 import math
@@ -26,17 +26,17 @@ def gradient_of(arguments, seed=0):
 NAMES = ("encodings", "weight", "gates", "components", "index", "outputs", "projected_targets")
 
 
-def law(gradient, arguments):
+def reference(gradient, arguments):
     return edited_projection_backward(gradient, *cases.positional("edited_projection", arguments), (True,) * 7)
 
 
 def compare(host, case, needs=NEEDS):
-    """Each derivative against the law's in the same dtype, both against float64: over all, and for each concept."""
+    """Each derivative against the reference's in the same dtype, both against float64: over all, and for each concept."""
     arguments = case.arguments("edited_projection")
     gradient = gradient_of(arguments)
     found = host.edited_projection_backward(gradient, needs, **arguments)
-    same = dict(zip(NAMES, law(gradient, arguments)))
-    exact = dict(zip(NAMES, exactly(law, gradient.double(), case.double().arguments("edited_projection"))))
+    same = dict(zip(NAMES, reference(gradient, arguments)))
+    exact = dict(zip(NAMES, exactly(reference, gradient.double(), case.double().arguments("edited_projection"))))
     slots = torch.arange(arguments["outputs"].shape[0])[:, None]
     for name, mine in found.items():
         if mine.numel():
@@ -53,17 +53,13 @@ def test_any_number_of_concepts(host, J):
     compare(host, small(J=J, dtype=HALVES[J % 2], seed=J), NEEDS[1:])
 
 
-def check_mixed_rows(host):
+def test_mixed_rows(host):
     """Slots that several rows share, rows without a concept, and more places than stay in registers."""
     for J in (3, 10):
         compare(host, small(B=8, T=5, O=40, J=J, dtype=torch.bfloat16, seed=J))
 
 
-def test_mixed_rows(host):
-    check_mixed_rows(host)
-
-
-def check_splits(host):
+def test_splits(host):
     """As many parts of the sum over O as there are multiprocessors to take them, the last one shorter."""
     case = small(B=2, T=30, D=130, O=1100, J=1)
     arguments = case.arguments("edited_projection")
@@ -72,10 +68,6 @@ def check_splits(host):
         host.configure(multiprocessors)
         assert host.projection_workspace_bytes(**arguments) == splits * bytes_of_part
         compare(host, case, ("encodings",))
-
-
-def test_splits(host):
-    check_splits(host)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -97,7 +89,7 @@ def test_tables_of_another_dtype(host, tables):
     compare(host, case.map(lambda name, x: x.to(tables) if name in ("value_outputs", "value_targets") else x), NEEDS[1:])
 
 
-def check_any_order(host):
+def test_any_order(host):
     """Every sum has one order, whatever that of the threads, and whatever else is asked for."""
     arguments = small(B=2, T=9, D=20, O=520, J=9).arguments("edited_projection")
     gradient, results = gradient_of(arguments), []
@@ -110,11 +102,7 @@ def check_any_order(host):
     assert all(torch.isfinite(x).all() for x in results[0].values())
 
 
-def test_any_order(host):
-    check_any_order(host)
-
-
-def check_nothing_is_written_outside(host):
+def test_nothing_is_written_outside(host):
     """Sentinels around every gradient stay, in accesses of 16 bytes and of one element."""
     arguments = small(B=2, T=9, D=43, O=75).arguments("edited_projection")
     gradient = gradient_of(arguments)
@@ -127,10 +115,6 @@ def check_nothing_is_written_outside(host):
             assert torch.equal(inside[name], x)
             inside[name].fill_(7)
             assert (memory[name] == 7).all()
-
-
-def test_nothing_is_written_outside(host):
-    check_nothing_is_written_outside(host)
 
 
 def test_slots_that_no_row_uses_have_no_gradient(host):
@@ -179,7 +163,7 @@ def test_bytes_of_the_edit_s_gradients(host):
     assert (host.counted()["written_wide"], host.counted()["written_narrow"]) == (2 * (J + 3) * 2 * O, 0)
 
 
-def check_sides_and_slots_share_the_gradient(host):
+def test_sides_and_slots_share_the_gradient(host):
     """More of the result's gradient than the cache holds: either launch brings it once, and each table's rows."""
     T, O, J = 77, 4096, 3
     arguments = everywhere(small(B=1, T=T, O=O, J=J).arguments("edited_projection"))
@@ -190,10 +174,6 @@ def check_sides_and_slots_share_the_gradient(host):
     coefficients, tables = 2 * T * J * 4, 2 * J * O * 2
     assert read <= 1.1 * (2 * T * O + tables + 4 * J)
     assert again <= 1.1 * (2 * T * O + coefficients + 4 * J) and written == 2 * slots * O * 2
-
-
-def test_sides_and_slots_share_the_gradient(host):
-    check_sides_and_slots_share_the_gradient(host)
 
 
 def test_what_is_not_finite_stays_in_its_row(host):

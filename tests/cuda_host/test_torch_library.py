@@ -1,7 +1,4 @@
-"""The library that is installed, compiled by nvcc for two architectures; it loads without a GPU, and all but a launch can be seen.
-
-`make test` compiles it when it installs, into the folder that is used here; then there is nothing left to compile.
-"""
+"""The library that an installation compiles, by nvcc for all architectures; it loads without a GPU, and all but a launch can be seen."""
 
 import importlib.util
 import json
@@ -36,7 +33,7 @@ if not any("cuda" in have for have in backend._implementations.values()):
 facts = {"compiled": library.compiled_kernels(), "doctor": [str(finding) for finding in doctor._compiled()]}
 facts |= {"not loaded": library.why_not_loaded(), "unavailable": library.unavailable()}
 facts["kernels"] = [n for n in cuda.OPERATORS if torch._C._dispatch_has_kernel_for_dispatch_key(f"perfusion_kernels::{n}.cuda", "CUDA")]
-library.why_not_on, library.limits = lambda device: None, lambda device: (84, 101376)
+library.why_not_on, library.shared_memory = lambda device: None, lambda device: 101376
 
 q, table, index = torch.zeros(2, 5, 2, 32, dtype=torch.half), torch.zeros(3, 64), torch.zeros(2, 1, dtype=torch.int32)
 gates = torch.zeros(2, 5, 1)

@@ -7,13 +7,12 @@ FILE is the library of csrc/torch over csrc/host/, with its operators' overloads
 """
 
 import os
-
-import torch
+from pathlib import Path
 
 from perfusion_kernels import backend, cuda
-from perfusion_kernels.cuda import refusals
+from perfusion_kernels.cuda import library, supports
 
-DEVICE = (2, 232448)  # multiprocessors, and bytes of shared memory of a block
+SHARED_MEMORY = 232448  # bytes of a block
 
 
 def registered() -> bool:
@@ -21,8 +20,9 @@ def registered() -> bool:
 
 
 def register() -> None:
-    """Refusals stay as they are, but for those that ask for a device."""
-    torch.ops.load_library(os.environ["PERFUSION_CUDA_ON_HOST"])
-    refusals.anywhere, refusals.limits = lambda *arguments: None, lambda index: DEVICE
+    """Everything stays as it is, but for what asks for a device."""
+    library.LIBRARY = Path(os.environ["PERFUSION_CUDA_ON_HOST"])
+    library.loaded()
+    library.shared_memory, supports.anywhere = lambda index: SHARED_MEMORY, lambda *arguments: None
     backend._unavailable["cuda"] = lambda: None
     cuda.register_all()

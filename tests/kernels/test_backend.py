@@ -42,7 +42,7 @@ def stand_in(monkeypatch):
         "triton",
         operator,
         implementation,
-        refuses=lambda encodings, *rest: "float64 is not supported" if encodings.dtype == torch.float64 else None,
+        unsupported=lambda encodings, *rest: "float64 is not supported" if encodings.dtype == torch.float64 else None,
     )
     return calls
 

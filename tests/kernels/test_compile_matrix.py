@@ -10,6 +10,8 @@ import pytest
 
 from perfusion_kernels.triton import OPERATORS
 
+pytestmark = pytest.mark.proof
+
 ROOT = Path(__file__).parents[2]
 WITHOUT_PRODUCTS = {  # their sums stay in float32
     "_concept_gates", "_by_token", "_by_concept", "_products", "_update", "_gradients", "_sum_by_slot"

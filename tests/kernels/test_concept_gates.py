@@ -143,7 +143,7 @@ def test_derivatives_beyond_registers_are_plain_torch_s():
     for J in (8, 9) if own else ():
         case = cases.make(B=2, T=3, J=J)
         arguments = cases.positional("concept_gates", case.arguments("concept_gates"))
-        reason = own.refuses(case.gates, case.components, *(x if x is None else x.to("meta") for x in arguments), [True] * 8)
+        reason = own.unsupported(case.gates, case.components, *(x if x is None else x.to("meta") for x in arguments), [True] * 8)
         assert ("up to 8 concepts in registers; got J = 9" in reason) == (J == 9)
     for backend, device in cases.runs("concept_gates"):
         arguments = cases.make(B=2, T=3, J=9, device=device).arguments("concept_gates")

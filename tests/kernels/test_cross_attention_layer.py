@@ -11,6 +11,8 @@ from perfusion_kernels import BackendUnavailable, absorb_projections, cross_atte
 from . import cases, plain
 from .tolerance import TIGHT, assert_no_worse, exactly, twice_rounded
 
+pytestmark = pytest.mark.numeric
+
 RUNS = [(None, "cpu"), *cases.runs("edited_attention")]  # the attention in its middle
 each_run = pytest.mark.parametrize("backend, device", RUNS)
 

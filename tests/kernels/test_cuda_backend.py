@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import perfusion_kernels
 from perfusion_kernels import backend, registration
 from perfusion_kernels import cuda as compiled
-from perfusion_kernels.cuda import library, refusals
+from perfusion_kernels.cuda import library, supports
 
 from . import cases
 
 BUILD = {"cuda": "13.0", "torch": "2.13", "architectures": ["sm_80", "sm_90a"]}
-CACHED = (library.note, library.loaded, library.why_not_loaded, library.why_not_on, library.limits)
+CACHED = (library.note, library.loaded, library.why_not_loaded, library.why_not_on, library.shared_memory, library.ask)
 
 
 @pytest.fixture
@@ -49,7 +49,8 @@ def gpu(monkeypatch):
     shared_memory = pytest.importorskip("perfusion_kernels.triton.shared_memory")
     monkeypatch.setattr(shared_memory, "_of_cuda", lambda device: 101376)
     monkeypatch.setattr(library, "why_not_on", lambda device: None)
-    monkeypatch.setattr(library, "limits", lambda device: (84, 101376))
+    monkeypatch.setattr(library, "shared_memory", lambda device: 101376)
+    monkeypatch.setattr(library, "ask", answer)
     mode = FakeTensorMode()
 
     def move(tensors):
@@ -57,6 +58,14 @@ def gpu(monkeypatch):
             return {name: torch.empty(x.shape, dtype=x.dtype, device="cuda") for name, x in tensors.items()}
 
     return move
+
+
+def answer(question, *numbers):
+    """As a library would whose kernels have heads of 32 and 40 columns, and whose memory holds 200 tokens of one edited side."""
+    if question == "concept_gates_most":
+        return 1000
+    shared_memory, d, sides, *_ = numbers
+    return 0 if d not in (32, 40) else 256 if shared_memory > 101376 else 201 - sides
 
 
 @pytest.fixture
@@ -202,47 +211,47 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
 def attention(gpu, dtype=torch.half, T=77, d=40, **changes):
     arguments = gpu(cases.make(B=1, T=T, d=d, D=4, N=2, H=1, dtype=dtype).arguments("edited_attention"))
     changed = {name: change(arguments[name]) for name, change in changes.items()}
-    return refusals.edited_attention(*cases.positional("edited_attention", {**arguments, **changed}))
+    return supports.edited_attention(*cases.positional("edited_attention", {**arguments, **changed}))
 
 
 def test_attention_takes_what_is_compiled(gpu):
-    assert [d for d in range(8, 200, 8) if attention(gpu, d=d) is None] == list(refusals.WIDTHS)
-    assert attention(gpu, d=48) == "it takes d of 32, 40, 64, 80, 96, 128, 160; got 48"
-    assert attention(gpu, T=256, dtype=torch.bfloat16) is None and attention(gpu, T=257) == "it takes T up to 256; got 257"
-    needed = "K and V of one head, T = 256 and d = 160, need 182048 bytes of shared memory; a block has 101376 here"
-    assert attention(gpu, T=256, d=160) == needed
+    """Whether it fits, the library is asked: tests/cuda_host/test_limits.py."""
+    assert attention(gpu, d=32) is None and attention(gpu, d=48) == "it takes d of 32, 40; got 48"
+    assert attention(gpu, T=199, dtype=torch.bfloat16) is None
+    assert attention(gpu, T=200) == "it takes T up to 199 at d = 40 with 101376 bytes of shared memory a block; got 200"
     assert attention(gpu, dtype=torch.float32) == "it takes query in float16 or bfloat16; got float32"
     double = torch.Tensor.double
     assert attention(gpu, gates=double, components=double) == "it takes gates in float32; got float64"
     assert attention(gpu, value_targets=double) == "it takes value_targets in float16 or bfloat16 or float32; got float64"
     edit = ("gates", "components", "index", "key_outputs", "key_targets", "value_outputs", "value_targets")
-    assert attention(gpu, **dict.fromkeys(edit, lambda tensor: None)) is None
+    without = dict.fromkeys(edit, lambda tensor: None)
+    assert attention(gpu, T=201, **without) is None and "up to 201" in attention(gpu, T=202, **without)
 
 
 def test_what_autocast_casts_is_taken():
     """By the rule alone, for tensors in host memory: autocast for a GPU is off where there is none."""
-    assert refusals.halves(query=torch.empty(1)) == "it takes query in float16 or bfloat16; got float32"
+    assert supports.halves(query=torch.empty(1)) == "it takes query in float16 or bfloat16; got float32"
     with torch.autocast("cpu", torch.bfloat16):
-        assert refusals.halves(query=torch.empty(1), key=None, value=torch.empty(1).half()) is None
-        assert refusals.halves(query=torch.empty(1).double()) == "it takes query in float16 or bfloat16 or float32; got float64"
+        assert supports.halves(query=torch.empty(1), key=None, value=torch.empty(1).half()) is None
+        assert supports.halves(query=torch.empty(1).double()) == "it takes query in float16 or bfloat16 or float32; got float64"
 
 
 def test_gates_take_what_is_compiled(gpu):
     def refused(J=2, **changes):
         arguments = gpu(cases.make(J=J, D=4, T=3, B=1).arguments("concept_gates"))
         changed = {name: change(arguments[name]) for name, change in changes.items()}
-        return refusals.concept_gates(*cases.positional("concept_gates", {**arguments, **changed}))
+        return supports.concept_gates(*cases.positional("concept_gates", {**arguments, **changed}))
 
     assert refused() is None and refused(J=129) is None
-    assert refused(J=1, index=lambda index: index.expand(1, 32769)) == "it takes J up to 32768; got 32769"
+    assert refused(J=1, index=lambda index: index.expand(1, 1001)) == "it takes J up to 1000; got 1001"
     assert refused(encodings=torch.Tensor.double) == "it takes encodings in float16 or bfloat16 or float32; got float64"
     assert refused(bias=torch.Tensor.double) == "it takes bias in float32; got float64"
 
 
 def test_other_devices_are_refused(gpu):
     host = {"x": torch.empty(1)}
-    assert refusals.anywhere(*host.values()) == "the compiled kernels need tensors on a CUDA device; got cpu"
-    assert refusals.anywhere(*gpu(host).values()) is None
+    assert supports.anywhere(*host.values()) == "the compiled kernels need tensors on a CUDA device; got cpu"
+    assert supports.anywhere(*gpu(host).values()) is None
 
 
 # and when it is taken

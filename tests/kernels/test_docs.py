@@ -1,20 +1,92 @@
-"""The page on adding an operator is a program."""
+"""The page on adding an operator is a program: its Triton kernel runs interpreted, its CUDA source compiled for the CPU, and nvcc takes it."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "docs" / "add-an-operator.md"
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "add-an-operator.md").read_text(encoding="utf-8")
+END = "#ifdef __cplusplus\n}\n#endif\n"  # of the C API's header
+CALL = """
+torch.ops.load_library({library!r})
+table = torch.randn(7, 133)[:, ::2]
+torch.testing.assert_close(torch.ops.perfusion_kernels.concept_energies.cuda(table, table), table.square().sum(-1))
+try:
+    torch.ops.perfusion_kernels.concept_energies.cuda(table, table.half())
+except RuntimeError as error:
+    assert "concept_energies: metric_targets must be float32; got float16" in str(error), error
+else:
+    raise AssertionError("a wrong dtype was taken")
+"""
 
 
-def test_the_page_runs():
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 5
-    ran = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks)],
-        env={"PYTHONPATH": ":".join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def run(*command, **options):
+    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """csrc/ with the page's files in it."""
+    folder = tmp_path_factory.mktemp("page") / "csrc"
+    shutil.copytree(ROOT / "csrc", folder)
+    header = folder / "include/perfusion_kernels.h"
+    (declarations,) = blocks("c")
+    before, after = header.read_text().rsplit(END, 1)
+    header.write_text(before + declarations + END + after)
+    for code in blocks("cpp"):
+        name = re.match(r"// csrc/(\S+)\n", code)[1]
+        assert not (folder / name).exists()
+        (folder / name).write_text(code)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def library(sources):
+    torch_folder = Path(torch.__file__).parent
+    files = [sources / "concept_energies.cu", *(sources / "torch" / f"{name}.cpp" for name in ("concept_energies", "library"))]
+    files += [sources / "status.cpp", *(path for path in sorted((sources / "host").glob("*.cpp")) if path.name != "registry.cpp")]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags += ["-DPERFUSION_HOST", '-DPERFUSION_OVERLOAD="cuda"', "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    torch_flags = ["-isystem", torch_folder / "include", f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    run("g++", *flags, "-x", "c++", *files, "-x", "none", *torch_flags, "-Wl,-Bsymbolic", "-o", sources / "page.so")
+    return sources / "page.so"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_page_runs(library, tmp_path):
+    program = tmp_path / "page.py"  # a file, because Triton reads a kernel's source
+    program.write_text("\n".join([*blocks("python"), CALL.format(library=str(library))]))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TRITON_INTERPRET": "1"}
+    run(sys.executable, program, env=environment)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_nvcc_compiles_the_page(sources):
+    run("nvcc", "-std=c++17", "-arch=sm_90", "-Werror", "all-warnings", "-c", sources / "concept_energies.cu", "-o", sources / "page.o")
+
+
+def test_every_place_is_there():
+    """Each file of the table, with the name of an operator in it; a file of the operator's own has it in its path."""
+    rows = [line.split("|")[1] for line in PAGE.split("## Every place")[1].splitlines() if line.startswith("| `")]
+    places = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    assert len(places) > 35
+    for place in places:
+        file = ROOT / place.replace("OPERATOR", "edited_projection")
+        assert file.exists(), place
+        if "OPERATOR" not in place and place not in ("bench/kernels/nvcc_matrix.py", "python/perfusion/cli/doctor.py", "bench/kernels/compile_matrix.py"):
+            assert "edited_projection" in file.read_text(encoding="utf-8"), place
+    known = {place.replace("OPERATOR", "edited_projection") for place in places}
+    listed = subprocess.run(["git", "ls-files", "*edited_projection*"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    others = {file for file in listed if not re.search(r"fused_edited_projection|_backward", file)}
+    assert others <= known, sorted(others - known)

@@ -11,6 +11,8 @@ from perfusion_kernels import edited_attention
 from . import cases
 from .tolerance import assert_no_worse, exactly
 
+pytestmark = pytest.mark.numeric
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -67,6 +67,7 @@ def compare_with_plain(operator, case, backend, dtype=None):
             assert_no_worse(mine, naive, truth, case.index, dtype=dtype)
 
 
+@pytest.mark.numeric
 @each_run
 @pytest.mark.parametrize("dtype", cases.FLOATING)
 def test_forward_in_every_dtype(operator, backend, device, dtype):
@@ -85,6 +86,7 @@ def test_any_number_of_concepts(operator, backend, device, J):
     compare_with_plain(operator, cases.make(B=B, J=J, device=device, backend=backend, seed=J), backend)
 
 
+@pytest.mark.numeric
 @each_run
 @pytest.mark.parametrize("T", (1, 16, 77, 80, 154, 231))
 def test_context_lengths(operator, backend, device, T):
@@ -92,6 +94,7 @@ def test_context_lengths(operator, backend, device, T):
     compare_with_plain(operator, cases.make(B=B, T=T, device=device, backend=backend, seed=T), backend)
 
 
+@pytest.mark.numeric
 @each_run
 @pytest.mark.parametrize(
     "sizes", [dict(B=1, D=1, J=1, H=1, d=1, N=1), dict(B=5, D=33, J=3, H=5, d=7, N=1), dict(B=2, D=7, H=2, d=40, N=65)]
@@ -189,6 +192,7 @@ def gradients(operator, case, backend):
     return torch.autograd.grad(loss, [arguments[name] for name in wanted], materialize_grads=backend == "plain")
 
 
+@pytest.mark.numeric
 @each_run_in(torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("views", (False, True))
 @pytest.mark.parametrize("J", (0, 1, 3))

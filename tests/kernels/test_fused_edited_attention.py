@@ -10,6 +10,8 @@ from perfusion_kernels import edited_attention, fused_edited_attention
 from . import cases
 from .tolerance import assert_no_worse, exactly
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
 def test_is_projection_then_edited_attention(dtype):

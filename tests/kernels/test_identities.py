@@ -11,6 +11,8 @@ from perfusion_kernels import concept_gates, edited_attention, edited_projection
 from . import cases
 from .tolerance import TIGHT
 
+pytestmark = pytest.mark.numeric
+
 
 def covariances():
     """A synthetic second moment; a real one too, if PERFUSION_COVARIANCE names a safetensors file with it."""

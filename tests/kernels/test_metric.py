@@ -7,6 +7,8 @@ from perfusion_kernels import metric
 
 from . import cases
 
+pytestmark = pytest.mark.numeric
+
 
 def test_metric_targets_solve_the_covariance():
     C = cases.covariance(32)

@@ -10,9 +10,9 @@ from perfusion_kernels import check_device, concept_gates, edited_attention, use
 from perfusion_kernels.schemas import SCHEMAS
 
 from . import cases, plain
-from .tolerance import assert_no_worse
+from .tolerance import assert_no_worse, exactly
 
-NOT_YET = ("cuda",)
+NOT_YET = ()
 # None is what a call gets that names no backend
 RUNS = {
     name: [(None, "cpu"), *(run for run in cases.runs(name) if run[0] not in NOT_YET)] for name in ("concept_gates", "edited_attention")
@@ -48,7 +48,8 @@ def agrees(arguments: dict, backend: str | None) -> torch.Tensor:
     """The public function beside the plain formula in the same dtype, both against float64."""
     result = edited_attention(**arguments, scale=0.3, backend=backend)
     exact = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in arguments.items()}
-    same, truth = (plain.edited_attention(*cases.positional("edited_attention", x)) for x in (arguments, exact))
+    same = plain.edited_attention(*cases.positional("edited_attention", arguments))
+    (truth,) = exactly(plain.edited_attention, *cases.positional("edited_attention", exact))
     index = arguments["index"] if arguments.get("slots") is None else arguments["index"][arguments["slots"].long()]
     assert_no_worse(result, same, truth, index)
     assert result.is_contiguous()
@@ -76,7 +77,7 @@ def test_more_and_fewer_rows_than_slots(backend, device, rows):
     edit = dict.fromkeys(n for n in arguments if n not in ("query", "key", "value", *WHERE))
     result = edited_attention(**{**arguments, **edit}, scale=0.3, backend=backend)
     double = {n: x.double() if x.is_floating_point() else x for n, x in arguments.items() if n not in edit}
-    truth = edited_attention(**double, scale=0.3, backend="reference")
+    (truth,) = exactly(lambda: edited_attention(**double, scale=0.3, backend="reference"))
     same = edited_attention(**{**arguments, **edit}, scale=0.3, backend="reference")
     assert_no_worse(result, same, truth, arguments["index"][:0].new_empty((rows, 0)))
 
@@ -231,7 +232,8 @@ def test_gates_by_word(backend, device, floor, J):
         arguments["floor"] = None
     gates, components = concept_gates(**arguments, backend=backend)
     exact = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in arguments.items()}
-    same, truth = (plain.concept_gates(*cases.positional("concept_gates", x)) for x in (arguments, exact))
+    same = plain.concept_gates(*cases.positional("concept_gates", arguments))
+    truth = exactly(plain.concept_gates, *cases.positional("concept_gates", exact))
     assert_no_worse(gates, same[0], truth[0], arguments["index"])
     published = concept_gates(**{**arguments, "places": None, "floor": None}, backend=backend)
     assert torch.equal(components, published[1]) and not torch.equal(gates, published[0])

@@ -8,6 +8,8 @@ from perfusion_kernels import concept_gates, edited_attention, edited_projection
 from . import cases
 from .tolerance import assert_no_worse, exactly
 
+pytestmark = pytest.mark.numeric
+
 
 def check_and_refute(assertion, right, wrong):
     assertion(right)
@@ -144,7 +146,7 @@ def test_gates_that_scale_the_removal():
 
 
 def test_a_softmax_in_half_precision():
-    """float16 scores lose far more than rounding the result does; the law keeps them in float32."""
+    """float16 scores lose far more than rounding the result does; the reference keeps them in float32."""
     case = cases.make(T=77, d=40, dtype=torch.float16)
     query, key, value = 8 * case.query, case.key, case.value
     exact = edited_attention(query.double(), key.double(), value.double())

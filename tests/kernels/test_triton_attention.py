@@ -80,16 +80,19 @@ def test_every_tile_of_queries_has_one_program(N, pairs, block):
     assert programs == 1 or (programs - 1) * pairs < forward.PROGRAMS
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("d", WIDTHS)
 def test_head_widths(d):
     compare("edited_attention", cases.make(B=2, T=77, H=1, d=d, N=19, device=DEVICE, seed=d))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("d", WIDTHS)
 def test_gradients_of_head_widths(d):
     assert_gradients(cases.make(B=2, T=35, H=1, d=d, N=19, device=DEVICE, seed=d))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("d", (7, 40, 160))
 @pytest.mark.parametrize("D", (1, 40))
 def test_widths_in_the_fused_kernel(d, D):
@@ -97,11 +100,13 @@ def test_widths_in_the_fused_kernel(d, D):
     compare("fused_edited_attention", case)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("T", (1, 16, 77, 80, 154, 231, 256))
 def test_gradients_of_context_lengths(T):
     assert_gradients(cases.make(B=2, T=T, H=1, d=8, N=19, device=DEVICE, seed=T))
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("J", (1, 8, 9, 13))
 @pytest.mark.parametrize("operator", ("edited_attention", "fused_edited_attention"))
 def test_numbers_of_concepts_up_to_and_beyond_the_unrolled(operator, J):
@@ -136,6 +141,7 @@ def test_gradients_of_plain_attention():
     assert_gradients(cases.make(B=2, T=17, H=2, d=8, N=5, device=DEVICE), without=edit)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("programs", (1, 4, 512))
 def test_the_division_of_the_work_does_not_matter(programs, monkeypatch):
     """One program for all queries of a head, several with several tiles, and one for each tile."""
@@ -145,6 +151,7 @@ def test_the_division_of_the_work_does_not_matter(programs, monkeypatch):
     assert_gradients(case)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
     "module, name", [(forward, "tiles"), (backward, "tiles_by_query"), (backward, "tiles_by_key"), (fused, "tiles")]
 )

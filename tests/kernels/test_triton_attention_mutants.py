@@ -14,6 +14,8 @@ from . import cases
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.proof
+
 SOURCES = Path(reference.__file__).parents[1] / "triton"
 DEVICE = cases.runs("edited_attention")[-1][1]
 
@@ -27,7 +29,7 @@ MUTANTS = {  # name: (file, what stands there, what the mutant has, what notices
     "no second piece of columns": ("attention_tiles", "sum = add_product(sum, x1, tl.trans(y1), PRECISION)", "sum += 0", FORWARD),
     "half a denominator": ("edited_attention", "            total += tl.sum(p1, 1)\n", "            total += 0\n", FORWARD),
     "the last tile left out": ("edited_attention", "tl.cdiv(N, BLOCK_N)", "N // BLOCK_N", FORWARD),
-    "a row's values for another's": ("edited_attention", "value + b * value_b", "value + (1 - b) * value_b", FORWARD),
+    "a row's values for another's": ("edited_attention", "value + row * value_b", "value + (1 - row) * value_b", FORWARD),
     "the projection of the first head": ("fused_edited_attention", "key_weight + h * d * key_weight_o", "key_weight", FUSED),
     "a rest of the encodings left out": ("fused_edited_attention", "range(0, D, BLOCK_K)", "range(0, D - 16, BLOCK_K)", FUSED),
     "half a mean": ("edited_attention_backward", "mean += tl.sum(p1 * dp1, 1)", "mean += 0", BACKWARD),
@@ -62,14 +64,14 @@ def differs(package, operator, case) -> float:
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
     try:
         function = getattr(package(operator), operator)
-        law = getattr(importlib.import_module(f"perfusion_kernels.reference.{forward}"), operator)
+        reference = getattr(importlib.import_module(f"perfusion_kernels.reference.{forward}"), operator)
         if operator == forward:
-            found, right = [function(*arguments)], [law(*arguments)]
+            found, right = [function(*arguments)], [reference(*arguments)]
         else:
             needs = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in arguments]
             gradient = torch.linspace(-1, 2, case.query.numel(), device=DEVICE).view(case.query.shape)
             found = function(gradient, *arguments, needs)
-            right = [x for x, need in zip(law(gradient, *arguments, tuple(needs)), needs) if need]
+            right = [x for x, need in zip(reference(gradient, *arguments, tuple(needs)), needs) if need]
     finally:
         torch.use_deterministic_algorithms(False)
     errors = torch.stack([(x - y).abs().max() / y.abs().max() for x, y in zip(found, right, strict=True)])

@@ -35,7 +35,7 @@ def test_half_precision_fits_everywhere_at_77_tokens(limit, d):
     limit(99)
     for module, tiles in ((forward, "tiles"), (fused, "tiles")):
         assert shared_memory.fitting(getattr(module, tiles)(77, d, HALF), module.held(77, d, HALF), DEVICE)
-    assert backward.refuses_gradients(torch.empty(1, 1, 1, d, dtype=HALF), 77, d) is None
+    assert backward.unsupported_gradients(torch.empty(1, 1, 1, d, dtype=HALF), 77, d) is None
 
 
 def test_what_does_not_fit_is_refused_and_left_to_others(limit):

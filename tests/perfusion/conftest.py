@@ -1,11 +1,36 @@
 """Tiny pipelines that the hook is attached to, one for each file of tests."""
 
 import pytest
+import torch
+import transformers
 
 from perfusion.base import describe_base
 from perfusion.handle import attach
 from tests.perfusion.editing import attached_to, draw, make_concept
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
+
+
+@pytest.fixture(scope="session", autouse=True)
+def encoders_in_float64():
+    """transformers 4 makes CLIP's mask in the default dtype, where the least float64 has no place: exact results need it to be float64."""
+    if not transformers.__version__.startswith("4."):
+        yield
+        return
+    from transformers.modeling_attn_mask_utils import AttentionMaskConverter
+
+    make = AttentionMaskConverter._make_causal_mask
+
+    def made(shape, dtype, *rest, **options):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            return make(shape, dtype, *rest, **options)
+        finally:
+            torch.set_default_dtype(before)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AttentionMaskConverter, "_make_causal_mask", staticmethod(made))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,11 @@ def watch(unet: torch.nn.Module) -> Iterator[list[Forward]]:
     handles = []
 
     def record(kind, name):
-        return lambda module, args, output: getattr(forwards[-1], kind).__setitem__(name, output.detach().clone())
+        def hook(module, args, output):
+            if not forwards[-1].fast:  # the engine calls projections too, between two forwards
+                getattr(forwards[-1], kind)[name] = output.detach().clone()
+
+        return hook
 
     def begin(module, args, kwargs):
         forwards.append(Forward(kwargs["encoder_hidden_states"].detach().clone()))

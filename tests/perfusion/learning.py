@@ -52,7 +52,7 @@ def covariance_of(pipe: Any) -> Covariance:
 
 
 def settings(**changes: Any) -> TrainingConfig:
-    return TrainingConfig(superclass=SUPERCLASS, name=NAME, **{**SHORT, **changes})
+    return TrainingConfig(**{"superclass": SUPERCLASS, "name": NAME, **SHORT, **changes})
 
 
 def learn(pipe: Any, images: Any, **options: Any) -> Concept:

@@ -268,17 +268,6 @@ def test_added_key_value_projections_are_refused(sd):
         check_supported(sd)
 
 
-def test_ip_adapter_is_refused(sd):
-    sd.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
-    with pytest.raises(UnsupportedPipeline, match=r"IP-Adapter is loaded.*unload_ip_adapter\(\)"):
-        check_supported(sd)
-    sd.unet.register_to_config(encoder_hid_dim_type=None)
-    layer = sd.unet.mid_block.attentions[0].transformer_blocks[0].attn2
-    layer.processor = type("IPAdapterAttnProcessor2_0", (), {})()
-    with pytest.raises(UnsupportedPipeline, match=r"mid_block.*IPAdapterAttnProcessor2_0"):
-        check_supported(sd)
-
-
 def test_fused_projections_are_refused_and_pass_when_undone(sd):
     sd.fuse_qkv_projections(vae=False)
     with pytest.raises(UnsupportedPipeline, match=r"fused .*FusedAttnProcessor.*unfuse_qkv_projections\(\)"):

@@ -66,7 +66,7 @@ def test_help_names_what_users_know():
         "alpha channel",
         "--overwrite",
     ):
-        assert option in " ".join(result.stdout.split()), option
+        assert option.replace(" ", "") in "".join(result.stdout.split()), option
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_help_names_what_users_know():
         ((*WHAT, "--steps", 0), 2, "error: training: steps must be at least 1, got 0\n"),
         ((*WHAT, "--name", "../mine"), 2, "error: a concept's name must be 1 to 32 characters"),
         ((*WHAT, "--device", "abacus"), 2, "error: --device abacus cannot be used"),
-        (("--superclass", "zyx", "--name", "mine"), 2, "error: superclass 'zyx' must be a single token"),
+        (("--superclass", "zyx" * 6, "--name", "mine"), 2, "error: superclass 'zyxzyxzyxzyxzyxzyx' is 18 tokens long"),
         ((*WHAT, "--resume", "latest"), 2, "error: there is no checkpoint to continue from"),
         ((*WHAT, "--config", "/nowhere.yaml"), 2, "error: /nowhere.yaml: No such file or directory. Check the path.\n"),
     ],

@@ -14,7 +14,8 @@ from diffusers import UNet2DConditionModel
 from perfusion import concept_file
 from perfusion.base import Base, cross_attention_layers, describe_base, layer_width
 from perfusion.concept import Concept
-from perfusion.concept_file import decode_layers, encode, encode_layers
+from perfusion.concept_file import decode_layers, encode_layers
+from perfusion.concept_file.encoding import encode
 from tests.perfusion.concepts import FIELDS, TENSORS, make, same
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
@@ -150,7 +151,7 @@ def test_equal_concepts_give_equal_bytes_in_every_process(small):
     """Metadata order must not depend on a hash seed."""
     script = (
         "import sys, torch; from perfusion.base import Base; from perfusion.concept import Concept;"
-        "from perfusion.concept_file import encode;"
+        "from perfusion.concept_file.encoding import encode;"
         "b = Base('custom', 4, (4,), {'a.b': 4}, 'B' * 43 + '='); o = torch.ones(4);"
         "c = Concept(name='a', superclass='b', base=b, value_outputs=o, target=o, metric_target=o, superclass_encoding=o,"
         "word_embeddings=(o,), recipe={'steps': 4}, created='2025-01-01T00:00:00Z', author='x', license='y');"

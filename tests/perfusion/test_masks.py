@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPSegProcessor, ViTImageProcessor
 
-from perfusion.masks import ClipSeg, flatten, is_sidecar, latent_mask, load_mask, masked_loss
+from perfusion.masks import ClipSeg, flatten, latent_mask, load_mask, masked_loss, masked_stem
 from tests.perfusion.tiny import tiny_tokenizer
 
 WIDTH, HEIGHT = 12, 8
@@ -31,13 +31,13 @@ def left_half(value: int = 255) -> numpy.ndarray:
 # ---- sidecar files --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", ["-masklabel.png", ".mask.png"])
+@pytest.mark.parametrize("ending", ["-masklabel.png", ".mask.png", "-MaskLabel.PNG", "_mask.webp", "-mask.tif"])
 def test_sidecar(tmp_path, ending):
-    grey(left_half(51)).save(tmp_path / f"teddy.v2{ending}")
+    grey(left_half(51)).save(tmp_path / f"teddy.v2{ending}", **({"lossless": True} if "webp" in ending else {}))
     mask = load_mask(tmp_path / "teddy.v2.jpg", picture())
     assert mask.dtype == torch.float32 and mask.shape == (HEIGHT, WIDTH)
     torch.testing.assert_close(mask, torch.from_numpy(left_half(1)).float() * 0.2)
-    assert is_sidecar(tmp_path / f"teddy.v2{ending}") and not is_sidecar(tmp_path / "teddy.v2.jpg")
+    assert masked_stem(tmp_path / f"teddy.v2{ending}") == "teddy.v2" and masked_stem(tmp_path / "teddy.v2.jpg") is None
 
 
 def test_a_sidecar_wins_over_alpha_and_masklabel_over_mask(tmp_path):
@@ -46,6 +46,20 @@ def test_a_sidecar_wins_over_alpha_and_masklabel_over_mask(tmp_path):
     assert load_mask(tmp_path / "a.png", image).unique().tolist() == [0, 1]
     grey(left_half() * 0 + 255).save(tmp_path / "a-masklabel.png")
     assert load_mask(tmp_path / "a.png", image).unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("shape", ["white", "black", "grey and alpha"])
+def test_a_mask_may_be_a_shape_on_a_transparent_ground(tmp_path, shape):
+    """Whatever colour it is drawn in; converting it to grey would make it white, or black, everywhere."""
+    image = Image.new("LA", (WIDTH, HEIGHT), (0 if shape == "black" else 255, 0))
+    image.putalpha(grey(left_half()))
+    if shape == "grey and alpha":
+        image.putpixel((0, 0), (51, 255))
+    image.save(tmp_path / "a_mask.png")
+    expected = torch.from_numpy(left_half(1)).float()
+    if shape == "grey and alpha":
+        expected[0, 0] = 0.2
+    torch.testing.assert_close(load_mask(tmp_path / "a.png", picture()), expected)
 
 
 def test_a_sixteen_bit_sidecar_keeps_its_scale(tmp_path):

@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from perfusion import rows as rows_module
+from perfusion import encoding_registry as rows_module
 from perfusion.base import UnsupportedPipeline
 from perfusion.encoding_registry import EncodingRegistry
 from perfusion.loaded_concept import LoadedConcept
 from perfusion.models import TOYBOX
 from perfusion.prompts import Mention, PromptError
 from perfusion.requests import RowRequest
-from perfusion.text import TextHook, single_token
+from perfusion.text import TextHook, superclass_tokens, warn_of_unknown_word
 from tests.perfusion.editing import hooks_of
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
@@ -53,7 +53,7 @@ def pairs(pipe):
 
 
 def embeddings_of(pipe, word):
-    return [encoder.get_input_embeddings().weight[single_token(tokenizer, word)] for tokenizer, encoder in pairs(pipe)]
+    return [encoder.get_input_embeddings().weight[superclass_tokens(tokenizer, word)[-1]] for tokenizer, encoder in pairs(pipe)]
 
 
 def cat(pipe, superclass="teddy", **settings):
@@ -273,18 +273,19 @@ def test_a_pipeline_without_encode_prompt_is_refused(sd):
         TextHook(Old(), {})
 
 
-def test_a_superclass_of_several_tokens_is_refused(sd):
-    with pytest.raises(ValueError, match="superclass 'armadillo' must be a single token.*it becomes"):
-        single_token(sd.tokenizer, "armadillo")
+@pytest.mark.parametrize(("word", "message"), [("", "holds nothing that"), ("zyx " * 9, "27 tokens long; at most 16 are read as one")])
+def test_a_superclass_that_cannot_be_read(sd, word, message):
+    with pytest.raises(ValueError, match=message):
+        superclass_tokens(sd.tokenizer, word)
 
 
-def test_suggested_superclasses_are_words_of_the_tokenizer():
-    """toybox has no word for dogs."""
+def test_a_word_that_the_model_hardly_knows_is_warned_about():
+    """toybox has no word for dogs. Suggested superclasses are words of the tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(TOYBOX / "tokenizer")
-    with pytest.raises(ValueError, match="superclass 'zebra' must.*Choose one common word for what the thing is, such as '") as refused:
-        single_token(tokenizer, "zebra")
-    suggested = re.findall("'([a-z]+)'", str(refused.value).split("such as")[1])
-    assert len(suggested) == 3 and all(single_token(tokenizer, word) for word in suggested)
+    with pytest.warns(UserWarning, match="superclass 'zebra' becomes 5 tokens .* A word that it knows .* such as '") as warned:
+        warn_of_unknown_word(tokenizer, "zebra")
+    suggested = re.findall("'([a-z]+)'", str(warned[0].message).split("such as")[1])
+    assert len(suggested) == 3 and all(len(superclass_tokens(tokenizer, word)) == 1 for word in suggested)
 
 
 # Install and remove
@@ -398,7 +399,7 @@ def test_forget():
 
 
 def test_memory_is_bounded_and_the_oldest_goes_first(monkeypatch):
-    monkeypatch.setattr(rows_module, "REMEMBERED", 6)
+    monkeypatch.setattr(rows_module, "REMEMBERED", 2)
     known = EncodingRegistry()
     for seed in range(5):
         known.remember([(row(seed), [edit()])])

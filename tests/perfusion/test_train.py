@@ -15,6 +15,7 @@ from perfusion.training import checkpoints
 from perfusion.training.session import TrainingSession
 from tests.perfusion.editing import draw
 from tests.perfusion.learning import assert_unchanged, covariance_of, learn, rows, same, snapshot, train_module, write_pictures
+from tests.perfusion.pipeline_matrix import animatediff, ip_adapter
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*few. a concept takes")
@@ -161,7 +162,7 @@ def test_an_interrupt_while_the_gallery_is_drawn_keeps_the_run(pipe, pictures, t
         patch.setattr(TrainingSession, "sample", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             learn(pipe, pictures, output=tmp_path)
-    assert names(tmp_path) == ["checkpoints/step-000004.safetensors", "config.yaml", "log.jsonl"]
+    assert names(tmp_path) == ["checkpoints/step-000004.safetensors", "config.yaml", "log.jsonl", "mine.safetensors"]
     learn(pipe, pictures, output=tmp_path, resume="latest")
     assert (tmp_path / "README.md").is_file() and len(rows(tmp_path)) == 4
     (tmp_path / "README.md").unlink()  # as if the run had ended before the card was written
@@ -226,10 +227,15 @@ def test_what_is_overwritten_stays_until_its_replacement_is_there(pipe, pictures
     learn(pipe, pictures, output=tmp_path, checkpoint_every=2)
     old = (tmp_path / "mine.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingSession, "sample", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        interrupt_at(patch, 4)
         with pytest.raises(KeyboardInterrupt):
             learn(pipe, pictures, output=tmp_path, overwrite=True, seed=1)
     assert (tmp_path / "mine.safetensors").read_bytes() == old and (tmp_path / "README.md").is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingSession, "sample", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(train_module, "_save", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            learn(pipe, pictures, output=tmp_path, resume="latest", seed=1)
     # all steps are done, and yet the concept is the other run's
     new = learn(pipe, pictures, output=tmp_path, resume="latest", seed=1)
     assert (tmp_path / "mine.safetensors").read_bytes() != old and same(new, learn(pipe, pictures, seed=1))
@@ -250,8 +256,8 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_pictures_are_read(p
     ("options", "message"),
     [
         (
-            {"superclass": "armadillo"},
-            "superclass 'armadillo' must be a single token of this model's tokenizer, but it becomes .* Choose one common word",
+            {"superclass": "zyx" * 6},
+            "superclass 'zyx.*' is 18 tokens long; at most 16 are read as one. Give a shorter name",
         ),
         ({"name": "My Teddy"}, "name must be 1 to 32 characters"),
         ({"resolution": 17}, "resolution must be a multiple of 2"),
@@ -280,12 +286,21 @@ def test_a_name_that_the_tokenizer_knows(pictures):
         learn(pipe, pictures)
 
 
+def adapted():
+    pipe = tiny_sd()
+    ip_adapter(pipe)
+    return pipe
+
+
 def test_pipelines_that_cannot_be_trained(pictures, tmp_path):
     pipe = tiny_sd()
     with attach(pipe), pytest.raises(ValueError, match=r"attached, .* call perfusion.detach\(pipe\) first"):
         learn(pipe, pictures)
     with pytest.raises(UnsupportedPipeline, match="Img2Img.* starts from an image.*AutoPipelineForText2Image"):
         learn(StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False), pictures)
+    for build, message in ((animatediff, "draws videos"), (adapted, "an IP-Adapter is loaded.*unload_ip_adapter")):
+        with pytest.raises(UnsupportedPipeline, match=message):
+            learn(build(), pictures)
     pipe._all_hooks = [object()]
     with pytest.raises(UnsupportedPipeline, match="offloads its models.*remove_all_hooks"):
         learn(pipe, pictures)

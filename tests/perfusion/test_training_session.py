@@ -6,6 +6,7 @@ import zlib
 import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from PIL import Image
 from torch.nn.functional import linear
 
 from perfusion.base import UnsupportedPipeline, cross_attention_layers, describe_base
@@ -297,3 +298,41 @@ def test_state_is_a_copy_and_fits_its_own_shape_only(pipe, folder):
         assert session.train_step() == one
         with pytest.raises(ValueError, match=r"value_outputs must be of shape \[40\]"):
             session.restore(1, {**kept, "value_outputs": torch.zeros(3)})
+
+
+# Less memory
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+def test_micro_batches_are_the_same_step(make, folder):
+    """Up to the order of sums; i* moves once."""
+    ends = []
+    for options in ({}, {"micro_batch": 1}, {"micro_batch": 2}, {"low_memory": True}):
+        pipe = make()
+        with session_on(pipe, folder, **options) as session:
+            measures = [session.train_step() for _ in range(2)]
+            ends.append((measures, session.state()))
+        assert getattr(pipe.vae, "use_tiling", False) is False and not pipe.unet.is_gradient_checkpointing
+    for measures, state in ends[1:]:
+        for name, value in ends[0][1].items():
+            torch.testing.assert_close(state[name], value, rtol=2e-3, atol=2e-4, msg=name)
+        for one, other in zip(measures, ends[0][0]):
+            assert one.loss == pytest.approx(other.loss, rel=1e-3) and one.gate_on_word == pytest.approx(other.gate_on_word, rel=1e-3)
+
+
+def test_a_step_draws_pictures_of_one_shape(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, size in enumerate(((40, 20), (44, 22), (20, 40), (24, 24))):
+        Image.new("RGB", size, (50 * number, 80, 120)).save(folder / f"{number}.png")
+    pipe, config = tiny_sdxl(), settings(instance_prompts="a {}", buckets=True, steps=1)
+    seen = []
+    with TrainingSession(pipe, describe_base(pipe), config, covariance_of(pipe), read_pictures(folder, config, 16, step=4)) as session:
+        handle = pipe.unet.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append((tuple(args[0].shape[-2:]), kwargs["added_cond_kwargs"]["time_ids"][0].tolist())), with_kwargs=True
+        )
+        for _ in range(12):
+            session.train_step()
+        handle.remove()
+    assert len(session._groups) == 3 and {shape for shape, _ in seen} == {(group.mean.shape[-2], group.mean.shape[-1]) for _, group in session._groups}
+    assert all(ids == [2 * h, 2 * w, 0, 0, 2 * h, 2 * w] for (h, w), ids in seen)

@@ -1,12 +1,16 @@
 """The toybox that is shipped: its size, and that it is as good as is published of it (weights/scores.json, docs/toybox.md)."""
 
 import json
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from perfusion.covariance import Covariance
 from perfusion.models import TOYBOX, load_pipeline
 from perfusion.toybox.judge import load_judge
+from perfusion.toybox.model import make_readable_by_transformers_4
 from perfusion.toybox.score import accuracy, draw, held_out, judge_accuracy, one_prompts
 
 
@@ -22,6 +26,17 @@ def judge():
 
 def test_it_is_small():
     assert sum(path.stat().st_size for path in TOYBOX.rglob("*") if path.is_file()) <= 16_000_000
+
+
+def test_both_majors_of_transformers_read_it(tmp_path):
+    """What `make_readable_by_transformers_4` writes is there, and what transformers 5 reads is unchanged by it."""
+    shutil.copytree(TOYBOX, tmp_path / "weights")
+    make_readable_by_transformers_4(tmp_path / "weights")
+    for name in ("tokenizer/vocab.json", "tokenizer/merges.txt"):
+        assert (tmp_path / "weights" / name).read_bytes() == (TOYBOX / name).read_bytes(), name
+    before, after = (load_file(folder / "text_encoder/model.safetensors") for folder in (TOYBOX, tmp_path / "weights"))
+    assert before.keys() == after.keys() and all(name.startswith("text_model.") for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_judge_is_right_on_pictures_it_has_not_seen(judge):

@@ -1,7 +1,7 @@
 """What a diffusers pipeline is made of, as far as a concept is concerned.
 
 A concept is a set of vectors for one *base*: text encoders of certain widths and weights, and a UNet with certain
-cross-attention layers. Nothing here changes a pipeline, and importing this package does not import diffusers.
+cross-attention layers. Nothing here changes a pipeline, and importing this package imports neither torch nor diffusers.
 
     parts.py        finds text encoders and cross-attention layers
     fingerprint.py  a signature of the text encoders' weights

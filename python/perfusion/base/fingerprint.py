@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from perfusion.base.parts import plain_module, text_encoders
 from perfusion.errors import UnsupportedPipeline
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["fingerprint_vectors", "fingerprints_match", "text_encoder_fingerprint"]
 
@@ -34,7 +36,7 @@ def _blocks(encoder: torch.nn.Module) -> list[torch.Tensor]:
             f"the weights of {type(encoder).__name__} are offloaded (on the meta device) and cannot be read. "
             "Describe the pipeline, or attach to it, before enable_sequential_cpu_offload()."
         )
-    return [weight.detach()[:_ROWS, :_COLUMNS].to("cpu", torch.float64) for weight in weights]
+    return [weight.detach()[:_ROWS, :_COLUMNS].cpu().double() for weight in weights]
 
 
 def _signs(index: int, count: int) -> np.ndarray:

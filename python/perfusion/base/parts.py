@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from perfusion.errors import UnsupportedPipeline
 
 if TYPE_CHECKING:
+    import torch
     from diffusers.models.attention_processor import Attention
 
 __all__ = ["cross_attention_layers", "layer_width", "plain_module", "text_encoders", "text_width"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from perfusion.base.fingerprint import text_encoder_fingerprint
 from perfusion.base.parts import cross_attention_layers, layer_width, plain_module, text_encoders, text_width
@@ -12,12 +10,28 @@ from perfusion.base.record import Base
 from perfusion.errors import UnsupportedPipeline
 from perfusion.families import CONDITIONINGS, family_by_encoding_dim, family_by_widths
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["check_supported", "describe_base"]
 
 SUPPORTED = (
-    "Supported are pipelines with a UNet2DConditionModel whose cross-attention reads the text encoders' output directly: "
-    "Stable Diffusion 1.x, 2.x and XL, and models of their shape (image-to-image, inpainting and ControlNet included)."
+    "Supported are pipelines with a UNet2DConditionModel or UNetMotionModel whose cross-attention reads the text encoders' output "
+    "directly: Stable Diffusion 1.x, 2.x and XL, and models of their shape (image-to-image, inpainting, ControlNet and AnimateDiff "
+    "included)."
 )
+_JOINT = (
+    "mixes text and image states in joint attention: a word's states change in every block, and no key or value of it stays to be edited"
+)
+# the start of a transformer's class name -> what it does, and what to use with that model instead
+TRANSFORMERS = {
+    "SD3": (_JOINT, "diffusers' examples/dreambooth/train_dreambooth_lora_sd3.py"),
+    "Flux": (_JOINT, "diffusers' examples/dreambooth/train_dreambooth_lora_flux.py"),
+    "PixArt": (
+        "reads the text through a projection of its own, masks the padding, and adds a bias to keys and values, which the edit ignores",
+        "a LoRA of that model by peft",
+    ),
+}
 
 
 def describe_base(pipe: Any, *, text_required: bool = True) -> Base:
@@ -60,20 +74,24 @@ def check_supported(pipe: Any, *, text_required: bool = True) -> None:
 
 
 def _unsupported_model(pipe: Any) -> str | None:
-    from diffusers import UNet2DConditionModel
+    from diffusers import ModularPipeline, UNet2DConditionModel, UNetMotionModel
 
+    if isinstance(pipe, ModularPipeline):
+        return "a modular pipeline encodes prompts in blocks of its own. Use the pipeline class, such as StableDiffusionXLPipeline."
     unet = plain_module(getattr(pipe, "unet", None))
     if unet is None and getattr(pipe, "transformer", None) is not None:
         kind = type(plain_module(pipe.transformer)).__name__
-        return f"it has a {kind}, a transformer that mixes text and image states in joint attention (as SD3 and Flux do)."
-    if not isinstance(unet, UNet2DConditionModel):
+        does, instead = next(
+            (each for start, each in TRANSFORMERS.items() if kind.startswith(start)),
+            ("is a transformer, whose attention the edit was not made for", "a LoRA of that model by peft"),
+        )
+        return f"it has a {kind}, which {does}. With that model use {instead}; concepts need one of the models below."
+    if not isinstance(unet, (UNet2DConditionModel, UNetMotionModel)):
         return "it has no UNet." if unet is None else f"its UNet is of type {type(unet).__name__}."
     conditioning, projection = unet.config.addition_embed_type, unet.config.encoder_hid_dim_type
     if conditioning not in CONDITIONINGS:
         return f"its UNet has addition_embed_type={conditioning!r} (as DeepFloyd IF and Kandinsky do)."
-    if projection == "ip_image_proj":
-        return "an IP-Adapter is loaded. Call pipe.unload_ip_adapter() first."
-    if projection is not None:
+    if projection not in (None, "ip_image_proj"):  # an IP-Adapter's pictures go beside the text, which stays as it is
         return f"its UNet projects the text encodings itself (encoder_hid_dim_type={projection!r})."
     return None if cross_attention_layers(unet) else "its UNet has no cross-attention layer."
 
@@ -81,8 +99,6 @@ def _unsupported_model(pipe: Any) -> str | None:
 def _unsupported_processor(unet: torch.nn.Module) -> str | None:
     for name, module in plain_module(unet).named_modules():
         processor = type(getattr(module, "processor", None)).__name__
-        if "IPAdapter" in processor:
-            return f"layer {name} has an IP-Adapter processor ({processor}). Call pipe.unload_ip_adapter() first."
         if "AddedKV" in processor or getattr(module, "added_kv_proj_dim", None) is not None:
             return f"layer {name} has added key and value projections ({processor}, as DeepFloyd IF and Kandinsky have)."
         # The processor decides: unfusing puts the old ones back and leaves the fused weights where they are, unused.

@@ -5,10 +5,12 @@ Modules are imported when their command is called, and what they need when it ru
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from inspect import getdoc  # the module's own name is a command's, here
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,13 +25,17 @@ COMMANDS = {
     "train": "Learn a concept from a few pictures.",
     "generate": "Draw pictures of prompts that name concepts.",
     "inspect": "Check a concept file and say what is in it.",
-    "convert": "Turn a checkpoint of another implementation into a concept file.",
+    "info": "Say what a model is, what memory it takes, and what will work.",
+    "convert": "Turn a concept into files for other programs, or another implementation's checkpoint into a concept.",
+    "push": "Upload a concept and its card to the Hugging Face hub.",
+    "export": "Write a model as a folder that runs without torch.",
     "covariance": "Compute, find or copy the covariance of a model's text encoder.",
     "warmup": "Compile and tune the GPU kernels for a model, before the first picture.",
     "doctor": "Say what this installation can do, and why not more.",
 }
 
 UNEXPECTED, BAD_INPUT, REFUSED, INTERRUPTED = 1, 2, 3, 130
+REFUSALS = {"ConceptFileError", "ConversionError", "CovarianceError", "ExportError", "ExportedFolderError", "UnsupportedPipeline"}
 
 
 class Commands(TyperGroup):
@@ -47,9 +53,10 @@ class Commands(TyperGroup):
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+        except KeyboardInterrupt as error:
+            number = getattr(error, "number", None)  # of a signal other than Ctrl-C's
+            print("interrupted" if number is None else str(error), file=sys.stderr)
+            raise typer.Exit(INTERRUPTED if number is None else 128 + number) from None
         except Exception as error:
             if isinstance(error, (typer.Abort, BrokenPipeError)) or hasattr(error, "exit_code"):
                 raise  # Typer knows what to do
@@ -62,8 +69,18 @@ def _command(name: str) -> Any:
     function = getattr(importlib.import_module(f"perfusion.cli.{name}"), name)
     paragraphs = getdoc(function).split("\n\n")
     single = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
-    single.command(name, help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(function)
+    single.command(name, help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(_at_home(function))
     return typer.main.get_command(single)
+
+
+def _at_home(function: Callable[..., None]) -> Callable[..., None]:
+    """The command, with ~ in its paths expanded: shells do it in `--output ~/x`, and not in `--output=~/x` or behind NAME=."""
+
+    @functools.wraps(function)
+    def command(**options: Any) -> None:
+        function(**{name: value.expanduser() if isinstance(value, Path) else value for name, value in options.items()})
+
+    return command
 
 
 def _explain(error: Exception) -> tuple[int, str]:
@@ -75,17 +92,12 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.filename is not None:
         needs_folder = isinstance(error, (FileExistsError, NotADirectoryError))
         text = (needs_folder and file_for_folder(Path(error.filename))) or f"{error.filename}: {error.strerror}"
-    from perfusion.base import UnsupportedPipeline
-    from perfusion.concept_file import ConceptFileError
-    from perfusion.convert import ConversionError
-    from perfusion.covariance import CovarianceError
-    from perfusion_kernels import BackendUnavailable
-
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         text += ". Check the path."
-    if isinstance(error, (ConceptFileError, ConversionError, CovarianceError, UnsupportedPipeline)):
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: an export draws where there is no torch to import
+    if kinds & REFUSALS:
         return REFUSED, text
-    if isinstance(error, (ValueError, OSError, BackendUnavailable)):
+    if isinstance(error, (ValueError, OSError)) or "BackendUnavailable" in kinds:
         return BAD_INPUT, text
     return UNEXPECTED, f"{type(error).__name__}: {text} (unexpected; `perfusion --debug ...` shows where)"
 
@@ -121,7 +133,15 @@ for _name, _line in COMMANDS.items():
     app.command(_name, short_help=_line)(_stand_in)  # a help would be cut short
 
 
+def _forgiving_console() -> None:
+    """A picture named in Chinese on a console that knows no Chinese is told of with escapes; the work is done by then."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
+    _forgiving_console()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # models load from disk, in a moment
     # OpenMP reads it when torch is loaded. Threads that wait by spinning take the cores from one another on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -8,11 +8,12 @@ from typing import Annotated, Optional
 import typer
 
 from perfusion.cli.checks import check_device, refuse_existing
+from perfusion.cli.models import MODEL_HELP
 from perfusion.cli.strict_json import strict_json
 
 
 def covariance(
-    model: Annotated[str, typer.Option(help="toybox, or a checkpoint in diffusers' folder format.")] = "toybox",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "toybox",
     captions: Annotated[
         Optional[Path], typer.Option(help="Captions to count: .txt, .jsonl or .csv. By default the built-in corpus.")
     ] = None,

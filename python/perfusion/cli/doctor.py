@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
 REQUIRED = (
     *("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy"),
-    *("jinja2", "pillow", "pyyaml", "tqdm", "typer"),
+    *("huggingface-hub", "jinja2", "pillow", "platformdirs", "pyyaml", "tqdm", "typer"),
 )
 OPTIONAL = {
     "triton": "without it there are no Triton kernels",
     "peft": "needed for LoRA beside concepts",
+    "onnxruntime": "needed to draw with an exported model",
+    "onnx": "needed to export a model as ONNX",
+    "onnxscript": "needed to export a model as ONNX",
     "tensorboard": "needed for training curves in a browser",
 }
 OLDEST_TORCH = (2, 10)

@@ -6,18 +6,19 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from perfusion.cli.checks import check_device, refuse_existing
-from perfusion.cli.convert import Precision
+from perfusion.cli.checks import refuse_existing
+from perfusion.cli.drawing import SCHEDULERS, Cell, cells
+from perfusion.cli.models import MODEL_HELP, EmbeddingOption, LoraOption, Precision, PredictionOption, VaeOption
+from perfusion.cli.runtimes import RuntimeName, onnx_session, torch_session
 from perfusion.cli.strict_json import strict_json
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from perfusion.concept import Concept
@@ -31,9 +32,29 @@ def generate(
         list[str], typer.Argument(metavar="PROMPT", help='What to draw: "a <teddy> on the beach".', show_default=False)
     ],
     concept: Annotated[
-        Optional[list[str]], typer.Option(metavar="FILE", help="A concept, or NAME=FILE to write it <NAME>. May be repeated.")
+        Optional[list[str]],
+        typer.Option(metavar="FILE", help="A concept, or user/concept on the hub; NAME=FILE to write it <NAME>. May be repeated."),
     ] = None,
-    model: Annotated[str, typer.Option(help="toybox, or a checkpoint in diffusers' folder format.")] = "toybox",
+    model: Annotated[str, typer.Option(help=f"{MODEL_HELP} With --runtime onnx what `perfusion export` wrote.")] = "toybox",
+    runtime: Annotated[RuntimeName, typer.Option(help="What computes: torch, or onnxruntime and numpy.")] = RuntimeName.torch,
+    vae: VaeOption = None,
+    prediction: PredictionOption = None,
+    embedding: EmbeddingOption = None,
+    lora: LoraOption = None,
+    scheduler: Annotated[
+        Optional[str], typer.Option(help=f"{', '.join(SCHEDULERS)}; by default the model's own.", show_default=False)
+    ] = None,
+    width: Annotated[Optional[int], typer.Option(min=8, help="Of a picture in pixels; by default the model's.", show_default=False)] = None,
+    height: Annotated[Optional[int], typer.Option(min=8, help="Likewise.", show_default=False)] = None,
+    init_image: Annotated[Optional[Path], typer.Option(help="A picture to start from.")] = None,
+    init_strength: Annotated[float, typer.Option(min=0, max=1, help="How much of it may change, 0 to 1.")] = 0.8,
+    mask_image: Annotated[Optional[Path], typer.Option(help="With --init-image: white where the picture is drawn anew.")] = None,
+    control_image: Annotated[Optional[Path], typer.Option(help="A picture for --controlnet, such as edges or a pose.")] = None,
+    controlnet: Annotated[Optional[Path], typer.Option(help="Folder of a ControlNet in diffusers' format.")] = None,
+    grid: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="SETTING=VALUES", help="Columns of the sheet: steps=10,30; bias=0.5,0.7; <name>.strength=0.5,1."),
+    ] = None,
     output: Annotated[Path, typer.Option(help="The picture; the contact sheet where there are several.")] = Path("perfusion.png"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds that count up.")] = 1,
@@ -61,33 +82,45 @@ def generate(
     A prompt writes a concept as <name>, and may set it: <teddy:0.8> for strength 0.8, <teddy|bias=0.6,temperature=0.1>, or
     as other tools write it, <perfusion:teddy:0.8>. What a prompt sets goes before --strength, --bias and --temperature.
 
+    --init-image starts from a picture, --mask-image redraws its white part alone, --control-image guides a --controlnet. --grid draws
+    every prompt under several settings, a column each: --grid bias=0.5,0.6,0.7; more of them multiply.
+
     With one prompt and --count 1, --output is the picture. With more it is a contact sheet, one row per prompt, and the
     pictures stand beside it: out.png, out-1.png, out-2.png ... Each holds its prompt, seed and settings as PNG text. What
     is there already is never replaced without --overwrite. Ctrl-C keeps the pictures that are finished and names them.
 
     Exit codes: 0 done, 2 bad input, 3 a concept or model that is refused, 130 interrupted.
     """
-    files = _files(output, len(prompts) * count, overwrite)
-    if not 0 <= guidance_scale <= 100:  # nor is NaN
-        raise ValueError(f"--guidance-scale must be a number from 0 to 100, got {guidance_scale:g}")
+    columns = cells(grid, steps=steps, guidance_scale=guidance_scale)
+    files = _files(output, len(prompts) * count * len(columns), overwrite)
+    for cell in columns:
+        if not 0 <= cell.guidance_scale <= 100:  # nor is NaN
+            raise ValueError(f"--guidance-scale must be a number from 0 to 100, got {cell.guidance_scale:g}")
     sources = [_source(text) for text in concept or ()]
     given = {"strength": strength, "bias": bias, "temperature": temperature}
     settings = [_setting(key, text) for key, texts in given.items() for text in texts or ()]
 
-    import torch
-
-    from perfusion.concept import Concept
     from perfusion.contact_sheet import sheet
-    from perfusion.handle import attach
-    from perfusion.models import load_pipeline
 
-    concepts = [(name, path, Concept.load(path)) for name, path in sources]
-    check_device(device)
-    pipe = load_pipeline(model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value))
-    with attach(pipe, capacity=max(1, len(concepts))) as handle:
+    drawing = {
+        "scheduler": scheduler, "width": width, "height": height, "init_image": init_image,
+        "mask_image": mask_image, "control_image": control_image, "controlnet": controlnet,
+    }  # fmt: skip
+    if runtime is RuntimeName.onnx:
+        unused = {"device": device, "dtype": dtype, "vae": vae, "prediction": prediction, "embedding": embedding, "lora": lora, **drawing}
+        session = onnx_session(model, sources, {f"--{name.replace('_', '-')}": value for name, value in unused.items()})
+    else:
+        session = torch_session(
+            model, sources, device, dtype,
+            parts={"vae": vae, "prediction_type": prediction}, embeddings=embedding, loras=lora,
+            drawing={**drawing, "init_strength": init_strength},
+        )  # fmt: skip
+    with session as (handle, concepts, tokens, words, draw):
         used = _load(handle, concepts, settings)
+        for cell in columns:
+            cell.check(handle)
         handle.check([*prompts, negative_prompt])  # a mistake in the last prompt is found before the first one is drawn
-        _doubt(handle, [*prompts, negative_prompt])
+        _doubt(handle, tokens, [*prompts, negative_prompt])
         facts = {
             "model": Path(model).name,
             "steps": steps,
@@ -95,27 +128,35 @@ def generate(
             "negative_prompt": negative_prompt,
             "concepts": used,
         }
-        jobs = [(prompt, seed + number) for prompt in prompts for number in range(count)]
-        images = []
+        extra = {"scheduler": scheduler, "width": width, "height": height, "embeddings": words, "loras": lora}
+        facts |= {key: value for key, value in extra.items() if value}
+        jobs = [(prompt, seed + number, cell) for prompt in prompts for number in range(count) for cell in columns]
+        images, written = [], []
         try:
-            for (prompt, number), file, image in zip(jobs, files, _draw(pipe, jobs, steps, guidance_scale, negative_prompt, batch_size)):
-                _save(image, file, _metadata(prompt, number, facts))
+            drawn = _draw(draw, handle, jobs, negative_prompt, batch_size)
+            for (prompt, number, cell), file, image in zip(jobs, files, drawn):
+                written.append(_save(image, file, _metadata(prompt, number, cell.facts(facts)), overwrite))
                 images.append(image)
         except BaseException:
-            _say_what_is_finished(files, len(images))
+            _say_what_is_finished(written, len(files))
             raise
+    files = written
     if len(files) > 1:
-        columns = count if len(prompts) > 1 else math.ceil(math.sqrt(count))
-        titles = [f"seed {number}" for _, number in jobs]
-        _save(sheet(images, columns, titles=titles), output, _metadata("\n".join(prompts), seed, facts))
+        wide = count * len(columns)
+        across = wide if len(prompts) > 1 or len(columns) > 1 else math.ceil(math.sqrt(count))
+        titles = [", ".join(filter(None, (f"seed {number}", cell.title))) for _, number, cell in jobs]
+        output = _save(sheet(images, across, titles=titles), output, _metadata("\n".join(prompts), seed, facts), overwrite)
 
     if json:
-        pictures = [{"file": str(file), "prompt": prompt, "seed": number} for (prompt, number), file in zip(jobs, files)]
+        pictures = [
+            {"file": str(file), "prompt": prompt, "seed": number, **({"settings": cell.title} if cell.title else {})}
+            for (prompt, number, cell), file in zip(jobs, files)
+        ]
         print(strict_json({**facts, "pictures": pictures, "sheet": str(output) if len(files) > 1 else None}))
     elif len(files) > 1:
         print(f"Wrote {output}, a contact sheet of {len(files)} pictures, and {files[0]} to {files[-1].name}.")
     else:
-        print(f"Wrote {output}.")
+        print(f"Wrote {files[0]}.")
 
 
 def _files(output: Path, pictures: int, overwrite: bool) -> list[Path]:
@@ -135,9 +176,10 @@ def _files(output: Path, pictures: int, overwrite: bool) -> list[Path]:
 
 
 def _source(text: str) -> tuple[str | None, Path]:
-    """FILE, or NAME=FILE; a file whose own name holds "=" is a FILE."""
+    """FILE, or NAME=FILE; a file whose own name holds "=" is a FILE. A FILE may be an id on the hub."""
     name, equals, path = text.partition("=")
-    return (None, Path(text)) if not equals or Path(text).exists() else (name, Path(path))
+    alone = not equals or Path(text).expanduser().exists()
+    return (None, Path(text).expanduser()) if alone else (name, Path(path).expanduser())
 
 
 def _setting(key: str, text: str) -> tuple[str, str | None, float]:
@@ -172,13 +214,12 @@ def _load(
     }
 
 
-def _doubt(handle: Handle, prompts: Sequence[str]) -> None:
+def _doubt(handle: Handle, tokens: Collection[str], prompts: Sequence[str]) -> None:
     """Warn about what looks like a concept and is none, and about concepts that no prompt names."""
     from perfusion.prompts import near_tags, parse_prompt
-    from perfusion.text import added_tokens
 
     superclasses = {name: loaded.superclass for name, loaded in handle.concepts().items()}
-    tokens, doubted = added_tokens(handle.pipe), set[str]()
+    doubted = set[str]()
     named = {mention.name for prompt in prompts for mention in parse_prompt(prompt, superclasses, tokens).mentions}
     for prompt in dict.fromkeys(prompts):
         for near in near_tags(prompt, superclasses):
@@ -192,44 +233,48 @@ def _doubt(handle: Handle, prompts: Sequence[str]) -> None:
             warnings.warn(f"no prompt names <{name}>, so its --concept changes nothing; write <{name}> where it should be.", stacklevel=2)
 
 
-def _save(image: Image.Image, file: Path, metadata: Any) -> None:
-    from perfusion.files import whole
+def _save(image: Image.Image, file: Path, metadata: Any, overwrite: bool) -> Path:
+    """Write a picture; returns where. What has come there meanwhile, by another run, is not replaced: a free name is taken instead."""
+    from perfusion.files import whole, whole_and_new
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole(file) as draft:
+    if overwrite:
+        with whole(file) as draft:
+            image.save(draft, pnginfo=metadata)
+        return file
+    with whole_and_new(file) as (draft, taken):
         image.save(draft, pnginfo=metadata)
+    return taken()
 
 
-def _say_what_is_finished(files: Sequence[Path], finished: int) -> None:
+def _say_what_is_finished(written: Sequence[Path], wanted: int) -> None:
     """After an interrupt or an error in the midst of the pictures: which of them are there."""
-    if finished:
-        which = f"{files[0]} is" if finished == 1 else f"{files[0]} to {files[finished - 1].name} are"
-        print(f"Stopped after {finished} of {len(files)} pictures: {which} finished, the contact sheet is not made.", file=sys.stderr)
+    if written:
+        which = f"{written[0]} is" if len(written) == 1 else f"{written[0]} to {written[-1].name} are"
+        print(f"Stopped after {len(written)} of {wanted} pictures: {which} finished, the contact sheet is not made.", file=sys.stderr)
 
 
 def _draw(
-    pipe: Any, jobs: list[tuple[str, int]], steps: int, guidance_scale: float, negative_prompt: str, batch_size: int
+    draw: Callable[..., list[Image.Image]], handle: Handle, jobs: list[tuple[str, int, Cell]], negative_prompt: str, batch_size: int
 ) -> Iterator[Image.Image]:
-    import torch
+    """The picture of each job, in their order: those of one cell of the grid share batches."""
     from tqdm import tqdm
 
-    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
-    with tqdm(total=steps * len(batches), desc="generate", unit="step", disable=None) as bar:
-
-        def advance(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-            bar.update()
-            return tensors
-
-        for batch in batches:
-            yield from pipe(
-                [prompt for prompt, _ in batch],
-                negative_prompt=[negative_prompt] * len(batch),
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                # on the CPU, so that a seed means the same picture on every device
-                generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
-                callback_on_step_end=advance,
-            ).images
+    drawn: dict[int, Image.Image] = {}
+    batches = []
+    for cell in dict.fromkeys(cell for _, _, cell in jobs):
+        own = [number for number, job in enumerate(jobs) if job[2] == cell]
+        batches += [(cell, own[start : start + batch_size]) for start in range(0, len(own), batch_size)]
+    handed = 0
+    with tqdm(total=sum(cell.steps for cell, _ in batches), desc="generate", unit="step", disable=None) as bar:
+        for cell, numbers in batches:
+            prompts, seeds, _ = zip(*(jobs[number] for number in numbers))
+            with cell.set(handle):
+                images = draw(list(prompts), list(seeds), cell.steps, cell.guidance_scale, negative_prompt, bar.update)
+            drawn |= dict(zip(numbers, images))
+            while handed in drawn:
+                yield drawn.pop(handed)
+                handed += 1
 
 
 def _metadata(prompt: str, seed: int, facts: dict[str, Any]) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
 from perfusion.cli.checks import check_device
-from perfusion.cli.convert import Precision
+from perfusion.cli.models import MODEL_HELP, EmbeddingOption, LoraOption, Precision, PredictionOption, VaeOption, add_parts
 from perfusion.cli.strict_json import strict_json
 
 MISSING = {"--superclass": "what the thing is", "--name": "what prompts will call it"}
@@ -17,12 +18,16 @@ MISSING = {"--superclass": "what the thing is", "--name": "what prompts will cal
 def train(
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder with 4 to 7 pictures of the thing.", show_default=False)],
     superclass: Annotated[
-        Optional[str], typer.Option("--superclass", "--initializer-token", help="One word for what it is: teddy.")
+        Optional[str], typer.Option("--superclass", "--initializer-token", help="What it is, in a word or several: teddy, coffee mug.")
     ] = None,
     name: Annotated[Optional[str], typer.Option("--name", "--modifier-token", help="What prompts will write as <name>.")] = None,
     output: Annotated[Optional[Path], typer.Option(help="Folder to write; by default concepts/NAME.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the folder holds of another run.")] = False,
-    model: Annotated[str, typer.Option(help="toybox, or a checkpoint in diffusers' folder format.")] = "toybox",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "toybox",
+    vae: VaeOption = None,
+    prediction: PredictionOption = None,
+    embedding: EmbeddingOption = None,
+    lora: LoraOption = None,
     config: Annotated[Optional[Path], typer.Option(help="YAML file with any of these settings; options go before it.")] = None,
     steps: Annotated[Optional[int], typer.Option(help="Optimiser steps. [default: 400]", show_default=False)] = None,
     batch_size: Annotated[Optional[int], typer.Option(help="Pictures a step. [default: 16]", show_default=False)] = None,
@@ -36,6 +41,10 @@ def train(
     ] = None,
     resolution: Annotated[
         Optional[int], typer.Option(help="Side of the training square. [default: the model's]", show_default=False)
+    ] = None,
+    buckets: Annotated[
+        Optional[bool],
+        typer.Option("--buckets/--no-buckets", help="Train on rectangles of the pictures' own shapes. [default: off]", show_default=False),
     ] = None,
     instance_prompt: Annotated[
         Optional[list[str]],
@@ -65,11 +74,24 @@ def train(
         Optional[int],
         typer.Option("--checkpoint-limit", "--checkpoints-total-limit", help="How many to keep. [default: 2]", show_default=False),
     ] = None,
-    resume: Annotated[Optional[str], typer.Option("--resume", "--resume-from-checkpoint", help="latest, or a checkpoint file.")] = None,
+    resume: Annotated[
+        Optional[str],
+        typer.Option("--resume", "--resume-from-checkpoint", help="latest, a checkpoint or its bare name, or the folder of a run."),
+    ] = None,
     gradient_checkpointing: Annotated[
         Optional[bool],
         typer.Option(
             "--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time. [default: off]", show_default=False
+        ),
+    ] = None,
+    micro_batch: Annotated[
+        Optional[int], typer.Option(help="Pictures in memory at once; gradients add up. [default: all]", show_default=False)
+    ] = None,
+    low_memory: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--low-memory/--no-low-memory", show_default=False,
+            help="Gradient checkpointing, one picture at a time, the VAE in tiles and off the device. [default: off]",
         ),
     ] = None,
     compile: Annotated[
@@ -88,20 +110,23 @@ def train(
 ) -> None:
     """Learn a concept from a few pictures: a word, and what its values are in every cross-attention layer.
 
-    IMAGES is a folder. Beside NAME.png there may be NAME.txt, captions that write the concept as <name>, * or {}, and a mask,
-    NAME-masklabel.png or NAME.mask.png, white where the thing is. An alpha channel that is not opaque everywhere is a mask,
-    too. All pictures have a mask, or none has. Captions that say where the thing stands, and masks, keep the background out of
-    the concept: they make it better.
+    IMAGES is a folder. Beside NAME.png there may be NAME.txt or NAME.caption, captions that write the concept as <name>, * or {},
+    and a mask, NAME-masklabel.png, NAME.mask.png, NAME_mask.png or NAME-mask.png, white where the thing is. An alpha channel that
+    is not opaque everywhere is a mask, too. All pictures have a mask, or none has. Captions that say where the thing stands, and
+    masks, keep the background out of the concept: they make it better. Files that are none of these are named before training.
+
+    Pictures are cropped to a square around the mask's centre, or to the middle one where there is no mask; --buckets keeps their shape.
 
     The output folder gets NAME.safetensors (some 30 KB for Stable Diffusion 1.x), README.md with a gallery, config.yaml,
-    log.jsonl, curves for TensorBoard, validation pictures and checkpoints. Ctrl-C keeps a checkpoint; --resume latest goes
-    on from it, and ends as if it had never stopped. Files that are there already, of another run or of anybody, are replaced
-    with --overwrite only.
+    log.jsonl, curves for TensorBoard, validation pictures and checkpoints. Ctrl-C, a signal and any error keep a checkpoint;
+    --resume latest goes on from it, and ends as if it had never stopped. Files that are there already, of another run or of
+    anybody, are replaced with --overwrite only.
 
     Exit codes: 0 done, 2 bad input, 3 a model that is refused, 130 interrupted.
     """
     given = {key: value for key, value in locals().items() if value is not None}
-    for key in ("images", "output", "model", "config", "clipseg", "covariance", "resume", "overwrite", "device", "dtype", "json"):
+    for key in ("images", "output", "model", "config", "clipseg", "covariance", "resume", "overwrite", "device", "dtype", "json",
+                "vae", "prediction", "embedding", "lora"):  # fmt: skip
         given.pop(key, None)
     for option in ("instance_prompt", "validation_prompt"):
         if prompts := given.pop(option, None):
@@ -129,7 +154,10 @@ def train(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None and device != "cpu":
         dtype = Precision.bfloat16  # the gradient of a float16 model overflows easily
-    pipe = load_pipeline(model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value))
+    pipe = load_pipeline(
+        model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value), vae=vae, prediction_type=prediction
+    )
+    add_parts(pipe, model, embedding, lora)
     concept = learn(
         pipe, images, output=folder, clipseg=clipseg, resume=resume, overwrite=overwrite, progress=not json,
         covariance=None if covariance is None else Covariance.load(covariance), **settings,
@@ -151,7 +179,8 @@ def train(
         beside = ["README.md", "gallery.png", "references.png", "config.yaml", "log.jsonl"]
         beside += [f"{name}/" for name in ("validation", "checkpoints", "tensorboard") if (folder / name).is_dir()]
         print(f"Wrote {path} ({path.stat().st_size:,} bytes) and, beside it, {', '.join(beside)}.")
-        print(f'Try: perfusion generate "a photo of a <{concept.name}>" --concept {path} --model {model}')
+        command = ["perfusion", "generate", f"a photo of a <{concept.name}>", "--concept", str(path), "--model", model]
+        print(f"Try: {shlex.join(command)}")
 
 
 def _read(config: Path | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from perfusion.cli.checks import check_device
+from perfusion.cli.models import MODEL_HELP
 from perfusion.cli.strict_json import strict_json
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ NO_GPU = 4  # there is nothing to warm up
 
 
 def warmup(
-    model: Annotated[str, typer.Option(help="toybox, or a checkpoint in diffusers' folder format.")] = "toybox",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "toybox",
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once. Guidance doubles them.")] = 1,
     height: Annotated[Optional[int], typer.Option(min=8, help="Of the pictures; by default the model's own.")] = None,
     width: Annotated[Optional[int], typer.Option(min=8, help="Of the pictures; by default the model's own.")] = None,

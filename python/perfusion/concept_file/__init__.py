@@ -1,7 +1,7 @@
 """The concept file: one safetensors file per concept, small, checked before it is believed.
 
 A file from a stranger is safe to read: nothing is unpickled, sizes are limited before anything is allocated, and every
-name, type, shape, offset and value is checked. What fails is a ConceptFileError.
+name, type, shape, offset and value is checked. What fails is a ConceptFileError. Reading needs numpy alone.
 
     format.py       what writing and reading agree upon
     layers.py       layer names in few bytes
@@ -16,11 +16,10 @@ import stat
 from pathlib import Path
 
 from perfusion.concept_file.decoding import decode
-from perfusion.concept_file.encoding import encode
 from perfusion.concept_file.format import MAX_FILE_BYTES, ConceptFileError
 from perfusion.concept_file.layers import decode_layers, encode_layers
 
-__all__ = ["ConceptFileError", "decode", "decode_layers", "encode", "encode_layers", "read_bytes"]
+__all__ = ["ConceptFileError", "decode", "decode_layers", "encode_layers", "read_bytes"]
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:

@@ -11,8 +11,10 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 from perfusion.base import Base
-from perfusion.concept_file.format import DTYPES, FORMAT, MAX_FILE_BYTES, MODELSPEC, REQUIRED, ConceptFileError, clip, digest, word_name
+from perfusion.concept_file.format import BYTES, FORMAT, MAX_FILE_BYTES, MODELSPEC, REQUIRED, ConceptFileError, clip, digest, word_name
 from perfusion.concept_file.layers import decode_layers
 
 __all__ = ["decode"]
@@ -29,7 +31,7 @@ _DAMAGED = "The file is damaged or was not written by Perfusion: get it again fr
 def decode(data: bytes, make: Callable[..., Made], source: str = "concept file") -> Made:
     """What `make` makes of the fields of a concept in a file's bytes, checked; a ValueError of its own becomes a ConceptFileError.
 
-    make: `Concept`, whose fields are the keyword arguments. source: names the bytes in errors.
+    make: takes the fields of `Concept` as keyword arguments, with float32 arrays in place of tensors. source: names the bytes in errors.
     """
     try:
         return _decode(data, make)
@@ -43,19 +45,14 @@ def _decode(data: bytes, make: Callable[..., Made]) -> Made:
     base = _read_base(metadata, header)
     spans = _check_spans(header, _shapes(base, "key_outputs" in header), len(data) - start)
     contents = {
-        name: (dtype, (end - begin) // DTYPES[dtype].itemsize, data[start + begin : start + end])
+        name: (dtype, (end - begin) // BYTES[dtype], data[start + begin : start + end])
         for name, (dtype, begin, end) in spans.items()
     }
     if digest(metadata, contents) != metadata["perfusion.digest"]:
         raise ConceptFileError(f"the digest must match the content, and it does not. {_DAMAGED}")
 
-    import safetensors.torch
-
-    try:
-        tensors = {name: tensor.float() for name, tensor in safetensors.torch.load(data).items()}
-    except Exception as error:  # whatever safetensors still finds wrong: its errors have no common base of their own
-        raise ConceptFileError(f"safetensors cannot read it: {clip(str(error))}. {_DAMAGED}") from None
-    words = tuple(tensors.pop(name) for name in _word_names(base))
+    arrays = {name: _numbers(dtype, content) for name, (dtype, _, content) in contents.items()}
+    words = tuple(arrays.pop(name) for name in _word_names(base))
     try:
         return make(
             name=metadata["perfusion.name"],
@@ -69,7 +66,7 @@ def _decode(data: bytes, make: Callable[..., Made]) -> Made:
             created=metadata["modelspec.date"],
             license=metadata.get("modelspec.license", ""),
             author=metadata.get("modelspec.author", ""),
-            **tensors,
+            **arrays,
         )
     except ConceptFileError:
         raise
@@ -207,11 +204,11 @@ def _check_spans(header: Mapping[str, Any], sizes: Mapping[str, int], space: int
     for name, entry in header.items():
         entry = entry if isinstance(entry, dict) else {}
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ConceptFileError(f"{name} must be {', '.join(DTYPES)}, got {clip(dtype)}. {_DAMAGED}")
+        if not isinstance(dtype, str) or dtype not in BYTES:
+            raise ConceptFileError(f"{name} must be {', '.join(BYTES)}, got {clip(dtype)}. {_DAMAGED}")
         if not _integers(shape, 1) or shape[0] != sizes[name]:
             raise ConceptFileError(f"{name} must have shape [{sizes[name]}] for this base, got {clip(shape)}. {_DAMAGED}")
-        if not _integers(offsets, 2) or offsets[1] - offsets[0] != sizes[name] * DTYPES[dtype].itemsize:
+        if not _integers(offsets, 2) or offsets[1] - offsets[0] != sizes[name] * BYTES[dtype]:
             raise ConceptFileError(f"{name} must span {sizes[name]} numbers of {dtype}, got offsets {clip(offsets)}. {_DAMAGED}")
         spans[name] = (dtype, *offsets)
     end = 0
@@ -223,6 +220,13 @@ def _check_spans(header: Mapping[str, Any], sizes: Mapping[str, int], space: int
         what = "cut short" if end > space else "followed by other data"
         raise ConceptFileError(f"the tensors take {end:,} bytes and the file has {space:,}: it is {what}. {_DAMAGED}")
     return spans
+
+
+def _numbers(dtype: str, content: bytes) -> np.ndarray:
+    """float32, exactly the numbers that are there."""
+    if dtype == "BF16":  # the upper half of a float32, which numpy has no name for
+        return (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(content, {"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32)
 
 
 def _integers(value: Any, count: int) -> bool:

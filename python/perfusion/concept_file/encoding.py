@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from perfusion.concept_file.format import DTYPES, FORMAT, digest, word_name
+from perfusion.concept_file.format import FORMAT, digest, word_name
 from perfusion.concept_file.layers import encode_layers
 from perfusion.errors import advise
 from perfusion.families import family_by_id
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["encode"]
 
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # Largest rounding error that a save may make, relative to a tensor's norm: twice what the type's mantissa gives.
 ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-22}
 ENERGY_ROUNDING = 0.01  # largest change of i* . C^-1 i* that a save may make, relative; float16 makes about 5e-5

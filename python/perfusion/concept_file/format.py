@@ -19,10 +19,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 __all__ = [
-    "DTYPES",
+    "BYTES",
     "FORMAT",
     "MAX_FILE_BYTES",
     "MODELSPEC",
@@ -37,7 +35,7 @@ __all__ = [
 
 FORMAT = "1"
 MAX_FILE_BYTES = 4 * 2**20
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+BYTES = {"F16": 2, "BF16": 2, "F32": 4}  # of a number, by its type
 
 REQUIRED = ("format", "name", "superclass", "family", "text_encoder", "layers", "bias", "temperature", "digest")
 OPTIONAL = ("covariance", "recipe")

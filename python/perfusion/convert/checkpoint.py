@@ -24,7 +24,7 @@ MAX_BYTES = 512 * 2**20
 
 
 class ConversionError(ValueError):
-    """A checkpoint that cannot become a concept. Says why, and what would help."""
+    """A checkpoint that cannot become a concept, or a concept that has no such form. Says why, and what would help."""
 
 
 class _StandIn:

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from perfusion.base import text_encoders
 from perfusion.convert.checkpoint import ConversionError
 from perfusion.convert.layouts import Found
+from perfusion.text import superclass_tokens
 
 __all__ = ["Reader", "collapse", "training_gates"]
 
@@ -23,25 +25,20 @@ LEAST_SIMILARITY = 0.5  # at the concept word, where 1 is expected
 
 
 class Reader:
-    """Encodes prompts in which one token has a given embedding."""
+    """Encodes prompts in which one token has a given embedding: the last one of a word."""
 
     def __init__(self, pipe: Any) -> None:
         self.tokenizer, self.encoder = text_encoders(pipe)[0]
-        self.stand_in = self.token("*")
-
-    def token(self, word: str) -> int:
-        ids = self.tokenizer(word, add_special_tokens=False).input_ids
-        if len(ids) != 1:
-            raise ConversionError(f"{word!r} is {len(ids)} tokens for this text encoder; give a superclass that is one.")
-        return ids[0]
 
     @torch.no_grad()
     def encode(self, templates: Sequence[str], word: str, embedding: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Encodings [P, T, D] in float64 of the templates with `word` in them, and where that token stands [P, T]."""
+        """Encodings [P, T, D] in float64 of the templates with `word` in them, and where its last token stands [P, T]."""
         texts = [template.format(word) for template in templates]
         length = self.tokenizer.model_max_length
         ids = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        place = ids == self.token(word)
+        word_ids = superclass_tokens(self.tokenizer, word)
+        windows = ids.unfold(1, len(word_ids), 1) == torch.tensor(word_ids)
+        place = functional.pad(windows.all(-1), (len(word_ids) - 1, 0))
         if not (place.sum(1) == 1).all():
             raise ConversionError(f"each template must hold {{}} once and nothing like {word!r} besides, got {list(templates)}.")
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 from torch import Tensor
@@ -49,6 +50,22 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     if broken:
         raise RuntimeError(f"toybox tokenizer: every word of the world must be one token, but these are not: {broken}")
     return tokenizer
+
+
+def make_readable_by_transformers_4(folder: Path) -> None:
+    """Change a saved pipeline so that transformers 4 and 5 both load it.
+
+    4 reads a CLIPTokenizer from vocab.json and merges.txt, which 5 does not write beside its tokenizer.json, and wants `text_model.`
+    before the names of a text encoder's weights, with which 5 loads it as well. Without, 4 draws weights at random and warns.
+    """
+    tokenizer, weights = folder / "tokenizer", folder / "text_encoder" / "model.safetensors"
+    if (tokenizer / "tokenizer.json").exists():
+        model = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        (tokenizer / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n", encoding="utf-8")
+        (tokenizer / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

@@ -35,6 +35,7 @@ from .model import (
     build_text_encoder,
     build_tokenizer,
     build_unet,
+    make_readable_by_transformers_4,
     token_ids,
     vocabulary,
 )
@@ -381,6 +382,7 @@ def export(output: Path, vae: PatchAutoencoder, tokenizer, encoder, unet, judge:
     """Write the pipeline in half precision, the judge, and the covariance of the text encoder as written, or a copy of `covariance`."""
     pipe = build_pipeline(vae, encoder, tokenizer, unet)
     pipe.to(device="cpu", dtype=torch.float16, memory_format=torch.contiguous_format).save_pretrained(output)
+    make_readable_by_transformers_4(output)
     save_judge(judge.cpu(), output / "judge.safetensors")
     if covariance is not None and covariance.exists():
         if covariance != output / covariance.name:

@@ -24,13 +24,15 @@ def write_card(
     built_in = pipe.name_or_path is not None and Path(pipe.name_or_path) == models.TOYBOX
     references = [contact_sheet.image(picture.pixels) for picture in pictures]
     for name, images in (("gallery.png", gallery), ("references.png", references)):
+        if not images:  # they could not be drawn
+            continue
         with whole(folder / name) as draft:
             contact_sheet.sheet(images).save(draft)
     file = folder / f"{concept.name}.safetensors"
     environment = Environment(loader=PackageLoader("perfusion"), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("<", "&lt;")
     text = environment.get_template("card.md").render(
-        concept=concept, config=config, pictures=pictures, size=file.stat().st_size, file=file.name,
+        concept=concept, config=config, pictures=pictures, gallery=bool(gallery), size=file.stat().st_size, file=file.name,
         model="toybox" if built_in else "path/to/the/base/model",  # a card is passed on: no path of this computer
     )  # fmt: skip
     with whole(folder / "README.md") as draft:

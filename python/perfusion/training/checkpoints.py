@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perfusion.sealed_tensors import SealError, load_tensors, save_tensors
 
-__all__ = ["Checkpoint", "latest", "load", "save"]
+__all__ = ["Checkpoint", "all_of", "latest", "load", "save"]
 
 _FORMAT = "perfusion-training-1"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
@@ -51,14 +51,14 @@ def save(folder: Path, step: int, facts: dict[str, Any], tensors: dict[str, Tens
     save_tensors(path, tensors, metadata)
     for old in set(others) - {path}:
         old.unlink(missing_ok=True)
-    for old in _all(folder)[:-limit]:
-        old.unlink()
+    for old in all_of(folder)[:-limit]:
+        old.unlink(missing_ok=True)
     return path
 
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint in a folder, or None."""
-    return next(reversed(_all(folder)), None)
+    return next(reversed(all_of(folder)), None)
 
 
 def load(path: Path) -> Checkpoint:
@@ -82,7 +82,8 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, step, facts, tensors)
 
 
-def _all(folder: Path) -> list[Path]:
+def all_of(folder: Path) -> list[Path]:
+    """Every checkpoint of a folder, the oldest first."""
     return sorted(
         (path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=lambda path: int(_NAME.fullmatch(path.name)[1])
     )

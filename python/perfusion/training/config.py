@@ -36,14 +36,17 @@ _NOTES = {"images", "base"}  # what `save` writes beside the settings
 class TrainingConfig:
     """How a concept is learned (arXiv 2305.01644). ValueError names the setting, its rule and what came.
 
-    superclass: one word for what the thing is, one token of the tokenizer. name: what prompts will write as <name>.
+    superclass: what the thing is, in a word or several. name: what prompts will write as <name>.
     steps, batch_size: optimiser steps and pictures per step. learning_rate: of the value outputs o*_V.
     word_learning_rate: of the word embedding. bias, temperature: of the gate while training. inference_bias,
     inference_temperature: the defaults written into the concept. ema_decay: of the target input i*. flip: probability of a
     mirrored picture; 0 for things with writing or one arm up. key_lock: False also trains the keys (a larger file and a
     weaker prompt; there to compare). resolution: side of the training square in pixels; None is the model's own.
+    buckets: train on rectangles of the pictures' own shapes, of about as many pixels; a step draws pictures of one shape.
     instance_prompts: captions for pictures without a .txt file beside them, "{}" standing for the concept.
-    seed: fixes everything. gradient_checkpointing: less memory, more time. compile: torch.compile the
+    seed: fixes everything. gradient_checkpointing: less memory, more time.
+    micro_batch: pictures that are in memory at once; their gradients are added up to those of `batch_size`. low_memory: gradient
+    checkpointing, one picture at a time, the VAE in tiles and off the device while it is not needed. compile: torch.compile the
     UNet for the steps: a slow start, then less time. validation_every, checkpoint_every: steps
     between grids and checkpoints, 0 for none. checkpoint_limit: how many checkpoints to keep. tensorboard: write curves.
     """
@@ -62,9 +65,12 @@ class TrainingConfig:
     flip: float = 0.5
     key_lock: bool = True
     resolution: int | None = None
+    buckets: bool = False
     instance_prompts: tuple[str, ...] = TEMPLATES
     seed: int = 0
     gradient_checkpointing: bool = False
+    micro_batch: int | None = None
+    low_memory: bool = False
     compile: bool = False
     validation_every: int = 100
     validation_prompts: tuple[str, ...] = ("a photo of a {}", "a {}")
@@ -96,6 +102,7 @@ class TrainingConfig:
             self._check(field, BIAS.holds(getattr(self, field)), f"lie between {BIAS.low:g} and {BIAS.high:g}")
         for field in ("temperature", "inference_temperature"):
             self._check(field, TEMPERATURE.holds(getattr(self, field)), f"lie between {TEMPERATURE.low:g} and {TEMPERATURE.high:g}")
+        self._check("micro_batch", self.micro_batch is None or self.micro_batch >= 1, "be at least 1")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "lie in [0, 1)")
         self._check("flip", 0 <= self.flip <= 1, "be a probability")
         self._check("resolution", self.resolution is None or self.resolution >= 8, "be at least 8 pixels")
@@ -104,6 +111,16 @@ class TrainingConfig:
     def _check(self, field: str, right: bool, rule: str, came: Any = None) -> None:
         if not right:
             raise ValueError(f"training: {field} must {rule}, got {getattr(self, field) if came is None else came!r}")
+
+    @property
+    def rows(self) -> int:
+        """Pictures that are in memory at once."""
+        return min(self.micro_batch or (1 if self.low_memory else self.batch_size), self.batch_size)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are computed again in the backward instead of kept."""
+        return self.gradient_checkpointing or self.low_memory
 
     def lasting(self) -> dict[str, Any]:
         """The settings that a run and its exact continuation share."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +53,63 @@ def _checkpoint(folder: Path | None, resume: str | Path | None, config: Training
     if str(resume) == "latest":
         if folder is None:
             raise ValueError('resume="latest" needs an output folder to look in.')
-        path = checkpoints.latest(folder / "checkpoints")
+        path = _newest_whole(folder / "checkpoints")
         if path is None:
             file = concept_file(folder, config.name)
             done = f", and {str(file)!r} is finished" if file.exists() else ""
             raise ValueError(f"there is no checkpoint to continue from in {str(folder / 'checkpoints')!r}{done}.")
     else:
-        path = Path(resume)
+        path = _named(folder, resume)
     checkpoint = checkpoints.load(path)
     if checkpoint.step > config.steps:
         raise ValueError(f"checkpoint {str(path)!r} is of step {checkpoint.step}, beyond the {config.steps} steps of this training.")
     own = folder is not None and path.resolve().parent == (folder / "checkpoints").resolve()
-    finished = own and checkpoint.step == config.steps and (folder / "README.md").exists()  # the card comes last
-    if finished and _came_to(checkpoint, file := concept_file(folder, config.name)):
+    finished = own and checkpoint.step == config.steps and _came_to(checkpoint, file := concept_file(folder, config.name))
+    if finished and _has_card(folder, file):  # the card comes last
         raise ValueError(f"nothing is left to do: {str(file)!r} has had all {config.steps} steps. Give more steps to go on from there.")
     return checkpoint, own
+
+
+def _named(folder: Path | None, resume: str | Path) -> Path:
+    """The checkpoint that a path means: a file, the folder of a run or of checkpoints, or a bare name of one in this folder."""
+    path = Path(resume).expanduser()
+    if path.is_dir():
+        newest = _newest_whole(path / "checkpoints") or _newest_whole(path)
+        if newest is None:
+            raise ValueError(f"there is no checkpoint to continue from in {str(path)!r}.")
+        return newest
+    if path.exists() or folder is None:
+        return path
+    here = folder / "checkpoints"
+    number = re.fullmatch(r"(?:(?:step|checkpoint)-)?(\d+)(?:\.safetensors)?", str(resume))
+    names = [f"step-{int(number[1]):06d}.safetensors"] if number else [path.name, f"{path.name}.safetensors"]
+    found = next((here / name for name in names if path.parent == Path() and (here / name).is_file()), None)
+    if found is None:
+        there = ", ".join(each.stem for each in checkpoints.all_of(here)) or "none"
+        raise FileNotFoundError(f"no such checkpoint: {path}. In {str(here)!r} there are: {there}.")
+    return found
+
+
+def _newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint that is not damaged; the newest one where all are, so that its damage is told of."""
+    every = checkpoints.all_of(folder)
+    for path in reversed(every):
+        try:
+            checkpoints.load(path)
+        except ValueError as error:
+            if path != every[0]:
+                warnings.warn(f"{error} The one before it is taken.", stacklevel=2)
+            continue
+        return path
+    return every[-1] if every else None
+
+
+def _has_card(folder: Path, file: Path) -> bool:
+    """Whether the README is of this concept, and not of one that it replaced."""
+    try:
+        return Concept.load(file).created in (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def _check_free(folder: Path, config: TrainingConfig, own: bool, overwrite: bool) -> None:

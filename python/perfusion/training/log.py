@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ class TrainingLog:
     """`log.jsonl` and `tensorboard/` in a folder. A continued run keeps the lines to `start` and writes the rest again."""
 
     def __init__(self, folder: Path, config: TrainingConfig, start: int, device: torch.device, *, keep: bool = True):
-        self.config, self.device = config, device
+        self.config, self.device, self._failed = config, device, False
         path = folder / "log.jsonl"
         with whole(path) as draft:
             draft.write_text("".join(_lines_until(path, start) if keep else ()), encoding="utf-8")
@@ -32,22 +34,37 @@ class TrainingLog:
         row: dict[str, Any] = {"step": step, **dataclasses.asdict(measures)}
         row |= {"learning_rate": self.config.learning_rate, "word_learning_rate": self.config.word_learning_rate}
         row |= {"images_per_second": self.config.batch_size / max(seconds, 1e-9), "memory_mb": _memory_mb(self.device)}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()  # a run that is killed keeps its lines
-        for key, value in row.items() if self._board else ():
-            if key != "step":
-                self._board.add_scalar(key, value, step)
+        with self._forgiving():
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()  # a run that is killed keeps its lines
+        with self._forgiving():
+            for key, value in row.items() if self._board else ():
+                if key != "step":
+                    self._board.add_scalar(key, value, step)
 
     def image(self, step: int, image: Any) -> None:
         if self._board:
             import numpy
 
-            self._board.add_image("validation", numpy.asarray(image), step, dataformats="HWC")
+            with self._forgiving():
+                self._board.add_image("validation", numpy.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
-        self._file.close()
-        if self._board:
-            self._board.close()
+        with self._forgiving():
+            self._file.close()
+        with self._forgiving():
+            if self._board:
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """A log that cannot be written, on a full disk say, is warned about once and ends no training."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                warnings.warn(f"the log cannot be written ({error.strerror}); training goes on.", stacklevel=4)
 
 
 def _lines_until(path: Path, start: int) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +26,7 @@ from perfusion.edit import RowSettings, Tables
 from perfusion.loaded_concept import LoadedConcept
 from perfusion.masks import masked_loss
 from perfusion.projection_hooks import HookEdit, ProjectionHooks, hook_edit
-from perfusion.text import TextHook, single_token
+from perfusion.text import TextHook, superclass_tokens
 from perfusion.training.config import TrainingConfig
 from perfusion.training.data import Picture, digest, encode_pictures
 
@@ -55,6 +56,17 @@ class _Batch:
     timesteps: Tensor
     mask: Tensor | None
 
+    def split(self, size: int) -> list[_Batch]:
+        """The same rows in parts of at most `size`."""
+        starts = range(0, len(self.captions), size)
+        return [
+            _Batch(
+                self.captions[i : i + size], self.latents[i : i + size], self.noise[i : i + size], self.timesteps[i : i + size],
+                None if self.mask is None else self.mask[i : i + size],
+            )
+            for i in starts
+        ]  # fmt: skip
+
 
 class TrainingSession:
     """A context in which a pipeline's `<name>` is learned; leaving it gives the pipeline back as it was, whatever happened.
@@ -68,10 +80,13 @@ class TrainingSession:
         self.pipe, self.base, self.config, self.covariance, self.pictures = pipe, base, config, covariance, pictures
         self.device = torch.device(pipe._execution_device)
         self.noise_scheduler = _noise_scheduler(pipe)
-        self.latents = encode_pictures(pipe, pictures)
+        self._groups = [
+            (group, encode_pictures(pipe, [pictures[i] for i in group], tiled=config.low_memory)) for group in _by_shape(pictures)
+        ]
+        self.latents = self._groups[0][1]  # of all pictures, unless `config.buckets`
         self.captions = [[_named(caption, config.name) for caption in picture.captions] for picture in pictures]
         self.step = 0
-        ids = [single_token(tokenizer, config.superclass) for tokenizer, _ in text_encoders(pipe)]
+        ids = [superclass_tokens(tokenizer, config.superclass)[-1] for tokenizer, _ in text_encoders(pipe)]
         embeddings = [encoder.get_input_embeddings().weight[i] for (_, encoder), i in zip(text_encoders(pipe), ids)]
         self.words = [torch.nn.Parameter(row.detach().to(self.device, torch.float32, copy=True)) for row in embeddings]
         self._text = TextHook(pipe, {config.name: LoadedConcept(config.superclass, self.words)})
@@ -106,11 +121,23 @@ class TrainingSession:
                 module.training = value
 
         undo.callback(restore)
+        if self.config.low_memory:
+            self._put_the_vae_away(undo)
         for model in models:
             model.requires_grad_(False).eval()
-        if self.config.gradient_checkpointing and not unet.is_gradient_checkpointing:
+        if self.config.checkpointing and not unet.is_gradient_checkpointing:
             undo.callback(unet.disable_gradient_checkpointing)
             unet.enable_gradient_checkpointing()
+
+    def _put_the_vae_away(self, undo: contextlib.ExitStack) -> None:
+        """Latents are cached: until pictures are drawn, the VAE is not needed on the device, and then it decodes in tiles."""
+        vae = self.pipe.vae
+        tiling = getattr(vae, "use_tiling", None)
+        if tiling is not None:
+            undo.callback(setattr, vae, "use_tiling", tiling)
+            vae.use_tiling = True
+        undo.callback(vae.to, vae.device)
+        vae.to("cpu")
 
     @torch.no_grad()
     def _start(self) -> None:
@@ -139,35 +166,60 @@ class TrainingSession:
 
     @torch.enable_grad()
     def train_step(self) -> Measures:
-        """One optimiser step over `batch_size` draws of picture, mirror image, caption, noise and timestep."""
-        batch, scheduler = self._draw(), self.noise_scheduler
+        """One optimiser step over `batch_size` draws of picture, mirror image, caption, noise and timestep.
+
+        Where `config.micro_batch` is smaller, gradients of parts are added up: the same step, in the memory of a part.
+        """
+        batch = self._draw()
+        parts = batch.split(self.config.rows)
+        if len(parts) > 1:
+            with torch.no_grad():  # i* moves once a step, and not once a part
+                distinct, rows = self._distinct(batch.captions)
+                encodings, _ = self._encode(distinct, batch.latents.shape[-2:])
+                self._move_target(encodings[rows, self._places_of(batch.captions)])
+        self.optimizer.zero_grad()
+        measured = [self._learn_from(part, len(part.captions) / len(batch.captions), move=len(parts) == 1) for part in parts]
+        loss, on, off = (sum(values) for values in zip(*measured))
+        norm = self._optimise(loss)
+        self.step += 1
+        return self._measure(loss, norm, on, off)
+
+    def _learn_from(self, batch: _Batch, share: float, move: bool) -> tuple[float, float, float]:
+        """Add the gradient of some rows, which are `share` of the step. Returns their share of the loss and of the two mean gates."""
         distinct, rows = self._distinct(batch.captions)
-        encodings, conditions = self._encode(distinct)
+        encodings, conditions = self._encode(distinct, batch.latents.shape[-2:])
         conditions = {name: value[rows] for name, value in conditions.items()}
         places = self._places_of(batch.captions)
-        self._move_target(encodings[rows, places])
-        noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(encodings.dtype)
+        if move:
+            self._move_target(encodings[rows, places])
+        noisy = self.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(encodings.dtype)
         with self._editing(encodings, rows) as (text, gates):  # to the end of the backward: a checkpointed layer runs again in there
             prediction = self._unet(noisy, batch.timesteps, text, added_cond_kwargs=conditions or None, return_dict=False)[0]
-            loss = masked_loss(prediction, self._goal(batch.latents, batch.noise, batch.timesteps), batch.mask).mean()
-            norm = self._optimise(loss, encodings.dtype)
-        self.step += 1
-        return self._measure(loss, norm, gates, places)
+            loss = masked_loss(prediction, self._goal(batch.latents, batch.noise, batch.timesteps), batch.mask).mean() * share
+            (loss * self._loss_scale).backward()
+        on, off = self._mean_gates(gates, places)
+        return loss.item(), on * share, off * share
 
     def _draw(self) -> _Batch:
         batch = self.config.batch_size
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed} {self.step}".encode()))
-        pictures = torch.randint(len(self.captions), (batch,), generator=generator)
+        group, stored = self._groups[0]
+        if len(self._groups) > 1:  # pictures of one shape make a step, each shape as often as it has pictures
+            point = torch.rand((), generator=generator).item() * len(self.pictures)
+            for group, stored in self._groups:
+                point -= len(group)
+                if point < 0:
+                    break
+        pictures = torch.randint(len(group), (batch,), generator=generator)
         mirrored = (torch.rand(batch, generator=generator) < self.config.flip).long()
         picks = torch.rand(batch, generator=generator).tolist()
-        captions = [self.captions[p][int(pick * len(self.captions[p]))] for p, pick in zip(pictures.tolist(), picks)]
-        latents = self.latents.mean[pictures, mirrored]
-        if self.latents.std is not None:
-            latents = latents + self.latents.std[pictures, mirrored] * torch.randn(latents.shape, generator=generator).to(latents)
+        captions = [self.captions[group[p]][int(pick * len(self.captions[group[p]]))] for p, pick in zip(pictures.tolist(), picks)]
+        latents = stored.mean[pictures, mirrored]
+        if stored.std is not None:
+            latents = latents + stored.std[pictures, mirrored] * torch.randn(latents.shape, generator=generator).to(latents)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         timesteps = torch.randint(self.noise_scheduler.config.num_train_timesteps, (batch,), generator=generator).to(self.device)
-        mask = None if self.latents.mask is None else self.latents.mask[pictures, mirrored]
-        return _Batch(captions, latents, noise, timesteps, mask)
+        return _Batch(captions, latents, noise, timesteps, None if stored.mask is None else stored.mask[pictures, mirrored])
 
     def _distinct(self, captions: list[str]) -> tuple[list[str], Tensor]:
         """Each caption once, and which of them every row has: text is encoded and projected once, however often it was drawn."""
@@ -187,19 +239,30 @@ class TrainingSession:
         with self._hooks.hold(edit):
             yield encodings[rows].detach(), gates  # gradients flow through the edit
 
-    def _encode(self, captions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _encode(self, captions: list[str], latent_size: tuple[int, int] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Encodings [n, T, D] of captions, and what SDXL's UNet reads beside them: pooled text and sizes."""
         result = self.pipe.encode_prompt(prompt=captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
         if self.pipe.unet.config.addition_embed_type != "text_time":
             return result[0], {}
-        side = self.latents.mean.shape[-1] * self.pipe.vae_scale_factor
-        sizes = torch.tensor([side, side, 0, 0, side, side], dtype=result[0].dtype, device=self.device)
+        height, width = (side * self.pipe.vae_scale_factor for side in latent_size or self.latents.mean.shape[-2:])
+        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=result[0].dtype, device=self.device)
         return result[0], {"text_embeds": result[2], "time_ids": sizes.expand(len(captions), -1)}
 
     def _find_places(self, captions: list[str]) -> list[int]:
-        tokenizer = text_encoders(self.pipe)[0][0]
-        prefixes = [self._text.parse(caption).mentions[0].prefix for caption in captions]
-        return [1 + (len(tokenizer(prefix, add_special_tokens=False).input_ids) if prefix.strip() else 0) for prefix in prefixes]
+        """Which token of each caption is the concept's, as the text encoders read it: textual inversions may be several tokens before it.
+
+        ValueError where two text encoders read it at different places: their encodings of one token lie side by side.
+        """
+        found = []
+        for caption in captions:
+            places = {self._text.read_at(number, caption)[0] for number in range(len(text_encoders(self.pipe)))}
+            if len(places) > 1:
+                raise ValueError(
+                    f"caption {caption!r}: a textual inversion in it has more vectors for one text encoder than for the other, "
+                    "so that the two read the words behind it at different places. Leave it out of the captions."
+                )
+            found += places
+        return found
 
     def _places_of(self, captions: list[str]) -> Tensor:
         """Which token of each caption is the concept's word [n]."""
@@ -233,28 +296,35 @@ class TrainingSession:
             return self.noise_scheduler.get_velocity(latents, noise, timesteps)
         return {"epsilon": noise, "sample": latents}[kind]
 
-    def _optimise(self, loss: Tensor, dtype: torch.dtype) -> float:
-        scale = HALF_SCALE if dtype == torch.float16 else 1.0
-        trained = list(self._trained().values())
-        self.optimizer.zero_grad()
-        (loss * scale).backward()
+    @property
+    def _loss_scale(self) -> float:
+        return HALF_SCALE if self.pipe.unet.dtype == torch.float16 else 1.0
+
+    def _optimise(self, loss: float) -> float:
+        """Move the learned vectors by their gradients, whose norm is returned."""
+        scale, trained = self._loss_scale, list(self._trained().values())
         for parameter in trained:
             parameter.grad.div_(scale)
-        norm = torch.linalg.vector_norm(torch.stack([parameter.grad.norm() for parameter in trained]))
-        if not torch.isfinite(norm + loss.detach()):
+        norm = torch.linalg.vector_norm(torch.stack([parameter.grad.norm() for parameter in trained])).item()
+        if not math.isfinite(norm + loss):
             raise ValueError(
-                f"training: the loss or its gradient is not finite at step {self.step + 1} (loss {loss.item():g}, gradient {norm:g}). "
+                f"training: the loss or its gradient is not finite at step {self.step + 1} (loss {loss:g}, gradient {norm:g}). "
                 "Use float32 or bfloat16 instead of float16, or a smaller learning rate."
             )
         self.optimizer.step()
-        return norm.item()
+        return norm
 
+    @staticmethod
     @torch.no_grad()
-    def _measure(self, loss: Tensor, norm: float, gates: Tensor, places: Tensor) -> Measures:
+    def _mean_gates(gates: Tensor, places: Tensor) -> tuple[float, float]:
+        """Mean gate [R, T, 1] on the concept's word and off it."""
         gates = gates[..., 0]
         on = torch.zeros_like(gates, dtype=torch.bool).scatter_(1, places[:, None], True)
+        return gates[on].mean().item(), gates[~on].mean().item()
+
+    def _measure(self, loss: float, norm: float, on: float, off: float) -> Measures:
         cosine = torch.cosine_similarity(self.target, self.superclass_encoding, dim=0)
-        return Measures(loss.item(), norm, gates[on].mean().item(), gates[~on].mean().item(), cosine.item())
+        return Measures(loss, norm, on, off, cosine.item())
 
     # what it makes
 
@@ -271,7 +341,8 @@ class TrainingSession:
     def sample(self, prompts: list[str], steps: int) -> list[Any]:
         """PIL images of prompts with "{}" in them, drawn by the pipeline as its user would, one by one, the same seeds each time."""
         self._hooks.forget()
-        scheduler = self.pipe.scheduler
+        scheduler, home = self.pipe.scheduler, self.pipe.vae.device
+        self.pipe.vae.to(self.device)
         self.pipe.scheduler = type(scheduler).from_config(scheduler.config)  # its own one would remember the last run
         try:
             return [
@@ -284,6 +355,15 @@ class TrainingSession:
             ]
         finally:
             self.pipe.scheduler = scheduler
+            self.pipe.vae.to(home)
+
+    def check_prompts(self) -> None:
+        """ValueError, before anything is learned, for a validation prompt that could not be drawn."""
+        for prompt in self.config.validation_prompts:
+            try:
+                self._text.check(_named(prompt, self.config.name))
+            except ValueError as error:
+                raise ValueError(f"training: validation_prompts: {error}") from None
 
     def concept(self) -> Concept:
         """The concept as it is now."""
@@ -317,7 +397,7 @@ class TrainingSession:
             "bias": short(config.bias),
             "temperature": short(config.temperature),
             "pictures": len(self.pictures),
-            "resolution": self.pictures[0].pixels.shape[-1],
+            "resolution": round(math.sqrt(self.pictures[0].pixels[0].numel())),
             "seed": config.seed,
         }
 
@@ -357,6 +437,14 @@ class TrainingSession:
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         keys = {} if self.key_outputs is None else {"key_outputs": self.key_outputs}
         return {"value_outputs": self.value_outputs, **keys, **{f"word.{number}": word for number, word in enumerate(self.words)}}
+
+
+def _by_shape(pictures: list[Picture]) -> list[list[int]]:
+    """Numbers of the pictures of each shape."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, picture in enumerate(pictures):
+        groups.setdefault(tuple(picture.pixels.shape), []).append(number)
+    return list(groups.values())
 
 
 def _named(caption: str, name: str) -> str:

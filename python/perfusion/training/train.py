@@ -6,26 +6,32 @@ import contextlib
 import inspect
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+import uuid
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
-from perfusion import contact_sheet
+from perfusion import contact_sheet, memory
 from perfusion.base import Base, UnsupportedPipeline, describe_base, fingerprints_match, text_encoders
 from perfusion.concept import Concept, check_name
 from perfusion.covariance import Covariance, get_covariance
+from perfusion.errors import advise
 from perfusion.files import whole
-from perfusion.text import added_tokens, single_token
+from perfusion.termination import terminable, undisturbed
+from perfusion.text import added_tokens, superclass_tokens, warn_of_unknown_word
 from perfusion.training import checkpoints
 from perfusion.training.card import write_card
 from perfusion.training.config import TrainingConfig
 from perfusion.training.data import read_pictures
 from perfusion.training.folder import beginning, concept_file, numbered
 from perfusion.training.log import TrainingLog
-from perfusion.training.session import TrainingSession
+from perfusion.training.session import Measures, TrainingSession
 
 __all__ = ["train"]
 
@@ -55,43 +61,97 @@ def train(
     word for what the thing is. name: what prompts write as <name>. settings: any field of `TrainingConfig`.
     covariance: by default `get_covariance(pipe)`. clipseg: a folder with CLIPSeg weights, for masks. output: a folder for the
     concept (NAME.safetensors), configuration, log, checkpoints, validation grids and model card; None writes nothing.
-    resume: a checkpoint, or "latest" for the newest in `output`: the continued run equals the uninterrupted one bit for bit
-    on a CPU. A finished run goes on when it is given more steps. overwrite: replace what `output` holds of another run, each
-    file when its replacement is there; without it nothing but a run's own continuation replaces a file.
+    resume: a checkpoint, the bare name of one in `output`, the folder of a run, or "latest" for the newest in `output`: the
+    continued run equals the uninterrupted one bit for bit on a CPU. A finished run goes on when it is given more steps.
+    overwrite: replace what `output` holds of another run, each file when its replacement is there; without it nothing but a
+    run's own continuation replaces a file.
 
-    Ctrl-C writes a checkpoint before it ends the run. Raises ValueError for settings, pictures or words that cannot work
+    Ctrl-C, SIGTERM, SIGHUP and any error write a checkpoint before they end the run; the concept's file is written before its
+    gallery and card. Raises ValueError for settings, pictures or words that cannot work
     (it says what to do), and `UnsupportedPipeline`. The pipeline is given back as it was in every case.
     """
     config = TrainingConfig(superclass=superclass, name=name, steps=steps, batch_size=batch_size, **settings)
     check_name(config.name)
     base = _check_pipeline(pipe, config)
-    folder = None if output is None else Path(output)
+    folder = None if output is None else Path(output).expanduser()
     checkpoint = beginning(folder, images, resume, config, overwrite)
-    pictures = read_pictures(images, config, _resolution(pipe, config), clipseg)
+    resolution, step = _resolution(pipe, config)
+    tell = (lambda text: tqdm.write(text, file=sys.stderr)) if progress else None
+    pictures = read_pictures(images, config, resolution, clipseg, step=step, tell=tell)
+    if tell is not None and pipe._execution_device.type != "cpu":
+        _tell_memory(pipe, config, resolution, tell)
     covariance = covariance or get_covariance(pipe, progress=progress)
     if not fingerprints_match(covariance.text_encoder, base.text_encoder):
         raise ValueError(
             "covariance: it is of another text encoder than this pipeline's. Leave it out, or compute one with `perfusion covariance`."
         )
     with TrainingSession(pipe, base, config, covariance, pictures) as session:
+        session.check_prompts()
         if checkpoint is not None:
             checkpoint.check(session.facts())
             session.restore(checkpoint.step, checkpoint.tensors)
         session.concept()  # a licence that is too long, say, is refused now and not after the last step
         if folder is None:
-            _learn(session, None, progress)
-            return session.concept()
+            return _learn(session, None, progress)
         own = checkpoint is not None and checkpoint.path.resolve().parent == (folder / "checkpoints").resolve()
         stale = set() if own else set(numbered(folder))  # of the run that is overwritten
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / "config.yaml", images=[picture.path for picture in pictures], base=str(base))
-        gallery = _learn(session, folder, progress, own, stale)
-        concept = session.concept()
-        concept.save(concept_file(folder, config.name))
-        write_card(folder, concept, config, pictures, gallery, pipe)
-        for old in stale:
-            old.unlink(missing_ok=True)
-    return concept
+        with terminable():
+            return _learn(session, folder, progress, own, stale)
+
+
+def _tell_memory(pipe: Any, config: TrainingConfig, resolution: int, tell: Callable[[str], None]) -> None:
+    """What training will take on the device, part by part, before it begins; and what there is."""
+
+    def count(model: Any) -> int:
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    base = describe_base(pipe)
+    parts = memory.Parts(
+        count(pipe.unet), sum(count(encoder) for _, encoder in text_encoders(pipe)), count(pipe.vae),
+        base.encoding_dim, base.outputs, resolution, pipe.vae_scale_factor,
+    )  # fmt: skip
+    saved = memory.saved_by_backward(dict(pipe.unet.config), resolution // pipe.vae_scale_factor, pipe.unet.dtype)
+    needed = memory.training(
+        parts, saved, pipe.unet.dtype, rows=config.rows, checkpointing=config.checkpointing, low_memory=config.low_memory
+    )
+    there = ""
+    if pipe._execution_device.type == "cuda":
+        there = f"; the device has {torch.cuda.get_device_properties(pipe._execution_device).total_memory / 1e9:.1f} GB"
+    advice = "" if config.low_memory else ". --low-memory (low_memory=True) takes less"
+    tell(f"memory: {memory.table(needed)}{there}{advice}.")
+
+
+def _save(concept: Concept, file: Path) -> None:
+    """Write what was learned; where the folder takes no file any more, into the folder for temporary files, and say so."""
+    try:
+        concept.save(file)
+    except OSError as error:
+        rescued = Path(tempfile.gettempdir()) / f"{file.stem}-{uuid.uuid4().hex[:8]}{file.suffix}"
+        with contextlib.suppress(OSError):
+            concept.save(rescued)
+            error.strerror = f"{error.strerror}. The concept is finished and is kept in {rescued}"
+        raise
+
+
+def _present(session: TrainingSession, folder: Path, concept: Concept) -> None:
+    """Gallery and card beside the concept, which is saved: a failure here costs pictures and nothing that was learned."""
+    config = session.config
+    try:
+        gallery = session.sample([prompt for prompt in config.validation_prompts for _ in range(2)], VALIDATION_STEPS)
+    except Exception as error:
+        _not_drawn("the gallery", error)
+        gallery = []
+    try:
+        write_card(folder, concept, config, session.pictures, gallery, session.pipe)
+    except OSError as error:
+        warnings.warn(f"README.md could not be written ({error.strerror}); the concept is saved.", stacklevel=2)
+
+
+def _not_drawn(what: str, error: Exception) -> None:
+    reason = "out of memory" if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else f"{type(error).__name__}: {error}"
+    warnings.warn(f"{what} could not be drawn ({reason}); what was learned is kept.", stacklevel=3)
 
 
 def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
@@ -104,6 +164,13 @@ def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
             f"{type(pipe).__name__} starts from an image; concepts are learned on a text-to-image pipeline, and work in both. "
             "Make one of the same parts with AutoPipelineForText2Image.from_pipe(pipe)."
         )
+    if pipe.unet.config.encoder_hid_dim_type is not None:
+        raise UnsupportedPipeline("an IP-Adapter is loaded, and training has no picture for it; call pipe.unload_ip_adapter() first.")
+    if hasattr(pipe, "motion_adapter"):
+        raise UnsupportedPipeline(
+            f"{type(pipe).__name__} draws videos; learn the concept on the text-to-image pipeline whose UNet it was made of, "
+            "and use it in both."
+        )
     if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in pipe.unet.modules()):
         raise UnsupportedPipeline(
             "the UNet is already compiled, and hooks added after torch.compile do nothing: train first, compile then."
@@ -111,7 +178,8 @@ def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
     if getattr(pipe, "_all_hooks", None):
         raise UnsupportedPipeline("the pipeline offloads its models, which gradients do not survive; call pipe.remove_all_hooks() first.")
     for tokenizer, _ in text_encoders(pipe):
-        single_token(tokenizer, config.superclass)
+        superclass_tokens(tokenizer, config.superclass)
+    warn_of_unknown_word(text_encoders(pipe)[0][0], config.superclass)
     if f"<{config.name}>" in {token.lower() for token in added_tokens(pipe)}:
         raise ValueError(
             f"name {config.name!r} collides: the tokenizer has a word <{config.name}> of its own (a textual inversion). "
@@ -120,26 +188,39 @@ def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
     return base
 
 
-def _resolution(pipe: Any, config: TrainingConfig) -> int:
+def _resolution(pipe: Any, config: TrainingConfig) -> tuple[int, int]:
+    """The side of the training square, and what sides of rectangles are multiples of, in pixels."""
     size = pipe.unet.config.sample_size
     resolution = config.resolution or (size if isinstance(size, int) else max(size)) * pipe.vae_scale_factor
     if resolution % pipe.vae_scale_factor:
         raise ValueError(f"training: resolution must be a multiple of {pipe.vae_scale_factor}, the side of one latent, got {resolution}")
-    return resolution
+    latent = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    return resolution, max(latent, resolution // 8 // latent * latent) if resolution < 512 else 64
 
 
-def _learn(session: TrainingSession, folder: Path | None, progress: bool, own: bool = False, stale: set[Path] | None = None) -> list[Any]:
-    """All remaining steps, with what they write into the folder; returns the gallery, drawn at the end, where there is a folder.
+def _learn(session: TrainingSession, folder: Path | None, progress: bool, own: bool = False, stale: set[Path] | None = None) -> Concept:
+    """All remaining steps, with what they write into the folder, and the concept.
 
-    own: the folder's log is of this run. stale: another run's numbered files; those that are replaced leave the set.
+    own: the folder's log is of this run. stale: another run's numbered files; those that are replaced leave the set. However
+    it ends, the last whole step is in a checkpoint; a disk that is full, or a picture that cannot be drawn, does not end it.
     """
     config, facts = session.config, session.facts()
     done = session.step, session.state()  # the last step that is whole: an interrupt may come in the midst of one
+    kept = None
 
-    def keep(step: int, state: dict[str, Any]) -> Path:
+    def keep() -> Path:
+        nonlocal kept
         others = {path for path in stale if path.parent.name == "checkpoints"}
         stale.difference_update(others)  # now, for the limit counts the newest, and --resume latest takes it
-        return checkpoints.save(folder / "checkpoints", step, facts, state, config.checkpoint_limit, others)
+        path = checkpoints.save(folder / "checkpoints", done[0], facts, done[1], config.checkpoint_limit, others)
+        kept = done[0]
+        return path
+
+    def keep_if_possible() -> None:
+        try:
+            keep()
+        except OSError as error:
+            warnings.warn(f"no checkpoint could be written at step {done[0]} ({error.strerror}); training goes on.", stacklevel=2)
 
     with contextlib.ExitStack() as stack:
         log = None
@@ -153,32 +234,65 @@ def _learn(session: TrainingSession, folder: Path | None, progress: bool, own: b
             while session.step < config.steps:
                 started = time.monotonic()
                 measures = session.train_step()
-                bar.set_postfix(
-                    loss=f"{measures.loss:.3f}", rates=f"{config.learning_rate:g}/{config.word_learning_rate:g}",
-                    gate=f"{measures.gate_on_word:.2f}/{measures.gate_off_word:.2f}", refresh=False,
-                )  # fmt: skip
-                bar.update()
                 if folder is None:
+                    _show(bar, config, measures)
                     continue
-                log.write(session.step, measures, time.monotonic() - started)
-                if config.validation_every and session.step % config.validation_every == 0:
-                    path = folder / "validation" / f"step-{session.step:06d}.png"
-                    bar.set_description(f"<{config.name}>, drawing validation pictures")
-                    log.image(session.step, _validate(session, path))
-                    bar.set_description(f"<{config.name}>", refresh=False)
-                    stale.discard(path)
                 done = session.step, session.state()
-                if config.checkpoint_every and (session.step % config.checkpoint_every == 0 or session.step == config.steps):
-                    keep(*done)
-            if folder is None:
-                return []
-            bar.set_description(f"<{config.name}>, drawing the gallery")  # it takes a while after the last step
-            return session.sample([prompt for prompt in config.validation_prompts for _ in range(2)], VALIDATION_STEPS)
-        except KeyboardInterrupt:
+                _show(bar, config, measures)
+                log.write(session.step, measures, time.monotonic() - started)
+                draw = config.validation_every and session.step % config.validation_every == 0
+                due = config.checkpoint_every and session.step % config.checkpoint_every == 0
+                if config.checkpoint_every and (due or draw or session.step == config.steps):
+                    keep_if_possible()
+                if draw:
+                    bar.set_description(f"<{config.name}>, drawing validation pictures")
+                    path = folder / "validation" / f"step-{session.step:06d}.png"
+                    try:
+                        log.image(session.step, _validate(session, path))
+                        stale.discard(path)
+                    except Exception as error:
+                        _not_drawn(f"validation pictures at step {session.step}", error)
+                    bar.set_description(f"<{config.name}>", refresh=False)
+            concept = session.concept()
             if folder is not None:
-                path = keep(*done)
-                bar.write(f"Stopped at step {done[0]}; {path} keeps it. Continue with --resume latest.", file=sys.stderr)
+                _save(concept, concept_file(folder, config.name))
+                for old in stale:
+                    old.unlink(missing_ok=True)
+                bar.set_description(f"<{config.name}>, drawing the gallery")  # it takes a while after the last step
+                _present(session, folder, concept)
+            return concept
+        except BaseException as error:
+            if folder is not None and kept != done[0] and done[0]:
+                with undisturbed():
+                    _keep_on_the_way_out(keep, done[0], bar)
+            elif folder is not None and kept is not None:
+                bar.write(_kept(kept, folder), file=sys.stderr)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise advise(
+                    ValueError(f"training: out of memory at step {session.step + 1}: {str(error).splitlines()[0]}"),
+                    python="Use low_memory=True, or a smaller micro_batch or resolution.",
+                    command="Say --low-memory, or a smaller --micro-batch or --resolution.",
+                ) from error
             raise
+
+
+def _show(bar: Any, config: TrainingConfig, measures: Measures) -> None:
+    bar.set_postfix(
+        loss=f"{measures.loss:.3f}", rates=f"{config.learning_rate:g}/{config.word_learning_rate:g}",
+        gate=f"{measures.gate_on_word:.2f}/{measures.gate_off_word:.2f}", refresh=False,
+    )  # fmt: skip
+    bar.update()
+
+
+def _keep_on_the_way_out(keep: Callable[[], Path], step: int, bar: Any) -> None:
+    try:
+        bar.write(_kept(step, keep().parents[1]), file=sys.stderr)
+    except OSError as error:
+        bar.write(f"Stopped at step {step}, and no checkpoint could be written: {error.strerror}.", file=sys.stderr)
+
+
+def _kept(step: int, folder: Path) -> str:
+    return f"Stopped at step {step}; {folder / 'checkpoints' / f'step-{step:06d}.safetensors'} keeps it. Continue with --resume latest."
 
 
 def _validate(session: TrainingSession, path: Path) -> Any:

@@ -5,32 +5,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <set>
 #include <string>
 #include <vector>
 
-#if defined(PERFUSION_HOST)  // the library built for the CPU: its device memory is ordinary memory
-static void *to_device(const void *host, size_t bytes) {
-  return std::memcpy(std::aligned_alloc(16, (bytes + 15) / 16 * 16), host, bytes);
-}
-static void to_host(void *host, const void *device, size_t bytes) { std::memcpy(host, device, bytes); }
-#else
-#include <cuda_runtime.h>
-static void check(cudaError_t error) {
-  if (error != cudaSuccess) std::printf("CUDA: %s\n", cudaGetErrorString(error)), std::exit(2);
-}
-static void *to_device(const void *host, size_t bytes) {
-  void *memory = nullptr;
-  check(cudaMalloc(&memory, bytes));
-  check(cudaMemcpy(memory, host, bytes, cudaMemcpyHostToDevice));
-  return memory;
-}
-static void to_host(void *host, const void *device, size_t bytes) {  // waits for the default stream, where the kernels ran
-  check(cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost));
-}
-#endif
+#include "memory.h"
 
 static uint16_t bfloat16(float x) {
   uint32_t bits;
@@ -53,14 +33,15 @@ static perfusion_tensor tensor(perfusion_dtype dtype, std::vector<int64_t> shape
   for (size_t i = shape.size(); i-- > 0; count *= shape[i]) result.strides[i] = count;
   std::vector<Element> elements(count);
   for (int64_t i = 0; i < count; ++i) elements[i] = value(i);
-  result.data = to_device(elements.data(), count * sizeof(Element));
+  result.data = allocate(count * sizeof(Element));
+  copy_to_device(result.data, elements.data(), count * sizeof(Element));
   return result;
 }
 
 template <class Element>
 static std::vector<Element> elements_of(const perfusion_tensor &tensor, int64_t count) {
   std::vector<Element> elements(count);
-  to_host(elements.data(), tensor.data, count * sizeof(Element));
+  copy_to_host(elements.data(), tensor.data, count * sizeof(Element));
   return elements;
 }
 

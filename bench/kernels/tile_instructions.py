@@ -1,0 +1,104 @@
+"""What a warp's tile of `edited_attention` takes in the compiled loop: instructions and bytes by class, for a row of 77 keys.
+
+    python bench/kernels/tile_instructions.py [--arch 90] [--width 64 …] [--source csrc]      needs nvcc and cuobjdump, no GPU
+
+The loop over tiles is compiled alone from a copy of the sources in which what a call of 77 keys, without regions and with 16-byte
+accesses decides at run time is decided already: the other branches are not counted. Per 16 rows, so that tiles of 16 and of 32 compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from nvcc_matrix import ROOT, cuobjdump
+
+DECIDED = {  # file: (what stands there, what is counted)
+    "query_stream.cuh": (
+        ("static_cast<int>(p.T)", "77"), ("plan.wide_query", "true"), ("plan.wide_output", "true"), ("plan.stages == 2", "true"),
+        ("key_regions,\n", "nullptr,\n"),
+    ),
+    "attention_tiles.cuh": (("if (!(scale > 0.0f)) {", "if (false) {"),),
+}  # fmt: skip
+CLASSES = {
+    "tensor": "HMMA", "shared, matrices": "LDSM", "shared, others": "LDS|STS", "global": "LDG|STG|LDGSTS|LDGDEPBAR|DEPBAR",
+    "exp2": "MUFU", "float": "FFMA|FADD|FMUL|FMNMX|FSEL|FSETP|F2F|HADD|FSWZ", "shuffle": "SHFL",
+}  # fmt: skip
+BYTES = {"LDSM.16.M88.4": 512, "LDSM.16.MT88.4": 512, "LDSM.16.M88.2": 256, "LDSM.16.MT88.2": 256}
+
+
+def loops(sass: str) -> dict[str, list[str]]:
+    """Of each function, the instructions of the loop with the most matrix products."""
+    found = {}
+    for part in sass.split("Function : ")[1:]:
+        name, lines = part.split()[0], []
+        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*);", part):
+            lines.append((int(address, 16), text.strip()))
+        best: list[str] = []
+        for at, text in lines:
+            target = re.match(r"BRA(?:\.\w+)* .*?0x([0-9a-f]+)", text)
+            if target and int(target[1], 16) < at:
+                body = [each for where, each in lines if int(target[1], 16) <= where <= at]
+                if sum(each.startswith("HMMA") for each in body) > sum(each.startswith("HMMA") for each in best):
+                    best = body
+        found[name] = best
+    return found
+
+
+def counted(body: list[str]) -> tuple[Counter, Counter]:
+    """Instructions by class, and bytes that a warp moves by class."""
+    instructions, moved = Counter(), Counter()
+    for text in body:
+        operation = text.split()[0]
+        kind = next((name for name, names in CLASSES.items() if re.match(rf"({names})\b", operation)), "integer and control")
+        instructions[kind] += 1
+        size = BYTES.get(operation) or (512 if ".128" in operation else 256 if ".64" in operation else 128)
+        if kind.startswith(("shared", "global")) and "DEPBAR" not in operation:
+            moved[kind] += size
+    return instructions, moved
+
+
+def compile_loop(source: Path, arch: str, widths: list[int]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "csrc"
+        shutil.copytree(source, copy)
+        for file, changes in DECIDED.items():
+            text = (copy / file).read_text()
+            for old, new in changes:
+                text = text.replace(old, new)
+            (copy / file).write_text(text)
+        text = (copy / "attention_widths.h").read_text()
+        kept = [line for line in text.split("\n") if not line.startswith("  CASE(") or int(line.split("(")[1].split(")")[0]) in widths]
+        (copy / "attention_widths.h").write_text("\n".join(kept))
+        target = Path(folder) / "loop.cubin"
+        command = ["nvcc", "-std=c++17", f"-arch=sm_{arch}", "-cubin", str(copy / "edited_attention_float16.cu"), "-o", str(target)]
+        subprocess.run(command, check=True)
+        return subprocess.run([cuobjdump(), "-sass", str(target)], check=True, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", default="90")
+    parser.add_argument("--width", type=int, action="append")
+    parser.add_argument("--source", type=Path, default=ROOT / "csrc")
+    options = parser.parse_args()
+    names = [*CLASSES, "integer and control"]
+    print("| head width | rows of a tile | all | " + " | ".join(names) + " | bytes, shared | bytes, global |")
+    print("|---|---|---|" + "---|" * (len(names) + 2))
+    for name, body in sorted(loops(compile_loop(options.source, options.arch, options.width or [40, 64, 80, 160])).items()):
+        numbers = [int(number) for number in re.findall(r"Li(\d+)E", name)]
+        d, groups, m = *numbers[:2], numbers[2] if len(numbers) > 2 else 1
+        if groups != 5:
+            continue
+        instructions, moved = counted(body)
+        cells = [sum(instructions.values()), *(instructions[each] for each in names)]
+        shared = moved["shared, matrices"] + moved["shared, others"]
+        cells = [f"{cell / m:.0f}" for cell in (*cells, shared, moved["global"])]
+        print(f"| {d} | {16 * m} | " + " | ".join(cells) + " |")

@@ -1,0 +1,232 @@
+"""How the kernels share their work out over a chip, and what time that should take: predictions for a first run to judge.
+
+    PYTHONPATH=.:python python bench/plans.py --out bench/predictions.jsonl     # needs g++, for the plan itself; no GPU
+
+The plans are the library's own (csrc/, built for the CPU). The rest is arithmetic over the numbers of `CHIPS`, of which
+those marked [assumed] are not published. Nothing here was measured, and no row is a speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import floors
+
+T = 77
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Chip:
+    multiprocessors: int
+    shared_per_block: int  # bytes
+    shared_per_multiprocessor: int
+    cache: int  # bytes of the second level
+    clock: float  # Hz
+    memory: float  # bytes/s
+    second_level: float  # bytes/s, read [assumed]
+    dense: float  # FLOP/s of 16-bit matrix products
+    tensor: int  # multiply-adds a cycle and multiprocessor by mma.sync; of H100, H200 and B200 [assumed], 0.62 and 0.5 of wgmma's
+
+    def floor(self, work: floors.Work) -> float:
+        """Seconds that no kernel can beat: memory's, or the tensor cores' at their full rate."""
+        return max(work.bytes / self.memory, work.tensor / self.dense)
+
+
+CHIPS = {
+    "A100": Chip(108, 166912, 167936, 40 << 20, 1.41e9, 1.56e12, 3.5e12, 312e12, 1024),
+    "RTX 4090": Chip(128, 101376, 102400, 72 << 20, 2.52e9, 1.01e12, 4.0e12, 165e12, 256),
+    "A10": Chip(72, 101376, 102400, 6 << 20, 1.70e9, 0.60e12, 1.5e12, 125e12, 512),
+    "H100": Chip(132, 232448, 233472, 50 << 20, 1.755e9, 3.35e12, 6.0e12, 989e12, 1270),
+    "H200": Chip(132, 232448, 233472, 50 << 20, 1.755e9, 4.80e12, 6.0e12, 989e12, 1270),
+    "B200": Chip(148, 232448, 233472, 126 << 20, 1.85e9, 7.70e12, 10.0e12, 2250e12, 2048),
+}
+LATENCY = 2.0e-6  # of a launch in a graph, of its first loads, and of what is done behind them, on any chip [assumed]
+REACHED = 0.85  # of the rate of the resource that binds [assumed]
+PRODUCTS = 0.5  # of the tensor cores' rate, in the products of csrc/matrix_product.cuh, whose loads do not hide [assumed]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch: `layer` for `rows` of a UNet's batch on `chip`."""
+
+    chip: str
+    layer: floors.Layer
+    rows: int
+    warps: int
+    m: int
+    stages: int
+    splits: int
+    blocks: int
+    resident: int  # blocks that a multiprocessor holds
+    bytes: int
+
+    @property
+    def heads(self) -> int:
+        return self.rows * self.layer.H
+
+    @property
+    def of_head(self) -> int:
+        return -(-self.layer.N // (16 * self.m))
+
+    @property
+    def tiles(self) -> int:
+        return self.heads * self.of_head
+
+    @property
+    def at_once(self) -> int:
+        return self.resident * CHIPS[self.chip].multiprocessors
+
+    def stretches(self) -> list[tuple[int, int]]:
+        """Each block's tiles, as [first, end) in the line of all heads' tiles: stretch_of of csrc/edited_attention.cuh."""
+        if self.splits:
+            parts = [self.of_head * part // self.splits for part in range(self.splits + 1)]
+            return [(head * self.of_head + a, head * self.of_head + b) for head in range(self.heads) for a, b in zip(parts, parts[1:])]
+        each, more = divmod(self.tiles, self.blocks)
+        firsts = [block * each + min(block, more) for block in range(self.blocks + 1)]
+        return list(zip(firsts, firsts[1:]))
+
+    def busiest(self) -> tuple[int, int]:
+        """Tiles, and heads whose K and V are loaded, of the busiest multiprocessor; blocks are dealt out in turn."""
+        number = CHIPS[self.chip].multiprocessors
+        tiles, loads = [0] * number, [0] * number
+        for block, (first, end) in enumerate(self.stretches()):
+            tiles[block % number] += end - first
+            loads[block % number] += (end - 1) // self.of_head - first // self.of_head + 1
+        return max(tiles), max(loads)
+
+    def fill(self) -> float:
+        """Mean work of a multiprocessor over that of the busiest."""
+        return self.tiles / CHIPS[self.chip].multiprocessors / self.busiest()[0]
+
+    @property
+    def rounds(self) -> int:
+        """Tiles of a warp, at most."""
+        return -(-max(end - first for first, end in self.stretches()) // self.warps)
+
+    def cycles(self) -> dict[str, float]:
+        """Of a multiprocessor for one warp's tile, by what it needs of it."""
+        d, keys, m, chip = self.layer.d, 80, self.m, CHIPS[self.chip]
+        products = 2 * 16 * m * keys * d
+        fragments = 2 * 2 * keys * d + 3 * 2 * 16 * m * d + 2 * 16 * m * d  # K, V; queries in and out, outputs in; outputs out
+        return {
+            "tensor cores": products / chip.tensor,
+            "shared memory": fragments / 128,
+            "exponentials": 16 * m * keys / 16,
+            "instructions": m * (2.2 * keys + 3.1 * d) / 4 + 30,
+        }
+
+    def times(self) -> dict[str, float]:
+        """Seconds, by resource; the largest and LATENCY are the prediction. Queries are taken to come from memory."""
+        chip, layer = CHIPS[self.chip], self.layer
+        tiles, loads = self.busiest()
+        work = floors.edited_attention(B=self.rows, N=layer.N, T=T, H=layer.H, d=layer.d)
+        loaded = sum((end - 1) // self.of_head - first // self.of_head + 1 for first, end in self.stretches())
+        asked = 2 * 2 * self.rows * layer.N * layer.C + loaded * 2 * 2 * T * layer.d
+        found = {name: tiles * cycles / chip.clock for name, cycles in self.cycles().items()}
+        return {**found, "second-level cache": asked / chip.second_level, "memory": work.bytes / chip.memory}
+
+    def row(self) -> dict:
+        layer, times = self.layer, self.times()
+        bound = max(times, key=times.get)
+        floor = CHIPS[self.chip].floor(floors.edited_attention(B=self.rows, N=layer.N, T=T, H=layer.H, d=layer.d))
+        predicted = times[bound] / REACHED + LATENCY
+        return {
+            "kernel": "edited_attention", "chip": self.chip, "N": layer.N, "H": layer.H, "d": layer.d, "rows": self.rows,
+            "tile_rows": 16 * self.m, "blocks": self.blocks, "resident": self.resident, "stages": self.stages, "splits": self.splits,
+            "fill": round(self.fill(), 3), "bound": bound, "microseconds": round(1e6 * predicted, 2),
+            "of_floor": round(floor / predicted, 3), "measured": False,
+        }  # fmt: skip
+
+
+def projections(host, chip: str, unet: str, rows: int) -> Iterator[dict]:
+    """K, or V, of a whole model: `edited_projection` and `fused_edited_projection`, which differ in a rounding."""
+    one, D, O = CHIPS[chip], floors.TEXT_WIDTHS[unet], sum(layer.count * layer.C for layer in floors.UNETS[unet])
+    host.configure(one.multiprocessors, one.shared_per_block, shared_per_multiprocessor=one.shared_per_multiprocessor)
+    made = host.module.plan_edited_projection(dict(B=rows, T=T, D=D, O=O), {})
+    tiles = made["row_tiles"] * made["column_tiles"]
+    work = floors.edited_projection(B=rows, T=T, D=D, O=O)
+    of_busiest = -(-tiles // one.multiprocessors)
+    times = {
+        "tensor cores": of_busiest * made["rows"] * made["columns"] * D / (PRODUCTS * one.tensor * one.clock),
+        "memory": work.bytes / one.memory / REACHED,
+        "second-level cache": 2 * D * tiles * (made["rows"] + made["columns"]) / one.second_level / REACHED,
+    }
+    fill = tiles / one.multiprocessors / of_busiest
+    for kernel in ("edited_projection", "fused_edited_projection"):
+        facts = dict(D=D, O=O, rows=rows, tile_rows=made["rows"], blocks=tiles, fill=round(fill, 3))
+        yield _row(kernel, chip, facts, times, one.floor(work))
+
+
+def fused(host, chip: str, layer: floors.Layer, D: int, rows: int) -> dict:
+    """`fused_edited_attention`: a projection for each block, then its tiles of 16 rows."""
+    one = CHIPS[chip]
+    host.configure(one.multiprocessors, one.shared_per_block, shared_per_multiprocessor=one.shared_per_multiprocessor)
+    made = host.module.plan_fused_edited_attention(dict(B=rows, N=layer.N, T=T, D=D, H=layer.H, d=layer.d), {})
+    blocks = rows * layer.H * made["splits"]
+    of_busiest, columns = -(-blocks // one.multiprocessors), -(-layer.d // 16) * 16
+    attention = Plan(chip, layer, rows, made["warps"], 1, made["stages"], made["splits"], blocks, 1, made["bytes"])
+    work = floors.fused_edited_attention(B=rows, N=layer.N, T=T, D=D, H=layer.H, d=layer.d)
+    of_tiles = max(attention.cycles().values()) * attention.busiest()[0]
+    times = {
+        "tensor cores": (of_busiest * 2 * 80 * columns * D / (PRODUCTS * one.tensor) + of_tiles) / one.clock,
+        "memory": work.bytes / one.memory / REACHED,
+    }
+    facts = dict(N=layer.N, H=layer.H, d=layer.d, D=D, rows=rows, blocks=blocks, splits=made["splits"], fill=round(attention.fill(), 3))
+    return _row("fused_edited_attention", chip, facts, times, one.floor(work))
+
+
+def gates(chip: str, D: int, rows: int) -> dict:
+    """`concept_gates` of one concept a row: five blocks a prompt, whose slices of D follow each other, eight warps at a time."""
+    one = CHIPS[chip]
+    work = floors.concept_gates(B=rows, T=T, D=D, J=1)
+    turns = -(-5 * rows // one.multiprocessors) * -(-D // 512)
+    times = {"latency": turns * 0.6e-6, "memory": work.bytes / one.memory / REACHED}  # a slice's way [assumed]
+    return _row("concept_gates", chip, dict(D=D, J=1, rows=rows, blocks=5 * rows), times, one.floor(work))
+
+
+def _row(kernel: str, chip: str, facts: dict, times: dict[str, float], floor: float) -> dict:
+    bound = max(times, key=times.get)
+    predicted = times[bound] + LATENCY
+    found = {"bound": bound, "microseconds": round(1e6 * predicted, 2), "of_floor": round(floor / predicted, 3), "measured": False}
+    return {"kernel": kernel, "chip": chip, **facts, **found}
+
+
+def plan(host, chip: str, layer: floors.Layer, rows: int) -> Plan:
+    """The library's plan of a call without an edit; host: tests/cuda_host/host.py's."""
+    one = CHIPS[chip]
+    host.configure(one.multiprocessors, one.shared_per_block, shared_per_multiprocessor=one.shared_per_multiprocessor)
+    made = host.planned("edited_attention", {}, B=rows, N=layer.N, T=T, H=layer.H, d=layer.d)
+    names = ("warps", "m", "stages", "splits", "blocks", "resident", "bytes")
+    return Plan(chip, layer, rows, *(made[name] for name in names))
+
+
+def layers() -> list[floors.Layer]:
+    return list(dict.fromkeys(layer for unet in floors.UNETS.values() for layer in unet))
+
+
+def predictions(host) -> Iterator[dict]:
+    for chip in CHIPS:
+        for layer in layers():
+            for rows in ROWS:
+                yield plan(host, chip, layer, rows).row()
+        for unet, D in floors.TEXT_WIDTHS.items():
+            for rows in (2, 16):
+                yield gates(chip, D, rows)
+                yield from projections(host, chip, unet, rows)
+                yield from (fused(host, chip, layer, D, rows) for layer in floors.UNETS[unet])
+
+
+if __name__ == "__main__":
+    from tests.cuda_host.build import build_module
+    from tests.cuda_host.host import Host
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "predictions.jsonl")
+    out = parser.parse_args().out
+    out.write_text("".join(json.dumps(row) + "\n" for row in predictions(Host(build_module()))), encoding="utf-8")
+    print(out)

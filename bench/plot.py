@@ -1,0 +1,266 @@
+"""Plots, from rows and nothing else.
+
+    python bench/plot.py                    # docs/plots/*.png anew, from bench/results
+    python bench/plot.py --check            # status 1 if one of them is not of these rows
+    python bench/plot.py --rows rows.jsonl --out FOLDER     # of other rows, those of a GPU for instance
+
+A picture carries a digest of the rows and of this file that it was drawn from, by which it is known to be stale. What is predicted is
+drawn open or dashed and says so; what was measured is filled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+RESULTS, PLOTS = ROOT / "bench" / "results", ROOT / "docs" / "plots"
+OURS, OTHERS, INK, GRID = "#0b6e99", ("#d9730d", "#6b7a3a", "#8a5a9e", "#b23a48", "#7a7a7a"), "#222222", "#e3e3e3"
+MODELS = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL"}
+Rows = list[dict[str, Any]]
+
+
+def read(files: list[Path]) -> Rows:
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def digest(rows: Rows) -> str:
+    """Of what is drawn and of how."""
+    text = json.dumps(rows, sort_keys=True) + Path(__file__).read_text(encoding="utf-8")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# Which rows a plot is of, and how it is drawn: (axes, rows)
+
+
+def storage(figure: Any, rows: Rows) -> None:
+    """Bytes of one learned subject on disk."""
+    models = list(dict.fromkeys(row["case"] for row in rows))
+    for axes, model in zip(figure.subplots(1, len(models), sharey=True, squeeze=False)[0], models):
+        mine = sorted((row for row in rows if row["case"] == model and "file_bytes" in row), key=lambda row: -row["file_bytes"])
+        colours = [OURS if row["provider"] == "perfusion" else OTHERS[-1] for row in mine]
+        axes.barh([row["provider"] for row in mine], [row["file_bytes"] for row in mine], color=colours, height=0.62)
+        axes.set_xscale("log")
+        axes.set_xlim(500, 6e10)
+        for number, row in enumerate(mine):
+            axes.text(1.25 * row["file_bytes"], number, size_of(row["file_bytes"]), va="center", fontsize=8, color=INK)
+        axes.set_title(MODELS.get(model, model))
+        axes.set_xlabel("bytes, as the library writes them")
+        tidy(axes, "x")
+
+
+def ratios(figure: Any, rows: Rows) -> None:
+    """Times over those of one contestant, the median of rounds with the 20th and 80th percentile."""
+    cases = list(dict.fromkeys((row["suite"], row["case"]) for row in rows))
+    axes = figure.subplots()
+    against = "plain" if any(row["provider"] == "plain" for row in rows) else "expert"
+    marks = dict(zip(dict.fromkeys(row["provider"] for row in rows if row["provider"] != against), (OURS, *OTHERS)))
+    for number, case in enumerate(cases):
+        mine = {row["provider"]: row for row in rows if (row["suite"], row["case"]) == case and row["gate"] == "passed"}
+        for place, (name, colour) in enumerate(marks.items()):
+            if name in mine and against in mine[name]["ratios"]:
+                low, middle, high = mine[name]["ratios"][against]
+                y = number + 0.16 * (place - (len(marks) - 1) / 2)
+                axes.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o", color=colour, capsize=2, ms=5)
+    axes.axvline(1, color=INK, lw=0.8)
+    axes.set_yticks(range(len(cases)), [name for _, name in cases])
+    axes.set_ylim(-0.6, len(cases) - 0.4)
+    axes.set_xlabel(f"time over that of {against}" + (" (CPU ratios)" if all(row["device"] == "cpu" for row in rows) else ""))
+    handles = [axes.plot([], [], "o", color=colour, label=name)[0] for name, colour in marks.items()]
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.12 + 0.02 * len(cases)), ncols=len(handles), frameon=False)
+    tidy(axes, "x")
+
+
+def startup(figure: Any, rows: Rows) -> None:
+    axes = figure.subplots()
+    mine = [row for row in rows if row["gate"] == "passed"][::-1]
+    for number, row in enumerate(mine):
+        low, middle, high = (1.0, 1.0, 1.0) if row["provider"] == "import torch" else row["ratios"]["import torch"]
+        axes.barh(number, middle, color=OURS if "perfusion" in row["provider"] else OTHERS[-1], height=0.62)
+        axes.errorbar(middle, number, xerr=[[middle - low], [high - middle]], color=INK, capsize=2, lw=1)
+        axes.text(high + 0.08, number, f"{row['peak_bytes'] / 2**20:.0f} MiB", va="center", fontsize=8, color=INK)
+    axes.set_yticks(range(len(mine)), [row["provider"] for row in mine])
+    axes.margins(x=0.15)
+    axes.set_xlabel("processor time of a fresh process over that of `import torch`, and its peak memory")
+    tidy(axes, "x")
+
+
+def tenants(figure: Any, rows: Rows) -> None:
+    """Predicted cost of a batch in which every row has concepts of its own."""
+    models = list(dict.fromkeys(row["case"] for row in rows))
+    for axes, model in zip(figure.subplots(1, len(models), sharey=True, squeeze=False)[0], models):
+        for name, colour in (("perfusion", OURS), ("PEFT mixed batch", OTHERS[0])):
+            points = sorted((row["tenants"], row["value"]) for row in rows if row["case"] == model and row["provider"] == name)
+            axes.plot(*zip(*points), "o--", color=colour, mfc="white", label=name, ms=5)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
+        axes.set_yscale("log", base=2)
+        axes.set_yticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
+        axes.minorticks_off()
+        axes.set_title(f"{MODELS.get(model, model)}, predicted")
+        axes.set_xlabel("tenants in a batch")
+        tidy(axes, "both")
+    figure.axes[0].set_ylabel("time of a step over ours")
+    figure.axes[0].legend(frameon=False, loc="upper left")
+
+
+def capacity(figure: Any, rows: Rows) -> None:
+    """Predicted concepts that one GPU holds, and how long one takes that it does not hold."""
+    left, right = figure.subplots(1, 2)
+    names = [MODELS.get(row["case"], row["case"]) for row in rows if row["what"] == "concepts on one GPU"]
+    for place, (what, label) in enumerate((("concepts on one GPU", "one GPU"), ("concepts in a node's memory", "a node's host memory"))):
+        values = [row["value"] for row in rows if row["what"] == what]
+        bars = left.bar([n + 0.36 * (place - 0.5) for n in range(len(names))], values, 0.34, label=label, fill=place == 0,
+                        color=OURS if place == 0 else "none", edgecolor=OURS, hatch="" if place == 0 else "//", alpha=0.85)  # fmt: skip
+        left.bar_label(bars, [short(value) for value in values], fontsize=8)
+    left.set_yscale("log")
+    left.set_ylim(top=3e8)
+    left.set_xticks(range(len(names)), names)
+    left.set_title("concepts that fit, predicted")
+    left.legend(frameon=False, loc="upper right")
+    kinds = {"a miss, from the host's memory": "ours, host memory", "a miss, from disk": "ours, disk"}
+    kinds |= {"a LoRA loaded and fused": "LoRA, fused"}
+    for place, (what, label) in enumerate(kinds.items()):
+        values = [row["value"] for row in rows if row["what"] == what]
+        colour, alpha = (OTHERS[0], 0.9) if "LoRA" in label else (OURS, (0.9, 0.5)[place])
+        bars = right.bar([n + 0.27 * (place - 1) for n in range(len(names))], values, 0.25, label=label, color=colour, alpha=alpha)
+        right.bar_label(bars, [f"{value / 1e6:.1f} s" if value > 1e5 else f"{value:.0f} µs" for value in values], fontsize=7)
+    right.set_yscale("log")
+    right.set_ylim(top=1e8)
+    right.set_xticks(range(len(names)), names)
+    right.set_title("a new tenant's first step waits, predicted")
+    right.set_ylabel("µs")
+    right.legend(frameon=False, loc="upper left")
+    for axes in (left, right):
+        tidy(axes, "y")
+
+
+def roofline(figure: Any, rows: Rows) -> None:
+    """FLOPs a second over FLOPs a byte of operators at the shapes of real UNets: floors, and what was measured or predicted of them."""
+    from bench import floors
+
+    axes, machine = figure.subplots(), floors.H200
+    balance = machine.tensor / machine.bandwidth
+    axes.plot([1, balance, 1e4], [machine.bandwidth, machine.tensor, machine.tensor], color=INK, lw=1)
+    axes.annotate(f"{machine.bandwidth / 1e12:.1f} TB/s", (15, 15 * machine.bandwidth), (-48, 4), textcoords="offset points", fontsize=8)
+    axes.annotate(f"{machine.tensor / 1e12:.0f} TFLOP/s", (600, machine.tensor), (0, 4), textcoords="offset points", fontsize=8)
+    kinds = list(dict.fromkeys(row["suite"] for row in rows))
+    for kind, colour in zip(kinds, (OURS, *OTHERS)):
+        for row in (row for row in rows if row["suite"] == kind):
+            fill = colour if row["gate"] == "passed" else "white"
+            axes.plot(row["flops"] / row["bytes"], row["flops_per_s"], "o", color=colour, mfc=fill, ms=5)
+        axes.plot([], [], "o", color=colour, label=kind)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(8, 2000)
+    axes.set_ylim(0.7 * min(row["flops_per_s"] for row in rows), 2 * machine.tensor)
+    axes.set_xlabel("FLOP per byte of device memory")
+    axes.set_ylabel("FLOP per second")
+    axes.set_title(f"roofline of one {machine.name}: filled is measured, open is predicted")
+    axes.legend(frameon=False, loc="lower right")
+    tidy(axes, "both")
+
+
+def size_of(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"
+
+
+def short(value: float) -> str:
+    return f"{value / 1e6:.2g} M" if value >= 1e6 else f"{value / 1e3:.0f} k"
+
+
+def tidy(axes: Any, grid: str) -> None:
+    axes.grid(axis=grid, color=GRID, lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def predicted_kernels(rows: Rows) -> Rows:
+    """Rows of the operators at real shapes: those measured, or where there are none, those of bench/predictions.jsonl for an H200 and two
+    rows; of the layer, whose products are the library's, the model's share of the floor."""
+    from bench import floors, model, predictions
+
+    measured = [row for row in rows if row.get("flops_per_s") and row.get("bytes") and row["provider"].split()[0] in ("cuda", "triton")]
+    if measured:
+        return measured
+    a, found = model.Assumptions(), []
+
+    def add(kernel: str, work: floors.Work, seconds: float) -> None:
+        found.append({"suite": kernel, "gate": "predicted", "flops": work.flops, "bytes": work.bytes, "flops_per_s": work.flops / seconds})
+
+    for each in predictions.read(floors.H200.name):
+        if each["rows"] == 2 and each["kernel"] != "concept_gates":
+            add(each["kernel"], predictions.work(each), 1e-6 * each["microseconds"])
+    for layer in (layer for layers in floors.UNETS.values() for layer in layers):
+        work = floors.cross_attention_layer(B=2, N=layer.N, C=layer.C, T=model.T, H=layer.H, d=layer.d)
+        add("cross_attention_layer", work, work.floor(a.machine()) / a.product_efficiency)
+    return found
+
+
+PLOTTED: dict[str, tuple[Callable[[Any, Rows], None], Callable[[Rows], Rows], tuple[float, float]]] = {
+    "storage": (storage, lambda rows: [row for row in rows if row["suite"] == "storage"], (9, 2.8)),
+    "training": (ratios, lambda rows: [row for row in rows if row["suite"] == "training"], (7, 2.2)),
+    "startup": (startup, lambda rows: [row for row in rows if row["suite"] == "startup"], (7, 2.6)),
+    "tenants": (tenants, lambda rows: [row for row in rows if row["suite"] == "model" and "tenants" in row], (10, 3)),
+    "capacity": (capacity, lambda rows: [row for row in rows if row["suite"] == "model" and "tenants" not in row], (10, 3.4)),
+    "roofline": (roofline, predicted_kernels, (7, 4.2)),
+}  # fmt: skip
+
+
+def draw(name: str, rows: Rows, folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    plot, _, size = PLOTTED[name]
+    settings = {"font.size": 9, "axes.titlesize": 10, "text.color": INK, "axes.edgecolor": "#999999", "figure.facecolor": "white"}
+    with pyplot.rc_context(settings):
+        figure = pyplot.figure(figsize=size, layout="constrained")
+        plot(figure, rows)
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name}.png", dpi=130, metadata={"rows": digest(rows), "Software": None})
+        pyplot.close(figure)
+
+
+def stale(rows: Rows, folder: Path) -> list[str]:
+    """The plots that are missing or of other rows."""
+    from PIL import Image
+
+    found = []
+    for name, (_, chosen, _) in PLOTTED.items():
+        mine, file = chosen(rows), folder / f"{name}.png"
+        if mine and (not file.exists() or Image.open(file).text.get("rows") != digest(mine)):
+            found.append(name)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", action="append", type=Path, help="a .jsonl file; may be repeated; by default all of bench/results")
+    parser.add_argument("--out", type=Path, default=PLOTS, help="a folder")
+    parser.add_argument("--check", action="store_true", help="draw nothing; say which are stale")
+    options = parser.parse_args()
+    rows = read(options.rows or sorted(RESULTS.glob("*.jsonl")))
+    rows = [row for row in rows if {"suite", "gate", "provider"} <= row.keys()]
+    if options.check:
+        wrong = stale(rows, options.out)
+        raise SystemExit(f"stale: {', '.join(wrong)}; python bench/plot.py" if wrong else 0)
+    for name, (_, chosen, _) in PLOTTED.items():
+        if mine := chosen(rows):
+            draw(name, mine, options.out)
+            print(options.out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

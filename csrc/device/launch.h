@@ -1,0 +1,106 @@
+// The host's side of the device layer on a GPU: what is asked of a device, once, and launches. Any number of host threads may call it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+
+#include "../status.h"
+#include "element.h"
+#include "once.h"
+
+namespace perfusion {
+
+// Calls of the runtime that a capture on another of this thread's streams would forbid, though nothing of them is captured:
+// memory that is allocated once, and a kernel's first load.
+class BesideCapture {
+ public:
+  BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  ~BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
+
+ private:
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+};
+
+inline cudaError_t ask_device(int ordinal, Device* result) {
+  const struct {
+    cudaDeviceAttr attribute;
+    int* value;
+  } wanted[] = {
+      {cudaDevAttrMultiProcessorCount, &result->multiprocessors},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &result->shared_per_block},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &result->shared_per_multiprocessor},
+      {cudaDevAttrL2CacheSize, &result->cache},
+  };
+  for (const auto& each : wanted) {
+    const cudaError_t error = cudaDeviceGetAttribute(each.value, each.attribute, ordinal);
+    if (error != cudaSuccess) return error;
+  }
+  const BesideCapture beside;
+  void* errors = nullptr;  // kept as long as the process lives: kernels in flight may write them
+  const cudaError_t error = cudaHostAlloc(&errors, PERFUSION_DEVICE_ERRORS * sizeof(int32_t), cudaHostAllocPortable | cudaHostAllocMapped);
+  if (error != cudaSuccess) return error;
+  result->errors = static_cast<int32_t*>(errors);
+  for (int i = 0; i < PERFUSION_DEVICE_ERRORS; ++i) result->errors[i] = 0;
+  return cudaSuccess;
+}
+
+// The current device, asked once.
+inline perfusion_status device(const char* operation, Device* result) {
+  static OncePerDevice once;
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  int ordinal = 0;
+  cudaError_t error = cudaGetDevice(&ordinal);
+  if (error == cudaSuccess) {
+    error = static_cast<cudaError_t>(once(nullptr, ordinal, [&] {
+      Device asked{};
+      const cudaError_t refused = ask_device(ordinal, &asked);
+      const std::lock_guard<std::mutex> guard(mutex);
+      if (refused == cudaSuccess) known[ordinal] = asked;
+      return refused;
+    }));
+  }
+  if (error != cudaSuccess) {
+    return fail(PERFUSION_DEVICE_ERROR, "%s: the device cannot be asked: %s", operation, cudaGetErrorString(error));
+  }
+  const std::lock_guard<std::mutex> guard(mutex);
+  *result = known[ordinal];
+  return PERFUSION_OK;
+}
+
+// Lets a kernel have all of the shared memory that a block may have on the current device. Once for each: launches of one kernel with
+// different needs, from several host threads, would otherwise take each other's limit away.
+inline cudaError_t allow_shared_memory(const void* kernel) {
+  static OncePerDevice once;
+  int ordinal = 0;
+  const cudaError_t error = cudaGetDevice(&ordinal);
+  if (error != cudaSuccess) return error;
+  return static_cast<cudaError_t>(once(kernel, ordinal, [&] {
+    const BesideCapture beside;
+    int most = 0;
+    cudaFuncAttributes attributes{};
+    cudaError_t refused = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
+    if (refused == cudaSuccess) refused = cudaFuncGetAttributes(&attributes, kernel);
+    if (refused != cudaSuccess) return refused;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - static_cast<int>(attributes.sharedSizeBytes));
+  }));
+}
+
+template <class Arguments>
+perfusion_status launch(const char* operation, void (*kernel)(Arguments), int64_t blocks, int threads, int bytes,
+                        perfusion_stream stream, const Arguments& arguments) {
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = bytes > 48 * 1024 ? allow_shared_memory(function) : cudaSuccess;
+  if (error == cudaSuccess) {
+    // not <<<>>> and cudaGetLastError, which would also give what an earlier call of somebody else has left there
+    void* values[] = {const_cast<Arguments*>(&arguments)};
+    error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads), values, static_cast<size_t>(bytes),
+                             static_cast<cudaStream_t>(stream));
+  }
+  if (error == cudaSuccess) return PERFUSION_OK;
+  return fail(PERFUSION_DEVICE_ERROR, "%s: the launch was refused: %s", operation, cudaGetErrorString(error));
+}
+
+}  // namespace perfusion

@@ -1,0 +1,56 @@
+"""Options that name a model and what is loaded beside it, the same for every command."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+MODEL_HELP = "toybox, a diffusers folder, one .safetensors checkpoint, or an id on the Hugging Face hub: user/model."
+
+
+class Precision(str, enum.Enum):
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Prediction(str, enum.Enum):
+    epsilon = "epsilon"
+    v_prediction = "v_prediction"
+
+
+VaeOption = Annotated[Optional[Path], typer.Option(help="A VAE to use instead of the model's own: a file or a folder.")]
+PredictionOption = Annotated[Optional[Prediction], typer.Option(help="What a checkpoint file predicts, where it does not say it itself.")]
+EmbeddingOption = Annotated[
+    Optional[list[str]],
+    typer.Option(metavar="FILE", help="A textual inversion, or WORD=FILE; a bare name is looked for beside the model. May be repeated."),
+]
+LoraOption = Annotated[
+    Optional[list[str]],
+    typer.Option(metavar="FILE", help="A LoRA, or FILE:0.8 for its strength; a bare name is looked for beside the model. May be repeated."),
+]
+
+
+def add_parts(pipe: Any, model: str, embeddings: list[str] | None, loras: list[str] | None) -> list[str]:
+    """Load textual inversions and LoRAs into a pipeline; returns the words that prompts may write."""
+    from perfusion.models import add_embedding, add_lora
+
+    words = []
+    for text in embeddings or ():
+        word, equals, file = text.partition("=")
+        if not equals or Path(text).expanduser().exists():
+            word, file = None, text
+        words.append(add_embedding(pipe, file, token=word, model=model))
+    for text in loras or ():
+        file, colon, scale = text.rpartition(":")
+        try:
+            add_lora(pipe, file if colon else text, scale=float(scale) if colon else 1.0, model=model)
+        except ValueError as error:
+            if "could not convert" in str(error):  # C:/lora.safetensors, or a strength that is no number
+                add_lora(pipe, text, model=model)
+            else:
+                raise
+    return words

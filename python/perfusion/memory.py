@@ -1,0 +1,162 @@
+"""Memory that training and drawing take on a device, reckoned part by part before anything is loaded.
+
+Weights are counted from a model's configuration. What a backward has to keep is not guessed: the UNet runs once on the meta
+device, which has shapes and no numbers, and every tensor that autograd saves is added up, attention being fused as it is on GPUs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Parts", "Saved", "drawing", "saved_by_backward", "table", "total", "training"]
+
+CUDA_CONTEXT = 0.5e9  # what a process has on an NVIDIA GPU before any tensor; depends on the driver
+TOKENS = 77
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Numbers of parameters, and what else sizes come from: D, the outputs O of all layers, the side of a picture, the VAE's factor."""
+
+    unet: int
+    text_encoders: int
+    vae: int
+    encoding_dim: int
+    outputs: int
+    size: int
+    vae_scale: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """Bytes that one picture's backward keeps: of everything; with gradient checkpointing, including the one block that is run again."""
+
+    whole: int
+    checkpointed: int
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What a fused attention keeps for its backward: query, key, value, output, and a number for each row. Shapes only."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
+        ctx.save_for_backward(query, key, value, output, torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        raise NotImplementedError("it counts, and computes nothing")
+
+
+class _Fused(TorchFunctionMode):
+    """Attention as GPUs and CPUs run it, where the meta device would write the scores down."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            query, key, value = arguments[:3] if len(arguments) >= 3 else [*arguments, *(options or {}).values()][:3]
+            return _FusedAttention.apply(query, key, value)
+        return function(*arguments, **(options or {}))
+
+
+def saved_by_backward(config: dict[str, Any], size: int, dtype: torch.dtype = torch.float32) -> Saved:
+    """Count what autograd saves in a forward of the UNet of this configuration, for one picture of `size` latents a side."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config).requires_grad_(False)
+        for parameter in unet.parameters():
+            parameter.data = parameter.data.to(dtype)
+        sample = torch.empty(1, unet.config.in_channels, size, size, dtype=dtype)
+        text = torch.empty(1, TOKENS, unet.config.cross_attention_dim, dtype=dtype, requires_grad=True)
+        added = None
+        if unet.config.addition_embed_type == "text_time":
+            times = unet.config.addition_time_embed_dim
+            pooled = unet.config.projection_class_embeddings_input_dim - 6 * times
+            added = {"text_embeds": torch.empty(1, pooled, dtype=dtype), "time_ids": torch.empty(1, 6, dtype=dtype)}
+        step = torch.empty((), dtype=torch.int64)
+
+    weights = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
+    seen: set[int] = set()
+    blocks: list[int] = []  # bytes saved inside each block that checkpointing would run again
+    inputs, outside, depth = 0, 0, 0
+
+    def enter(module: Any, arguments: tuple[Any, ...]) -> None:
+        nonlocal depth, inputs
+        if depth == 0:
+            blocks.append(0)
+            inputs += sum(_bytes(each) for each in arguments if isinstance(each, torch.Tensor))
+        depth += 1
+
+    def leave(module: Any, arguments: tuple[Any, ...], output: Any) -> None:
+        nonlocal depth
+        depth -= 1
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal outside
+        storage = tensor.untyped_storage()._cdata
+        if storage not in weights and storage not in seen:
+            seen.add(storage)
+            if depth:
+                blocks[-1] += _bytes(tensor)
+            else:
+                outside += _bytes(tensor)
+        return tensor
+
+    handles = []
+    for module in unet.modules():
+        if isinstance(module, (BasicTransformerBlock, ResnetBlock2D)):
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Fused():
+        result = unet(sample, step, text, added_cond_kwargs=added, return_dict=False)  # kept: storages are known by their addresses
+    del result
+    return Saved(outside + sum(blocks), outside + inputs + max(blocks))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def training(parts: Parts, saved: Saved, dtype: torch.dtype, *, rows: int, checkpointing: bool, low_memory: bool) -> dict[str, float]:
+    """part -> bytes, while a concept is learned. rows: pictures that are in memory at once. saved: of one picture, in `dtype`."""
+    size = dtype.itemsize
+    found = {
+        "UNet": parts.unet * size,
+        "text encoders": parts.text_encoders * size,
+        "VAE": 0 if low_memory else parts.vae * size,
+        "projections of all layers": 2 * parts.outputs * parts.encoding_dim * size,
+        "keys and values": 4 * rows * TOKENS * parts.outputs * size,  # and their gradients
+        "activations": rows * (saved.checkpointed if checkpointing else saved.whole),
+        "CUDA": CUDA_CONTEXT,
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def drawing(parts: Parts, dtype: torch.dtype, *, batch: int = 1, low_memory: bool = False) -> dict[str, float]:
+    """part -> bytes, while pictures are drawn with guidance: weights, and the largest feature maps of the UNet and of the VAE's decoder."""
+    size, side = dtype.itemsize, min(parts.size, 512) if low_memory else parts.size
+    latent = (parts.size // parts.vae_scale) ** 2
+    return {
+        "UNet": parts.unet * size,
+        "text encoders": parts.text_encoders * size,
+        "VAE": parts.vae * size,
+        "UNet's feature maps": 2 * batch * latent * 320 * size * 24,
+        "VAE's decoder": batch * side * side * 256 * size * 4,  # 256 channels at full size: the input, its norm, and two outputs
+        "CUDA": CUDA_CONTEXT,
+    }
+
+
+def total(found: dict[str, float]) -> float:
+    return math.fsum(found.values())
+
+
+def table(found: dict[str, float]) -> str:
+    """"UNet 5.1 GB, text encoders 1.6 GB, …: 9.7 GB"."""
+    return ", ".join(f"{name} {value / 1e9:.1f} GB" for name, value in found.items()) + f": {total(found) / 1e9:.1f} GB in all"

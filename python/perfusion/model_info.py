@@ -1,0 +1,110 @@
+"""What a model is, from its configurations and headers: no weights are read. `perfusion info` prints it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perfusion import memory
+from perfusion.checkpoint_file import CheckpointError, configuration, read_kind
+from perfusion.families import family_by_widths
+from perfusion.memory import Parts
+from perfusion.models import ModelError, resolve
+
+__all__ = ["describe", "parts_of"]
+
+BATCH = 16
+
+
+def _configurations(path: Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    """The configuration of each part, the bytes on disk, and what a file's header says."""
+    if path.is_file():
+        try:
+            kind = read_kind(path)
+        except CheckpointError as error:
+            raise ModelError(f"model: {error}") from error
+        config = configuration(kind.family)
+        config["unet"]["in_channels"] = kind.channels
+        return config, path.stat().st_size, {"prediction_type": kind.prediction_type}
+    config = {}
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        file = path / part / "config.json"
+        if file.is_file():
+            config[part] = json.loads(file.read_text(encoding="utf-8"))
+    if "unet" not in config or "text_encoder" not in config:
+        raise ModelError(f"model {str(path)!r} has no UNet with a text encoder: it is of another kind than what can be edited.")
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    found = json.loads(scheduler.read_text(encoding="utf-8")) if scheduler.is_file() else {}
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.suffix in (".safetensors", ".bin"))
+    return config, size, {"prediction_type": found.get("prediction_type", "epsilon")}
+
+
+def _count(name: str, config: dict[str, Any]) -> int:
+    """Parameters of a part, from its configuration, without memory for them."""
+    import diffusers
+    import transformers
+
+    with torch.device("meta"):
+        if name in ("unet", "vae"):
+            cls = getattr(diffusers, config["_class_name"], None)
+            if cls is None:  # a class of the project's own
+                return 0
+            model = cls.from_config(config)
+        else:
+            cls = getattr(transformers, (config.get("architectures") or ["CLIPTextModel"])[0])
+            model = cls(cls.config_class(**{key: value for key, value in config.items() if key not in ("architectures", "model_type")}))
+        return sum(parameter.numel() for parameter in model.parameters())
+
+
+def parts_of(config: dict[str, Any]) -> tuple[Parts, int]:
+    """Sizes of a model by its configurations, and how many cross-attention layers it has."""
+    from diffusers import UNet2DConditionModel
+
+    from perfusion.base import cross_attention_layers, layer_width
+
+    with torch.device("meta"):
+        layers = cross_attention_layers(UNet2DConditionModel.from_config(config["unet"]))
+    texts = sum(_count(name, config[name]) for name in ("text_encoder", "text_encoder_2") if name in config)
+    scale = 2 ** (len(config["vae"].get("block_out_channels", [1, 1, 1, 1])) - 1) if "vae" in config else 8
+    side = config["unet"].get("sample_size") or 64
+    parts = Parts(
+        unet=_count("unet", config["unet"]), text_encoders=texts, vae=_count("vae", config["vae"]) if "vae" in config else 0,
+        encoding_dim=config["unet"]["cross_attention_dim"], outputs=sum(layer_width(layer) for layer in layers.values()),
+        size=(side if isinstance(side, int) else max(side)) * scale, vae_scale=scale,
+    )  # fmt: skip
+    return parts, len(layers)
+
+
+def describe(model: str) -> dict[str, Any]:
+    """Facts of a model as JSON values. ModelError where it is none that can be edited."""
+    path = resolve(model)
+    config, size, said = _configurations(path)
+    parts, layers = parts_of(config)
+    widths = tuple(config[name]["hidden_size"] for name in ("text_encoder", "text_encoder_2") if name in config)
+    family = family_by_widths(widths)
+    inpainting = config["unet"].get("in_channels") == 9
+    rows, found, chosen = BATCH, {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        saved = memory.saved_by_backward(config["unet"], parts.size // parts.vae_scale, dtype)
+        low = memory.training(parts, saved, dtype, rows=1, checkpointing=True, low_memory=True)
+        usual = memory.training(parts, saved, dtype, rows=rows, checkpointing=False, low_memory=False)
+        chosen = low
+        found[str(dtype).removeprefix("torch.")] = {
+            "drawing": memory.total(memory.drawing(parts, dtype)) / 1e9,
+            "training": memory.total(usual) / 1e9,
+            "low_memory": memory.total(low) / 1e9,
+        }
+    return {
+        "model": str(model), "family": family.id, "title": family.title, "inpainting": inpainting, **said,
+        "parameters": {"unet": parts.unet, "text_encoders": parts.text_encoders, "vae": parts.vae},
+        "bytes": size, "layers": layers, "outputs": parts.outputs, "encoding_dim": parts.encoding_dim, "size": parts.size,
+        "memory": found, "training_parts": memory.table(chosen),
+        "works": {
+            "perfusion train" + (" (concepts are learned on the text-to-image model of the family)" if inpainting else ""): not inpainting,
+            "perfusion generate" + (" --init-image --mask-image" if inpainting else ""): True,
+            "perfusion convert --to lora, embedding, a1111, comfyui": True,
+        },
+    }  # fmt: skip

@@ -1,0 +1,202 @@
+"""A concept for programs that know nothing of Perfusion: a LoRA of rank one per projection, and a textual inversion of its word.
+
+With the gate g(e) replaced by κ c(e), which is linear in the encoding e, the edit of arXiv 2305.01644 (eq. 3) is a change of the weights:
+
+    W_V e − c W_V i* + κ c o*_V = (W_V + up downᵀ) e,   down = m / ε,   up_V = κ o*_V − W_V i*,   up_K = κ W_K s − W_K i*
+
+(c = m·e / ε; the key lock makes o*_K of s). κ is fitted: Σ (g − κ c)² over tokens of a caption corpus is least at κ = Σ g c / Σ c².
+What is lost is the gate: it is nearly shut at all other words, where κ c is merely small.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perfusion.base import cross_attention_layers, describe_base, text_encoders
+from perfusion.captions import everyday_captions
+from perfusion.concept import Concept
+from perfusion.convert import ConversionError
+from perfusion.files import whole
+from perfusion.handle import attach
+from perfusion.text import superclass_tokens
+
+__all__ = ["EXPORTS", "Fit", "embedding_tensors", "export", "file_names", "fit_scale", "lora_tensors"]
+
+EXPORTS = ("lora", "embedding", "a1111", "comfyui")
+CAPTIONS = 256
+_TEMPLATES = ("a {}", "a photo of a {}", "a picture of the {}", "{}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """κ, and how far κ c(e) is from the gate: root mean squares relative to the gate's, over all tokens, and its value at the word."""
+
+    scale: float
+    loss: float
+    at_word: float
+    gate_at_word: float
+    elsewhere: float
+    gate_elsewhere: float
+
+    def __str__(self) -> str:
+        return (
+            f"κ = {self.scale:.3f}. Where the gate is {self.gate_at_word:.2f} at the concept's word and {self.gate_elsewhere:.3f} at other "
+            f"words (root mean squares), the LoRA has {self.at_word:.2f} and {self.elsewhere:.3f}; relative loss {self.loss:.2f}."
+        )
+
+
+@torch.no_grad()
+def fit_scale(concept: Concept, pipe: Any, *, captions: int = CAPTIONS) -> Fit:
+    """The κ whose κ c(e) is nearest to the concept's gate at its default bias and temperature, over tokens of a caption corpus.
+
+    Half of the captions hold the concept's word, half do not: a LoRA acts in both.
+    """
+    plain = list(everyday_captions(captions))
+    named = [f"{_TEMPLATES[number % len(_TEMPLATES)].format(f'<{concept.name}>')}, {text}" for number, text in enumerate(plain)]
+    similarities, at_word = [], []
+    with attach(pipe) as handle:
+        handle.load(concept)
+        tokenizer = text_encoders(pipe)[0][0]
+        for texts in (named, plain):
+            for start in range(0, len(texts), 32):
+                batch = texts[start : start + 32]
+                encodings = pipe.encode_prompt(
+                    prompt=batch, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                )[0]
+                c = concept.similarity(encodings.float().cpu())
+                for row, text in enumerate(batch):
+                    prompt = handle._text.parse(text)
+                    length = len(tokenizer(prompt.text, truncation=True, max_length=tokenizer.model_max_length).input_ids)
+                    here = torch.zeros(length, dtype=torch.bool)
+                    here[handle._text.read_at(0, text)] = True
+                    similarities.append(c[row, :length])
+                    at_word.append(here)
+    c, here = torch.cat(similarities).double(), torch.cat(at_word)
+    g = torch.sigmoid((c - concept.bias) / concept.temperature)
+    scale = float((g * c).sum() / (c * c).sum())
+
+    def rms(values: Tensor) -> float:
+        return float(values.square().mean().sqrt())
+
+    return Fit(scale, rms(g - scale * c) / rms(g), rms(scale * c[here]), rms(g[here]), rms(scale * c[~here]), rms(g[~here]))
+
+
+def _check(concept: Concept, pipe: Any) -> None:
+    reason = concept.base.mismatch(describe_base(pipe))
+    if reason is not None:
+        raise ConversionError(f"concept {concept.name!r} cannot be exported with this model: {reason}")
+
+
+@torch.no_grad()
+def lora_tensors(concept: Concept, pipe: Any, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """projection, such as "….attn2.to_v" -> (down [1, D], up [d, 1]) in float32. ConversionError for a concept whose keys were trained."""
+    _check(concept, pipe)
+    if concept.key_outputs is not None:
+        raise ConversionError(
+            f"concept {concept.name!r} has keys of its own, trained without the key lock; a LoRA of it is not made: "
+            "its keys would act at every word of a prompt. Train with the key lock."
+        )
+    down = (concept.metric_target.double() / concept.energy).float()[None]
+    tensors = {}
+    for name, layer in cross_attention_layers(pipe.unet).items():
+        for kind in ("to_k", "to_v"):
+            projection = getattr(layer, kind)
+            weight = getattr(projection, "base_layer", projection).weight.float().cpu()
+            output = weight @ concept.superclass_encoding.float() if kind == "to_k" else concept.value_output(name).float()
+            tensors[f"{name}.{kind}"] = down, (scale * output - weight @ concept.target.float())[:, None]
+    return tensors
+
+
+def embedding_tensors(concept: Concept, pipe: Any) -> list[Tensor]:
+    """The concept's word for each text encoder [n, width]: the superclass's own vectors, the last one exchanged for the learned one."""
+    _check(concept, pipe)
+    found = []
+    for (tokenizer, encoder), word in zip(text_encoders(pipe), concept.word_embeddings):
+        before = superclass_tokens(tokenizer, concept.superclass)[:-1]
+        table = encoder.get_input_embeddings().weight.detach().float().cpu()
+        found.append(torch.cat([table[before], word.float().cpu()[None]]))
+    return found
+
+
+def original_name(layer: str, layers_per_block: int) -> str:
+    """A UNet layer's name in the original implementation, which SDXL's LoRAs use: down_blocks.1.attentions.0 is input_blocks.4.1."""
+    found = re.fullmatch(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.*)", layer)
+    if found is None:
+        return layer.replace("mid_block.attentions.0", "middle_block.1")
+    side, block, number, rest = found[1], int(found[2]), int(found[3]), found[4]
+    place = block * (layers_per_block + 1) + number
+    return f"input_blocks.{place + 1}.1.{rest}" if side == "down" else f"output_blocks.{place}.1.{rest}"
+
+
+def kohya_names(tensors: dict[str, tuple[Tensor, Tensor]], pipe: Any) -> dict[str, Tensor]:
+    """Under the names of kohya's scripts, which most tools read."""
+    original = len(text_encoders(pipe)) == 2
+    named = {}
+    for name, (down, up) in tensors.items():
+        name = original_name(name, pipe.unet.config.layers_per_block) if original else name
+        key = f"lora_unet_{name.replace('.', '_')}"
+        named |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.0)}
+    return named
+
+
+def peft_names(tensors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Under the names of diffusers and peft."""
+    return {f"unet.{name}.{key}.weight": each for name, pair in tensors.items() for key, each in zip(("lora_A", "lora_B"), pair)}
+
+
+def file_names(concept: Concept, to: str) -> list[str]:
+    """What `export` writes, under its folder. ConversionError for an unknown form."""
+    if to not in EXPORTS:
+        raise ConversionError(f"to must be one of {', '.join(EXPORTS)}, got {to!r}")
+    name = concept.name
+    if to in ("lora", "embedding"):
+        return [f"{name}-embedding.safetensors", *([f"{name}-lora.safetensors"] if to == "lora" else [])]
+    loras, embeddings = ("models/Lora", "embeddings") if to == "a1111" else ("models/loras", "models/embeddings")
+    return [f"{embeddings}/{name}.safetensors", f"{loras}/{name}.safetensors"]
+
+
+def export(
+    concept: Concept, pipe: Any, to: str, folder: Path, *, scale: float | None = None, dtype: torch.dtype = torch.float16
+) -> tuple[list[Path], list[str]]:
+    """Write a concept for other programs; returns the files, and what is worth knowing, a sentence each.
+
+    pipe: the base model, whose weights W are needed. to: "lora", for diffusers and peft; "embedding", the word alone; "a1111" and
+    "comfyui", the files of these programs under the folders in which they look. scale: κ, by default fitted (`fit_scale`).
+    ConversionError for a concept of another model, or with trained keys.
+    """
+    names, words, notes = file_names(concept, to), embedding_tensors(concept, pipe), []
+    word = f"<{concept.name}>" if to in ("lora", "embedding") else "emb_params"
+    files = {names[0]: {"clip_l": words[0], "clip_g": words[1]} if len(words) == 2 else {word: words[0]}}
+    if to != "embedding":
+        if scale is None:
+            fit = fit_scale(concept, pipe)
+            scale = fit.scale
+            notes.append(str(fit))
+        tensors = lora_tensors(concept, pipe, scale)
+        files[names[1]] = peft_names(tensors) if to == "lora" else kohya_names(tensors, pipe)
+    name = concept.name
+    notes.append({
+        "lora": f"Prompts write <{name}>: load the embedding with load_textual_inversion, the LoRA with load_lora_weights.",
+        "embedding": f"Prompts write <{name}>: load it with load_textual_inversion. Without the LoRA it is the learned word alone.",
+        "a1111": f"Copy the folder's content into the program's. Prompts write {name} <lora:{name}:1>.",
+        "comfyui": f"Copy the folder's content into the program's, load the LoRA in its node, and write embedding:{name} in prompts.",
+    }[to])  # fmt: skip
+    return [_write(folder / file, content, concept, dtype) for file, content in files.items()], notes
+
+
+def _write(path: Path, tensors: dict[str, Tensor], concept: Concept, dtype: torch.dtype) -> Path:
+    from safetensors.torch import save
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", "modelspec.title": concept.name, "ss_network_dim": "1", "ss_network_alpha": "1"}
+    metadata |= {key: value for key, value in (("modelspec.license", concept.license), ("modelspec.author", concept.author)) if value}
+    content = {name: (each if name.endswith(".alpha") else each.to(dtype)).contiguous().clone() for name, each in tensors.items()}
+    with whole(path) as draft:
+        draft.write_bytes(save(content, metadata))
+    return path

@@ -1,0 +1,73 @@
+"""docs/real-models.md, command by command, with a checkpoint file of the real layout, key names and vocabulary, and random weights."""
+
+import re
+import shlex
+import warnings
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from perfusion import cli, hub
+from perfusion.captions import everyday_captions
+from perfusion.checkpoint_file import Kind
+from perfusion.concept import Concept
+from perfusion.covariance import compute_covariance
+from perfusion.models import add_embedding, add_lora, load_pipeline
+from tests.perfusion.learning import write_pictures
+from tests.perfusion.original_layout import original_layout, pipeline_of, use_small_families
+
+PAGE = Path(__file__).parents[2] / "docs" / "real-models.md"
+SHORT = {"train": ["--steps", "2", "--batch-size", "2", "--covariance", "c.safetensors", "--device", "cpu", "--no-tensorboard", "--validation-every", "0",
+                   "--resolution", "64"], "generate": ["--steps", "1", "--device", "cpu", "--overwrite"]}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_command_of_the_page_works(tmp_path, monkeypatch):
+    use_small_families(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    pipe = pipeline_of(Kind("sd1", 4, "epsilon", True))
+    save_file(original_layout(pipe, "sd1"), "dreamshaper_8.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compute_covariance(pipe, list(everyday_captions(64)), progress=False, max_condition=1e4).save(tmp_path / "c.safetensors")
+    write_pictures(tmp_path / "mug")
+    (tmp_path / "mug" / "1.txt").write_text("a <mug> on a wooden table, by the window")
+    pushed = []
+    monkeypatch.setattr(hub, "push", lambda source, repository, **_: pushed.append((str(source), repository)) or "https://hub/you/mug")
+    monkeypatch.setattr(hub, "concept_file", lambda text, revision=None: tmp_path / "concepts" / "mug" / "mug.safetensors")
+    block = re.search(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1].replace("\\\n", " ")
+    commands = [
+        words for line in block.splitlines() for part in line.split("&&") if (words := shlex.split(part, comments=True))[:1] == ["perfusion"]
+    ]
+    assert [words[1] for words in commands] == ["info", "train", "generate", "generate", "convert", "push", "generate"]
+    for words in commands:
+        result = CliRunner().invoke(cli.app, [*words[1:], *SHORT.get(words[1], [])], prog_name="perfusion")
+        assert result.exit_code == 0, (words, result.output)
+    assert Concept.load("concepts/mug/mug.safetensors").superclass == "coffee mug" and pushed == [("concepts/mug", "you/mug")]
+    assert len(list(tmp_path.glob("mug-1*.png"))) >= 1 and (tmp_path / "mug.png").exists()
+    # what was converted opens where the program is not
+    other = load_pipeline("dreamshaper_8.safetensors", device="cpu")
+    (lora,), (embedding,) = (list(tmp_path.glob(f"mug-a1111/{place}/mug.safetensors")) for place in ("models/Lora", "embeddings"))
+    assert add_lora(other, str(lora)) == "mug" and add_embedding(other, str(embedding), token="<mug>") == "<mug>"
+
+
+def test_folders_of_every_kind(tmp_path):
+    """fp16 variants alone, pickles, and sharded files."""
+    import torch
+
+    from tests.perfusion.tiny import tiny_sd
+
+    pipe = tiny_sd()
+    for name, options in {"fp16": dict(variant="fp16"), "bin": dict(safe_serialization=False), "shards": dict(max_shard_size="20KB")}.items():
+        pipe.save_pretrained(tmp_path / name, **options)
+        if name == "bin":  # transformers writes no pickles any more
+            (tmp_path / name / "text_encoder" / "model.safetensors").unlink(missing_ok=True)
+            torch.save(pipe.text_encoder.state_dict(), tmp_path / name / "text_encoder" / "pytorch_model.bin")
+        files = {path.name for path in (tmp_path / name / "unet").iterdir()}
+        assert any({"fp16": ".fp16.", "bin": ".bin", "shards": "-of-"}[name] in file for file in files), files
+        loaded = load_pipeline(tmp_path / name, device="cpu")
+        for part in ("unet", "text_encoder", "vae"):
+            for key, value in getattr(pipe, part).state_dict().items():
+                assert torch.equal(getattr(loaded, part).state_dict()[key], value), (name, part, key)

@@ -1,0 +1,46 @@
+"""tests/peers.py finds a test that passes plain and is lost with perfusion attached, and counts no other."""
+
+import pytest
+
+from tests import peers
+
+TESTS = f"""
+import sys
+sys.path.append({str(peers.Path(__file__).parents[1])!r})
+import importlib.util
+spec = importlib.util.spec_from_file_location("tiny", {str(peers.Path(__file__).parent / "perfusion/tiny.py")!r})
+tiny = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny)
+
+def drawn():
+    pipe = tiny.tiny_sd()
+    return pipe, pipe("a cat", num_inference_steps=1, output_type="latent").images
+
+def test_draws():
+    assert drawn()[1].shape == (1, 4, 8, 8)
+
+def test_knows_nothing_of_perfusion():
+    assert not [name for name in vars(drawn()[0]) if "perfusion" in name]
+
+def test_leaves_the_processors():
+    assert not [each for each in drawn()[0].unet.attn_processors.values() if type(each).__name__ == "ConceptAttnProcessor"]
+
+def test_fails_anyway():
+    assert False
+"""
+
+
+def test_lost_tests_are_named(tmp_path, capfd):
+    folder = tmp_path / "tests/pipelines/stable_diffusion"
+    folder.mkdir(parents=True)
+    (folder / "test_stand_in.py").write_text(TESTS, encoding="utf-8")
+    assert peers.main([str(tmp_path), "-p", "no:cacheprovider"]) == 1
+    said = capfd.readouterr().out
+    assert "attached: 2 of 3 tests that pass plain" in said and "loaded: 1 of 3 tests that pass plain" in said
+    lost = [line.rpartition("::")[2] for line in said.splitlines() if line.startswith("  lost: ")]
+    assert lost == ["test_knows_nothing_of_perfusion"] * 2 + ["test_leaves_the_processors"]
+
+
+def test_a_folder_that_is_no_checkout(tmp_path):
+    with pytest.raises(SystemExit, match="give a checkout of diffusers"):
+        peers.main([str(tmp_path)])
