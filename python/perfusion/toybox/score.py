@@ -89,8 +89,8 @@ def by_word(seen: Tensor, truth: Tensor, words: tuple[str, ...]) -> dict[str, fl
 def held_out(count: int, seed: int, decode: Any = None) -> tuple[Pictures, Tensor]:
     """Renderings in no training set; `decode` takes images [256, 3, 128, 128] through the autoencoder."""
     generator, pictures, images = torch.Generator().manual_seed(seed), [], []
-    for _ in range(-(-count // 256)):
-        pictures.append(sample_pictures(256, generator))
+    for start in range(0, count, 256):
+        pictures.append(sample_pictures(min(256, count - start), generator))
         found = render(pictures[-1])[0]
         images.append(found if decode is None else decode(found))
     return pictures, torch.cat(images)
