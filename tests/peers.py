@@ -116,13 +116,14 @@ def _concept(pipe: Any) -> Any:
 
     base = describe_base(pipe, text_required=False)
     numbers = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    target = numbers(base.encoding_dim)
     return Concept(
         name="perfusion-peer",
         superclass=_word([tokenizer for tokenizer, _ in text_encoders(pipe, required=False)]),
         base=base,
         value_outputs=numbers(base.outputs),
-        target=numbers(base.encoding_dim),
-        metric_target=numbers(base.encoding_dim),
+        target=target,
+        metric_target=target,  # as if the encodings had unit covariance
         superclass_encoding=numbers(base.encoding_dim),
         word_embeddings=tuple(numbers(width) for width in base.text_widths),
         key_outputs=None,
