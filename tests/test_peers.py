@@ -4,6 +4,8 @@ import pytest
 
 from tests import peers
 
+pytestmark = pytest.mark.proof  # three runs of pytest
+
 TESTS = f"""
 import sys
 sys.path.append({str(peers.Path(__file__).parents[1])!r})
