@@ -249,7 +249,7 @@ def test_float16_on_a_cpu_is_one_line_of_advice(draw, caplog):
 def test_generate_with_the_built_in_model(tmp_path):
     result = run("generate", "a red teddy on the beach", "--output", tmp_path / "out.png", "--steps", 2, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert Image.open(tmp_path / "out.png").size == (64, 64)
+    assert Image.open(tmp_path / "out.png").size == (128, 128)
 
 
 # errors

@@ -47,6 +47,18 @@ class ConceptAttnProcessor:
 
     def __init__(self, stock: Any = None, state: AttentionState | None = None, layer: int = 0):
         self.stock, self.state, self.layer = stock, state or AttentionState(), layer
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+        self.tables: tuple[Tensor, ...] = ()
+
+    def follow(self) -> None:
+        """Take this layer's part of the state, before a forward. Compiled code then has no layer's number in it: one graph for all."""
+        state, layer = self.state, self.layer
+        if state.form in (SLOTS, SCHEDULE):
+            self.key, self.value = state.keys[layer], state.values[layer]
+        if state.form in (SCHEDULE, FUSED):
+            tables = state.key_outputs, state.key_targets, state.value_outputs, state.value_targets
+            self.tables = tuple(each[layer] for each in tables)
 
     @property
     def __class__(self) -> type:
@@ -63,7 +75,7 @@ class ConceptAttnProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        state, layer = self.state, self.layer
+        state = self.state
         if state.form == STOCK:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))  # [R, N, H, d]
@@ -76,25 +88,15 @@ class ConceptAttnProcessor:
                 state.gates,
                 state.components,
                 state.index,
-                state.key_outputs[layer],
-                state.key_targets[layer],
-                state.value_outputs[layer],
-                state.value_targets[layer],
+                *self.tables,
             )
         else:
             edit = {}
             if state.form == SCHEDULE:
-                edit = dict(
-                    gates=state.gates,
-                    components=state.components,
-                    index=state.index,
-                    key_outputs=state.key_outputs[layer],
-                    key_targets=state.key_targets[layer],
-                    value_outputs=state.value_outputs[layer],
-                    value_targets=state.value_targets[layer],
-                )
+                names = ("key_outputs", "key_targets", "value_outputs", "value_targets")
+                edit = dict(gates=state.gates, components=state.components, index=state.index, **dict(zip(names, self.tables)))
             if state.query_regions is not None:
                 edit |= dict(query_regions=state.query_regions[query.shape[1]], key_regions=state.key_regions)
-            result = perfusion_kernels.edited_attention(query, state.keys[layer], state.values[layer], slots=state.slots, **edit)
+            result = perfusion_kernels.edited_attention(query, self.key, self.value, slots=state.slots, **edit)
         hidden_states = attn.to_out[0](result.flatten(2))
         return attn.to_out[1](hidden_states)

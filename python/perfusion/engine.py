@@ -426,6 +426,8 @@ class Engine:
                 self.state.query_regions, self.state.key_regions = plan.regions[1:]
         self._count(form, reason)
         self.state.form = form
+        for _, own in self._processors:
+            own.follow()
 
     def _rows(self, plan: _Plan, rows: Sequence[int], device: torch.device) -> RowSettings:
         """The settings of some rows of a batch at the present step."""

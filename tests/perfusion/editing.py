@@ -128,6 +128,7 @@ def watch(unet: torch.nn.Module) -> Iterator[list[Forward]]:
             handles.pop().remove()
 
     beginning = unet.register_forward_pre_hook(begin, with_kwargs=True)
+    ending = unet.register_forward_hook(lambda *arguments: end())  # projections with hooks would be called, not read
     names, own = list(cross_attention_layers(unet)), ConceptAttnProcessor.__call__
 
     def call(processor, attn, hidden_states, encoder_hidden_states=None, *rest, **options):
@@ -144,6 +145,7 @@ def watch(unet: torch.nn.Module) -> Iterator[list[Forward]]:
     finally:
         ConceptAttnProcessor.__call__ = own
         beginning.remove()
+        ending.remove()
         end()
 
 

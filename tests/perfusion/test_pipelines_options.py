@@ -123,7 +123,7 @@ def test_group_offload(fresh, teddy):
     apply_group_offloading(fresh.unet, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level")
     images, forwards = seen(fresh, PROMPTS)
     check_rows(fresh.unet, forwards[0], guided([use(teddy)]))
-    assert torch.equal(images, expected)
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-3)  # projections are called one by one: another order of the sums
 
 
 def test_layerwise_casting_stores_weights_in_float8(fresh, teddy):
