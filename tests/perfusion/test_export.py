@@ -402,7 +402,7 @@ def put(*keys):
         (put("files", {}), "files must name"),
         (put("max_rows", 0), "max_rows must be a whole number"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_manifests_are_checked(change, match, copy):
     edit(copy, change)
