@@ -98,7 +98,7 @@ def test_a_picture_from_memory_takes_no_file_of_the_current_folder(tmp_path, mon
         ([numpy.zeros((4, 4, 3))], r"item 1 is of type ndarray; .* \(Image.fromarray"),
         ([Image.new("RGB", (4, 4)), ("a.png", "a caption")], "item 2 is of type tuple"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_anything_else_is_refused_with_the_accepted_forms(images, message):
     with pytest.raises(ValueError, match=f"images: .*{message}"):
