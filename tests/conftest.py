@@ -23,6 +23,8 @@ if "PERFUSION_CUDA_ON_HOST" in os.environ:
 def pytest_configure() -> None:
     # a shell's background job starts with SIGINT ignored, and Python then leaves Ctrl-C ignored, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):  # nohup has it ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # programs that tests start find the packages where the tests find them
     paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
