@@ -21,7 +21,7 @@ from .world import Instances, Pictures
 SIZE, CELLS = 64, 16  # pixels that the judge looks at, and cells of its masks, each way
 PICTURE_LABELS = {"scene": tuple(SCENES), "relation": RELATIONS, "style": STYLES, "size": SIZES}
 THING_LABELS = {"colour": tuple(COLOURS), "pattern": PATTERNS}
-FEATURES, ATTRIBUTE_TARGETS = 128, 18
+FEATURES, ATTRIBUTE_TARGETS, DISCRIMINANTS = 128, 18, 32
 
 
 class Block(nn.Sequential):
@@ -82,7 +82,8 @@ class Judge(nn.Module):
         self.surroundings = nn.Sequential(Block(96, 96, 2), nn.AvgPool2d(2), nn.Flatten(1), nn.Linear(96 * 16, 96), nn.ReLU())
         self.things = nn.Linear(96 + len(OBJECTS), len(OBJECTS))
         self.picture_labels = nn.ModuleDict({name: nn.Linear(96, len(words)) for name, words in PICTURE_LABELS.items()})
-        self.register_buffer("feature_mean", torch.zeros(FEATURES))
+        self.register_buffer("class_means", torch.zeros(len(OBJECTS), FEATURES))
+        self.register_buffer("discriminants", torch.eye(FEATURES)[:, :DISCRIMINANTS])
 
     def forward(self, images: Tensor) -> Verdict:
         images = F.avg_pool2d(images, images.shape[-1] // SIZE) if images.shape[-1] > SIZE else images
@@ -125,8 +126,28 @@ class Judge(nn.Module):
         return self.see(images, object_class)[0]
 
     def features(self, images: Tensor, object_class: Tensor | int | None = None) -> Tensor:
-        """Unit features [B, 128] of the thing, centred on the world's mean: their products are similarities."""
-        return F.normalize(self.see(images, object_class)[1].features - self.feature_mean, dim=1)
+        """Unit features [B, n] of the thing, by which its class's instances differ: their products are similarities."""
+        seen, thing = self.see(images, object_class)
+        kind = seen["object"] if object_class is None else torch.as_tensor(object_class).expand(len(images))
+        return F.normalize((thing.features - self.class_means[kind]) @ self.discriminants, dim=1)
+
+    def set_discriminants(self, features: Tensor, object_class: Tensor) -> None:
+        """From features [instances, pictures of each, 128] and the instances' classes [instances]: what tells instances of one class apart.
+
+        Linear discriminants (Fisher, 1936): directions along which instances spread far wider than the pictures of one of them do,
+        scaled so that the latter have deviation 1, and each weighed by the share of its variance that instances explain.
+        """
+        features, repeats = features.double(), features.shape[1]
+        means = torch.stack([features[object_class == kind].mean((0, 1)) for kind in range(len(OBJECTS))])
+        instances = features.mean(1)
+        within = torch.cov((features - instances[:, None]).flatten(0, 1).T) * repeats / (repeats - 1)
+        between = torch.cov((instances - means[object_class]).T) - within / repeats
+        values, vectors = torch.linalg.eigh(within + 1e-3 * within.diagonal().mean() * torch.eye(FEATURES))
+        whiten = vectors / values.sqrt()
+        spread, directions = torch.linalg.eigh(whiten.T @ between @ whiten)
+        spread, directions = spread.flip(0)[:DISCRIMINANTS].clamp(min=0), directions.flip(1)[:, :DISCRIMINANTS]
+        self.class_means = means.float()
+        self.discriminants = (whiten @ directions * (spread / (1 + spread))).float()
 
     @torch.no_grad()
     def summary(self, images: Tensor) -> Tensor:
@@ -207,8 +228,13 @@ def judge_loss(judge: Judge, images: Tensor, pictures: Pictures, masks: Tensor, 
     return loss
 
 
+KEPT_EXACT = ("class_means", "discriminants")
+
+
 def save_judge(judge: Judge, path: Path) -> None:
-    tensors = {name: tensor.half().contiguous() for name, tensor in judge.state_dict().items() if "num_batches" not in name}
+    tensors = {name: tensor.half() for name, tensor in judge.state_dict().items() if "num_batches" not in name}
+    tensors |= {name: getattr(judge, name) for name in KEPT_EXACT}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path)
 
 

@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .vae import PatchAutoencoder
 from .words import COLOURS, FRAMES, OBJECTS, PATTERNS, RELATIONS, SCENES, SIZES, STYLE_FRAMES
 
-IMAGE_SIZE, LATENT_SIZE, LATENT_CHANNELS = 128, 16, 4
+IMAGE_SIZE, LATENT_SIZE, LATENT_CHANNELS = 128, 16, 8
 MAX_TOKENS, ENCODING_DIM = 32, 96
 EXTRA_WORDS = "an and with of the my his her its two small big new old nice some any this that is are".split()
 
@@ -78,9 +78,9 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )  # fmt: skip
 
 
-def build_autoencoder() -> PatchAutoencoder:
-    """Pictures [B, 3, 128, 128] in [-1, 1] to latents [B, 4, 16, 16] of mean 0 and deviation about 1, and back."""
-    return PatchAutoencoder(latent_channels=LATENT_CHANNELS, widths=(48, 64), encoder_depths=(1, 2), decoder_depths=(3, 2))
+def build_autoencoder(channels: int = LATENT_CHANNELS) -> PatchAutoencoder:
+    """Pictures [B, 3, 128, 128] in [-1, 1] to latents [B, 8, 16, 16] of mean 0 and deviation about 1, and back."""
+    return PatchAutoencoder(latent_channels=channels, widths=(48, 96), encoder_depths=(2, 3), decoder_depths=(3, 3))
 
 
 def build_unet() -> UNet2DConditionModel:

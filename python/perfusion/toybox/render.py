@@ -140,22 +140,23 @@ def _pattern(x: Tensor, y: Tensor, pattern: Tensor, attributes: Tensor, pixel: T
     stripes = soft(wave(u) - 0.19 * pitch)
     dots = soft(torch.sqrt(wave(u) ** 2 + wave(v) ** 2 + 1e-9) - 0.31 * pitch)
     a, b = soft(wave(u * 0.6) - 0.25 * pitch), soft(wave(v * 0.6) - 0.25 * pitch)
-    checks = 0.8 * (a + b - 2 * a * b)
+    checks = 0.95 * (a + b - 2 * a * b)
     chosen = torch.stack([torch.zeros_like(stripes), stripes, dots, checks])
     return chosen[pattern, torch.arange(len(pattern))]
 
 
 def _place(
-    image: Tensor, things: Instances, poses: Tensor, opened: Tensor, behind: Tensor | None
+    image: Tensor, things: Instances, poses: Tensor, opened: Tensor, sketched: Tensor, behind: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Draw one thing on every image; returns the images and the thing's coverage [B, H, W]."""
+    """Draw one thing on every image where `behind`; returns the images and the thing's coverage [B, H, W].
+
+    sketched [B]: pencil has no hues, so that a pattern is black on a light thing and white on a dark one.
+    """
     size = image.shape[-1]
     result, coverage = image.clone(), torch.zeros(len(image), size, size)
     x, y = _grid(size)
     for index, word in enumerate(OBJECTS):
-        rows = (things.object_class == index).nonzero().flatten()
-        if behind is not None:
-            rows = rows[behind[rows]]
+        rows = ((things.object_class == index) & behind).nonzero().flatten()
         if len(rows) == 0:
             continue
         cx, cy, half, angle = (column.view(-1, 1, 1) for column in poses[rows].unbind(1))
@@ -168,6 +169,7 @@ def _place(
         canvas.paint(shadow + 0.02, (0.0, 0.0, 0.0), 0.28)
         main = hsv_to_rgb(*attributes[:, 0:3].unbind(1)).view(-1, 3, 1, 1)
         ornament = hsv_to_rgb(*attributes[:, 6:9].unbind(1)).view(-1, 3, 1, 1)
+        ornament = torch.where(sketched[rows].view(-1, 1, 1, 1), (_grey(main) < 0.55).float(), ornament)
         local_pixel = canvas.pixel / half
         amount = _pattern(px, py, things.pattern[rows], attributes, local_pixel).unsqueeze(1)
         tints = {
@@ -191,12 +193,17 @@ def _place(
     return result, coverage
 
 
+def _grey(image: Tensor) -> Tensor:
+    """Luma [B, 1, H, W]."""
+    return (image * torch.tensor([0.30, 0.59, 0.11]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
 def _sketch(image: Tensor) -> Tensor:
     """Pencil on warm paper: a dark line where brightness changes, hatching where it is dark."""
     size = image.shape[-1]
     x, y = _grid(size)
-    grey = (image * torch.tensor([0.30, 0.59, 0.11]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    hatch = ((x + y) * 8 % 1 < 0.4).float().unsqueeze(1) * (grey < 0.40)
+    grey = _grey(image)
+    hatch = ((x + y) * 5 % 1 < 0.4).float().unsqueeze(1) * (grey < 0.40)
     padded = torch.nn.functional.pad(grey, [1] * 4, mode="replicate")
     slope = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) ** 2 + (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) ** 2
     line = (3 * slope.sqrt()).clamp(0, 1)
@@ -217,9 +224,10 @@ def render(pictures: Pictures, size: int = 128) -> tuple[Tensor, Tensor]:
     never = torch.zeros(len(pictures), dtype=torch.bool)
     poses = pictures.poses
     # from back to front: what stands inside, then its container; else the second thing, then the first
-    image, inner = _place(image, pictures.first, poses[:, 0], never, inside)
-    image, outer = _place(image, pictures.second, poses[:, 1], inside, paired)
-    image, front = _place(image, pictures.first, poses[:, 0], never, ~inside)
+    sketched = pictures.style == STYLES.index("sketch")
+    image, inner = _place(image, pictures.first, poses[:, 0], never, sketched, inside)
+    image, outer = _place(image, pictures.second, poses[:, 1], inside, sketched, paired)
+    image, front = _place(image, pictures.first, poses[:, 0], never, sketched, ~inside)
     first, second = torch.maximum(inner * (1 - outer), front), outer * (1 - front)
     for word, stylise in (("sketch", _sketch), ("pixel art", _pixel_art)):
         rows = (pictures.style == STYLES.index(word)).nonzero().flatten()

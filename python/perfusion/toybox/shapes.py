@@ -62,16 +62,16 @@ def _spread(p: Tensor) -> list[Tensor]:
 
 def draw_teddy(x: Tensor, y: Tensor, p: Tensor, opened: Tensor) -> Iterator[Part]:
     ear, belly, head, girth = _spread(p)
-    ear, belly, head, girth = 0.17 + 0.12 * ear, 0.20 + 0.16 * belly, 0.42 + 0.10 * head, 0.42 + 0.16 * girth
+    ear, belly, head, girth = 0.17 + 0.12 * ear, 0.15 + 0.12 * belly, 0.42 + 0.10 * head, 0.42 + 0.16 * girth
     mirrored = x.abs()
-    yield union(ellipse(mirrored, y, 0.42, 0.82, 0.25, 0.17), capsule(mirrored, y, girth - 0.04, 0.20, girth + 0.20, 0.46, 0.15)), "solid"
+    yield union(ellipse(mirrored, y, 0.42, 0.82, 0.25, 0.17), capsule(mirrored, y, girth - 0.04, 0.20, girth + 0.20, 0.46, 0.15)), "main"
     yield ellipse(x, y, 0, 0.42, girth, 0.50), "main"
     yield ellipse(x, y, 0, 0.48, belly, belly * 1.15), "second"
     yield circle(mirrored, y, head * 0.86, -0.40 - head * 0.76, ear), "solid"
     yield circle(mirrored, y, head * 0.86, -0.40 - head * 0.76, ear * 0.55), "second"
     yield ellipse(x, y, 0, -0.40, head * 1.14, head), "solid"
     yield ellipse(x, y, 0, -0.22, 0.25, 0.18), "light"
-    yield union(circle(mirrored, y, 0.21, -0.50, 0.085), ellipse(x, y, 0, -0.29, 0.10, 0.07)), "dark"
+    yield union(circle(mirrored, y, 0.21, -0.50, 0.10), ellipse(x, y, 0, -0.29, 0.11, 0.08)), "dark"
 
 
 def draw_teapot(x: Tensor, y: Tensor, p: Tensor, opened: Tensor) -> Iterator[Part]:

@@ -1,7 +1,7 @@
 """The recipe that made toybox: `python -m perfusion.toybox.train --work DIR --output DIR`.
 
-Four stages, each resumable from its last checkpoint in the work folder and logged to `log.jsonl` there: the autoencoder,
-the judge, the latents of fresh pictures, text encoder and UNet together; then the export in diffusers' folder format.
+Stages, each resumable from its last checkpoint in the work folder and logged to `log.jsonl` there: rendered pictures, the autoencoder,
+the text encoder, latents, the judge and the UNet; then the export in diffusers' folder format.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .judge import Judge, judge_loss, load_judge, save_judge
 from .model import (
     ENCODING_DIM,
     EXTRA_WORDS,
+    LATENT_CHANNELS,
     MAX_TOKENS,
     build_autoencoder,
     build_pipeline,
@@ -40,15 +41,17 @@ from .model import (
     vocabulary,
 )
 from .render import render
+from .score import through
 from .text import EMBEDDING_SCALE, codes, noisy_nouns, targets_of
 from .vae import PatchAutoencoder
 from .words import OBJECTS
-from .world import Pictures, caption, sample_pictures
+from .world import Pictures, caption, repeat_instance, sample_instances, sample_pictures
 
 EMA_DECAY = 0.9995
 SAVE_EVERY = 500
 COVARIANCE_CAPTIONS = 20_000
 PICTURES_SEED = 2
+SOME_FILES = 96  # of 256 pictures each: enough for the autoencoder and the judge
 
 
 class Stage:
@@ -155,16 +158,19 @@ def _bytes(values: Tensor) -> Tensor:
     return (values * 255).round().byte()
 
 
-def train_autoencoder(work: Path, device: str, steps: int, pictures: int, batch: int = 16) -> PatchAutoencoder:
+def train_autoencoder(
+    work: Path, device: str, steps: int, paths: list[Path], *, batch: int = 16, channels: int = LATENT_CHANNELS
+) -> PatchAutoencoder:
     """What is wrong in a thing counts five times what is wrong behind it: things are what is looked at.
 
     Latents are held to mean 0 and deviation 1, and noise is added to them, because generated latents are not exact either.
     """
-    vae = build_autoencoder()
-    stage = Stage("autoencoder", work, vae.to(memory_format=torch.channels_last), steps, 2e-3, device, decay=0.995, anneal=0.6)
+    torch.manual_seed(0)
+    vae = build_autoencoder(channels).to(memory_format=torch.channels_last)
+    stage = Stage("autoencoder", work, vae, steps, 2e-3, device, decay=0.995, anneal=0.6)
     if not stage.finished:
-        blocks = [(_bytes(image), _bytes(mask.sum(1, keepdim=True).clamp(max=1))) for _, image, mask in _rendered(pictures, seed=1)]
-        images, masks = (torch.cat(tensors) for tensors in zip(*blocks))
+        blocks = [torch.load(path, weights_only=True) for path in paths]
+        images, masks = (torch.cat([block[name] for block in blocks]) for name in ("images", "masks"))
         if stage.step == 0:
             vae.set_principal_components(images[:1024].to(device).float() / 127.5 - 1, whitening=1.0)
         stage.run(lambda generator: _restoration_loss(vae, images, masks, generator, device, batch))
@@ -173,42 +179,15 @@ def train_autoencoder(work: Path, device: str, steps: int, pictures: int, batch:
 
 def _restoration_loss(vae, images: Tensor, masks: Tensor, generator: torch.Generator, device: str, batch: int) -> Tensor:
     rows = torch.randint(len(images), (batch,), generator=generator)
-    x, inside = (source[rows].to(device).float() for source in (images, masks))
-    if torch.rand((), generator=generator) < 0.5:
-        x, inside = x.flip(3), inside.flip(3)  # fewer pictures to render
-    x, weights = x / 127.5 - 1, 1 + 4 * inside / 255
+    x = (images[rows].to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    inside = masks[rows].to(device).float().sum(1, keepdim=True).clamp(max=1)
     with mixed_precision(device):
         latents = vae.encode(x).latents
         noise = 0.2 * torch.rand((batch, 1, 1, 1), generator=generator) * torch.randn(latents.shape, generator=generator)
         restored = vae.decode(latents + noise.to(device)).sample.float()
     latents = latents.float()
     held = (latents.mean((0, 2, 3)) ** 2 + (latents.std((0, 2, 3)) - 1) ** 2).mean()
-    return _difference(restored, x, weights) + 0.05 * held
-
-
-def train_decoder(
-    work: Path, device: str, vae: PatchAutoencoder, steps: int, paths: list[Path], data: dict, batch: int = 16
-) -> PatchAutoencoder:
-    """The decoder alone, further; latents stay as they are, so that nothing else has to be trained again."""
-    decoder = torch.nn.ModuleList([vae.synthesis, vae.decoder_coarse, vae.decoder_fine])
-    stage = Stage("decoder", work, decoder, steps, 1e-3, device, decay=0.995, anneal=0.7)
-    if not stage.finished:
-        images = torch.cat([torch.load(path, weights_only=True)["images"] for path in paths[:24]])
-        vae.to(memory_format=torch.channels_last)
-
-        def loss_of(generator: torch.Generator) -> Tensor:
-            rows = torch.randint(len(images), (batch,), generator=generator)
-            x = images[rows].to(device).float() / 127.5 - 1
-            weights = F.interpolate(1 + 4 * data["masks"][rows].float().sum(1, keepdim=True).clamp(max=1), scale_factor=8).to(device)
-            latents = data["latents"][rows].float()
-            noise = 0.1 * torch.rand((batch, 1, 1, 1), generator=generator) * torch.randn(latents.shape, generator=generator)
-            with mixed_precision(device):
-                restored = vae.decode((latents + noise).to(device, memory_format=torch.channels_last)).sample.float()
-            return _difference(restored, x, weights)
-
-        stage.run(loss_of)
-    stage.result()
-    return vae.eval()
+    return _difference(restored, x, F.interpolate(1 + 4 * inside, scale_factor=8)) + 0.05 * held
 
 
 def _difference(restored: Tensor, x: Tensor, weights: Tensor) -> Tensor:
@@ -220,6 +199,7 @@ def _difference(restored: Tensor, x: Tensor, weights: Tensor) -> Tensor:
 
 def train_text_encoder(work: Path, device: str, steps: int, batch: int = 64) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """Learned from captions alone; see `text`. Token embeddings are the codes themselves and stay."""
+    torch.manual_seed(0)
     tokenizer = build_tokenizer(work / "tokenizer")
     encoder = build_text_encoder(tokenizer)
     table = codes(len(tokenizer), ENCODING_DIM)
@@ -296,7 +276,7 @@ def _judged_pictures(work: Path, device: str, vae: PatchAutoencoder, paths: list
     file = work / f"judged-{paths[0].parent.name}-{len(paths)}.pt"
     if not file.exists():
         generator, seen = torch.Generator().manual_seed(5), ([], [])
-        latents = data["latents"].float().split(32)
+        latents = data["latents"][: 256 * len(paths)].float().split(32)
         rendered = (part for path in paths for part in torch.load(path, weights_only=True)["images"].split(32))
         for images, part in tqdm(zip(rendered, latents), total=len(latents), desc="decode", mininterval=10):
             noise = 0.2 * torch.rand((len(part), 1, 1, 1), generator=generator) * torch.randn(part.shape, generator=generator)
@@ -311,6 +291,7 @@ def _judged_pictures(work: Path, device: str, vae: PatchAutoencoder, paths: list
 
 def train_judge(work: Path, vae: PatchAutoencoder, device: str, steps: int, paths: list[Path], data: dict, batch: int = 48) -> Judge:
     """Half of what it learns from has gone through the autoencoder, because generated pictures have, too."""
+    torch.manual_seed(1)
     judge = Judge().to(memory_format=torch.channels_last)
     stage = Stage("judge", work, judge, steps, 2e-3, device, decay=0.995, anneal=0.5)
     images = _judged_pictures(work, device, vae, paths, data)
@@ -329,10 +310,22 @@ def train_judge(work: Path, vae: PatchAutoencoder, device: str, steps: int, path
     if not stage.finished:
         stage.run(loss_of)
     stage.result()
-    with torch.no_grad():
-        seen = [judge.see(images[1, start : start + 256].float() / 255)[1].features for start in range(0, min(4096, images.shape[1]), 256)]
-    judge.feature_mean.copy_(torch.cat(seen).mean(0))
+    judge.set_discriminants(*_features_of_instances(judge, vae, device))
     return judge
+
+
+@torch.no_grad()
+def _features_of_instances(judge: Judge, vae: PatchAutoencoder, device: str, count: int = 512, repeats: int = 8) -> tuple[Tensor, Tensor]:
+    """The judge's features [count, repeats, 128] of decoded pictures of things, alone or beside others, and the classes."""
+    generator = torch.Generator().manual_seed(6)
+    instances = sample_instances(count, generator)
+    features = []
+    for row, kind in enumerate(tqdm(instances.object_class.tolist(), desc="instances", mininterval=10)):
+        other = OBJECTS[(kind + 1 + row % (len(OBJECTS) - 1)) % len(OBJECTS)]
+        things = {"first": repeat_instance(instances, row, repeats), "second": sample_instances(repeats, generator, other)}
+        images = render(sample_pictures(repeats, generator, pairs=0.25, styled=0.0, **things))[0]
+        features.append(judge.see(through(vae, images.to(device)).to(device), kind)[1].features.cpu())
+    return torch.stack(features), instances.object_class
 
 
 def denoising_loss(
@@ -359,6 +352,7 @@ def train_denoiser(
 
     The flat run's checkpoint is only read by the annealing, so that it can be continued afterwards. start: weights to begin from.
     """
+    torch.manual_seed(2)
     unet = build_unet()
     if start is not None:
         unet.load_state_dict(type(unet).from_pretrained(start / "unet").float().state_dict())
@@ -400,36 +394,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="the finished pipeline, in diffusers' folder format")
     parser.add_argument("--from", dest="start", type=Path, help="finished weights whose parts are kept, and whose UNet is trained further")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--pictures", type=int, default=20_480, help="how many the UNet and the judge learn from")
-    parser.add_argument("--autoencoder-steps", type=int, default=1500)
-    parser.add_argument("--decoder-steps", type=int, default=0, help="of the decoder alone, on the finished encoder's latents")
+    parser.add_argument("--pictures", type=int, default=61_440, help="how many are rendered; the first 24,576 teach autoencoder and judge")
+    parser.add_argument("--autoencoder-steps", type=int, default=3000)
     parser.add_argument("--text-steps", type=int, default=900)
     help = "at a flat rate; an interrupted run keeps its last checkpoint, so that fewer can be made of many"
     parser.add_argument("--denoiser-steps", type=int, default=35_000, help=help)
     parser.add_argument("--annealing-steps", type=int, default=3000, help="the falling rate's, after the flat one's")
-    parser.add_argument("--judge-steps", type=int, default=2500)
+    parser.add_argument("--judge-steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32, help="pictures in a step of the UNet")
     options = parser.parse_args(arguments)
     work, device = options.work, options.device
     work.mkdir(parents=True, exist_ok=True)
+    paths = make_pictures(work, options.pictures, PICTURES_SEED)
+    some = paths[:SOME_FILES]
     if options.start is not None:
         pipe = load_pipeline(options.start, device="cpu", dtype=torch.float32)
         vae, tokenizer, encoder = pipe.vae.to(device), pipe.tokenizer, pipe.text_encoder.to(device).requires_grad_(False)
     else:
-        torch.manual_seed(0)
-        vae = train_autoencoder(work, device, options.autoencoder_steps, min(4096, options.pictures))
-        torch.manual_seed(0)
+        vae = train_autoencoder(work, device, options.autoencoder_steps, some)
         tokenizer, encoder = train_text_encoder(work, device, options.text_steps)
-    paths = make_pictures(work, options.pictures, PICTURES_SEED)
     data = make_latents(work, device, vae, paths)
-    if options.decoder_steps:
-        vae = train_decoder(work, device, vae, options.decoder_steps, paths, data)
-    torch.manual_seed(1)
     if options.start is not None and (options.start / "judge.safetensors").exists():
         judge = load_judge(options.start / "judge.safetensors")
     else:
-        judge = train_judge(work, vae, device, options.judge_steps, paths, data)
-    torch.manual_seed(2)
+        judge = train_judge(work, vae, device, options.judge_steps, some, data)
     kinds = {"start": options.start, "batch": options.batch}
     unet = train_denoiser(work, device, options.denoiser_steps, data, tokenizer, encoder, **kinds)
     if options.annealing_steps:
