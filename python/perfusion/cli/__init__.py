@@ -18,6 +18,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from perfusion.cli.threads import core_limit, set_threads
+
 __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS = {
@@ -143,6 +145,5 @@ def _forgiving_console() -> None:
 def main() -> None:
     _forgiving_console()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # models load from disk, in a moment
-    # OpenMP reads it when torch is loaded. Threads that wait by spinning take the cores from one another on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_threads(os.environ, core_limit())  # OpenMP reads them when torch is loaded
     app()
