@@ -94,8 +94,8 @@ def disassembled(library: Path, arch: str) -> Iterator[str]:
         raise RuntimeError(f"cuobjdump could not disassemble {library} for {arch}")
 
 
-def compiled(architectures: Sequence[str], jobs: int = 2) -> tuple[Path, dict]:
-    """The library, and what its build says of it: setup.py's compile_library."""
+def compiled(architectures: Sequence[str] = (), jobs: int = 2) -> tuple[Path, dict]:
+    """The library, of all architectures if none is named, and what its build says of it: setup.py's compile_library."""
     os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)
     os.environ["MAX_JOBS"] = str(jobs)
     return module("setup.py").compile_library()
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--arch", action="append", help="compute capability; default: " + " ".join(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    library, content = compiled(arguments.arch or ARCHITECTURES, arguments.jobs)
+    library, content = compiled(arguments.arch or (), arguments.jobs)
     kernels = kernels_of(library, content)
     write(kernels, content["cuda"])
     for complaint in complaints(kernels):
