@@ -89,7 +89,8 @@ def _fetch(repo: str, info: Any, revision: str | None, files: list[str], tell: C
     if missing:
         total, rest = sum(sizes[name] for name in files), sum(sizes[name] for name in missing)
         cached = "" if rest == total else f" of {size_text(total)}, the rest is in the cache"
-        tell(f"{repo}: fetching {len(missing)} file{'' if len(missing) == 1 else 's'}, {size_text(rest)}{cached} (revision {info.sha[:7]}).")
+        count = f"{len(missing)} file{'' if len(missing) == 1 else 's'}"
+        tell(f"{repo}: fetching {count}, {size_text(rest)}{cached} (revision {info.sha[:7]}).")
     folder = None
     for name in files:
         try:
