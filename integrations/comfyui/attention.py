@@ -24,7 +24,7 @@ from .concepts import Use, joined
 
 SAME = 0.999  # cosine of a token and a concept's word as it was encoded; half precision leaves more
 LAYERS_PER_BLOCK = 2  # of every Stable Diffusion UNet
-_EDITS, _MASK = "perfusion_edits", "perfusion_mask"  # in the options that ComfyUI hands to both patches of one block, and makes anew for each
+_EDITS, _MASK = "perfusion_edits", "perfusion_mask"  # in the options that both patches of a block get, and no other block
 
 
 def patch(model: Any, uses: Sequence[Use]) -> Any:
@@ -61,7 +61,8 @@ def _check(model: Any, blocks: dict[str, tuple[str, int, int]], base: Any) -> No
         except (AttributeError, IndexError, KeyError):
             found = None
         if found != (base.encoding_dim, base.layers[name]):
-            raise ValueError(f"the concept is made for {base}, and this model is another one: its layer {place} {number}.{index} does not fit.")
+            where = f"its layer {place} {number}.{index} does not fit."
+            raise ValueError(f"the concept is made for {base}, and this model is another one: {where}")
 
 
 class Edit:

@@ -45,7 +45,7 @@ def joined(*lists: Sequence[Loaded]) -> list[Loaded]:
     found: dict[str, Loaded] = {}
     for each in (each for part in lists for each in part):
         if each.name in found and found[each.name].concept is not each.concept:
-            raise ValueError(f"two concepts are called <{each.name}>. Rename one of the files: `perfusion inspect FILE` shows what is in it.")
+            raise ValueError(f"two concepts are called <{each.name}>, and prompts cannot tell them apart. Train one under another name.")
         found[each.name] = each
     first = next(iter(found.values()), None)
     for each in found.values():

@@ -41,7 +41,7 @@ def encode(clip: Any, concepts: Sequence[Loaded], text: str) -> list:
         found = _insert(tokens[key], words, padding[key][0][-1], _embeddings(clip, key))
         places.append(found)
     if any(other != places[0] for other in places):
-        raise ValueError("the text encoders read the concept's word at different places: an `embedding:` before it has more vectors for one.")
+        raise ValueError("an `embedding:` before the concept has more vectors for one text encoder than for the other: write it behind.")
     conditioning = _encode(clip, tokens)
     return [[cond, {**options, KEY: _uses(cond, prompt.mentions, places[0], loaded)}] for cond, options in conditioning]
 

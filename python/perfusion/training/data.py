@@ -69,7 +69,7 @@ def read_pictures(
     warned about. ValueError for no pictures, an unreadable one, a caption without the concept in it, or masks on some pictures
     only; FileNotFoundError for CLIPSeg weights that are not there, needed or not; a warning for fewer than 4 and for small ones.
     """
-    if isinstance(clipseg, (str, Path)) and not Path(clipseg).is_dir():
+    if isinstance(clipseg, (str, Path)) and not Path(clipseg).expanduser().is_dir():
         raise FileNotFoundError(f"no such CLIPSeg folder: {clipseg}. Give the folder that holds the weights, or leave it out.")
     sources, unused = find_sources(images)
     if tell is not None:

@@ -465,8 +465,8 @@ def _named(caption: str, name: str) -> str:
 
 def _backward(outputs: list[Tensor], gradients: list[Tensor | None]) -> None:
     """Send gradients on to what the outputs were made of; None for an output that nothing read."""
-    pairs = [(output, gradient.to(output.dtype)) for output, gradient in zip(outputs, gradients) if gradient is not None and output.requires_grad]
-    torch.autograd.backward(*zip(*pairs))
+    wanted = [(output, gradient) for output, gradient in zip(outputs, gradients) if gradient is not None and output.requires_grad]
+    torch.autograd.backward([output for output, _ in wanted], [gradient.to(output.dtype) for output, gradient in wanted])
 
 
 def _pick(encodings: Tensor, places: Tensor) -> Tensor:
