@@ -1,4 +1,4 @@
-"""Times of contestants that take turns, so that a busy moment or a clock that falls touches all of them."""
+"""Times of candidates that take turns, so that a busy moment or a clock that falls touches all of them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SHORTEST = 2e-4  # seconds a sample on a CPU should take, so that reading the cl
 
 
 @dataclasses.dataclass
-class Contestant:
+class Candidate:
     """Something to time: `call` does it once, inside `context`, which is entered outside the clock.
 
     check: gives what is compared with the truth, if that is not what `call` returns, from `call` and `calls`. `reason` says why it
-    cannot run, or is empty. on_graph: whether a CUDA graph of the call is a contestant too, where there is a GPU. calls: how many
+    cannot run, or is empty. on_graph: whether a CUDA graph of the call is a candidate too, where there is a GPU. calls: how many
     calls `call` makes; times are of one.
     """
 
@@ -34,7 +34,7 @@ class Contestant:
 
 @dataclasses.dataclass
 class Times:
-    """Samples in seconds, one per round; round k of every contestant was taken within the same moment."""
+    """Samples in seconds, one per round; round k of every candidate was taken within the same moment."""
 
     samples: torch.Tensor  # [rounds], float64
 
@@ -52,55 +52,55 @@ def quantiles(samples: torch.Tensor) -> tuple[float, float, float]:
 
 
 def interleave(
-    contestants: Sequence[Contestant], device: torch.device, *, seconds: float, rounds: tuple[int, int], clock: Callable[[], float]
+    candidates: Sequence[Candidate], device: torch.device, *, seconds: float, rounds: tuple[int, int], clock: Callable[[], float]
 ) -> list[Times]:
-    """One Times per contestant: rounds in a random order each, as many as `seconds` allow between the limits `rounds`.
+    """One Times per candidate: rounds in a random order each, as many as `seconds` allow between the limits `rounds`.
 
     On a GPU a sample is one call between two events, behind a write that empties the L2 cache and keeps the device busy
     while the call is issued. On a CPU it is as many calls as take a while, by `clock`, with whatever the caches hold.
     """
-    if not contestants:
+    if not candidates:
         return []
-    sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sampler(contestants, clock)
-    for contestant in contestants:  # warm up
-        sample(contestant)
-    samples: list[list[Callable[[], float]]] = [[] for _ in contestants]
-    order, chance, start = list(range(len(contestants))), random.Random(0), time.perf_counter()
+    sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sampler(candidates, clock)
+    for candidate in candidates:  # warm up
+        sample(candidate)
+    samples: list[list[Callable[[], float]]] = [[] for _ in candidates]
+    order, chance, start = list(range(len(candidates))), random.Random(0), time.perf_counter()
     while len(samples[0]) < rounds[1] and (len(samples[0]) < rounds[0] or time.perf_counter() - start < seconds):
         chance.shuffle(order)
         for number in order:
-            samples[number].append(sample(contestants[number]))
+            samples[number].append(sample(candidates[number]))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return [Times(torch.tensor([read() for read in each], dtype=torch.float64)) for each in samples]
 
 
-def _cuda_sampler(device: torch.device) -> Callable[[Contestant], Callable[[], float]]:
+def _cuda_sampler(device: torch.device) -> Callable[[Candidate], Callable[[], float]]:
     flush = torch.empty(FLUSH, dtype=torch.uint8, device=device)
 
-    def sample(contestant: Contestant) -> Callable[[], float]:
+    def sample(candidate: Candidate) -> Callable[[], float]:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with contestant.context():
+        with candidate.context():
             flush.fill_(1)
             begin.record()
-            contestant.call()
+            candidate.call()
             end.record()
-        return lambda: begin.elapsed_time(end) * 1e-3 / contestant.calls
+        return lambda: begin.elapsed_time(end) * 1e-3 / candidate.calls
 
     return sample
 
 
-def _cpu_sampler(contestants: Sequence[Contestant], clock: Callable[[], float]) -> Callable[[Contestant], Callable[[], float]]:
+def _cpu_sampler(candidates: Sequence[Candidate], clock: Callable[[], float]) -> Callable[[Candidate], Callable[[], float]]:
     calls: dict[str, int] = {}
 
-    def sample(contestant: Contestant) -> Callable[[], float]:
-        count = calls.get(contestant.provider, 1)
-        with contestant.context():
+    def sample(candidate: Candidate) -> Callable[[], float]:
+        count = calls.get(candidate.provider, 1)
+        with candidate.context():
             start = clock()
             for _ in range(count):
-                contestant.call()
+                candidate.call()
             found = (clock() - start) / count
-        calls.setdefault(contestant.provider, max(1, round(SHORTEST / max(found, 1e-9))))
-        return lambda: found / contestant.calls
+        calls.setdefault(candidate.provider, max(1, round(SHORTEST / max(found, 1e-9))))
+        return lambda: found / candidate.calls
 
     return sample

@@ -16,7 +16,7 @@ import torch
 
 from bench import rows
 from bench.measure import Options
-from bench.timing import Contestant, interleave
+from bench.timing import Candidate, interleave
 
 COMMANDS = {
     "import torch": "import torch",
@@ -51,11 +51,11 @@ def measured(options: Options) -> Iterator[dict[str, Any]]:
             reasons[name] = ran.stderr.strip().splitlines()[-1] if ran.stderr.strip() else f"status {ran.returncode}"
         else:
             peaks[name] = 1024 * int(ran.stdout.split()[-1])
-            admitted.append(Contestant(name, process(code)))
+            admitted.append(Candidate(name, process(code)))
     rounds = (2, 2) if options.quick else options.rounds
     cpu = torch.device("cpu")
     timed = interleave(admitted, cpu, seconds=options.seconds * len(admitted), rounds=rounds, clock=children)
-    times = dict(zip((contestant.provider for contestant in admitted), timed))
+    times = dict(zip((candidate.provider for candidate in admitted), timed))
     for name in COMMANDS:
         row = {
             "suite": "startup", "case": "a fresh process", "provider": name, "dtype": "none", "shapes": {}, **rows.provenance("cpu"),

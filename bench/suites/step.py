@@ -18,7 +18,7 @@ from bench import rows
 from bench.measure import Options
 from bench.providers import quiet
 from bench.suites.training import SD15, own_modules
-from bench.timing import Contestant, interleave
+from bench.timing import Candidate, interleave
 from perfusion.base import describe_base
 from perfusion.handle import attach
 from perfusion.models import load_pipeline
@@ -63,11 +63,11 @@ def _rows(name: str, pipe: Any, side: int, options: Options) -> Iterator[dict[st
     same = torch.equal(results["stock"], results["attached"])
     near = torch.allclose(results["personalised"], results["hooks"], atol=1e-3, rtol=1e-2)
     gates = {"stock": True, "attached": same, "personalised": near, "hooks": near}
-    contestants = [Contestant(provider, steps[provider]) for provider in steps if gates[provider]]
+    candidates = [Candidate(provider, steps[provider]) for provider in steps if gates[provider]]
     clock = {"wall": time.perf_counter, "process": time.process_time}[options.clock]
     with quiet(), torch.no_grad():
-        timed = interleave(contestants, device, seconds=options.seconds * len(contestants), rounds=options.rounds, clock=clock)
-    times = {contestant.provider: each for contestant, each in zip(contestants, timed)}
+        timed = interleave(candidates, device, seconds=options.seconds * len(candidates), rounds=options.rounds, clock=clock)
+    times = {candidate.provider: each for candidate, each in zip(candidates, timed)}
     common = {
         "suite": "step", "case": f"{name}, 2 rows", "dtype": "float32", "quick": options.quick, "load": rows.load(),
         "shapes": dict(R=2, T=77, D=base.encoding_dim, O=base.outputs, layers=len(base.layers), side=side), **rows.provenance(str(device)),

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench.measure import Options, Problem
 from bench.plain_training import ExpertSession, PlainSession
-from bench.timing import Contestant
+from bench.timing import Candidate
 from perfusion.base import describe_base
 from perfusion.covariance import Covariance, get_covariance
 from perfusion.models import load_pipeline
@@ -60,7 +60,7 @@ def tiny() -> tuple[Any, Covariance, int]:
     return pipe, covariance_of(pipe), 16
 
 
-COMPILED = ("toybox",)  # where torch.compile of the UNet is a contestant too: on a CPU it takes minutes
+COMPILED = ("toybox",)  # where torch.compile of the UNet is a candidate too: on a CPU it takes minutes
 MODELS: dict[str, Callable[[], tuple[Any, Covariance, int]]] = {"toybox": toybox, "sd15": sd15}
 SESSIONS = {"ours": TrainingSession, "ours compile": TrainingSession, "plain": PlainSession, "expert": ExpertSession}
 
@@ -106,18 +106,18 @@ def problem(name: str, make: Callable[[], tuple[Any, Covariance, int]], batch: i
 
     cast_all(pipe, torch.float32)
     pipe.to(options.device)
-    contestants = []
+    candidates = []
     truth = exact(), plain()  # before the sessions, whose learned vectors stay as they are
     for provider, kind in SESSIONS.items():
         compile = provider.endswith("compile")
         if compile and name not in COMPILED:
             continue
         session = stack.enter_context(new(kind, compile))
-        contestants.append(Contestant(provider, session.train_step, check=lambda *_, session=session: gradients(session)))
+        candidates.append(Candidate(provider, session.train_step, check=lambda *_, session=session: gradients(session)))
     layers = describe_base(pipe)
     shapes = dict(R=batch, captions=len(config.instance_prompts), T=77, D=layers.encoding_dim, O=layers.outputs, layers=len(layers.layers))
     index = torch.zeros(1, 1, dtype=torch.int32, device=options.device)
-    return Problem(f"{name}, {batch} pictures", shapes, torch.float32, index, lambda: truth[0], lambda: truth[1], contestants)
+    return Problem(f"{name}, {batch} pictures", shapes, torch.float32, index, lambda: truth[0], lambda: truth[1], candidates)
 
 
 def own_modules(pipe: Any) -> Any:
