@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench import roofline, rows
 from bench.providers import CALLS, attempt, quiet, with_graphs
-from bench.timing import FLUSH, Candidate, interleave
+from bench.timing import FLUSH, Candidate, facts, interleave
 from tests.kernels.tolerance import Exact, assert_no_worse
 
 
@@ -90,13 +90,9 @@ def measure(suite: str, problem: Problem, options: Options) -> Iterator[dict[str
         if mine is None:
             yield {**row, "gate": "not passed", "reason": reasons[candidate.provider]}
             continue
-        low, middle, high = (round(1e6 * value, 3) for value in mine.quantiles())
-        ratios = {name: [round(value, 4) for value in mine.ratio(other)] for name, other in times.items() if other is not mine}
         yield {
-            **row, "gate": "passed", "median_us": middle, "p20_us": low, "p80_us": high, "repeats": len(mine.samples),
-            "calls": candidate.calls, "l2": "cold" if on_gpu else "warm", "clock": "cuda events" if on_gpu else options.clock,
-            "ratios": ratios,
-            **(_rates(common, middle) if on_gpu else {}),
+            **row, "gate": "passed", **facts(times, candidate.provider), "calls": candidate.calls, "l2": "cold" if on_gpu else "warm",
+            "clock": "cuda events" if on_gpu else options.clock, **(_rates(common, 1e6 * mine.quantiles()[1]) if on_gpu else {}),
         }  # fmt: skip
 
 

@@ -209,7 +209,7 @@ def predicted_kernels(rows: Rows) -> Rows:
 
 PLOTTED: dict[str, tuple[Callable[[Any, Rows], None], Callable[[Rows], Rows], tuple[float, float]]] = {
     "storage": (storage, lambda rows: [row for row in rows if row["suite"] == "storage"], (9, 2.8)),
-    "training": (ratios, lambda rows: [row for row in rows if row["suite"] == "training"], (7, 2.2)),
+    "train": (ratios, lambda rows: [row for row in rows if row["suite"] == "train"], (7, 2.2)),
     "startup": (startup, lambda rows: [row for row in rows if row["suite"] == "startup"], (7, 2.6)),
     "tenants": (tenants, lambda rows: [row for row in rows if row["suite"] == "model" and "tenants" in row], (10, 3)),
     "capacity": (capacity, lambda rows: [row for row in rows if row["suite"] == "model" and "tenants" not in row], (10, 3.4)),

@@ -1,7 +1,7 @@
 """Tables of ratios, from rows of bench/run.py and nothing else.
 
     python bench/report.py bench/results/*.jsonl                     # against the expert baseline
-    python bench/report.py --against plain bench/results/training.jsonl
+    python bench/report.py --against plain bench/results/train.jsonl
     python bench/report.py --page docs/benchmarks.md                 # writes the page's tables anew
 
 A cell is the median, over rounds, of a candidate's time divided by the baseline's in the same round: below 1 is faster. A

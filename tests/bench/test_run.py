@@ -46,7 +46,7 @@ MUST_RUN = {
     "attention": {"reference", "eager", "compile", "expert", "sdpa flash", "sdpa math"},
     "fused": {"reference", "eager", "compile", "expert", "sdpa flash", "sdpa math"},
     "layer": {"reference", "expert addmm", "eager", "compile", "expert", "sdpa flash", "sdpa math", "diffusers"},
-    "training": {"ours", "plain", "expert"},
+    "train": {"ours", "plain", "expert"},
     "export": {"torch", "torch, K and V", "onnxruntime", "onnxruntime, by layer"},
 }
 
@@ -64,7 +64,7 @@ def test_every_suite_runs_in_small(suite, folder):
             assert row["l2"] == "warm"
         else:
             assert row["gate"] == "not passed" and len(row["reason"]) > 10 and not row.keys() & TIMED
-        if suite not in ("training", "export"):
+        if suite not in ("train", "export"):
             assert row["bytes"] > 0 and row["flops"] > 0 and row["floor_us"] > 0
     for case in cases:
         ran = {row["provider"] for row in found if row["case"] == case and row["gate"] == "passed"}

@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench.measure import Options, Problem
 from bench.plain_training import ExpertSession, PlainSession
+from bench.suites.pipelines import SD15
 from bench.timing import Candidate
 from perfusion.base import describe_base
 from perfusion.covariance import Covariance, get_covariance
@@ -28,11 +29,6 @@ from perfusion.training.data import Picture
 from perfusion.training.session import TrainingSession
 from tests.perfusion.learning import SUPERCLASS, covariance_of
 from tests.perfusion.tiny import tiny_sd
-
-SD15 = dict(
-    block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, norm_num_groups=32, attention_head_dim=8,
-    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-)  # fmt: skip
 
 
 def toybox() -> tuple[Any, Covariance, int]:
