@@ -13,7 +13,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def core_limit(root: Path = CGROUPS) -> int | None:
-    """Cores that a container may use at a time, by its cgroup (version 2, then 1) under `root`; None without a limit or on other systems."""
+    """Cores that a container may use at a time, by its cgroup (version 2, then 1); None without a limit or elsewhere."""
     try:
         if (root / "cpu.max").exists():
             quota, period = (root / "cpu.max").read_text().split()

@@ -21,7 +21,7 @@ from .world import Instances, Pictures
 SIZE, CELLS = 64, 16  # pixels that the judge looks at, and cells of its masks, each way
 PICTURE_LABELS = {"scene": tuple(SCENES), "relation": RELATIONS, "style": STYLES, "size": SIZES}
 THING_LABELS = {"colour": tuple(COLOURS), "pattern": PATTERNS}
-FEATURES, ATTRIBUTE_TARGETS, DISCRIMINANTS = 128, 18, 32
+FEATURES, ATTRIBUTE_TARGETS = 128, 18
 
 
 class Block(nn.Sequential):
@@ -83,7 +83,7 @@ class Judge(nn.Module):
         self.things = nn.Linear(96 + len(OBJECTS), len(OBJECTS))
         self.picture_labels = nn.ModuleDict({name: nn.Linear(96, len(words)) for name, words in PICTURE_LABELS.items()})
         self.register_buffer("class_means", torch.zeros(len(OBJECTS), FEATURES))
-        self.register_buffer("discriminants", torch.eye(FEATURES)[:, :DISCRIMINANTS])
+        self.register_buffer("discriminants", torch.eye(FEATURES))
 
     def forward(self, images: Tensor) -> Verdict:
         images = F.avg_pool2d(images, images.shape[-1] // SIZE) if images.shape[-1] > SIZE else images
@@ -126,7 +126,7 @@ class Judge(nn.Module):
         return self.see(images, object_class)[0]
 
     def features(self, images: Tensor, object_class: Tensor | int | None = None) -> Tensor:
-        """Unit features [B, n] of the thing, by which its class's instances differ: their products are similarities."""
+        """Unit features [B, 128] of the thing, by which its class's instances differ: their products are similarities."""
         seen, thing = self.see(images, object_class)
         kind = seen["object"] if object_class is None else torch.as_tensor(object_class).expand(len(images))
         return F.normalize((thing.features - self.class_means[kind]) @ self.discriminants, dim=1)
@@ -145,7 +145,7 @@ class Judge(nn.Module):
         values, vectors = torch.linalg.eigh(within + 1e-3 * within.diagonal().mean() * torch.eye(FEATURES))
         whiten = vectors / values.sqrt()
         spread, directions = torch.linalg.eigh(whiten.T @ between @ whiten)
-        spread, directions = spread.flip(0)[:DISCRIMINANTS].clamp(min=0), directions.flip(1)[:, :DISCRIMINANTS]
+        spread = spread.clamp(min=0)
         self.class_means = means.float()
         self.discriminants = (whiten @ directions * (spread / (1 + spread))).float()
 
