@@ -1,5 +1,7 @@
 """Memory reckoned before the start, against what autograd really saves."""
 
+import re
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -7,6 +9,7 @@ from typer.testing import CliRunner
 from perfusion import cli, memory
 from perfusion.checkpoint_file import configuration
 from perfusion.memory import Parts, saved_by_backward, total, training
+from perfusion.models import TOYBOX, load_pipeline
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 from tests.stand_in import save_model
 
@@ -50,3 +53,16 @@ def test_info_says_what_a_model_is(tmp_path):
     for text in ("family       a custom model, predicts epsilon", "4 cross-attention layers, 40 outputs; text width 16", "16 x 16 pixels",
                  "float32", "bfloat16", "--low-memory", "ok  perfusion train"):  # fmt: skip
         assert text in result.stdout, (text, result.stdout)
+
+
+def test_info_of_the_built_in_model():
+    """Small numbers are numbers: 0 M and 0.0 GB say nothing."""
+    result = CliRunner().invoke(cli.app, ["info", "toybox"], prog_name="perfusion")
+    assert result.exit_code == 0, result.output
+    parts = re.search(r"parameters   UNet ([\d.]+) M, text encoders ([\d.]+) M, VAE ([\d.]+) M", result.stdout)
+    pipe = load_pipeline("toybox", device="cpu")
+    for said, part in zip(parts.groups(), (pipe.unet, pipe.text_encoder, pipe.vae)):
+        assert float(said) == pytest.approx(sum(parameter.numel() for parameter in part.parameters()) / 1e6, rel=0.05)
+    assert not re.search(r"\b0(\.0+)? (M|KB|MB|GB)\b", result.stdout), result.stdout
+    weights = sum(path.stat().st_size for path in TOYBOX.rglob("*.safetensors"))
+    assert f"on disk      {weights / 1e6:.1f} MB" in result.stdout
