@@ -4,9 +4,9 @@ With the gate g(e) replaced by κ c(e), which is linear in the encoding e, the e
 
     W_V e − c W_V i* + κ c o*_V = (W_V + up downᵀ) e,   down = m / ε,   up_V = κ o*_V − W_V i*,   up_K = κ W_K s − W_K i*
 
-(c = m·e / ε; the key lock makes o*_K of s). κ is fitted on a caption corpus: the mean of (g − κ c)² at the concept's word, plus that at all other
-tokens, is least at κ = (⟨g c⟩ + ⟨g c⟩) / (⟨c²⟩ + ⟨c²⟩). Tokens counted alike would have the many others outvote the word: identity is lost.
-What is lost is the gate: it is nearly shut at all other words, where κ c is merely small.
+(c = m·e / ε; the key lock makes o*_K of s). κ is fitted on a caption corpus: the mean of (g − κ c)² at the concept's word plus that at all
+other tokens is least at κ = (⟨g c⟩ + ⟨g c⟩) / (⟨c²⟩ + ⟨c²⟩). Were all tokens to count alike, the many others would outvote the word. What
+is lost is the gate: it is nearly shut at all other words, where κ c is merely small.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def fit_scale(concept: Concept, pipe: Any, *, captions: int = CAPTIONS) -> Fit:
 
 
 def _known_words(caption: str, tokenizer: Any) -> str:
-    """A caption without the words that its tokenizer takes to pieces: a model of a small world reads those as letters, which mean nothing to it."""
+    """A caption without the words that its tokenizer takes to pieces: to a model of a small world those are letters that mean nothing."""
     words = re.findall(r"[\w'-]+", caption)
     return " ".join(word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) == 1)
 
