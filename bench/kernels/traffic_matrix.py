@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 import torch  # noqa: E402
 
-from bench import floors  # noqa: E402
+from bench import roofline  # noqa: E402
 from tests.cuda_host.build import build_module  # noqa: E402
 from tests.cuda_host.host import Host  # noqa: E402
 from tests.kernels import cases  # noqa: E402
@@ -61,7 +61,7 @@ class Cell:
         return self.moved / self.least
 
 
-def run(host: Host, chip: str, case: str, operator: str, arguments: dict, launches: dict[str, floors.Work], *given) -> list[Cell]:
+def run(host: Host, chip: str, case: str, operator: str, arguments: dict, launches: dict[str, roofline.Work], *given) -> list[Cell]:
     """One call, whose launches are named with what each must move at least."""
     machine = CHIPS[chip]
     host.configure(**vars(machine))
@@ -74,14 +74,14 @@ def run(host: Host, chip: str, case: str, operator: str, arguments: dict, launch
     ]
 
 
-def layer_cells(host: Host, chip: str, layer: floors.Layer, D: int) -> Iterator[Cell]:
+def layer_cells(host: Host, chip: str, layer: roofline.Layer, D: int) -> Iterator[Cell]:
     """The operators of one cross-attention layer, all places of all rows used."""
     N, C, H, d = layer.N, layer.C, layer.H, layer.d
     case = f"N = {N}, C = {C}, d = {d}, D = {D}"
     one = cases.make(B, T, D, J, B * J + 1, H, d, N, channels=C, dtype=torch.float16, full=True)
     for operator in ("edited_attention", "fused_edited_attention"):
         arguments = one.arguments(operator)
-        yield from run(host, chip, case, operator, arguments, {operator: floors.of(operator, arguments)})
+        yield from run(host, chip, case, operator, arguments, {operator: roofline.of(operator, arguments)})
 
 
 def model_cells(host: Host, chip: str, D: int, O: int) -> Iterator[Cell]:
@@ -90,11 +90,11 @@ def model_cells(host: Host, chip: str, D: int, O: int) -> Iterator[Cell]:
     one = cases.make(B, T, D, J, B * J + 1, 1, O, 1, channels=1, dtype=torch.float16, full=True)
     for operator in ("concept_gates", "edited_projection"):
         arguments = one.arguments(operator)
-        yield from run(host, chip, case, operator, arguments, {operator: floors.of(operator, arguments)})
+        yield from run(host, chip, case, operator, arguments, {operator: roofline.of(operator, arguments)})
     host.configure(**vars(CHIPS[chip]))
     splits = host.projection_workspace_bytes(**arguments) // (4 * B * T * D)
     names = "encodings_gradient", "sum_of_splits", "coefficients_gradient", "tables_gradient"
-    works = floors.edited_projection_backward_launches(B=B, T=T, D=D, O=O, J=J, splits=splits)
+    works = roofline.edited_projection_backward_launches(B=B, T=T, D=D, O=O, J=J, splits=splits)
     needs = "encodings", "gates", "components", "outputs", "projected_targets"
     gradient = torch.randn(B, T, O).half()
     launches = {f"edited_projection_backward, {name}": work for name, work in zip(names, works)}
@@ -102,7 +102,7 @@ def model_cells(host: Host, chip: str, D: int, O: int) -> Iterator[Cell]:
 
 
 def cells(host: Host, chip: str, model: str) -> Iterator[Cell]:
-    layers, D = floors.UNETS[model], floors.TEXT_WIDTHS[model]
+    layers, D = roofline.UNETS[model], roofline.TEXT_WIDTHS[model]
     yield from model_cells(host, chip, D, min(COLUMNS, sum(layer.count * layer.C for layer in layers)))
     for layer in layers:
         yield from layer_cells(host, chip, layer, D)
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     build_module()
-    pairs = [(chip, model) for model in floors.UNETS for chip in CHIPS]
+    pairs = [(chip, model) for model in roofline.UNETS for chip in CHIPS]
     with ProcessPoolExecutor(arguments.jobs) as pool:
         write([cell for found in pool.map(measured, *zip(*pairs)) for cell in found])
 
