@@ -58,7 +58,7 @@ numeric: $(VENV)/.installed-test ## the numeric tests as on each kind of process
 test-gpu: $(VENV)/.installed-test ## the tests of the kernels on an NVIDIA GPU, with the compiled library
 	$(say) 'Running the tests of the kernels on the GPU'
 	@PERFUSION_CUDA=1 $(BIN)/python $(install) --editable '.[test]'
-	@$(BIN)/python -m pytest -q -m 'not proof' -k 'cuda or gpu' tests/kernels --junitxml build/gpu.xml $(ARGS)
+	@$(BIN)/python -m pytest -q -m 'not proof' -k 'cuda-cuda or triton-cuda or gpu' tests/kernels --junitxml build/gpu.xml $(ARGS)
 
 coverage: $(VENV)/.installed-test ## which lines the tests of `make test` run
 	@$(pytest) --dist loadfile -m 'not proof' --cov --cov-report term --cov-report html:build/coverage $(ARGS)
