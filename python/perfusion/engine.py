@@ -28,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from perfusion.attention_processor import FUSED, SCHEDULE, SLOTS, STOCK, AttentionState, ConceptAttnProcessor
 from perfusion.base import UnsupportedPipeline, cross_attention_layers, layer_width
 from perfusion.batched_projection import BatchedProjection, obstacle
+from perfusion.denoiser_call import DenoiserCall, load
 from perfusion.edit import RowSettings, Tables, edit_encodings, gates_of, spread
 from perfusion.layer_state import offloaded_block, projection_stamp
 from perfusion.loaded_concept import LoadedConcept, Schedule, value_at
@@ -101,7 +102,7 @@ class Engine:
 
     def __init__(self, unet: torch.nn.Module):
         self._unet = weakref.ref(unet)
-        self.layers = cross_attention_layers(unet)
+        self.layers, self._call = cross_attention_layers(unet), DenoiserCall(unet)
         self.clients: list[Client] = []
         self.state = AttentionState()
         self.slots: Slots | None = None
@@ -113,6 +114,7 @@ class Engine:
         self._processors: list[tuple[Any, ConceptAttnProcessor]] = []
         self._batched: BatchedProjection | None = None
         self._stamp: tuple[Any, ...] = ()
+        self._text_stamp: tuple[Any, ...] = ()
         self._plans: Any = WeakTensorKeyDictionary()
         self._numbers = itertools.count()
         self._index: dict[int, Tensor] = {}
@@ -222,7 +224,7 @@ class Engine:
             self._hooks.asleep = True  # those on to_k and to_v, which are called here
             plan, before = self._plan(encodings), self.step
             if not plan.rows:
-                return self._project(encodings, encodings)
+                return self._project(*[self._call.text(encodings)] * 2)
             try:
                 self.step = step
                 distinct = list(dict.fromkeys(plan.contents))
@@ -239,8 +241,8 @@ class Engine:
         self._lock.acquire()
         self._depth += 1
         self.state.form, self._hooks.asleep = STOCK, True
-        encodings = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-        if not isinstance(encodings, Tensor) or not any(client.has_concepts() for client in self.clients):
+        encodings = self._call.encodings(args, kwargs)
+        if encodings is None or not any(client.has_concepts() for client in self.clients):
             self._count(STOCK, "no concept is loaded")
             return
         plan = self._plan(encodings)
@@ -248,10 +250,10 @@ class Engine:
             self._count(STOCK, "no row of the batch has a concept")
             return
         if plan.scheduled:
-            self._count_step(kwargs.get("timestep", args[1] if len(args) > 1 else None))
-        reason = self._obstacle(plan, encodings, kwargs)
+            self._count_step(self._call.argument("timestep", args, kwargs))
+        reason = self._obstacle(plan, encodings) or self._call.mask_obstacle(args, kwargs, encodings)
         if reason is None:
-            self._fast(plan, encodings, kwargs.get("sample", args[0] if args else None))
+            self._fast(plan, encodings, self._call.size(args, kwargs), self._call.padding(args, kwargs, encodings))
         else:
             self._compatible(plan, encodings, reason)
 
@@ -268,7 +270,10 @@ class Engine:
             self._warned.add("processors")
             warnings.warn(f"perfusion goes on with hooks on to_k and to_v: {reason}.", stacklevel=2)
         self._hooks.asleep = False
-        if plan.scheduled:
+        if self._call.projects and torch.is_grad_enabled() and getattr(self.unet, "is_gradient_checkpointing", False):
+            raise ValueError("a checkpointed layer runs again when its text is forgotten: call disable_gradient_checkpointing() first.")
+        if plan.scheduled or self._text_stamp != (stamp := self._call.stamp()):
+            self._text_stamp = self._call.stamp() if plan.scheduled else stamp
             self._hooks.forget()
         self._count("hooks", reason)
         self._hooks.begin(encodings)
@@ -377,7 +382,7 @@ class Engine:
         block = offloaded_block(self.unet)
         return None if block is None else f"{block} is offloaded as a block"
 
-    def _obstacle(self, plan: _Plan, encodings: Tensor, kwargs: dict[str, Any]) -> str | None:
+    def _obstacle(self, plan: _Plan, encodings: Tensor) -> str | None:
         """Why a batch takes the compatibility path, or None."""
         if not self._processors:
             self.follow()
@@ -385,8 +390,6 @@ class Engine:
             return "exact=True, and some rows have no concept"
         if torch.is_grad_enabled() and (encodings.requires_grad or getattr(self.unet, "is_gradient_checkpointing", False)):
             return "gradients of the encodings, or checkpointed ones, are wanted"
-        if kwargs.get("encoder_attention_mask") is not None:
-            return "the batch has a text mask"
         if self._processors_replaced() or not self._processors:
             return self._blocked()
         self._follow_weights(encodings.device.type)
@@ -395,7 +398,7 @@ class Engine:
     def _follow_weights(self, kind: str) -> None:
         """Everything that was made from the layers' weights, anew where these have changed. kind: of the device."""
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        stamp = (autocast, *projection_stamp(list(self.layers.values())))
+        stamp = (autocast, *projection_stamp(list(self.layers.values())), *self._call.stamp())
         if stamp != self._stamp:
             self._stamp, self._batched = stamp, None
             self._closed = self._blocked()
@@ -405,9 +408,11 @@ class Engine:
 
     # the fast path
 
-    def _fast(self, plan: _Plan, encodings: Tensor, sample: Tensor | None) -> None:
+    def _fast(self, plan: _Plan, encodings: Tensor, size: tuple[int, int], padding: Tensor | None) -> None:
         with torch.no_grad():
-            if self._changed >= CHANGING and self._batched is not None and not (plan.regional or plan.locked):
+            masked = plan.regional or padding is not None
+            fusable = self._batched is not None and not self._batched.biased and not (masked or plan.locked)
+            if self._changed >= CHANGING and fusable:
                 self._fuse(plan, encodings)
                 form, reason = FUSED, "the encodings change at every step"
             elif plan.scheduled and not plan.locked:
@@ -418,12 +423,12 @@ class Engine:
                 self._write(plan, encodings)
                 form, reason = SLOTS, "the prompt stays the same over the steps"
             self.state.query_regions = self.state.key_regions = None
-            if plan.regional:
-                size = tuple(sample.shape[-2:])
-                if plan.regions[:1] != (size,):
+            if masked:
+                if not plan.regions or plan.regions[0] != size or plan.regions[1] is not padding:
                     queries = query_regions(plan.rows, len(encodings), size, encodings.device)
-                    plan.regions = (size, queries, key_regions(plan.rows, encodings.shape[:2], encodings.device))
-                self.state.query_regions, self.state.key_regions = plan.regions[1:]
+                    keys = key_regions(plan.rows, encodings.shape[:2], encodings.device, padding)
+                    plan.regions = (size, padding, queries, keys)
+                self.state.query_regions, self.state.key_regions = plan.regions[2:]
         self._count(form, reason)
         self.state.form = form
         for _, own in self._processors:
@@ -484,23 +489,24 @@ class Engine:
     def _edited(self, plan: _Plan, encodings: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Edited K and V [n, T, O] of some rows."""
         settings, tables = self._rows(plan, rows, encodings.device), self._tables(plan, encodings.device)
-        edited = edit_encodings(encodings[rows].detach(), tables, settings)
+        text = self._call.text(encodings)
+        edited = edit_encodings(text[rows].detach(), tables, settings)
         for place, row in enumerate(rows):
             request = plan.rows.get(row)
             if request is not None and request.key_encoding is not None:
-                edited.keys[place] = request.key_encoding.to(edited.keys)
+                edited.keys[place] = self._call.row(request.key_encoding, encodings).to(edited.keys)
                 if edited.key_gates is not None:
                     edited.key_gates[place] = 0
         if self._batched is not None:
-            return self._batched.keys_values(edited, encodings.dtype, tables, settings.index)
-        keys, values = self._project(edited.keys.to(encodings.dtype), edited.values.to(encodings.dtype))
+            return self._batched.keys_values(edited, text.dtype, tables, settings.index)
+        keys, values = self._project(edited.keys.to(text.dtype), edited.values.to(text.dtype))
         values = values + spread(edited.gates, tables.value_outputs, settings.index).to(values)
         if edited.key_gates is not None:
             keys = keys + spread(edited.key_gates, tables.key_outputs, settings.index).to(keys)
         return keys, values
 
     def _unedited(self, plan: _Plan, encodings: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
-        chosen = encodings[rows].detach()
+        chosen = self._call.text(encodings)[rows].detach()
         return self._project(chosen, chosen)
 
     def _fill(self, plan: _Plan, encodings: Tensor, kind: tuple[str, int], compute: Any) -> None:
@@ -545,8 +551,11 @@ class Engine:
         if self._tables_of is plan:
             return
         tables = self._tables(plan, encodings.device)
-        targets, superclasses = (table[None].to(encodings.dtype) for table in (tables.targets, tables.superclasses))
-        keys, values = self._project(torch.cat([targets, superclasses], 1), targets)
+        dtype = self._call.text(encodings).dtype
+        targets, superclasses = (table[None].to(dtype) for table in (tables.targets, tables.superclasses))
+        zero = torch.zeros_like(targets[:, :1])  # what a bias adds is no part of W i* and W s
+        projected = self._project(torch.cat([targets, superclasses, zero], 1), torch.cat([targets, zero], 1))
+        keys, values = (table[:, :-1] - table[:, -1:] for table in projected)
         count = len(plan.names)
         outputs = keys[0, count:]
         if tables.unlocked is not None:
@@ -576,7 +585,7 @@ class Engine:
             count, where = len(chosen), chosen
         settings = self._rows(plan, chosen, encodings.device)
         with torch.autocast(encodings.device.type, enabled=False):
-            gates, components = gates_of(encodings[chosen].detach(), self._tables(plan, encodings.device), settings)
+            gates, components = gates_of(self._call.text(encodings)[chosen].detach(), self._tables(plan, encodings.device), settings)
         state, shape, at = self.state, (count, *gates.shape[1:]), torch.tensor(where, device=gates.device)
         if state.gates is None or state.gates.shape != shape or state.gates.device != gates.device:
             with torch.inference_mode(False):
@@ -591,7 +600,7 @@ class Engine:
         self._show_tables(plan, encodings)
         settings = self._rows(plan, range(len(encodings)), encodings.device)
         with torch.autocast(encodings.device.type, enabled=False):
-            gates, components = gates_of(encodings.detach(), self._tables(plan, encodings.device), settings)
+            gates, components = gates_of(self._call.text(encodings).detach(), self._tables(plan, encodings.device), settings)
         self.state.gates, self.state.components, self.state.index = gates, components, settings.index
         self._gates_of = self._shown = None
 
@@ -599,9 +608,7 @@ class Engine:
         """K and V [n, T, O] of all layers: two products, or to_k and to_v of every layer called once, with all that is attached to them."""
         if self._batched is not None:
             return self._batched.plain(keys, values)
-        hook = getattr(self.unet, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(self.unet)  # accelerate loads the UNet when it is called; that is now
+        load(self.unet)
         pairs = [(layer.to_k(keys), layer.to_v(values)) for layer in self.layers.values()]
         return torch.cat([key for key, _ in pairs], -1), torch.cat([value for _, value in pairs], -1)
 
@@ -615,9 +622,11 @@ class Engine:
         if not plan.rows:
             return None
         rows = list(plan.rows)
-        key_rows = {row: request.key_encoding for row, request in plan.rows.items() if request.key_encoding is not None}
+        locked = {row: request.key_encoding for row, request in plan.rows.items() if request.key_encoding is not None}
+        key_rows = {row: self._call.row(encoding, encodings) for row, encoding in locked.items()}
         tables = self._tables(plan, encodings.device)
-        return hook_edit(encodings, torch.tensor(rows, device=encodings.device), tables, self._rows(plan, rows, encodings.device), key_rows)
+        settings = self._rows(plan, rows, encodings.device)
+        return hook_edit(self._call.text(encodings), torch.tensor(rows, device=encodings.device), tables, settings, key_rows)
 
 
 def _is_schedule(value: Schedule) -> bool:

@@ -20,11 +20,13 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 IMAGE_SIZE = 16  # pixels per side; latents are 8 x 8
 
@@ -226,4 +228,45 @@ def tiny_sdxl(
             scheduler=_scheduler(prediction_type),
             add_watermarker=False,
         )
+    return _finish(pipe, dtype)
+
+
+def tiny_t5_tokenizer(length: int = 300) -> T5Tokenizer:
+    """A T5 tokenizer that knows `WORDS`, each one token, and letters; "teddy bear" are two tokens, "armadillo" nine."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -3.0)]
+    pieces += [(f"▁{word}", -1.0 - number / 1000) for number, word in enumerate(dict.fromkeys(WORDS))]
+    known = {piece for piece, _ in pieces}
+    pieces += [(letter, -10.0) for letter in map(chr, range(33, 127)) if letter not in known]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
+
+
+def _t5(tokenizer: T5Tokenizer, width: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=width // 2, d_ff=2 * width, num_layers=2, num_heads=2,
+                 feed_forward_proj="gated-gelu", dropout_rate=0.0)
+    )  # fmt: skip
+
+
+def tiny_pixart(
+    kind: type = PixArtSigmaPipeline, *, width: int = 24, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides
+) -> PixArtSigmaPipeline:
+    """A PixArt-shaped pipeline on the CPU: a T5 encoder of `width`, and a transformer that projects its output to D = 16.
+
+    kind: `PixArtSigmaPipeline` or `PixArtAlphaPipeline`. overrides: of the PixArtTransformer2DModel configuration. Three
+    cross-attention layers, 16 wide, of 2 heads, whose projections have biases; it predicts the noise and its variance.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_t5_tokenizer()
+        config = dict(
+            sample_size=IMAGE_SIZE // 2, num_layers=3, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4,
+            out_channels=8, cross_attention_dim=16, caption_channels=width, num_embeds_ada_norm=1000,
+        )  # fmt: skip
+        transformer = PixArtTransformer2DModel(**{**config, **overrides})
+        torch.nn.init.normal_(transformer.proj_out.weight, std=0.5)
+        for block in transformer.transformer_blocks:
+            for part in (block.attn2.to_k, block.attn2.to_v):
+                torch.nn.init.normal_(part.bias, std=0.5)
+        pipe = kind(tokenizer=tokenizer, text_encoder=_t5(tokenizer, width), vae=_vae(), transformer=transformer,
+                    scheduler=_scheduler("epsilon"))  # fmt: skip
     return _finish(pipe, dtype)

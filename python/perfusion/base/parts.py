@@ -1,16 +1,28 @@
-"""The parts of a pipeline that concepts concern: text encoders with their tokenizers, and cross-attention layers."""
+"""The parts of a pipeline that concepts concern: text encoders with their tokenizers, the denoiser and its cross-attention layers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from perfusion.errors import UnsupportedPipeline
+from perfusion.families import CUSTOM
 
 if TYPE_CHECKING:
     import torch
     from diffusers.models.attention_processor import Attention
 
-__all__ = ["cross_attention_layers", "layer_width", "plain_module", "text_encoders", "text_width"]
+__all__ = [
+    "cross_attention_layers",
+    "denoiser",
+    "layer_width",
+    "plain_module",
+    "text_encoders",
+    "text_encoding_width",
+    "text_width",
+    "tokenizers",
+]
+
+DENOISERS = ("unet", "transformer")
 
 
 def plain_module(module: Any) -> Any:
@@ -20,6 +32,11 @@ def plain_module(module: Any) -> Any:
 
 def _plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def denoiser(pipe: Any) -> Any:
+    """The model that removes the noise, a UNet or a transformer, as the pipeline holds it; None where there is none."""
+    return next((model for name in DENOISERS if (model := getattr(pipe, name, None)) is not None), None)
 
 
 def layer_width(attention: Attention) -> int:
@@ -41,17 +58,17 @@ def cross_attention_layers(unet: torch.nn.Module) -> dict[str, Attention]:
 
 
 def text_encoders(pipe: Any, *, required: bool = True) -> list[tuple[Any, torch.nn.Module]]:
-    """The (tokenizer, text encoder) pairs of a pipeline: one for SD 1.x and 2.x, two for SDXL, in concatenation order.
+    """The (tokenizer, text encoder) pairs of a pipeline, in concatenation order: `Family.text_encoders`.
 
     Raises UnsupportedPipeline when there is none, unless they are not required, or one without its tokenizer.
     """
     pairs = []
-    for suffix in ("", "_2"):
-        encoder, tokenizer = getattr(pipe, f"text_encoder{suffix}", None), getattr(pipe, f"tokenizer{suffix}", None)
+    for name, beside in zip(CUSTOM.text_encoders, CUSTOM.tokenizers):
+        encoder, tokenizer = getattr(pipe, name, None), getattr(pipe, beside, None)
         if encoder is None:
             continue
         if tokenizer is None:
-            raise UnsupportedPipeline(f"{type(pipe).__name__} has a text_encoder{suffix} but no tokenizer{suffix}. Load both.")
+            raise UnsupportedPipeline(f"{type(pipe).__name__} has a {name} but no {beside}. Load both.")
         pairs.append((tokenizer, encoder))
     if required and not pairs:
         raise UnsupportedPipeline(
@@ -61,5 +78,17 @@ def text_encoders(pipe: Any, *, required: bool = True) -> list[tuple[Any, torch.
     return pairs
 
 
+def tokenizers(pipe: Any) -> list[Any]:
+    """Those that the pipeline has, also where the text encoders are gone."""
+    return [each for each in (getattr(pipe, name, None) for name in CUSTOM.tokenizers) if each is not None]
+
+
 def text_width(encoder: torch.nn.Module) -> int:
+    """The width of the encoder's input embeddings, which is that of its output."""
     return plain_module(encoder).get_input_embeddings().embedding_dim
+
+
+def text_encoding_width(model: torch.nn.Module) -> int | list[int]:
+    """The width of the encodings that the cross-attention layers of a denoiser read, as its configuration says."""
+    reads = plain_module(model).config.cross_attention_dim
+    return list(reads) if isinstance(reads, (list, tuple)) else reads
