@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from perfusion.base import UnsupportedPipeline, text_encoders
-from perfusion.base.parts import plain_module, tokenizers
+from perfusion.base.parts import plain_module, prepared_text, tokenizers
 from perfusion.encoding_registry import EncodingRegistry
 from perfusion.loaded_concept import LoadedConcept
 from perfusion.prompts import Mention, Prompt, PromptError, parse_prompt
@@ -293,12 +293,7 @@ class TextHook:
         return tokenizer(convert(self._prepared(text), tokenizer), **given).input_ids
 
     def _prepared(self, text: str | list[str]) -> str | list[str]:
-        """A text as the pipeline gives it to the tokenizer: some write it small, and clean it when asked to."""
-        prepare = getattr(self.pipe, "_text_preprocessing", None)
-        if prepare is None:
-            return text
-        prepared = prepare(text, clean_caption=bool(self._reading.get("clean_caption")))
-        return prepared[0] if isinstance(text, str) else prepared
+        return prepared_text(self.pipe, text, bool(self._reading.get("clean_caption")))
 
     def _length(self, number: int, given: int | None = None) -> int:
         """How many tokens a text encoder reads: of an encoding of `given` ones, or in the call that goes on."""

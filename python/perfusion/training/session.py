@@ -18,7 +18,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from perfusion.base import Base, UnsupportedPipeline, cross_attention_layers, text_encoders
+from perfusion.base import Base, UnsupportedPipeline, cross_attention_layers, denoiser, text_encoders
 from perfusion.batched_projection import BatchedProjection, obstacle
 from perfusion.concept import Concept
 from perfusion.covariance import Covariance
@@ -27,6 +27,7 @@ from perfusion.loaded_concept import LoadedConcept
 from perfusion.masks import masked_loss
 from perfusion.projection_hooks import HookEdit, ProjectionHooks, hook_edit
 from perfusion.text import TextHook, superclass_tokens
+from perfusion.training.conditioning import Encoded, encode, noise_of
 from perfusion.training.config import TrainingConfig
 from perfusion.training.data import Picture, digest, encode_pictures
 
@@ -90,7 +91,8 @@ class TrainingSession:
         embeddings = [encoder.get_input_embeddings().weight[i] for (_, encoder), i in zip(text_encoders(pipe), ids)]
         self.words = [torch.nn.Parameter(row.detach().to(self.device, torch.float32, copy=True)) for row in embeddings]
         self._text = TextHook(pipe, {config.name: LoadedConcept(config.superclass, self.words)})
-        self._hooks = ProjectionHooks(pipe.unet, self._sampling_edit)
+        self._model = denoiser(pipe)
+        self._hooks = ProjectionHooks(self._model, self._sampling_edit)
 
     def __enter__(self) -> TrainingSession:
         with contextlib.ExitStack() as undo:
@@ -101,7 +103,7 @@ class TrainingSession:
             undo.callback(self._hooks.remove)
             self._hooks.install()
             # after the hooks, which compiled code would not see otherwise; the pipeline keeps its own
-            self._unet = torch.compile(self.pipe.unet, fullgraph=True) if self.config.compile else self.pipe.unet
+            self._unet = torch.compile(self._model, fullgraph=True) if self.config.compile else self._model
             self._undo = undo.pop_all()
         return self
 
@@ -109,7 +111,7 @@ class TrainingSession:
         self._undo.close()
 
     def _freeze(self, undo: contextlib.ExitStack) -> None:
-        unet = self.pipe.unet
+        unet = self._model
         models = [unet, self.pipe.vae, *(encoder for _, encoder in text_encoders(self.pipe))]
         required = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
         modes = [(module, module.training) for model in models for module in model.modules()]
@@ -142,17 +144,19 @@ class TrainingSession:
     @torch.no_grad()
     def _start(self) -> None:
         """Every learned vector begins at its superclass; layers are called, not read, so LoRA and offloading stay in charge."""
-        self.obstacle = obstacle(self.pipe.unet)
-        self._batched = BatchedProjection(self.pipe.unet) if self.obstacle is None else None
+        self.obstacle = obstacle(self._model)
+        self._batched = BatchedProjection(self._model) if self.obstacle is None else None
         captions = sorted({caption for captions in self.captions for caption in captions})
         self._places = dict(zip(captions, self._find_places(captions)))
-        encodings, _ = self._encode(captions)
+        encodings = self._read(self._encode(captions))
         s = _pick(encodings, self._places_of(captions)).float().mean(0)
         self.superclass_encoding, self.target = s, s.clone()
 
         def outputs(kind: str) -> torch.nn.Parameter:
-            layers = cross_attention_layers(self.pipe.unet).values()
-            return torch.nn.Parameter(torch.cat([getattr(layer, kind)(s.to(encodings)[None, None]).flatten().float() for layer in layers]))
+            called = [getattr(layer, kind)(at) for layer in cross_attention_layers(self._model).values()]
+            return torch.nn.Parameter(torch.cat([(each[0] - each[1]).float() for each in called]))  # a bias is no part of W s
+
+        at = torch.stack([s, torch.zeros_like(s)]).to(encodings)
 
         self.value_outputs = outputs("to_v")
         self.key_outputs = None if self.config.key_lock else outputs("to_k")
@@ -175,7 +179,7 @@ class TrainingSession:
         if len(parts) > 1:
             with torch.no_grad():  # i* moves once a step, and not once a part
                 distinct, rows = self._distinct(batch.captions)
-                encodings, _ = self._encode(distinct, batch.latents.shape[-2:])
+                encodings = self._read(self._encode(distinct))
                 self._move_target(encodings[rows, self._places_of(batch.captions)])
         self.optimizer.zero_grad()
         measured = [self._learn_from(part, len(part.captions) / len(batch.captions), move=len(parts) == 1) for part in parts]
@@ -187,14 +191,16 @@ class TrainingSession:
     def _learn_from(self, batch: _Batch, share: float, move: bool) -> tuple[float, float, float]:
         """Add the gradient of some rows, which are `share` of the step. Returns their share of the loss and of the two mean gates."""
         distinct, rows = self._distinct(batch.captions)
-        encodings, conditions = self._encode(distinct, batch.latents.shape[-2:])
-        conditions = {name: value[rows] for name, value in conditions.items()}
+        encoded = self._encode(distinct, batch.latents.shape[-2:])
+        encodings = self._read(encoded)
         places = self._places_of(batch.captions)
         if move:
             self._move_target(encodings[rows, places])
         noisy = self.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(encodings.dtype)
-        with self._editing(encodings, rows) as (text, gates):  # to the end of the backward: a checkpointed layer runs again in there
-            prediction = self._unet(noisy, batch.timesteps, text, added_cond_kwargs=conditions or None, return_dict=False)[0]
+        with self._editing(encodings, rows) as gates:  # to the end of the backward: a checkpointed layer runs again in there
+            text = encoded.encodings[rows].detach()  # gradients flow through the edit
+            arguments = {"timestep": batch.timesteps, "encoder_hidden_states": text, **encoded.arguments(rows)}
+            prediction = noise_of(self._unet(noisy, **arguments, return_dict=False)[0], noisy.shape[1])
             loss = masked_loss(prediction, self._goal(batch.latents, batch.noise, batch.timesteps), batch.mask).mean() * share
             (loss * self._loss_scale).backward()
         on, off = self._mean_gates(gates, places)
@@ -227,8 +233,8 @@ class TrainingSession:
         return distinct, torch.tensor([distinct.index(caption) for caption in captions], device=self.device)
 
     @contextlib.contextmanager
-    def _editing(self, encodings: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inside the `with` the layers follow the edit of encodings[rows]. Gives what the UNet is to read, and the gates [R, T, 1]."""
+    def _editing(self, encodings: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        """Inside the `with` the layers follow the edit of encodings[rows], whatever they are given. Gives the gates [R, T, 1]."""
         bias, temperature = self.config.bias, self.config.temperature
         if self._batched is None:
             edit = self._edit(encodings[rows], torch.arange(len(rows), device=self.device), bias, temperature)
@@ -237,16 +243,16 @@ class TrainingSession:
             edit, gates = self._batched.project(encodings, rows, *self._setting(len(encodings), bias, temperature))
             gates = gates[rows]
         with self._hooks.hold(edit):
-            yield encodings[rows].detach(), gates  # gradients flow through the edit
+            yield gates
 
-    def _encode(self, captions: list[str], latent_size: tuple[int, int] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Encodings [n, T, D] of captions, and what SDXL's UNet reads beside them: pooled text and sizes."""
-        result = self.pipe.encode_prompt(prompt=captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-        if self.pipe.unet.config.addition_embed_type != "text_time":
-            return result[0], {}
-        height, width = (side * self.pipe.vae_scale_factor for side in latent_size or self.latents.mean.shape[-2:])
-        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=result[0].dtype, device=self.device)
-        return result[0], {"text_embeds": result[2], "time_ids": sizes.expand(len(captions), -1)}
+    def _encode(self, captions: list[str], latent_size: tuple[int, int] | None = None) -> Encoded:
+        """Captions, and what the denoiser reads beside them."""
+        size = latent_size or self.latents.mean.shape[-2:]
+        return encode(self.pipe, captions, self.device, tuple(side * self.pipe.vae_scale_factor for side in size))
+
+    def _read(self, encoded: Encoded) -> Tensor:
+        """What the cross-attention layers read [n, T, D]: there i*, s and the edit live."""
+        return self._hooks.call.text(encoded.encodings)
 
     def _find_places(self, captions: list[str]) -> list[int]:
         """Which token of each caption is the concept's, as the text encoders read it: textual inversions may be several tokens before it.
@@ -298,7 +304,7 @@ class TrainingSession:
 
     @property
     def _loss_scale(self) -> float:
-        return HALF_SCALE if self.pipe.unet.dtype == torch.float16 else 1.0
+        return HALF_SCALE if self._model.dtype == torch.float16 else 1.0
 
     def _optimise(self, loss: float) -> float:
         """Move the learned vectors by their gradients, whose norm is returned."""
@@ -333,8 +339,9 @@ class TrainingSession:
         rows = self._text.rows_of(encodings)
         if not rows:
             return None
+        text = self._hooks.call.text(encodings)
         return self._edit(
-            encodings, torch.tensor(list(rows), device=self.device), self.config.inference_bias, self.config.inference_temperature
+            text, torch.tensor(list(rows), device=self.device), self.config.inference_bias, self.config.inference_temperature
         )
 
     @torch.no_grad()
@@ -405,7 +412,7 @@ class TrainingSession:
 
     def facts(self) -> dict[str, Any]:
         """Every setting and input that a run and its exact continuation share, as JSON values."""
-        model = hashlib.sha256(f"{self.base} {self.base.text_encoder} {self.pipe.unet.dtype}".encode()).hexdigest()[:16]
+        model = hashlib.sha256(f"{self.base} {self.base.text_encoder} {self._model.dtype}".encode()).hexdigest()[:16]
         inputs = {"model": model, "covariance": self.covariance.fingerprint, "pictures": digest(self.pictures)}
         return {**self.config.lasting(), **inputs}
 
