@@ -26,11 +26,11 @@ from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from torch import Tensor
 
-from perfusion.base import cross_attention_layers, describe_base
+from perfusion.base import cross_attention_layers, denoiser, describe_base
 from perfusion.engine import engine_of
 from perfusion.handle import Handle, attach, detach
 from tests.perfusion.editing import PLAIN, PROMPTS, make_concept
-from tests.perfusion.tiny import tiny_sd, tiny_sdxl
+from tests.perfusion.tiny import tiny_kolors, tiny_pixart, tiny_sd, tiny_sdxl, tiny_sdxl_modular
 
 PAGE = Path(__file__).parents[2] / "docs/pipelines.md"
 PICTURE = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -63,6 +63,8 @@ class Case:
         with self.around():
             given = self.prompts(pipe, texts)
             result = pipe(**given, **options)
+        if isinstance(pipe, diffusers.ModularPipeline):
+            return result.values["images"].float()
         return (result.frames if hasattr(result, "frames") else result.images).float()
 
     def start(self, exact: bool = False) -> tuple[Any, Handle]:
@@ -101,7 +103,7 @@ def run(case: Case) -> Outcome:
         case.change(twin, None)
         untouched = case.draw(twin, PLAIN)
         pipe, handle = case.start()
-        engine = engine_of(pipe.unet)
+        engine = engine_of(denoiser(pipe))
         engine.counts.update(dict.fromkeys(engine.counts, 0))
         plain = case.draw(pipe, PLAIN)
         assert {form for form, count in engine.counts.items() if count} <= {"stock"}, "no row has a concept, yet something is edited"
@@ -122,8 +124,9 @@ def drawn_plainly(build: Callable[[], Any]) -> Tensor:
 
 def leftovers(pipe: Any) -> list[str]:
     """What perfusion left in a pipeline."""
-    found = [name for name in ("encode_prompt", "_encode_prompt") if name in vars(pipe)]
-    for part in (pipe.unet, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+    owners = [pipe] if not hasattr(pipe, "_blocks") else [*pipe._blocks.sub_blocks.values()]
+    found = [name for owner in owners for name in ("encode_prompt", "_encode_prompt") if name in vars(owner)]
+    for part in (denoiser(pipe), pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
         for name, module in () if part is None else part.named_modules():
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), getattr(module, "processor", None)]
             found += [f"{name}: {hook}" for hook in hooks if _module_of(hook).startswith("perfusion")]
@@ -220,6 +223,24 @@ def animatediff() -> Any:
     return pipe
 
 
+def modular(guider: str, **options: Any) -> Any:
+    """The blocks of SDXL with one of diffusers' guiders, as a pipeline."""
+    if options.pop("layers", False):
+        where = diffusers.hooks.LayerSkipConfig(indices=[0], fqn="mid_block.attentions.0.transformer_blocks", **options.pop("skip"))
+        options[next(name for name in LAYERS if name in inspect.signature(getattr(diffusers.guiders, guider)).parameters)] = where
+    return tiny_sdxl_modular(getattr(diffusers.guiders, guider)(**options))
+
+
+LAYERS = ("perturbed_guidance_config", "skip_layer_config", "auto_guidance_config")
+SKIP = dict(layers=True, skip=dict(skip_attention=False, skip_attention_scores=True, skip_ff=False))
+GUIDERS = {
+    "ClassifierFreeGuidance": dict(guidance_scale=5.0),
+    "ClassifierFreeZeroStarGuidance": dict(guidance_scale=5.0),
+    "AdaptiveProjectedGuidance": dict(guidance_scale=5.0),
+    "TangentialClassifierFreeGuidance": dict(guidance_scale=5.0),
+    "PerturbedAttentionGuidance": dict(guidance_scale=5.0, perturbed_guidance_stop=1.0, **SKIP),
+}
+PIXART = dict(use_resolution_binning=False, max_sequence_length=24, clean_caption=False)
 FROM = dict(image=PICTURE, strength=1.0)
 INTO = dict(image=PICTURE, mask_image=MASK, strength=1.0, height=16, width=16)
 pag = functools.partial(lambda name, build: lambda: getattr(diffusers, name).from_pipe(build(), pag_applied_layers=["mid"]))
@@ -245,6 +266,13 @@ PIPELINES = [
     Case("StableDiffusionXLInpaintPipeline", derived("StableDiffusionXLInpaintPipeline", tiny_sdxl), INTO),
     Case("StableDiffusionXLImg2ImgPipeline, refiner", refiner, FROM),
     Case("StableDiffusionXLPAGPipeline", pag("StableDiffusionXLPAGPipeline", tiny_sdxl)),
+    Case("KolorsPipeline", tiny_kolors, dict(max_sequence_length=24)),
+    Case("PixArtAlphaPipeline", functools.partial(tiny_pixart, diffusers.PixArtAlphaPipeline), PIXART),
+    Case("PixArtSigmaPipeline", tiny_pixart, PIXART),
+    *(
+        Case(f"StableDiffusionXLModularPipeline, {name}", functools.partial(modular, name, **options))
+        for name, options in GUIDERS.items()
+    ),
 ]
 
 
@@ -479,18 +507,6 @@ def flux() -> torch.nn.Module:
     )  # fmt: skip
 
 
-def pixart() -> torch.nn.Module:
-    return diffusers.PixArtTransformer2DModel(
-        sample_size=8, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=2, caption_channels=16,
-        cross_attention_dim=16, in_channels=4, out_channels=8,
-    )  # fmt: skip
-
-
-def projecting() -> Any:
-    """A pipeline around a UNet such as Kolors has; KolorsPipeline itself wants a tokenizer library that nothing else here needs."""
-    return tiny_sd(unet=dict(encoder_hid_dim=16, encoder_hid_dim_type="text_proj"))
-
-
 @dataclasses.dataclass(frozen=True)
 class Refusal:
     """name: its row of the page. build: the pipeline. reason, instead: what the error must say, and what the page says."""
@@ -502,7 +518,7 @@ class Refusal:
 
 
 EXAMPLES = "diffusers' examples/dreambooth/train_dreambooth_lora"
-FAMILIES = "Stable Diffusion 1.x, 2.x and XL"
+FAMILIES = "Stable Diffusion 1.x, 2.x and XL, Kolors, PixArt-α and Σ"
 TO_LORA = "a LoRA of that model by peft"
 REFUSED = [
     Refusal(
@@ -514,13 +530,6 @@ REFUSED = [
     Refusal(
         "FluxPipeline", around("FluxPipeline", transformer=flux), "mixes text and image states in joint attention", f"{EXAMPLES}_flux.py"
     ),
-    Refusal(
-        "PixArtAlphaPipeline", around("PixArtAlphaPipeline", transformer=pixart), "reads the text through a projection of its own", TO_LORA
-    ),
-    Refusal(
-        "PixArtSigmaPipeline", around("PixArtSigmaPipeline", transformer=pixart), "reads the text through a projection of its own", TO_LORA
-    ),
-    Refusal("UNets that project the text, as Kolors has", projecting, "projects the text encodings itself", FAMILIES),
     Refusal("IFPipeline", around("IFPipeline", unet=added_kv), "added key and value projections", FAMILIES),
     Refusal(
         "KandinskyV22Pipeline",
@@ -529,12 +538,6 @@ REFUSED = [
         FAMILIES,
     ),
     Refusal("fused projections", fused, "fused key and value projections", "unfuse_qkv_projections()"),
-    Refusal(
-        "StableDiffusionXLModularPipeline",
-        diffusers.StableDiffusionXLModularPipeline,
-        "encodes prompts in blocks",
-        "StableDiffusionXLPipeline",
-    ),
 ]
 
 CASES = {case.name: case for case in (*PIPELINES, *OPTIONS)}

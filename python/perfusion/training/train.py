@@ -160,6 +160,11 @@ def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
     if getattr(pipe, "_perfusion_handle", None) is not None:
         raise ValueError("train: this pipeline is attached, and training has hooks of its own; call perfusion.detach(pipe) first.")
     base = describe_base(pipe)
+    if not hasattr(pipe, "encode_prompt"):
+        raise UnsupportedPipeline(
+            f"{type(pipe).__name__} is made of blocks; concepts are learned on a pipeline class of the same parts, such as "
+            "StableDiffusionXLPipeline(**pipe.components), and work in both."
+        )
     if "image" in inspect.signature(type(pipe).__call__).parameters:
         raise UnsupportedPipeline(
             f"{type(pipe).__name__} starts from an image; concepts are learned on a text-to-image pipeline, and work in both. "
