@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from perfusion.attention_processor import FUSED, SCHEDULE, SLOTS, STOCK, AttentionState, ConceptAttnProcessor
 from perfusion.base import UnsupportedPipeline, cross_attention_layers, layer_width
-from perfusion.batched_projection import BatchedProjection, obstacle
+from perfusion.batched_projection import BatchedProjection, layer_obstacle, obstacle
 from perfusion.denoiser_call import DenoiserCall, load
 from perfusion.edit import RowSettings, Tables, edit_encodings, gates_of, spread
 from perfusion.layer_state import offloaded_block, projection_stamp
@@ -350,24 +350,29 @@ class Engine:
             "hooks": "The compatibility path ran: hooks on to_k and to_v",
         }
         sentences = [f"{path[self.form]}: {self.reason}."]
-        if (blocked := self._blocked()) is not None:
-            sentences.append(f"The fast path is closed: {blocked}.")
-        elif (called := obstacle(self.unet, frozen=False)) is not None:
-            sentences.append(f"Projections are called layer by layer, once per prompt: {called}.")
-        else:
-            sentences.append("Projections of all layers are two products, once per prompt.")
-        return sentences
+        return [*sentences, self._outlook(self._blocked(), obstacle(self.unet, frozen=False))]
+
+    def layer_paths(self) -> dict[str, tuple[str, str]]:
+        """layer -> the path that a concept takes in it, "slots" or "hooks", and why, in the sentences of `explain`."""
+        blocked = self._blocked() if self._processors else self._replaceable() or self._offloaded()
+        called, first = obstacle(self.unet, frozen=False), next(iter(self.layers.values()))
+        found = {}
+        for name, layer in self.layers.items():
+            own = layer_obstacle(name, layer, first, frozen=False) or called
+            sentence = self._outlook(blocked and (_processor_obstacle(name, layer) or blocked), own)
+            found[name] = ("slots" if blocked is None else "hooks"), sentence
+        return found
+
+    @staticmethod
+    def _outlook(blocked: str | None, called: str | None) -> str:
+        if blocked is not None:
+            return f"The fast path is closed: {blocked}."
+        if called is not None:
+            return f"Projections are called layer by layer, once per prompt: {called}."
+        return "Projections of all layers are two products, once per prompt."
 
     def _replaceable(self) -> str | None:
-        for name, layer in self.layers.items():
-            processor = type(layer.processor).__name__
-            if processor not in REPLACED:
-                return f"layer {name} has a processor of its own, {processor}"
-            if layer.residual_connection or layer.rescale_output_factor != 1 or layer.norm_cross:
-                return f"layer {name} does more than attention"
-            if any(getattr(layer, part, None) is not None for part in ("spatial_norm", "group_norm", "norm_q", "norm_k")):
-                return f"layer {name} normalises"
-        return None
+        return next(filter(None, (_processor_obstacle(name, layer) for name, layer in self.layers.items())), None)
 
     def _processors_replaced(self) -> bool:
         return any(layer.processor is not own for layer, own in self._processors)
@@ -379,6 +384,9 @@ class Engine:
         for (layer, own), name in zip(self._processors, self.layers):
             if layer.processor is not own:
                 return f"layer {name} was given another processor, {type(layer.processor).__name__}"
+        return self._offloaded()
+
+    def _offloaded(self) -> str | None:
         block = offloaded_block(self.unet)
         return None if block is None else f"{block} is offloaded as a block"
 
@@ -627,6 +635,18 @@ class Engine:
         tables = self._tables(plan, encodings.device)
         settings = self._rows(plan, rows, encodings.device)
         return hook_edit(self._call.text(encodings), torch.tensor(rows, device=encodings.device), tables, settings, key_rows)
+
+
+def _processor_obstacle(name: str, layer: torch.nn.Module) -> str | None:
+    """Why the processor of a layer cannot give way to ours, or None."""
+    processor = layer.processor.stock if type(layer.processor) is ConceptAttnProcessor else layer.processor
+    if type(processor).__name__ not in REPLACED:
+        return f"layer {name} has a processor of its own, {type(processor).__name__}"
+    if layer.residual_connection or layer.rescale_output_factor != 1 or layer.norm_cross:
+        return f"layer {name} does more than attention"
+    if any(getattr(layer, part, None) is not None for part in ("spatial_norm", "group_norm", "norm_q", "norm_k")):
+        return f"layer {name} normalises"
+    return None
 
 
 def _is_schedule(value: Schedule) -> bool:

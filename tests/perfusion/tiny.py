@@ -85,9 +85,9 @@ def _merges(words) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def _tokenizer_files() -> tuple[str, str, str]:
+def _tokenizer_files(words: tuple[str, ...] = WORDS) -> tuple[str, str, str]:
     """The three files of a CLIP tokenizer folder: vocab.json, merges.txt, tokenizer_config.json."""
-    alphabet, merges = _byte_alphabet(), _merges(WORDS)
+    alphabet, merges = _byte_alphabet(), _merges(words)
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "pad_token": "<|endoftext|>"}
@@ -98,10 +98,10 @@ def _tokenizer_files() -> tuple[str, str, str]:
     )
 
 
-def tiny_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
-    """A fresh CLIPTokenizer (77 tokens, lower-casing, `WORDS` single); SDXL's second one pads with "!"."""
+def tiny_tokenizer(pad_token: str = "<|endoftext|>", words: tuple[str, ...] = WORDS) -> CLIPTokenizer:
+    """A fresh CLIPTokenizer (77 tokens, lower-casing, `words` single); SDXL's second one pads with "!"."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in zip(("vocab.json", "merges.txt", "tokenizer_config.json"), _tokenizer_files()):
+        for name, text in zip(("vocab.json", "merges.txt", "tokenizer_config.json"), _tokenizer_files(words)):
             Path(folder, name).write_text(text, encoding="utf-8")
         return CLIPTokenizer.from_pretrained(folder, pad_token=pad_token)
 
