@@ -355,11 +355,12 @@ class Engine:
     def layer_paths(self) -> dict[str, tuple[str, str]]:
         """layer -> the path that a concept takes in it, "slots" or "hooks", and why, in the sentences of `explain`."""
         blocked = self._blocked() if self._processors else self._replaceable() or self._offloaded()
+        taken = self._taken()
         called, first = obstacle(self.unet, frozen=False), next(iter(self.layers.values()))
         found = {}
         for name, layer in self.layers.items():
             own = layer_obstacle(name, layer, first, frozen=False) or called
-            sentence = self._outlook(blocked and (_processor_obstacle(name, layer) or blocked), own)
+            sentence = self._outlook(blocked and (taken.get(name) or _processor_obstacle(name, layer) or blocked), own)
             found[name] = ("slots" if blocked is None else "hooks"), sentence
         return found
 
@@ -381,10 +382,12 @@ class Engine:
         """What closes the fast path for every batch."""
         if not self._processors:
             return self._replaceable() or (None if any(client.has_concepts() for client in self.clients) else "no concept is loaded")
-        for (layer, own), name in zip(self._processors, self.layers):
-            if layer.processor is not own:
-                return f"layer {name} was given another processor, {type(layer.processor).__name__}"
-        return self._offloaded()
+        return next(iter(self._taken().values()), None) or self._offloaded()
+
+    def _taken(self) -> dict[str, str]:
+        """The layers whose processor is ours no more, and a sentence of each."""
+        replaced = {name: layer.processor for name, (layer, own) in zip(self.layers, self._processors) if layer.processor is not own}
+        return {name: f"layer {name} was given another processor, {type(each).__name__}" for name, each in replaced.items()}
 
     def _offloaded(self) -> str | None:
         block = offloaded_block(self.unet)

@@ -44,7 +44,7 @@ class Case:
     change(pipe, handle): what the user does to the pipeline, after attach unless `before`; handle is None without perfusion.
     prompts(pipe, texts): the call's arguments that stand for two texts. around: a context in which all is drawn.
     tolerance: between the two paths and between rows, as a part of the largest number. neutral: whether it changes no number,
-    so that it draws what the first case of the same build does.
+    so that it draws what the first case of the same build does. needs: a package that is not there everywhere.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Case:
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     tolerance: float = 1e-4
     neutral: bool = False
+    needs: str | None = None
 
     def draw(self, pipe: Any, texts: list[str]) -> Tensor:
         """Latents of two steps, the same noise at every call."""
@@ -241,6 +242,7 @@ GUIDERS = {
     "TangentialClassifierFreeGuidance": dict(guidance_scale=5.0),
     "PerturbedAttentionGuidance": dict(guidance_scale=5.0, perturbed_guidance_stop=1.0, **SKIP),
 }
+GLM = dict(max_sequence_length=24)
 PIXART = dict(use_resolution_binning=False, max_sequence_length=24, clean_caption=False)
 FROM = dict(image=PICTURE, strength=1.0)
 INTO = dict(image=PICTURE, mask_image=MASK, strength=1.0, height=16, width=16)
@@ -267,7 +269,7 @@ PIPELINES = [
     Case("StableDiffusionXLInpaintPipeline", derived("StableDiffusionXLInpaintPipeline", tiny_sdxl), INTO),
     Case("StableDiffusionXLImg2ImgPipeline, refiner", refiner, FROM),
     Case("StableDiffusionXLPAGPipeline", pag("StableDiffusionXLPAGPipeline", tiny_sdxl)),
-    Case("KolorsPipeline", tiny_kolors, dict(max_sequence_length=24)),
+    Case("KolorsPipeline", tiny_kolors, GLM, needs="sentencepiece"),
     Case("PixArtAlphaPipeline", functools.partial(tiny_pixart, diffusers.PixArtAlphaPipeline), PIXART),
     Case("PixArtSigmaPipeline", tiny_pixart, PIXART),
     *(
@@ -315,7 +317,7 @@ def lora(pipe: Any, handle: Any = None) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
-        pipe.unet.add_adapter(config, "style")
+        denoiser(pipe).add_adapter(config, "style")
 
 
 def fused_lora(pipe: Any, handle: Any = None) -> None:
@@ -353,16 +355,16 @@ IMAGE_EMBEDS = torch.randn(2, 1, 12, generator=torch.Generator().manual_seed(6))
 
 def group_offload(kind: str, **options: Any) -> Callable[[Any, Any], None]:
     cpu = torch.device("cpu")
-    return lambda pipe, handle: apply_group_offloading(pipe.unet, onload_device=cpu, offload_device=cpu, offload_type=kind, **options)
+    return lambda pipe, handle: apply_group_offloading(denoiser(pipe), onload_device=cpu, offload_device=cpu, offload_type=kind, **options)
 
 
 def sequential_offload(pipe: Any, handle: Any = None) -> None:
-    """What enable_sequential_cpu_offload does to the UNet; accelerate refuses to do it to a text encoder's buffers on a CPU."""
-    cpu_offload(pipe.unet, torch.device("cpu"))
+    """What enable_sequential_cpu_offload does to the denoiser; accelerate refuses to do it to a text encoder's buffers on a CPU."""
+    cpu_offload(denoiser(pipe), torch.device("cpu"))
 
 
 def float8(pipe: Any, handle: Any = None) -> None:
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    denoiser(pipe).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
 
 
 def saved(pipe: Any, handle: Any) -> None:
@@ -423,6 +425,8 @@ def call(name: str, *arguments: Any, **options: Any) -> Callable[[Any, Any], Non
 
 
 XL = functools.partial(Case, build=tiny_sdxl)
+SIGMA = functools.partial(Case, build=tiny_pixart, options=PIXART)
+KOLORS = functools.partial(Case, build=tiny_kolors, options=GLM, needs="sentencepiece")
 OPTIONS = [
     Case("negative prompts", options=dict(negative_prompt=["bad", "dark"])),
     Case("guidance off", options=dict(guidance_scale=1.0)),
@@ -464,6 +468,16 @@ OPTIONS = [
     XL("SDXL, `torch.inference_mode`", around=torch.inference_mode, neutral=True),
     XL("SDXL, LoRA after attach", change=lora),
     XL("SDXL, sequential offload", change=sequential_offload, neutral=True),
+    SIGMA("PixArt-Σ, several images per prompt", options=PIXART | dict(num_images_per_prompt=2)),
+    SIGMA("PixArt-Σ, strength that follows the steps", change=follow_steps),
+    SIGMA("PixArt-Σ, bfloat16", build=functools.partial(tiny_pixart, dtype=torch.bfloat16), tolerance=0.08),
+    SIGMA("PixArt-Σ, LoRA after attach", change=lora),
+    SIGMA("PixArt-Σ, sequential offload", change=sequential_offload, neutral=True),
+    SIGMA("PixArt-Σ, group offload, by block", change=group_offload("block_level", num_blocks_per_group=1), neutral=True),
+    SIGMA("PixArt-Σ, float8 layer-wise casting", change=float8),
+    KOLORS("Kolors, negative prompts", options=GLM | dict(negative_prompt=["bad", "dark"])),
+    KOLORS("Kolors, strength that follows the steps", change=follow_steps),
+    KOLORS("Kolors, LoRA after attach", change=lora),
 ]
 
 # what is refused

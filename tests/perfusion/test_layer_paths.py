@@ -23,8 +23,8 @@ CHANGES = {
     "nothing": (lambda pipe, handle: None, "slots", "Projections of all layers are two products, once per prompt."),
     "a hook": (one_hook, "slots", "Projections are called layer by layer, once per prompt: to_k of mid_block.* has hooks."),
     "LoRA": (lora, "slots", "Projections are called layer by layer, once per prompt: to_k of .* is a peft.tuners.lora.layer.Linear."),
-    "slicing": (lambda pipe, handle: pipe.enable_attention_slicing(1), "hooks", "The fast path is closed: layer .*SlicedAttnProcessor."),
-    "IP-Adapter": (ip_adapter, "hooks", "The fast path is closed: layer .* IPAdapterAttnProcessor2_0."),
+    "slicing": (lambda pipe, handle: pipe.enable_attention_slicing(1), "hooks", "The fast path is closed: layer .* processor.*, SlicedAttnProcessor."),
+    "IP-Adapter": (ip_adapter, "hooks", "The fast path is closed: layer .*, IPAdapterAttnProcessor2_0."),
     "blocks": (group_offload("block_level", num_blocks_per_group=1), "hooks", "The fast path is closed: .* is offloaded as a block."),
 }
 

@@ -50,7 +50,7 @@ class Finding:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.state:<4}{self.area:<10}{self.name:<24}{self.detail}".rstrip()
+        return f"{self.state:<4}{self.area:<10}{self.name:<23} {self.detail}".rstrip()
 
 
 def doctor(
