@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from perfusion.errors import UnsupportedPipeline
@@ -21,6 +22,7 @@ __all__ = [
     "prepared_text",
     "text_encoders",
     "text_encoding_width",
+    "text_length",
     "text_width",
     "tokenizers",
 ]
@@ -107,6 +109,12 @@ def prepared_text(pipe: Any, text: str | list[str], clean: bool = False) -> str 
         return text
     prepared = prepare(text, clean_caption=clean)
     return prepared[0] if isinstance(text, str) else prepared
+
+
+def text_length(pipe: Any) -> int:
+    """T, how many tokens the pipeline encodes of a text, if it is told nothing else."""
+    asked = inspect.signature(pipe.encode_prompt).parameters.get("max_sequence_length") if hasattr(pipe, "encode_prompt") else None
+    return tokenizers(pipe)[0].model_max_length if asked is None else asked.default
 
 
 def text_width(encoder: torch.nn.Module) -> int:

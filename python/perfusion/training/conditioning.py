@@ -10,44 +10,36 @@ from torch import Tensor
 from perfusion.base import denoiser
 from perfusion.base.parts import added_conditioning, plain_module
 from perfusion.errors import UnsupportedPipeline
+from perfusion.families import CONDITIONINGS
 
-__all__ = ["Encoded", "encode", "noise_of"]
-
-
-class Encoded:
-    """Captions as the text encoders give them: encodings [n, T, D'], and what goes into the denoiser beside them, row by row."""
-
-    def __init__(self, encodings: Tensor, added: dict[str, Tensor | None] | None, mask: Tensor | None):
-        self.encodings, self.added, self.mask = encodings, added, mask
-
-    def arguments(self, rows: Tensor) -> dict[str, Any]:
-        """The denoiser's further arguments for a batch whose row r has the caption rows[r]."""
-        found: dict[str, Any] = {}
-        if self.added is not None:
-            found["added_cond_kwargs"] = {name: None if each is None else each[rows] for name, each in self.added.items()}
-        if self.mask is not None:
-            found["encoder_attention_mask"] = self.mask[rows]
-        return found
+__all__ = ["beside_text", "encode", "noise_of"]
 
 
-def encode(pipe: Any, captions: list[str], device: torch.device, size: tuple[int, int] | None) -> Encoded:
-    """Captions, encoded by the pipeline. size: height and width of the picture in pixels, which some denoisers read; None: no matter."""
+def encode(pipe: Any, captions: list[str], device: torch.device) -> tuple[list[Tensor], Tensor | None]:
+    """Captions as the pipeline encodes them: encodings [n, T, D'] and, where the denoiser reads it, pooled text [n, P]; and its mask."""
     result = pipe.encode_prompt(prompt=captions, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-    encodings, kind = result[0], added_conditioning(denoiser(pipe))
-    height, width = size or (1, 1)
-    if kind == "text_time":
-        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=encodings.dtype, device=device)
-        return Encoded(encodings, {"text_embeds": result[2], "time_ids": sizes.expand(len(captions), -1)}, None)
-    if kind == "resolution":
-        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
-        if plain_module(denoiser(pipe)).use_additional_conditions:
-            sides = torch.tensor([[float(height), float(width)]], dtype=encodings.dtype, device=device)
-            ratio = torch.tensor([[height / width]], dtype=encodings.dtype, device=device)
-            added = {"resolution": sides.expand(len(captions), -1), "aspect_ratio": ratio.expand(len(captions), -1)}
-        return Encoded(encodings, added, result[1])
-    if kind is not None:
+    kind = added_conditioning(denoiser(pipe))
+    if kind not in CONDITIONINGS:
         raise UnsupportedPipeline(f"training does not know what a denoiser with addition_embed_type={kind!r} reads beside the text.")
-    return Encoded(encodings, None, None)
+    if kind == "resolution":
+        return [result[0]], result[1]
+    return [result[0], result[2]] if kind == "text_time" else [result[0]], None
+
+
+def beside_text(model: torch.nn.Module, read: list[Tensor], size: tuple[int, int]) -> dict[str, Any]:
+    """The denoiser's `added_cond_kwargs` for rows of which `read` [R, ...] was encoded; size: of the picture, height and width in pixels."""
+    kind, (height, width) = added_conditioning(model), size
+    like = dict(dtype=read[0].dtype, device=read[0].device)
+    if kind == "text_time":
+        sizes = torch.tensor([height, width, 0, 0, height, width], **like)
+        return {"added_cond_kwargs": {"text_embeds": read[1], "time_ids": sizes.expand(len(read[1]), -1)}}
+    if kind is None:
+        return {}
+    added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+    if plain_module(model).use_additional_conditions:
+        sides, ratio = torch.tensor([[float(height), float(width)]], **like), torch.tensor([[height / width]], **like)
+        added = {"resolution": sides.expand(len(read[0]), -1), "aspect_ratio": ratio.expand(len(read[0]), -1)}
+    return {"added_cond_kwargs": added}
 
 
 def noise_of(prediction: Tensor, channels: int) -> Tensor:
