@@ -25,7 +25,7 @@ XL = {
 }
 PIXART = {f"transformer_blocks.{number}.attn2": 1152 for number in range(28)}
 LAYERS = {"sd1": SD, "sd2": SD, "sdxl": XL, "kolors": XL, "pixart": PIXART}
-LONGEST = dict(superclass="s" * 64, license="l" * 64, author="ä" * 32, covariance="c" * 24, recipe={"r": "x" * 240})
+LONGEST = dict(superclass="s" * 64, license="l" * 64, author="ä" * 32, covariance="c" * 24, recipe={"r": "x" * 236})
 
 
 @pytest.mark.parametrize("id", FAMILIES)

@@ -269,7 +269,7 @@ def test_another_projection_is_another_base(pipe, teddy):
 
 
 def test_a_concept_for_the_whole_model_keeps_its_size():
-    longest = dict(superclass="s" * 64, license="l" * 64, author="ä" * 32, covariance="c" * 24, recipe={"r": "x" * 240})
+    longest = dict(superclass="s" * 64, license="l" * 64, author="ä" * 32, covariance="c" * 24, recipe={"r": "x" * 236})
     layers = {f"transformer_blocks.{number}.attn2": 1152 for number in range(28)}
     base = Base("pixart", 1152, (4096,), layers, "B" * 43 + "=")
     data = make_concept(base, "n" * 32, **longest).to_bytes()

@@ -27,7 +27,7 @@ def encode(pipe: Any, captions: list[str], device: torch.device) -> tuple[list[T
 
 
 def beside_text(model: torch.nn.Module, read: list[Tensor], size: tuple[int, int]) -> dict[str, Any]:
-    """The denoiser's `added_cond_kwargs` for rows of which `read` [R, ...] was encoded; size: of the picture, height and width in pixels."""
+    """The denoiser's `added_cond_kwargs` for rows of which `read` [R, ...] was encoded; size: height and width in pixels."""
     kind, (height, width) = added_conditioning(model), size
     like = dict(dtype=read[0].dtype, device=read[0].device)
     if kind == "text_time":
