@@ -23,7 +23,7 @@ import diffusers
 import torch
 from accelerate import cpu_offload
 from diffusers.hooks import apply_group_offloading
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from perfusion.base import cross_attention_layers, denoiser, describe_base
@@ -317,7 +317,11 @@ def lora(pipe: Any, handle: Any = None) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
-        denoiser(pipe).add_adapter(config, "style")
+        model = denoiser(pipe)
+        if hasattr(model, "add_adapter"):
+            model.add_adapter(config, "style")
+        else:  # transformers that diffusers loads no LoRA into
+            inject_adapter_in_model(config, model, "style")
 
 
 def fused_lora(pipe: Any, handle: Any = None) -> None:
