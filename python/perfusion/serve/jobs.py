@@ -210,7 +210,7 @@ class Jobs:
         device = self.settings.devices[0] if self.settings.devices else None
         process = processes().Process(
             target=trainer.run,
-            args=(there, folder, self.settings.models.get(row["model"], row["model"]), device, None, json.loads(row["settings"])),
+            args=(there, folder, self.settings.models.get(row["model"], row["model"]), device, json.loads(row["settings"])),
             daemon=True,
             name=f"perfusion-trainer-{id}",
         )
