@@ -73,8 +73,10 @@ async def fire(url: str, delays: list[float], steps: int) -> tuple[list[float], 
 
 
 def mean_rows(url: str) -> tuple[float, float]:
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
-    return tuple(float(next(line.split()[1] for line in lines if line.startswith(f"perfusion_batch_rows_{part} "))) for part in ("sum", "count"))
+    """Pictures in all forwards so far, and forwards."""
+    lines = [line.split() for line in httpx.get(f"{url}/metrics").text.splitlines()]
+    found = {line[0]: float(line[1]) for line in lines if line[0].startswith("perfusion_batch_rows_") and len(line) == 2}
+    return found["perfusion_batch_rows_sum"], found["perfusion_batch_rows_count"]
 
 
 def measure(url: str, delays: list[float], steps: int) -> dict[str, float]:
@@ -93,8 +95,9 @@ def run(model: str, tenants: list[int], steps: int, rows: int, seed: int = 0) ->
     with tempfile.TemporaryDirectory() as folder:
         for split in (True, False):
             settings = Settings(
-                models={"model": model}, folder=Path(folder) / str(split), port=0, rows=rows, split_by_concept=split, timeout=3600, train=False
-            )
+                models={"model": model}, folder=Path(folder) / str(split), port=0, rows=rows, split_by_concept=split, timeout=3600,
+                train=False,
+            )  # fmt: skip
             found[split] = {}
             with running(settings) as url:
                 for number, data in enumerate(files):
