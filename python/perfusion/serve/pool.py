@@ -237,6 +237,7 @@ class Pool:
             for ticket in worker.tickets.values() if worker is not None else ():
                 busy[ticket.key] += 1
         room = self.settings.rows + max(1, self.settings.rows // 2)  # some whose prompts are encoded while others are drawn
+        room = self.settings.queue if self.settings.split_by_concept else room  # who sorts must see what there is
         while len(self.waiting):
             able = [worker for worker in self._workers if worker is not None and worker.ready and len(worker.tickets) < room]
             able = [worker for worker in able if not any(ticket.attempts >= ATTEMPTS - 1 for ticket in worker.tickets.values())]
