@@ -11,7 +11,8 @@ from typing import Any
 from bench.measure import Options, measure
 
 NAMES = (
-    "decide", "gates", "projection", "attention", "fused", "layer", "step", "training", "export", "overhead", "storage", "startup", "serving",
+    "decide", "gates", "projection", "attention", "fused", "layer", "step", "training", "export", "overhead", "storage", "startup",
+    "serving",
 )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def measured(options: Options) -> Iterator[dict[str, Any]]:
     pipe.to(options.device)
     counts = (1, 2, 4) if options.quick else ROWS
     base, device = describe_base(pipe), options.device
-    with attach(pipe) as handle, tempfile.TemporaryDirectory() as folder:
+    with attach(pipe, capacity=max(counts) + 1) as handle, tempfile.TemporaryDirectory() as folder:
         concepts = [make_concept(base, f"c{number}", seed=number) for number in range(max(counts))]
         for concept in concepts:
             handle.load(concept)
