@@ -2,8 +2,8 @@
 
 A step is one forward of one base model, over the rows of one size. What a row reads of its prompt, the keys and values of all
 cross-attention layers, is made for that row alone, before it joins; so nothing in a batch depends on who else is in it but the
-order of the library's sums. Prompts are encoded and pictures decoded beside the steps, in a thread of their own: it touches the text encoders
-and the VAE only, and whatever concerns the UNet or its concepts is done between two steps (`Batcher.between_steps`).
+order of the library's sums. Prompts are encoded and pictures decoded beside the steps, in a thread of their own. It touches the
+text encoders and the VAE only; what concerns the UNet or its concepts is done between two steps (`Batcher.between_steps`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import numpy
 import torch
 from PIL import Image
 from torch import Tensor
@@ -34,8 +33,6 @@ from perfusion.settings import SETTINGS
 
 __all__ = ["Batcher", "ConceptUnreadable", "StepReport"]
 
-REGION_SIDE = 64  # of the mask that stands for a box
-
 
 class ConceptUnreadable(Exception):
     """The store has no sound file for a concept that was uploaded once. The message may be shown to who asked."""
@@ -45,7 +42,7 @@ class ConceptUnreadable(Exception):
 class StepReport:
     """One step: the base model, how many pictures were in it of how many that could be, and its seconds.
 
-    hits, misses: how often a concept that a row wanted was loaded already, and was not, since the start. begun: whose first step it was.
+    hits, misses: how often a concept that a row wanted was loaded already, and was not, since the start. ids: of the drawings.
     """
 
     model: str
@@ -54,7 +51,7 @@ class StepReport:
     seconds: float
     hits: int
     misses: int
-    begun: tuple[str, ...]
+    ids: tuple[str, ...]
 
 
 @dataclasses.dataclass(eq=False)
@@ -226,7 +223,7 @@ class Base:
 
     # steps
 
-    def keys_values(self, row: Row | None, encodings: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
+    def keys_values(self, encodings: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
         with self.text:
             return self.engine.keys_values(encodings, step)
 
@@ -235,7 +232,7 @@ class Base:
         """What the UNet says of each row [k, C, h, w] at the row's own timestep; one forward."""
         for row in rows:
             if row.scheduled and row.written_at != row.step:
-                row.keys, row.values = self.keys_values(row, row.encodings, row.step)
+                row.keys, row.values = self.keys_values(row.encodings, row.step)
                 row.written_at = row.step
         batch = tuple(map(id, rows)), tuple(row.written_at for row in rows)
         if self._last is None or self._last[0] != batch:
@@ -356,9 +353,9 @@ class Batcher:
         self._groups.move_to_end(key)
         rows = self._groups[key][: self._limits.get(key, self.rows)]
         base, started = rows[0].base, time.perf_counter()
-        first = tuple(row.drawing.id for row in rows if not row.step)
+        ids = tuple(row.drawing.id for row in rows)
         self._run(key, rows)
-        self._report(StepReport(base.name, len(rows), self.rows, time.perf_counter() - started, base.hits, base.misses, first))
+        self._report(StepReport(base.name, len(rows), self.rows, time.perf_counter() - started, base.hits, base.misses, ids))
         return True
 
     def _do_between(self, timeout: float | None) -> None:
@@ -461,7 +458,7 @@ class Batcher:
                 encodings, conditions = base.encode(drawing)
                 requests = base.handle.rows_of(encodings)
             parts = base.begin(drawing)
-            keys, values = self.between_steps(lambda: base.keys_values(None, encodings))
+            keys, values = self.between_steps(lambda: base.keys_values(encodings))
             scheduled = any(_is_schedule(mention) for request in requests.values() for mention in request.mentions)
             row = Row(
                 drawing=drawing, base=base, pinned=pinned, encodings=encodings, requests=requests, keys=keys, values=values,
@@ -519,10 +516,3 @@ def encode_picture(image: Image.Image, drawing: Drawing) -> bytes:
     image.save(file, drawing.format, **options)
     return file.getvalue()
 
-
-def box_region(box: Sequence[float]) -> numpy.ndarray:
-    """uint8 [64, 64] of a box (left, top, right, bottom) in parts of the picture."""
-    left, top, right, bottom = (round(each * REGION_SIDE) for each in box)
-    mask = numpy.zeros((REGION_SIDE, REGION_SIDE), numpy.uint8)
-    mask[top:bottom, left:right] = 255
-    return mask

@@ -45,7 +45,8 @@ class Keys:
     def add(self, name: str, scopes: Collection[str], concepts: int | None = None) -> str:
         """Make a key and return it. ValueError when the name or a scope breaks its rule, or the name is taken."""
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(f"a key's name must be 1 to 32 characters of a-z, 0-9, '-' and '_', the first a letter or digit, got {name!r:.80}")
+            rule = "1 to 32 characters of a-z, 0-9, '-' and '_', the first a letter or digit"
+            raise ValueError(f"a key's name must be {rule}, got {name!r:.80}")
         if not scopes or not set(scopes) <= set(SCOPES):
             raise ValueError(f"a key's scopes must be some of {', '.join(SCOPES)}, got {', '.join(map(str, scopes)) or 'none'}")
         key = f"pk-{secrets.token_urlsafe(32)}"
@@ -65,7 +66,8 @@ class Keys:
     def list(self) -> list[dict[str, object]]:
         with self._database.connect() as connection:
             rows = connection.execute(select(state.keys).order_by(state.keys.c.name)).mappings().all()
-        return [dict(name=row["name"], scopes=row["scopes"].split(","), concepts=row["concepts"], created=int(row["created"])) for row in rows]
+        shown = ("name", "concepts")
+        return [{key: row[key] for key in shown} | {"scopes": row["scopes"].split(","), "created": int(row["created"])} for row in rows]
 
     def any(self) -> bool:
         with self._database.connect() as connection:

@@ -9,6 +9,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ from perfusion.serve.drawing import Drawing, Failure, Picture
 from perfusion.serve.fair_queue import FairQueue, Full
 from perfusion.serve.settings import Settings
 
-__all__ = ["Busy", "Pool", "Ticket"]
+__all__ = ["Busy", "Pool", "Ticket", "processes"]
 
 ATTEMPTS = 3  # deaths of a worker that a drawing may see; before the last one it is drawn alone, so it takes no other with it
 PATIENCE = 30.0  # most seconds between attempts to start a worker that does not start
@@ -50,7 +51,7 @@ class Ticket:
     shown: asyncio.Queue[Picture | None] = dataclasses.field(default_factory=asyncio.Queue)
     attempts: int = 0
     previews: int = 0
-    begun: bool = False
+    step: int = 0
     worker: _Worker | None = None
     timer: asyncio.TimerHandle | None = None
 
@@ -82,7 +83,7 @@ class Pool:
         self._failures: collections.Counter[int] = collections.Counter()  # starts of a worker that came to nothing, one after another
         self._tasks: set[asyncio.Task[Any]] = set()
         self._seconds_per_picture = 1.0
-        self._processes = _processes()
+        self._processes = processes()
 
     # from the routes
 
@@ -113,6 +114,11 @@ class Pool:
             ticket.timer = loop.call_later(self.settings.timeout, self._time_out, ticket)
         self._pump()
         return tickets
+
+    def tickets(self, key: str) -> list[Ticket]:
+        """What a key is having drawn."""
+        found = [ticket for worker in self._workers if worker is not None for ticket in worker.tickets.values()]
+        return [ticket for ticket in found if ticket.key == key]
 
     def cancel(self, ticket: Ticket) -> None:
         """Nobody waits for it any more."""
@@ -186,9 +192,10 @@ class Pool:
 
     def _write(self, worker: _Worker) -> None:
         with contextlib.suppress(OSError):
-            while (message := worker.outbox.get()) is not None:
+            message = worker
+            while message is not None:
+                message = worker.outbox.get()
                 worker.connection.send(message)
-            worker.connection.close()
 
     # the loop
 
@@ -211,10 +218,9 @@ class Pool:
             self._observe("drawn" if isinstance(message, Picture) else "failed", seconds)
             self._end(ticket, message)
         else:
-            for id in message.begun:
-                ticket = worker.tickets.get(id)
-                if ticket is not None and not ticket.begun:
-                    ticket.begun = True
+            for ticket in filter(None, map(worker.tickets.get, message.ids)):
+                ticket.step += 1
+                if ticket.step == 1 and not ticket.attempts:
                     self._observe("begun", self._loop.time() - ticket.taken)
             spent = message.seconds * 30 / message.rows
             self._seconds_per_picture += 0.05 * (spent - self._seconds_per_picture)
@@ -280,7 +286,7 @@ class Pool:
         tickets, worker.tickets = list(worker.tickets.values()), {}
         for ticket in reversed(tickets):
             ticket.attempts += 1
-            ticket.worker = None
+            ticket.worker, ticket.step = None, 0
             if ticket.attempts >= ATTEMPTS:
                 self._end(ticket, Failure(ticket.drawing.id, "internal", "the picture could not be drawn: its worker ended each time"))
             else:
@@ -305,7 +311,8 @@ class Pool:
                         os.kill(worker.process.pid, signal.SIGKILL)
 
 
-def _processes() -> Any:
+@functools.cache
+def processes() -> Any:
     """How workers are started: forked from a process that has imported everything and done nothing, where there is such."""
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")

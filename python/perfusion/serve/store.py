@@ -36,9 +36,14 @@ class Store:
             raise ValueError(f"a digest must be 64 hexadecimal digits, got {digest!r}")
         return f"{self._root.rstrip('/')}/{digest[:2]}/{digest}.safetensors"
 
+    @staticmethod
+    def digest(data: bytes) -> str:
+        """The name of a file with this content."""
+        return hashlib.sha256(data).hexdigest()
+
     def put(self, data: bytes) -> str:
         """Keep a file, in full or not at all; returns its digest. OSError where it cannot be kept."""
-        digest = hashlib.sha256(data).hexdigest()
+        digest = self.digest(data)
         path = self._path(digest)
         try:
             if self.get(digest) == data:
@@ -60,9 +65,14 @@ class Store:
             data = self._files.cat_file(self._path(digest))
         except OSError as error:
             raise DamagedFile(f"its file cannot be read ({type(error).__name__}); upload it again") from error
-        if hashlib.sha256(data).hexdigest() != digest:
+        if self.digest(data) != digest:
             raise DamagedFile("its file is damaged; upload it again")
         return data
+
+    def digests(self) -> list[str]:
+        """Of all files."""
+        names = (str(path).rpartition("/")[2].removesuffix(".safetensors") for path in self._files.find(self._root))
+        return [name for name in names if _DIGEST.fullmatch(name)]
 
     def remove(self, digest: str) -> None:
         """Forget a file. Nothing happens where there is none."""

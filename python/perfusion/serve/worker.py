@@ -1,6 +1,6 @@
 """A worker: the child process that draws on one device. It is told by a pipe, and ends when the pipe does.
 
-Messages to it: Drawing, Cancel. Messages from it: Ready once, then Picture, Failure and StepReport.
+Messages to it: Drawing, Cancel, and None for the end. Messages from it: Ready once, then Picture, Failure and StepReport.
 """
 
 from __future__ import annotations
@@ -86,9 +86,12 @@ def run(connection: Connection, settings: Settings, device: str | None) -> None:
         try:
             while True:
                 message = connection.recv()
+                if message is None:
+                    break
                 batcher.cancel(message.id) if isinstance(message, Cancel) else batcher.submit(message)
         except (EOFError, OSError):
-            os._exit(0)
+            pass  # the server is gone
+        os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
     while True:
