@@ -18,7 +18,16 @@ from fastapi import FastAPI, File, Form, Request, UploadFile
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image, ImageDraw
 
-FACTS = {"object": "concept", "namespace": "local", "models": ["toybox"], "family": "sd1", "beta": 0.7, "tau": 0.1, "license": None, "author": "A. Author"}
+FACTS = {
+    "object": "concept",
+    "namespace": "local",
+    "models": ["toybox"],
+    "family": "sd1",
+    "beta": 0.7,
+    "tau": 0.1,
+    "license": None,
+    "author": "A. Author",
+}
 
 
 class Refusal(Exception):
@@ -75,7 +84,14 @@ class StandIn:
 
     @staticmethod
     def concept(name: str, superclass: str) -> dict[str, Any]:
-        return {**FACTS, "name": name, "superclass": superclass, "id": f"{len(name):064x}", "bytes": len(name) * 1000, "created": 1_700_000_000}
+        return {
+            **FACTS,
+            "name": name,
+            "superclass": superclass,
+            "id": f"{len(name):064x}",
+            "bytes": len(name) * 1000,
+            "created": 1_700_000_000,
+        }
 
     def app(self) -> FastAPI:
         app = FastAPI()
@@ -178,7 +194,10 @@ class StandIn:
                 refusal, self.refuse = self.refuse, None
                 raise refusal
             if not wanted.get("stream"):
-                pictures = [{"b64_json": png_of({**wanted, "seed": wanted["seed"] + n}), "seed": wanted["seed"] + n} for n in range(wanted.get("n", 1))]
+                pictures = [
+                    {"b64_json": png_of({**wanted, "seed": wanted["seed"] + n}), "seed": wanted["seed"] + n}
+                    for n in range(wanted.get("n", 1))
+                ]
                 return {"created": 1, "data": pictures}
 
             def stream() -> Any:

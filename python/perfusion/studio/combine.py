@@ -10,7 +10,7 @@ import gradio as gr
 from PIL import Image
 
 from perfusion.studio.painting import BOXES, COLOURS, box_mask, png, region_masks, tinted
-from perfusion.studio.shared import Shared, decode, guarded, none_yet, seed_box, seed_of, settings_of
+from perfusion.studio.shared import Shared, decode, guarded, none_yet, said, seed_box, seed_of, settings_of
 
 __all__ = ["build"]
 
@@ -41,7 +41,7 @@ def build(shared: Shared) -> None:
                 label="Picture", type="pil", format="png", interactive=False, elem_id="both", buttons=["download", "fullscreen"]
             )
             shown = gr.Image(label="Regions over it", type="pil", format="png", interactive=False, elem_id="shown-regions")
-            status = gr.Markdown(elem_classes="status", elem_id="both-status")
+            status = gr.HTML(elem_classes="status", elem_id="both-status")
 
     @guarded
     def draw(key: str, first: str, second: str, one: float, two: float, text: str, layout: str, painting: Any, seed: str,
@@ -67,15 +67,15 @@ def build(shared: Shared) -> None:
                 use["region"] = {"mask": base64.b64encode(png(mask)).decode()}
         number = seed_of(seed)
         request = {"prompt": text, "seed": number, "concepts": uses, **settings_of(steps, 6.0)}
-        yield gr.skip(), None, "Waiting for its turn …"
+        yield gr.skip(), None, said("Waiting for its turn …")
         for event in shared.client.with_key(key).watch_drawing(request):
             image = decode(event.picture)
             if event.kind == "image_generation.completed":
-                yield image, tinted(image, masks) if any(masks) else None, f"Seed {event.data.get('seed', number)}, “{text}”"
+                yield image, tinted(image, masks) if any(masks) else None, said(f"Seed {event.data.get('seed', number)}, “{text}”")
             else:
-                yield image, None, f"Step {event.data['step']} of {event.data['steps']}"
+                yield image, None, said(f"Step {event.data['step']} of {event.data['steps']}")
 
     inputs = [shared.key, first, second, *strengths, prompt, layout, canvas, seed, steps]
     running = go.click(draw, inputs, [picture, shown, status], show_progress="hidden")
-    stop.click(lambda: "Stopped.", None, status, cancels=[running])
+    stop.click(lambda: said("Stopped."), None, status, cancels=[running])
     layout.change(lambda layout: gr.ImageEditor(visible=layout == "painted"), layout, canvas)

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from perfusion.studio.card import archive, card
-from perfusion.studio.shared import Shared, guarded, kept, none_yet
+from perfusion.studio.shared import Shared, guarded, kept, none_yet, plain
 
 __all__ = ["build"]
 
@@ -18,7 +18,9 @@ def build(shared: Shared) -> gr.on:
         with gr.Column(min_width=280):
             concept = shared.concept_list("Concept", elem_id="concept")
             facts = gr.Markdown(elem_id="facts")
-            pictures = gr.Gallery(label="Drawn with it in this visit", columns=4, height="auto", format="png", interactive=False)
+            pictures = gr.Gallery(
+                label="Drawn with it in this visit", columns=4, height="auto", fit_columns=False, format="png", interactive=False
+            )
         with gr.Column(min_width=280):
             upload = gr.File(label="Upload a concept (.safetensors)", file_types=[".safetensors"], type="filepath", elem_id="upload")
             gr.Markdown("#### Take it away")
@@ -52,7 +54,7 @@ def build(shared: Shared) -> gr.on:
         if path is None:
             return gr.skip(), gr.skip()
         found = shared.client.with_key(key).upload(Path(path))
-        gr.Info(f"<{found['name']}> is there now.")
+        gr.Info(plain(f"<{found['name']}> is there now."))
         names = [concept["name"] for concept in shared.client.with_key(key).concepts()]
         return gr.Dropdown(choices=names, value=found["name"]), None
 
@@ -62,7 +64,7 @@ def build(shared: Shared) -> gr.on:
             raise ValueError("tick “I want to delete it” first; nothing was deleted")
         client = shared.client.with_key(key)
         client.delete(none_yet(name))
-        gr.Info(f"<{name}> is gone.")
+        gr.Info(plain(f"<{name}> is gone."))
         names = [concept["name"] for concept in client.concepts()]
         return gr.Dropdown(choices=names, value=names[0] if names else None), False
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from perfusion.studio.shared import Shared, decode, guarded, seed_box, seed_of, settings_of
+from perfusion.studio.shared import Shared, decode, guarded, plain, said, seed_box, seed_of, settings_of
 
 __all__ = ["build"]
 
@@ -27,12 +27,12 @@ def build(shared: Shared) -> None:
             with gr.Row():
                 strength = gr.Slider(0, 2, 1, step=0.05, label="Strength", info="How much of the concept")
                 own = gr.Checkbox(True, label="β of the concept's own")
-                beta = gr.Slider(0, 1, 0.7, step=0.01, label="β", info="Lower shows more of it", visible=False)
+                beta = gr.Slider(0, 1, 0.7, step=0.01, label="β", info="Lower shows more of it", visible=False, elem_id="beta")
             with gr.Accordion("More", open=False):
                 model = shared.base_list()
                 steps = gr.Slider(1, 150, 30, step=1, label="Steps")
                 guidance = gr.Slider(0, 30, 6, step=0.5, label="Guidance")
-                count = gr.Slider(1, 10, 1, step=1, label="Pictures")
+                count = gr.Slider(1, 10, 1, step=1, label="Pictures", elem_id="count")
                 seed = seed_box()
             with gr.Row():
                 go = gr.Button("Draw", variant="primary", elem_id="draw")
@@ -41,9 +41,11 @@ def build(shared: Shared) -> None:
             picture = gr.Image(
                 label="Picture", type="pil", format="png", interactive=False, elem_id="picture", buttons=["download", "fullscreen"]
             )
-            status = gr.Markdown(elem_id="draw-status", elem_classes="status")
-    gallery = gr.Gallery(label="Drawn in this visit", columns=6, height="auto", format="png", interactive=False, elem_id="gallery")
-    picked = gr.Markdown(elem_classes="status")
+            status = gr.HTML(elem_id="draw-status", elem_classes="status")
+    gallery = gr.Gallery(
+        label="Drawn in this visit", columns=6, height="auto", fit_columns=False, format="png", interactive=False, elem_id="gallery"
+    )
+    picked = gr.HTML(elem_classes="status")
 
     @guarded
     def draw(key: str, drawn: list, text: str, negative: str, strength: float, own: bool, beta: float, model: str, steps: float,
@@ -55,12 +57,12 @@ def build(shared: Shared) -> None:
         request = {"prompt": text.strip(), "seed": number, "strength": strength, **settings_of(steps, guidance, negative, model)}
         if not own:
             request["beta"] = beta
-        yield gr.skip(), "Waiting for its turn …", gr.skip(), gr.skip()
+        yield gr.skip(), said("Waiting for its turn …"), gr.skip(), gr.skip()
         found = []
         if count == 1:
             for event in client.watch_drawing(request):
                 if event.kind == "image_generation.partial_image":
-                    yield decode(event.picture), f"Step {event.data['step']} of {event.data['steps']}", gr.skip(), gr.skip()
+                    yield decode(event.picture), said(f"Step {event.data['step']} of {event.data['steps']}"), gr.skip(), gr.skip()
                 elif event.kind == "image_generation.completed":
                     found.append((decode(event.picture), event.data.get("seed", number)))
         else:
@@ -68,15 +70,15 @@ def build(shared: Shared) -> None:
         made = [(image, f"{text.strip()} (seed {own_seed})") for image, own_seed in found]
         drawn = [*made, *drawn][:KEPT]
         seeds = ", ".join(str(own_seed) for _, own_seed in found)
-        yield found[0][0] if found else None, f"Seed {seeds}", drawn, drawn
+        yield found[0][0] if found else None, said(f"Seed {seeds}"), drawn, drawn
 
     inputs = [shared.key, shared.drawn, prompt, negative, strength, own, beta, model, steps, guidance, count, seed]
     running = gr.on([go.click, prompt.submit], draw, inputs, [picture, status, gallery, shared.drawn], show_progress="hidden")
-    stop.click(lambda: "Stopped.", None, status, cancels=[running])
+    stop.click(lambda: said("Stopped."), None, status, cancels=[running])
     own.change(lambda own: gr.Slider(visible=not own), own, beta)
     insert.click(lambda text, name: f"{text.rstrip()} <{name}>".strip() if name else text, [prompt, concept], prompt)
 
     def pick(drawn: list, event: gr.SelectData) -> str:
-        return drawn[event.index][1] if event.index < len(drawn) else ""
+        return plain(drawn[event.index][1]) if event.index < len(drawn) else ""
 
     gallery.select(pick, shared.drawn, picked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import html
 import inspect
 import io
 import random
@@ -17,7 +18,7 @@ from PIL import Image
 
 from perfusion.studio.client import Client, ServerError, sentence
 
-__all__ = ["Shared", "decode", "guarded", "kept", "none_yet", "seed_box", "seed_of", "settings_of"]
+__all__ = ["Shared", "decode", "guarded", "kept", "none_yet", "plain", "said", "seed_box", "seed_of", "settings_of"]
 
 NO_CONCEPTS = "No concepts yet. Train one, or upload a file under Concepts."
 
@@ -86,7 +87,17 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _shown(error: Exception) -> gr.Error:
     text = f"{Path(error.filename).name}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    return gr.Error(sentence(text), duration=None, title="This did not work", print_exception=False)
+    return gr.Error(plain(sentence(text)), duration=None, title="This did not work", print_exception=False)
+
+
+def plain(text: str) -> str:
+    """Text for a place where Gradio reads HTML: prompts, and what servers say, are shown as they are."""
+    return html.escape(text, quote=False)
+
+
+def said(text: str) -> str:
+    """A line of state, which screen readers are told of."""
+    return f'<p role="status" aria-live="polite">{plain(text)}</p>'
 
 
 def none_yet(name: str | None) -> str:

@@ -11,12 +11,11 @@ import gradio as gr
 
 from perfusion.contact_sheet import sheet
 from perfusion.studio.painting import png
-from perfusion.studio.shared import Shared, decode, guarded, kept, none_yet, seed_box, seed_of, settings_of
+from perfusion.studio.shared import Shared, decode, guarded, kept, none_yet, said, seed_box, seed_of, settings_of
 
 __all__ = ["build"]
 
 AXES = {"strength": ("strength",), "β": ("beta",), "both": ("strength", "beta")}
-SIGNS = {"strength": "strength", "beta": "β"}
 AT_ONCE = 8  # requests; the server draws them in one batch
 
 
@@ -32,13 +31,13 @@ def build(shared: Shared) -> None:
                 low, high = gr.Number(0, label="Strength from", minimum=0), gr.Number(1.5, label="to", minimum=0)
             with gr.Row():
                 beta_low, beta_high = gr.Number(0.5, label="β from"), gr.Number(0.9, label="to")
-            count = gr.Slider(2, 8, 5, step=1, label="Pictures along each")
+            count = gr.Slider(2, 8, 5, step=1, label="Pictures along each", elem_id="along")
             with gr.Row():
                 seed = seed_box("0")
                 steps = gr.Slider(1, 150, 30, step=1, label="Steps")
     with gr.Row():
         go, stop = gr.Button("Draw the strip", variant="primary", elem_id="draw-strip"), gr.Button("Stop")
-    status = gr.Markdown(elem_classes="status", elem_id="strip-status")
+    status = gr.HTML(elem_classes="status", elem_id="strip-status")
     strip = gr.Image(label="Strip", type="pil", format="png", interactive=False, elem_id="strip", buttons=["download", "fullscreen"])
     save = gr.DownloadButton("Download the strip", interactive=False, size="sm")
 
@@ -58,22 +57,22 @@ def build(shared: Shared) -> None:
         number = seed_of(seed)
         points = list(itertools.product(*reversed(values)))  # with both: β downwards, strength to the right
         requests = [{"prompt": text, "seed": number, **settings_of(steps, 6.0), **dict(zip(reversed(fields), point))} for point in points]
-        titles = [", ".join(f"{SIGNS[field]} {value:g}" for field, value in zip(reversed(fields), point)) for point in points]
-        yield None, f"0 of {len(points)} …", gr.DownloadButton(interactive=False)
+        titles = [", ".join(f"{field} {value:g}" for field, value in zip(reversed(fields), point)) for point in points]
+        yield None, said(f"0 of {len(points)} …"), gr.DownloadButton(interactive=False)
         images = []
         with ThreadPoolExecutor(AT_ONCE) as pool:
             waiting = [pool.submit(client.draw, request) for request in requests]
             try:
                 for each in waiting:
                     images.append(decode(each.result()[0][0]))
-                    yield gr.skip(), f"{len(images)} of {len(points)} …", gr.skip()
+                    yield gr.skip(), said(f"{len(images)} of {len(points)} …"), gr.skip()
             finally:
                 for each in waiting:
                     each.cancel()
         page = sheet(images, columns=count, titles=titles)
         file = kept(f"{name}-{axis.replace('β', 'beta')}.png", png(page))
-        yield page, f"Seed {number}, “{text}”", gr.DownloadButton(value=file, interactive=True)
+        yield page, said(f"Seed {number}, “{text}”"), gr.DownloadButton(value=file, interactive=True)
 
     inputs = [shared.key, concept, prompt, axis, low, high, beta_low, beta_high, count, seed, steps]
     running = go.click(draw, inputs, [strip, status, save], show_progress="hidden")
-    stop.click(lambda: "Stopped.", None, status, cancels=[running])
+    stop.click(lambda: said("Stopped."), None, status, cancels=[running])

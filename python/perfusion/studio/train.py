@@ -29,8 +29,8 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
     with gr.Row():
         with gr.Column(min_width=280):
             pictures = gr.Gallery(
-                label="Pictures of one thing, 4 to 10", type="filepath", columns=4, height="auto", interactive=True, sources=["upload"],
-                file_types=["image"], elem_id="pictures", allow_preview=False,
+                label="Pictures of one thing, 4 to 10", type="filepath", columns=4, height="auto", fit_columns=False,
+                sources=["upload"], interactive=True, file_types=["image"], elem_id="pictures", allow_preview=False,
             )  # fmt: skip
             with gr.Row():
                 name = gr.Textbox("", label="Name", placeholder="mycat", info="Prompts write it <mycat>.", lines=1)
@@ -45,12 +45,16 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
                 with gr.Row():
                     keep = gr.Button("Keep this mask", elem_id="keep-mask")
                     clear = gr.Button("No masks", elem_id="clear-masks")
-                files = gr.File(label="Upload masks", file_count="multiple", file_types=["image"], type="filepath", height=120)
-            checked = gr.Gallery(label="What is learned", columns=4, height="auto", format="png", interactive=False, elem_id="checked")
+                files = gr.File(
+                    label="Upload masks", elem_id="mask-files", file_count="multiple", file_types=["image"], type="filepath", height=120
+                )
+            checked = gr.Gallery(
+                label="What is learned", columns=4, height="auto", fit_columns=False, format="png", interactive=False, elem_id="checked"
+            )
         with gr.Column(min_width=280):
             with gr.Row():
-                steps = gr.Slider(10, 5000, 400, step=10, label="Steps")
-                every = gr.Slider(0, 500, 100, step=10, label="Preview every", info="Steps; 0 for none")
+                steps = gr.Slider(10, 5000, 400, step=10, label="Steps", elem_id="steps")
+                every = gr.Slider(0, 500, 100, step=10, label="Preview every", info="Steps; 0 for none", elem_id="every")
             with gr.Accordion("More", open=False):
                 model = shared.base_list()
                 batch = gr.Slider(1, 32, 16, step=1, label="Pictures a step")
