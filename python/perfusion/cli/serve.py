@@ -27,7 +27,8 @@ def serve(
         Optional[str], typer.Option(metavar="URL", help="postgresql+psycopg://... [default: SQLite in the folder]", show_default=False)
     ] = None,
     store: Annotated[
-        Optional[str], typer.Option(metavar="URL", help="Folder or fsspec URL for concept files. [default: in the folder]", show_default=False)
+        Optional[str],
+        typer.Option(metavar="URL", help="Folder or fsspec URL for concept files. [default: in the folder]", show_default=False),
     ] = None,
     device: Annotated[
         Optional[list[str]], typer.Option(help="cpu, cuda:0, cuda:1: a worker on each. May be repeated. [default: CUDA where there is one]")
@@ -42,7 +43,9 @@ def serve(
     train: Annotated[bool, typer.Option("--train/--no-train", help="Take training jobs.")] = True,
     origin: Annotated[Optional[list[str]], typer.Option(metavar="SITE", help="A site whose pages may call. May be repeated.")] = None,
     allow_host: Annotated[Optional[list[str]], typer.Option(metavar="NAME", help="A host name to answer to. May be repeated.")] = None,
-    metrics_key: Annotated[Optional[str], typer.Option(help="Key of /metrics, which is open otherwise.", envvar="PERFUSION_METRICS_KEY")] = None,
+    metrics_key: Annotated[
+        Optional[str], typer.Option(help="Key of /metrics, which is open otherwise.", envvar="PERFUSION_METRICS_KEY")
+    ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Start, draw a first picture with every model, and end.")] = False,
 ) -> None:

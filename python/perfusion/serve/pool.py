@@ -52,6 +52,7 @@ class Ticket:
     attempts: int = 0
     previews: int = 0
     step: int = 0
+    over: bool = False
     worker: _Worker | None = None
     timer: asyncio.TimerHandle | None = None
 
@@ -122,7 +123,7 @@ class Pool:
 
     def cancel(self, ticket: Ticket) -> None:
         """Nobody waits for it any more."""
-        if not ticket.result.done():
+        if not ticket.over:
             self._observe("cancelled", 1)
             self._end(ticket, Failure(ticket.drawing.id, "cancelled", "cancelled"))
 
@@ -254,6 +255,9 @@ class Pool:
             worker.outbox.put(ticket.drawing)
 
     def _end(self, ticket: Ticket, outcome: Picture | Failure) -> None:
+        if ticket.over:
+            return
+        ticket.over = True
         if ticket.timer is not None:
             ticket.timer.cancel()
         if ticket.worker is None:

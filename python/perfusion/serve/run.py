@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import socket
 import threading
 import time
@@ -21,7 +22,16 @@ __all__ = ["running", "serve"]
 CONNECTIONS = 4096  # at once; more are answered 503
 
 
+log = logging.getLogger("perfusion.serve")
+
+
 class _Http(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            host, port = server.sockets[0].getsockname()[:2]
+            log.info("listening", extra={"fields": {"url": f"http://{host}:{port}"}})
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.config.app.state.server.drain()  # new requests are refused while those that are drawn finish
         super().handle_exit(sig, frame)
