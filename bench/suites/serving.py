@@ -19,7 +19,7 @@ from bench import rows
 from bench.measure import Options
 from bench.providers import quiet
 from bench.suites.step import MODELS
-from bench.timing import Contestant, interleave
+from bench.timing import Candidate, interleave
 from perfusion.base import describe_base
 from perfusion.concept import Concept
 from perfusion.handle import attach
@@ -63,24 +63,24 @@ def measured(options: Options) -> Iterator[dict[str, Any]]:
         def decode() -> Tensor:
             return pipe.vae.decode(latents[:1] / pipe.vae.config.scaling_factor, return_dict=False)[0]
 
-        contestants = {
-            **{f"a step, {count} rows": Contestant(f"a step, {count} rows", step) for count, step in steps.items()},
-            "text of a picture": Contestant("text of a picture", lambda: pipe.encode_prompt(_prompt(0), device, 1, True)),
-            "decoding of a picture": Contestant("decoding of a picture", decode),
-            "a concept from its file": Contestant("a concept from its file", loaded(file)),
-            "a concept read before": Contestant("a concept read before", loaded(known)),
+        candidates = {
+            **{f"a step, {count} rows": Candidate(f"a step, {count} rows", step) for count, step in steps.items()},
+            "text of a picture": Candidate("text of a picture", lambda: pipe.encode_prompt(_prompt(0), device, 1, True)),
+            "decoding of a picture": Candidate("decoding of a picture", decode),
+            "a concept from its file": Candidate("a concept from its file", loaded(file)),
+            "a concept read before": Candidate("a concept read before", loaded(known)),
         }
         clock = {"wall": time.perf_counter, "process": time.process_time}[options.clock]
         with quiet(), torch.no_grad():
             timed = interleave(
-                list(contestants.values()), device, seconds=options.seconds * len(contestants), rounds=options.rounds, clock=clock
+                list(candidates.values()), device, seconds=options.seconds * len(candidates), rounds=options.rounds, clock=clock
             )
     common = {
         "suite": "serving", "provider": "perfusion", "dtype": "float32", "quick": options.quick, "load": rows.load(),
         "shapes": dict(T=77, D=base.encoding_dim, O=base.outputs, layers=len(base.layers), side=side), **rows.provenance(str(device)),
     }  # fmt: skip
     one = timed[0]
-    for (what, _), times in zip(contestants.items(), timed):
+    for (what, _), times in zip(candidates.items(), timed):
         row = {**common, "case": f"{name}, {what}", "gate": "passed" if gate else "not passed", "what": what}
         if not gate:
             yield {**row, "reason": "rows of the batch are not those of each row alone"}

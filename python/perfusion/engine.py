@@ -581,8 +581,7 @@ class Engine:
             state.slots = self._index[count]
         else:  # in host memory rows are gathered once per prompt, which saves a copy in each layer at each step
             if plan.shown is None:
-                where = torch.tensor(plan.slots)
-                plan.shown = slots.split(slots.keys[where]), slots.split(slots.values[where])
+                plan.shown = tuple(slots.gathered(table, plan.slots) for table in (slots.keys, slots.values))
             (state.keys, state.values), state.slots = plan.shown, None
 
     def _show_tables(self, plan: _Plan, encodings: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Drawing on a Ray cluster: `perfusion serve --ray`. The HTTP side stays one process; replicas of a Ray Serve deployment draw.
 
     fleet = Fleet(least=1, most=8)
-    app = create_app(settings, pool=lambda settings, observe: RayPool(settings, observe, fleet))
+    app = create_app(settings, pool=functools.partial(RayPool, fleet=fleet))
 
 A replica is a `Pool` with one device. Any replica draws any concept: a drawing names its concepts by digest, the replica reads them from the
 shared store (`Settings.store`) and keeps them as a server of one machine does; nothing is routed, batched or scaled by concept. Replicas
@@ -52,11 +52,6 @@ class Fleet:
             raise ValueError(f"serve: replicas must be 1 <= least <= most, got {self.least} and {self.most}")
 
 
-def room(settings: Settings) -> int:
-    """Drawings that one replica is given at once: a batch, and some whose prompts are encoded meanwhile."""
-    return settings.rows + max(1, settings.rows // 2)
-
-
 class Painter:
     """A replica: a worker of its own, with all that `Pool` does for it."""
 
@@ -94,11 +89,12 @@ def deployment(settings: Settings, fleet: Fleet) -> Any:
     """The Ray Serve application of `Painter`s. Deployed anew under the same name it is a rolling update: replicas finish what they draw."""
     from ray import serve
 
+    of_one = Pool(settings)._room()
     own = dataclasses.replace(
-        settings, store=settings.store_url, devices=("cuda",) if fleet.gpus else settings.devices[:1] or ("cpu",), queue=room(settings) * 2,
+        settings, store=settings.store_url, devices=("cuda",) if fleet.gpus else settings.devices[:1] or ("cpu",), queue=2 * of_one,
     )  # fmt: skip
     return serve.deployment(
-        Painter, name="Painter", max_ongoing_requests=room(settings), graceful_shutdown_timeout_s=settings.grace,
+        Painter, name="Painter", max_ongoing_requests=of_one, graceful_shutdown_timeout_s=settings.grace,
         ray_actor_options={"num_cpus": fleet.cpus, "num_gpus": fleet.gpus},
         autoscaling_config={
             "min_replicas": fleet.least, "max_replicas": fleet.most, "initial_replicas": fleet.least,
@@ -117,7 +113,7 @@ class RayPool(Pool):
 
     def _room(self) -> int:
         """As many as all replicas take at most: what waits with Ray is what it scales by."""
-        return room(self.settings) * self._fleet.most
+        return super()._room() * self._fleet.most
 
     async def start(self) -> None:
         """Deploy. The fleet is ready when its first replica has drawn a picture."""

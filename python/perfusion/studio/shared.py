@@ -18,7 +18,7 @@ from PIL import Image
 
 from perfusion.studio.client import Client, ServerError, sentence
 
-__all__ = ["Shared", "decode", "guarded", "kept", "none_yet", "plain", "said", "seed_box", "seed_of", "settings_of"]
+__all__ = ["Running", "Shared", "decode", "guarded", "kept", "none_yet", "plain", "said", "seed_box", "seed_of", "settings_of"]
 
 NO_CONCEPTS = "No concepts yet. Train one, or upload a file under Concepts."
 
@@ -60,6 +60,21 @@ class Shared:
             value = value if value in choices else choices[min(place, len(choices) - 1)] if choices else None
             updates.append(gr.Dropdown(choices=choices, value=value))
         return updates
+
+
+class Running:
+    """What one visitor has under way; `end` breaks the connection to the server, which then stops drawing."""
+
+    def __init__(self) -> None:
+        self._close: Callable[[], None] | None = None
+
+    def opened(self, close: Callable[[], None]) -> None:
+        self._close = close
+
+    def end(self) -> str:
+        if self._close is not None:
+            self._close()
+        return said("Stopped.")
 
 
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
