@@ -3,9 +3,9 @@
     fleet = Fleet(least=1, most=8)
     app = create_app(settings, pool=functools.partial(RayPool, fleet=fleet))
 
-A replica is a `Pool` with one device. Any replica draws any concept: a drawing names its concepts by digest, the replica reads them from the
-shared store (`Settings.store`) and keeps them as a server of one machine does; nothing is routed, batched or scaled by concept. Replicas
-come and go with the number of drawings that are under way. One that dies in the middle of a picture loses nothing but time: the same
+A replica is a `Pool` with one device. Any replica draws any concept: a drawing names its concepts by digest, the replica reads them
+from the shared store (`Settings.store`) and keeps them as a server of one machine does; nothing is routed, batched or scaled by
+concept. Replicas come and go with the number of drawings that are under way. One that dies in the middle of a picture loses nothing but time: the same
 `Drawing`, seed and all, goes to another. Source: DESIGN.md, "The server".
 """
 
@@ -35,8 +35,8 @@ log = logging.getLogger("perfusion.serve")
 class Fleet:
     """How many replicas there are, and what one takes. ValueError says what breaks which rule.
 
-    address: of a Ray cluster; None starts one on this machine, or joins the one that RAY_ADDRESS names. least, most: replicas. cpus, gpus: of
-    one. upscale, downscale: seconds for which there must be more, or fewer, drawings under way than replicas have rows.
+    address: of a Ray cluster; None starts one on this machine, or joins the one that RAY_ADDRESS names. least, most: replicas.
+    cpus, gpus: of one. upscale, downscale: seconds for which there must be more, or fewer, drawings under way than replicas have rows.
     """
 
     address: str | None = None

@@ -23,7 +23,10 @@ log = logging.getLogger("perfusion.serve")
 
 
 class Server:
-    """pool: makes what draws, of the settings and of what counts events. ValueError where it is to be reached from elsewhere and has no key."""
+    """pool: makes what draws, of the settings and of a function that counts events.
+
+    ValueError where it is to be reached from elsewhere and has no key.
+    """
 
     def __init__(self, settings: Settings, pool: Callable[[Settings, Callable[[str, Any], None]], Pool] = Pool):
         self.settings, self.metrics = settings, Metrics()

@@ -6,8 +6,10 @@ import base64
 import binascii
 import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -85,11 +87,15 @@ class Client:
         found = self._json("POST", "/v1/images/generations", json=dict(request))
         return [(decoded(each.get("b64_json")), each.get("seed")) for each in found["data"]]
 
-    def watch_drawing(self, request: Mapping[str, Any], partial_images: int = 3) -> Iterator[Event]:
-        """One picture, as it comes into being: events `image_generation.partial_image`, then `image_generation.completed`."""
-        yield from self._events(
-            "POST", "/v1/images/generations", json={**request, "n": 1, "stream": True, "partial_images": partial_images}
-        )
+    def watch_drawing(
+        self, request: Mapping[str, Any], partial_images: int = 3, *, opened: Callable[[Callable[[], None]], None] | None = None
+    ) -> Iterator[Event]:
+        """One picture, as it comes into being: events `image_generation.partial_image`, then `image_generation.completed`.
+
+        opened: is given what breaks the connection, from another thread, by which the server stops drawing.
+        """
+        wanted = {**request, "n": 1, "stream": True, "partial_images": partial_images}
+        yield from self._events("POST", "/v1/images/generations", opened, json=wanted)
 
     def train(self, pictures: Sequence[tuple[str, bytes]], masks: Sequence[bytes], **fields: Any) -> dict[str, Any]:
         """pictures: (file name, bytes). masks: PNG bytes, one for each picture, or none. fields: of docs/server.md."""
@@ -149,11 +155,13 @@ class Client:
         except ValueError:
             raise ServerError(f"{self.server} does not speak as `perfusion serve` does; check the address") from None
 
-    def _events(self, method: str, path: str, **content: Any) -> Iterator[Event]:
+    def _events(self, method: str, path: str, opened: Any = None, **content: Any) -> Iterator[Event]:
         """Server-sent events until the stream ends; leaving the iterator closes the connection. An event `error` is raised."""
         request = self._request(method, path, **content)
         request.extensions["timeout"] = httpx.Timeout(WAIT, connect=CONNECT).as_dict()
         with contextlib.closing(self._open(request, stream=True)) as response:
+            if opened is not None:
+                opened(functools.partial(_break, response))
             kind, data = "message", []
             try:
                 for line in response.iter_lines():
@@ -182,6 +190,15 @@ class Client:
         if kind == "error":
             raise ServerError(str(data.get("error", data).get("message", "the server failed")))
         return Event(kind, data)
+
+
+def _break(response: httpx.Response) -> None:
+    """Shut the connection down under the thread that reads it, which a close would wait for."""
+    stream = response.extensions.get("network_stream")
+    found = stream.get_extra_info("socket") if stream is not None else None
+    with contextlib.suppress(OSError):
+        if found is not None:
+            found.shutdown(socket.SHUT_RDWR)
 
 
 def decoded(text: Any) -> bytes:

@@ -10,7 +10,7 @@ import gradio as gr
 from PIL import Image
 
 from perfusion.studio.painting import BOXES, COLOURS, box_mask, png, region_masks, tinted
-from perfusion.studio.shared import Shared, decode, guarded, none_yet, said, seed_box, seed_of, settings_of
+from perfusion.studio.shared import Running, Shared, decode, guarded, none_yet, said, seed_box, seed_of, settings_of
 
 __all__ = ["build"]
 
@@ -43,8 +43,10 @@ def build(shared: Shared) -> None:
             shown = gr.Image(label="Regions over it", type="pil", format="png", interactive=False, elem_id="shown-regions")
             status = gr.HTML(elem_classes="status", elem_id="both-status")
 
+    state = gr.State(Running())
+
     @guarded
-    def draw(key: str, first: str, second: str, one: float, two: float, text: str, layout: str, painting: Any, seed: str,
+    def draw(key: str, state: Running, first: str, second: str, one: float, two: float, text: str, layout: str, painting: Any, seed: str,
              steps: float) -> Iterator[Any]:  # fmt: skip
         names = none_yet(first), none_yet(second)
         if first == second:
@@ -68,14 +70,14 @@ def build(shared: Shared) -> None:
         number = seed_of(seed)
         request = {"prompt": text, "seed": number, "concepts": uses, **settings_of(steps, 6.0)}
         yield gr.skip(), None, said("Waiting for its turn …")
-        for event in shared.client.with_key(key).watch_drawing(request):
+        for event in shared.client.with_key(key).watch_drawing(request, opened=state.opened):
             image = decode(event.picture)
             if event.kind == "image_generation.completed":
                 yield image, tinted(image, masks) if any(masks) else None, said(f"Seed {event.data.get('seed', number)}, “{text}”")
             else:
                 yield image, None, said(f"Step {event.data['step']} of {event.data['steps']}")
 
-    inputs = [shared.key, first, second, *strengths, prompt, layout, canvas, seed, steps]
+    inputs = [shared.key, state, first, second, *strengths, prompt, layout, canvas, seed, steps]
     running = go.click(draw, inputs, [picture, shown, status], show_progress="hidden")
-    stop.click(lambda: said("Stopped."), None, status, cancels=[running])
+    stop.click(Running.end, state, status, cancels=[running])
     layout.change(lambda layout: gr.ImageEditor(visible=layout == "painted"), layout, canvas)

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from perfusion.studio.shared import Shared, decode, guarded, plain, said, seed_box, seed_of, settings_of
+from perfusion.studio.shared import Running, Shared, decode, guarded, plain, said, seed_box, seed_of, settings_of
 
 __all__ = ["build"]
 
@@ -47,8 +47,10 @@ def build(shared: Shared) -> None:
     )
     picked = gr.HTML(elem_classes="status")
 
+    state = gr.State(Running())
+
     @guarded
-    def draw(key: str, drawn: list, text: str, negative: str, strength: float, own: bool, beta: float, model: str, steps: float,
+    def draw(key: str, state: Running, drawn: list, text: str, negative: str, strength: float, own: bool, beta: float, model: str, steps: float,
              guidance: float, count: float, seed: str) -> Iterator[Any]:  # fmt: skip
         if not text.strip():
             raise ValueError("write a prompt first")
@@ -60,7 +62,7 @@ def build(shared: Shared) -> None:
         yield gr.skip(), said("Waiting for its turn …"), gr.skip(), gr.skip()
         found = []
         if count == 1:
-            for event in client.watch_drawing(request):
+            for event in client.watch_drawing(request, opened=state.opened):
                 if event.kind == "image_generation.partial_image":
                     yield decode(event.picture), said(f"Step {event.data['step']} of {event.data['steps']}"), gr.skip(), gr.skip()
                 elif event.kind == "image_generation.completed":
@@ -72,9 +74,9 @@ def build(shared: Shared) -> None:
         seeds = ", ".join(str(own_seed) for _, own_seed in found)
         yield found[0][0] if found else None, said(f"Seed {seeds}"), drawn, drawn
 
-    inputs = [shared.key, shared.drawn, prompt, negative, strength, own, beta, model, steps, guidance, count, seed]
+    inputs = [shared.key, state, shared.drawn, prompt, negative, strength, own, beta, model, steps, guidance, count, seed]
     running = gr.on([go.click, prompt.submit], draw, inputs, [picture, status, gallery, shared.drawn], show_progress="hidden")
-    stop.click(lambda: said("Stopped."), None, status, cancels=[running])
+    stop.click(Running.end, state, status, cancels=[running])
     own.change(lambda own: gr.Slider(visible=not own), own, beta)
     insert.click(lambda text, name: f"{text.rstrip()} <{name}>".strip() if name else text, [prompt, concept], prompt)
 
