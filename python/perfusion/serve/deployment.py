@@ -3,10 +3,10 @@
     fleet = Fleet(least=1, most=8)
     app = create_app(settings, pool=functools.partial(RayPool, fleet=fleet))
 
-A replica is a `Pool` with one device. Any replica draws any concept: a drawing names its concepts by digest, the replica reads them
-from the shared store (`Settings.store`) and keeps them as a server of one machine does; nothing is routed, batched or scaled by
-concept. Replicas come and go with the number of drawings that are under way. One that dies in the middle of a picture loses nothing but time: the same
-`Drawing`, seed and all, goes to another. Source: DESIGN.md, "The server".
+A replica is a `Pool` with one device. Any replica draws any concept: a drawing names its concepts by digest, and the replica reads
+them from the shared store (`Settings.store`) and keeps them as a server of one machine does; nothing is routed, batched or scaled by
+concept. Replicas come and go with the number of drawings that are under way. One that dies in the middle of a picture loses nothing
+but time: the same `Drawing`, seed and all, goes to another. Source: DESIGN.md, "The server".
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -123,6 +124,7 @@ class RayPool(Pool):
         self._spawn(self._wait_until_ready())
 
     def _deploy(self) -> Any:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
         import ray
         from ray import serve
 

@@ -50,8 +50,8 @@ def build(shared: Shared) -> None:
     state = gr.State(Running())
 
     @guarded
-    def draw(key: str, state: Running, drawn: list, text: str, negative: str, strength: float, own: bool, beta: float, model: str, steps: float,
-             guidance: float, count: float, seed: str) -> Iterator[Any]:  # fmt: skip
+    def draw(key: str, state: Running, drawn: list, text: str, negative: str, strength: float, own: bool, beta: float, model: str,
+             steps: float, guidance: float, count: float, seed: str) -> Iterator[Any]:  # fmt: skip
         if not text.strip():
             raise ValueError("write a prompt first")
         client = shared.client.with_key(key)

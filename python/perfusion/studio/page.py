@@ -17,7 +17,7 @@ from perfusion.studio.shared import Shared, guarded  # noqa: E402
 
 __all__ = ["create_page", "launch"]
 
-STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+STYLE = (Path(__file__).parents[1] / "templates" / "studio.css").read_text(encoding="utf-8")
 UPLOAD = "32mb"  # of one file, as the server's own limit
 
 
