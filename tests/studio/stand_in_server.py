@@ -5,6 +5,7 @@ Pictures are flat colours that tell the request: the seed is the hue, strength i
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import colorsys
 import io
@@ -14,7 +15,7 @@ import time
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, File, Form, Request, UploadFile
+from fastapi import Depends, FastAPI, File, Form, Request, UploadFile
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image, ImageDraw
 
@@ -94,19 +95,17 @@ class StandIn:
         }
 
     def app(self) -> FastAPI:
-        app = FastAPI()
+        def checked(request: Request) -> None:
+            if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
+                raise Refusal(401, "no key was given that this server knows", "authentication_error")
+
+        app = FastAPI(dependencies=[Depends(checked)])
 
         @app.exception_handler(Refusal)
         async def refused(_: Request, error: Refusal) -> JSONResponse:
             headers = {"Retry-After": str(error.retry)} if error.retry else {}
             body = {"error": {"message": str(error), "type": error.kind, "param": None, "code": None}}
             return JSONResponse(body, error.status, headers)
-
-        @app.middleware("http")
-        async def keys(request: Request, call_next: Any) -> Response:
-            if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
-                return await refused(request, Refusal(401, "no key was given that this server knows", "authentication_error"))
-            return await call_next(request)
 
         @app.get("/v1/models")
         def models() -> dict[str, Any]:
@@ -200,16 +199,16 @@ class StandIn:
                 ]
                 return {"created": 1, "data": pictures}
 
-            def stream() -> Any:
+            async def stream() -> Any:
                 try:
                     for n in range(wanted.get("partial_images", 0)):
-                        time.sleep(self.pause)
+                        await asyncio.sleep(self.pause)
                         step = (n + 1) * wanted["steps"] // 4
                         yield event("image_generation.partial_image", b64_json=png_of(wanted, (n + 1) / 4), partial_image_index=n, step=step,
                                     steps=wanted["steps"])  # fmt: skip
-                    time.sleep(self.pause)
+                    await asyncio.sleep(self.pause)
                     yield event("image_generation.completed", b64_json=png_of(wanted), seed=wanted["seed"])
-                except GeneratorExit:
+                except (asyncio.CancelledError, GeneratorExit):  # who asked has gone away
                     self.cancelled.set()
                     raise
 

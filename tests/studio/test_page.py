@@ -31,6 +31,7 @@ def studio(chromium, server):
 def tab(studio, server):
     server.refuse = None
     server.seen.clear()
+    server.concepts.pop("mycat", None)
     found = studio.open()
     found.wait_for_function("[...document.querySelectorAll('input')].some(input => input.value === 'teddy')")  # lists are filled
     yield found
@@ -180,8 +181,7 @@ def test_trains_with_a_painted_mask_and_an_uploaded_one(tab, server, tmp_path):
     tab.get_by_role("tab", name="Concepts").click()
     tab.locator("#concept input").click()
     tab.get_by_role("option", name="mycat").click()
-    see(tab, "<mycat>")
-    del server.concepts["mycat"]
+    tab.locator("#facts").get_by_text("<mycat>").wait_for()
 
 
 def test_a_job_is_cancelled_and_found_again_after_a_reload(chromium, tmp_path):

@@ -18,8 +18,9 @@ from PIL import Image
 
 from perfusion.studio.client import Client, ServerError, sentence
 
-__all__ = ["Running", "Shared", "decode", "guarded", "kept", "none_yet", "plain", "said", "seed_box", "seed_of", "settings_of"]
+__all__ = ["BUTTONS", "Running", "Shared", "decode", "guarded", "kept", "none_yet", "plain", "said", "seed_box", "seed_of", "settings_of"]
 
+BUTTONS = ["download", "fullscreen"]  # of pictures; not Gradio's own "share", which uploads
 NO_CONCEPTS = "No concepts yet. Train one, or upload a file under Concepts."
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from perfusion.pictures import open_picture
 from perfusion.studio.painting import overlay, painted_mask, png
-from perfusion.studio.shared import Shared, decode, guarded, seed_box, seed_of
+from perfusion.studio.shared import BUTTONS, Shared, decode, guarded, seed_box, seed_of
 
 __all__ = ["build"]
 
@@ -29,7 +29,7 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
     with gr.Row():
         with gr.Column(min_width=280):
             pictures = gr.Gallery(
-                label="Pictures of one thing, 4 to 10", type="filepath", columns=4, height="auto", fit_columns=False,
+                label="Pictures of one thing, 4 to 10", type="filepath", columns=4, height="auto", fit_columns=False, buttons=BUTTONS,
                 sources=["upload"], interactive=True, file_types=["image"], elem_id="pictures", allow_preview=False,
             )  # fmt: skip
             with gr.Row():
@@ -49,7 +49,14 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
                     label="Upload masks", elem_id="mask-files", file_count="multiple", file_types=["image"], type="filepath", height=120
                 )
             checked = gr.Gallery(
-                label="What is learned", columns=4, height="auto", fit_columns=False, format="png", interactive=False, elem_id="checked"
+                label="What is learned",
+                columns=4,
+                height="auto",
+                fit_columns=False,
+                buttons=BUTTONS,
+                format="png",
+                interactive=False,
+                elem_id="checked",
             )
         with gr.Column(min_width=280):
             with gr.Row():
@@ -68,9 +75,7 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
                 job = gr.Dropdown([], label="Jobs", interactive=True, filterable=False, elem_id="jobs", scale=3)
                 watch, resume = gr.Button("Watch", size="sm", min_width=70), gr.Button("Go on", size="sm", min_width=70)
             progress = gr.HTML(elem_id="progress")
-            preview = gr.Image(
-                label="Preview", type="pil", format="png", interactive=False, elem_id="preview", buttons=["download", "fullscreen"]
-            )
+            preview = gr.Image(label="Preview", type="pil", format="png", interactive=False, elem_id="preview", buttons=BUTTONS)
 
     @guarded
     def choose(items: list | None, masks: dict, event: gr.SelectData) -> tuple[Any, str]:
