@@ -90,6 +90,9 @@ lint: $(VENV)/.installed-dev ## look for mistakes that need no run
 	@$(BIN)/ruff check .
 	$(say) 'check-jsonschema'
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
+	@$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.cuda.yaml
+	$(say) 'hadolint'
+	@$(BIN)/hadolint docker/Dockerfile
 
 clean: ## remove the virtual environment and everything built; concepts and pictures stay
 	rm -rf $(VENV) $(VENV)-lower build dist *.egg-info perfusion_kernels/cuda/*.so perfusion_kernels/cuda/build.json .coverage .coverage.* .pytest_cache .ruff_cache

@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import model, predictions  # noqa: E402
+from bench import model, predictions, serve_sim  # noqa: E402
 from bench.rows import read  # noqa: E402
 
 
@@ -53,6 +53,8 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
         return _overheads(list(found.values()))
     if suite == "model":
         return model.table(list(found.values()))
+    if suite == "serve_sim":
+        return serve_sim.table(list(found.values()))
     if suite == "storage":
         return _storage(list(found.values()))
     if suite == "startup":
