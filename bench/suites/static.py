@@ -27,10 +27,11 @@ from tests.perfusion.editing import make_concept
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
 FREE = (
-    "empty", "view", "reshape", "expand", "permute", "transpose", "slice", "split", "chunk", "unsqueeze", "squeeze", "detach", "alias",
-    "select", "t", "as_strided", "unflatten", "flatten", "narrow", "resolve", "lift", "item", "_local_scalar_dense", "is_nonzero",
-    "contiguous", "to", "dropout", "result_type", "numpy_T", "resize_", "set_", "unbind", "size", "stride", "_unsafe_view", "unsafe_split",
-    "conj", "result", "expand_as", "view_as", "type_as", "is_floating_point", "_reshape_alias", "mT", "movedim", "swapaxes",
+    "_local_scalar_dense", "_nnpack_available", "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "conj",
+    "contiguous", "detach", "detach_", "dropout", "empty", "expand", "expand_as", "flatten", "is_floating_point", "is_nonzero",
+    "item", "lift_fresh", "movedim", "narrow", "numpy_T", "permute", "reshape", "resize_", "resolve_conj", "resolve_neg",
+    "result_type", "select", "set_", "slice", "split", "squeeze", "swapaxes", "t", "to", "transpose", "type_as", "unbind",
+    "unflatten", "unsafe_split", "unsqueeze", "view", "view_as",
 )  # fmt: skip
 MODELS: dict[str, Callable[[], Any]] = {
     "toybox": pipelines.MODELS["toybox"].make,

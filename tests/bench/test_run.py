@@ -77,7 +77,7 @@ def test_every_suite_runs_in_small(suite, folder):
 def test_overheads_are_rows(folder):
     found = quick_rows("overhead", folder)
     assert {row["case"] for row in found} == set(SCHEMAS)
-    assert {*MUST_RUN, "decide", "overhead", "storage", "startup"} <= set(suites.NAMES)
+    assert {*MUST_RUN, "decide", "overhead", "storage", "startup", "static"} <= set(suites.NAMES)
     for row in found:
         assert row.keys() >= EVERY and row["overhead_us"] > 0 and row["limit_us"] == 15
         assert row["fresh_us"] > row["overhead_us"] and row["fresh_us"] > row["unvalidated_us"] > 0
