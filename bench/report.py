@@ -232,7 +232,7 @@ def _cell(row: dict | None, against: str) -> str:
     return f"{row['ratios'][against][1]:.2f}" if against in row["ratios"] else "?"
 
 
-PLACE = re.compile(r"(<!-- rows: (?P<file>\S+), against (?P<against>[\w ]+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- rows: (?P<file>\S+), against (?P<against>[\w ,]+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
 
 
 def refreshed(page: str) -> str:
