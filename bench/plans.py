@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench import roofline
@@ -196,13 +196,18 @@ def _row(kernel: str, chip: str, facts: dict, times: dict[str, float], floor: fl
     return {"kernel": kernel, "chip": chip, **facts, **found}
 
 
-def plan(host, chip: str, layer: roofline.Layer, rows: int) -> Plan:
-    """The library's plan of a call without an edit; host: tests/cuda_host/host.py's."""
+def plan(host, chip: str, layer: roofline.Layer, rows: int, tall: bool = True) -> Plan:
+    """The library's plan of a call without an edit; host: tests/cuda_host/host.py's. tall: with tiles of 32 rows where it takes them."""
     one = CHIPS[chip]
     host.configure(one.multiprocessors, one.shared_per_block, shared_per_multiprocessor=one.shared_per_multiprocessor)
     made = host.planned("edited_attention", {}, B=rows, N=layer.N, T=T, H=layer.H, d=layer.d)
     names = ("warps", "m", "stages", "splits", "blocks", "resident", "bytes")
-    return Plan(chip, layer, rows, *(made[name] for name in names))
+    found = Plan(chip, layer, rows, *(made[name] for name in names))
+    if tall or found.m == 1:
+        return found
+    # a query so short that tiles of 16 rows are taken has the same warps, stages and resident blocks
+    short = plan(host, chip, replace(layer, N=16), 1)
+    return replace(found, m=1, warps=short.warps, stages=short.stages, resident=short.resident, bytes=short.bytes)
 
 
 def layers() -> list[roofline.Layer]:
