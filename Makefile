@@ -11,7 +11,7 @@ say = @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo picture docs test peers test-gpu test-lower proof numeric coverage wheel bench-regression lint clean
+.PHONY: help demo picture docs test peers test-gpu test-lower proof numeric coverage wheel bench bench-regression lint clean
 
 help: ## this list
 	@echo 'make COMMAND [ARGS="..."]'
@@ -72,6 +72,10 @@ test-lower: $(VENV)-lower/.installed ## run the tests at the lowest versions tha
 wheel: $(VENV)/.installed-release ## build the wheel that is given away, with kernels for every architecture, into dist
 	$(say) '.ci/wheel'
 	@PYTHON=$(BIN)/python .ci/wheel dist
+
+bench: $(VENV)/.installed-bench ## measure everything that this machine can in a quarter of an hour: tables and plots in build/bench
+	$(say) 'python bench/all.py'
+	@OMP_NUM_THREADS=1 $(BIN)/python bench/all.py $(ARGS)
 
 bench-regression: $(VENV)/.installed-bench ## time operators, load and swap beside a saved run: ratios to a yardstick, never times
 	$(say) 'python -m bench.regression'
