@@ -1,0 +1,5 @@
+"""placeholder"""
+class Absent(RuntimeError):
+    pass
+def peers():
+    return []
