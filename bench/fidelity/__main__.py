@@ -19,6 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
+import diffusers  # noqa: E402
+import transformers  # noqa: E402
+
 from bench.fidelity.lab import Lab, folder_of  # noqa: E402
 from bench.fidelity.running import cost, make, missing  # noqa: E402
 from bench.fidelity.scale import SCALES  # noqa: E402
@@ -30,6 +33,8 @@ ROWS = ROOT / "bench" / "results" / "fidelity.jsonl"
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     warnings.filterwarnings("ignore", category=UserWarning)
+    for library in (diffusers, transformers):  # which prefix a LoRA has not, and which caption was cut, would bury the rows
+        library.utils.logging.set_verbosity_error()
     lab = Lab(SCALES[options.scale], options.work, folder=folder_of(options.model), device=options.device)
     todo = missing(lab, list(jobs(lab.scale, tuple(options.section or SECTIONS))), options.out)
     if options.list:

@@ -46,7 +46,7 @@ class Applied:
 class Method:
     """name: the row's. joint: whether many things can be drawn in one batch. combines: whether two can stand in one prompt."""
 
-    name = ""
+    name: str
     joint = False
     combines = False
 

@@ -23,7 +23,7 @@ class Scale:
     pair_prompts: int = 8
     steps: int = 400
     batch: int = 16
-    sampling_steps: int = 25
+    sampling_steps: int = 10
     ladder: int = 9
 
     def identity(self) -> dict[str, int]:
@@ -35,11 +35,11 @@ SCALES = {
     "full": Scale("full"),
     "medium": Scale(
         "medium", subjects=6, prompts=12, seeds=3, subset_subjects=2, subset_prompts=8, subset_seeds=3, pairs=3, pair_prompts=4,
-        steps=300, batch=12, sampling_steps=15, ladder=7,
+        steps=300, batch=12, sampling_steps=10, ladder=7,
     ),
     "small": Scale(
-        "small", subjects=2, prompts=7, seeds=2, subset_subjects=2, subset_prompts=7, subset_seeds=1, pairs=1, pair_prompts=4,
-        steps=200, batch=8, sampling_steps=12, ladder=4,
+        "small", subjects=2, prompts=7, seeds=2, subset_subjects=1, subset_prompts=7, subset_seeds=2, pairs=1, pair_prompts=4,
+        steps=120, batch=6, sampling_steps=10, ladder=4,
     ),
     "smoke": Scale(
         "smoke", subjects=2, prompts=3, seeds=1, subset_subjects=1, subset_prompts=2, subset_seeds=1, pairs=1, pair_prompts=1,

@@ -15,7 +15,7 @@ from bench.fidelity.subjects import Target, targets
 __all__ = ["SECTIONS", "Job", "jobs"]
 
 BIASES = (0.7, 0.9, 0.3, 0.5, 0.8, 0.6, 0.4, 1.0, 0.2)  # in the order in which a smaller scale takes them
-SECTIONS = ("concepts", "bias", "lag", "training", "pictures", "layers", "pairs", "peers", "peer pairs")
+SECTIONS = ("concepts", "bias", "pairs", "peers", "peer pairs", "training", "lag", "layers", "pictures")
 
 
 @dataclasses.dataclass(frozen=True)

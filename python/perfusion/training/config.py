@@ -62,7 +62,7 @@ class TrainingConfig:
     temperature: float = TRAINING_TEMPERATURE
     inference_bias: float = BIAS.default
     inference_temperature: float = TEMPERATURE.default
-    ema_decay: float = 0.99
+    ema_decay: float = 0.9
     flip: float = 0.5
     key_lock: bool = True
     resolution: int | None = None
