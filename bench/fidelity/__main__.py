@@ -1,11 +1,11 @@
 """Makes the rows of the fidelity lab that are missing; run it again to go on.
 
-    python -m bench.fidelity                          # full scale, every section
-    python -m bench.fidelity --scale small --minutes 30
-    python -m bench.fidelity --section pairs --section peers
-    python -m bench.fidelity --list                   # what is missing, and what it would cost here
-    python -m bench.fidelity.report                   # tables of docs/fidelity.md and plots, from the rows
-    python -m bench.fidelity.real --model dreamshaper_8.safetensors --data dreambooth/dataset --clip CLIP --dino DINO
+python -m bench.fidelity                          # full scale, every section
+python -m bench.fidelity --scale small --minutes 30
+python -m bench.fidelity --section pairs --section peers
+python -m bench.fidelity --list                   # what is missing, and what it would cost here
+python -m bench.fidelity.report                   # tables of docs/fidelity.md and plots, from the rows
+python -m bench.fidelity.real --model dreamshaper_8.safetensors --data dreambooth/dataset --clip CLIP --dino DINO
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.fidelity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.fidelity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--section", action="append", choices=SECTIONS, help="may be repeated; by default all")
     parser.add_argument("--model", default="toybox", help="toybox, or a folder with its parts and its judge")

@@ -79,7 +79,9 @@ def similarities(judge: Judge, subject: Subject, prompts: Sequence[Prompt], imag
     ]
 
 
-def identities(judge: Judge, subject: Subject, prompts: Sequence[Prompt], found: list[float | None], base: list[float | None]) -> list[float | None]:
+def identities(
+    judge: Judge, subject: Subject, prompts: Sequence[Prompt], found: list[float | None], base: list[float | None]
+) -> list[float | None]:
     """(s − low) / (high − low), where `low` is the mean of the base model's similarities of the same group."""
     lows = {}
     for group in ("alone", "paired"):

@@ -97,7 +97,9 @@ class Lab:
         steps, count = 2, 4
         started = time.process_time()
         generators = [torch.Generator().manual_seed(n) for n in range(count)]
-        self.pipe(["a teddy on the beach"] * count, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generators, output_type="pt")
+        self.pipe(
+            ["a teddy on the beach"] * count, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generators, output_type="pt"
+        )
         drawn = (time.process_time() - started) / count / steps * self.scale.sampling_steps
         return drawn, learn_for(self, steps=2) / 2
 
@@ -106,5 +108,7 @@ def folder_of(model: str) -> Path:
     """A folder with toybox's parts and its judge. ValueError for another model: those are scored by bench/fidelity/real.py."""
     folder = Path(resolve(model))
     if not (folder / "judge.safetensors").exists():
-        raise ValueError(f"{model!r} has no judge.safetensors: only toybox's worlds have a judge. Real checkpoints: python -m bench.fidelity.real")
+        raise ValueError(
+            f"{model!r} has no judge.safetensors: only toybox's worlds have a judge. Real checkpoints: python -m bench.fidelity.real"
+        )
     return folder

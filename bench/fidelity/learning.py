@@ -13,7 +13,6 @@ from torch import Tensor
 from bench.fidelity.lab import Lab
 from bench.fidelity.subjects import Target, targets
 from perfusion.base import describe_base
-from perfusion.concept import Concept
 from perfusion.training.calibrate import calibrate
 from perfusion.training.config import TrainingConfig
 from perfusion.training.data import read_pictures
@@ -82,7 +81,13 @@ def _learn(lab: Lab, target: Target, recipe: Recipe, folder: Path) -> dict[str, 
 def _session(lab: Lab, target: Target, recipe: Recipe, **changes: Any) -> TrainingSession:
     settings = {"steps": lab.scale.steps, "batch_size": lab.scale.batch, "flip": 0.0, **dict(recipe.settings), **changes}
     config = TrainingConfig(superclass=target.subject.superclass, name=target.name, **settings)
-    pictures = read_pictures(lab.references(target, recipe.pictures, masks=recipe.masks), config, lab.pipe.unet.config.sample_size * lab.pipe.vae_scale_factor, None, step=4)
+    pictures = read_pictures(
+        lab.references(target, recipe.pictures, masks=recipe.masks),
+        config,
+        lab.pipe.unet.config.sample_size * lab.pipe.vae_scale_factor,
+        None,
+        step=4,
+    )
     covariance = lab.covariance
     if recipe.covariance == "identity":
         covariance = dataclasses.replace(covariance, matrix=torch.eye(covariance.width, dtype=torch.float64), source="identity")

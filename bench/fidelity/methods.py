@@ -96,7 +96,9 @@ class Ours(Method):
             for each in learned:
                 concept = Concept.load(each.path)
                 handle.load(scaled(concept, lab.pipe, self.scales) if self.scales else concept)
-            yield Applied(lab.pipe, [f"<{name}>" for name in names], lambda text: Request(text, **self.settings, **self._regions(lab, text, names)))
+            yield Applied(
+                lab.pipe, [f"<{name}>" for name in names], lambda text: Request(text, **self.settings, **self._regions(lab, text, names))
+            )
 
     def _regions(self, lab: Lab, text: str, names: list[str]) -> dict[str, Any]:
         used = [name for name in names if f"<{name}>" in text] if self.halves and " next to " in text else []

@@ -124,7 +124,8 @@ def add_token(pipe: Any, token: str, superclass: str) -> tuple[torch.nn.Paramete
 
 
 def fit(
-    lab: Lab, pipe: Any, target: Any, word: str, groups: list[dict[str, Any]], seconds: float, *, prior: bool, after: Callable[[], None] | None,
+    lab: Lab, pipe: Any, target: Any, word: str, groups: list[dict[str, Any]], seconds: float, *, prior: bool,
+    after: Callable[[], None] | None,
     encode: Callable[[list[str]], Tensor] | None = None, weight_decay: float = 1e-2,
 ) -> dict[str, Any]:  # fmt: skip
     """The loop of diffusers' example scripts: AdamW on the mean square error, here until the processor time is spent.
@@ -151,7 +152,9 @@ def fit(
     def loss_of(step: int, batch: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
         picks = torch.randint(len(latents), (batch,), generator=generator)
-        texts = [captions[pick][int(torch.randint(len(captions[pick]), (), generator=generator))].replace("{}", word) for pick in picks.tolist()]
+        texts = [
+            captions[pick][int(torch.randint(len(captions[pick]), (), generator=generator))].replace("{}", word) for pick in picks.tolist()
+        ]
         clean = latents[picks]
         if prior:
             half = batch // 2
@@ -235,7 +238,10 @@ def adapter(name: str, make: Callable[[], Any], rate: float) -> Peer:
     def save(pipe: Any, folder: Path) -> None:
         from peft import get_peft_model_state_dict
 
-        save_file({key: tensor.half().contiguous() for key, tensor in get_peft_model_state_dict(pipe.unet).items()}, folder / "adapter.safetensors")
+        save_file(
+            {key: tensor.half().contiguous() for key, tensor in get_peft_model_state_dict(pipe.unet).items()},
+            folder / "adapter.safetensors",
+        )
 
     def load(pipe: Any, folder: Path, _: str) -> None:
         from peft import inject_adapter_in_model, set_peft_model_state_dict
@@ -278,7 +284,14 @@ def custom_diffusion(rate: float, token_rate: float) -> Peer:
         pipe.unet.load_state_dict(state, strict=False)
 
     return Peer(
-        "Custom Diffusion, K and V", start, save, load, token=True, token_rate=token_rate, prior=True, note=f"AdamW at {rate:g}, prior preservation"
+        "Custom Diffusion, K and V",
+        start,
+        save,
+        load,
+        token=True,
+        token_rate=token_rate,
+        prior=True,
+        note=f"AdamW at {rate:g}, prior preservation",
     )
 
 
@@ -376,7 +389,11 @@ class PerfusionPytorch(Method):
         values = [edit.concept_outputs.requires_grad_(True) for edit in edits.values() if not edit.is_key_proj]
         groups = [{"params": values, "lr": 0.03}, {"params": [table], "lr": 0.006}]
         facts = fit(lab, pipe, target, word, groups, seconds, prior=False, after=restore, encode=encode, weight_decay=0.0)
-        state = {f"{name}.{key}": getattr(edit, key).detach().clone() for name, edit in edits.items() for key in ("concept_outputs", "ema_concept_text_encs")}
+        state = {
+            f"{name}.{key}": getattr(edit, key).detach().clone()
+            for name, edit in edits.items()
+            for key in ("concept_outputs", "ema_concept_text_encs")
+        }
         save_file({name: tensor.half() for name, tensor in state.items()}, folder / "edits.safetensors")
         save_file({word: table[place].detach().half()[None].clone()}, folder / "learned_embeds.safetensors")
         size = sum(path.stat().st_size for path in folder.iterdir() if path.name != "facts.json")

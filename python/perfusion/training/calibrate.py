@@ -170,4 +170,6 @@ def _probe(session: TrainingSession, batch: Any, probes: list[str], bias: float 
     """Predictions of the batch's noise alone, as at the beginning of a picture, for other prompts in turn."""
     captions = [probes[row % len(probes)] for row in range(len(batch.captions))]
     late = torch.full_like(batch.timesteps, session.noise_scheduler.config.num_train_timesteps - 1)
-    return _predict(session, dataclasses.replace(batch, timesteps=late - late // 4 * (torch.arange(len(late)).to(late) % 3)), captions, bias)
+    return _predict(
+        session, dataclasses.replace(batch, timesteps=late - late // 4 * (torch.arange(len(late)).to(late) % 3)), captions, bias
+    )

@@ -72,8 +72,9 @@ class TrainingSession:
     """A context in which a pipeline's `<name>` is learned; leaving it gives the pipeline back as it was, whatever happened.
 
     value_outputs, key_outputs [O] float32 (keys: None under the lock) and `words`, one [width] float32 per text encoder, are
-    what is trained, from `start_values` and `start_words`; `inference` is the bias and temperature that pictures are drawn with; `target` [D] is i*, the running mean of the word's encoding; `superclass_encoding` [D] is s. `obstacle`
-    says why the layers' projections are called one by one, or is None: then they are two products a step.
+    what is trained, from `start_values` and `start_words`; `target` [D] is i*, the running mean of the word's encoding;
+    `superclass_encoding` [D] is s; `inference` is the bias and temperature that pictures are drawn with and the concept keeps.
+    `obstacle` says why the layers' projections are called one by one, or is None: then they are two products a step.
     """
 
     def __init__(self, pipe: Any, base: Base, config: TrainingConfig, covariance: Covariance, pictures: list[Picture]):
