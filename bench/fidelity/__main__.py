@@ -36,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     for library in (diffusers, transformers):  # which prefix a LoRA has not, and which caption was cut, would bury the rows
         library.utils.logging.set_verbosity_error()
     lab = Lab(SCALES[options.scale], options.work, folder=folder_of(options.model), device=options.device)
-    todo = missing(lab, list(jobs(lab.scale, tuple(options.section or SECTIONS))), options.out)
+    every = [job for job in jobs(lab.scale, tuple(options.section or SECTIONS)) if _named(job.method.name, options.variant)]
+    todo = missing(lab, every, options.out)
     if options.list:
         for job in todo:
             print(f"{job.section}: {job.method.name}: {', '.join(target.name for target in job.targets)}: {job.pictures} pictures")
@@ -57,12 +58,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _named(name: str, wanted: list[str] | None) -> bool:
+    return not wanted or any(part in name for part in wanted)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.fidelity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--section", action="append", choices=SECTIONS, help="may be repeated; by default all")
+    parser.add_argument("--variant", action="append", help="methods whose name holds this; may be repeated; by default all")
     parser.add_argument("--model", default="toybox", help="toybox, or a folder with its parts and its judge")
     parser.add_argument("--out", type=Path, default=ROWS, help="a .jsonl file; rows are appended")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "fidelity", help="concepts, weights of peers, sheets to look at")

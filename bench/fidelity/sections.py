@@ -55,6 +55,7 @@ def variants(scale: Scale) -> dict[str, list[Method]]:
             train("no masks", masks=False),
             train("C the identity", covariance="identity"),
             train("calibrated", calibrated=True),
+            train("the word at 0.02 instead of 0.006", word_learning_rate=0.02),
             *([] if few else [train(f"trained at β = {bias:g}", bias=bias) for bias in (0.5, 0.6, 0.9)]),
             *([] if few else [train(f"trained at τ = {value:g}", temperature=value) for value in (0.05, 0.15, 0.3)]),
             *([] if few else [train(f"timesteps: {noise} two thirds", noise=noise) for noise in ("late", "early")]),

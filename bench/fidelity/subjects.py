@@ -50,8 +50,8 @@ def targets() -> tuple[Target, ...]:
         Target(chosen("robot", "robot", "green", "striped", 34), ("symmetric", "striped")),
         Target(chosen("mug", "mug", "red", "plain", 35), ("asymmetric", "plain", "similar pair"), twin="other-mug"),
         Target(chosen("boat", "boat", "blue", "dotted", 36), ("asymmetric", "dotted")),
-        Target(chosen("other-car", "car", "yellow", "checked", 41), ("asymmetric", "checked", "similar pair"), twin="car"),
-        Target(chosen("other-mug", "mug", "red", "plain", 45), ("asymmetric", "plain", "similar pair"), twin="mug"),
+        Target(chosen("other-car", "car", "yellow", "checked", 42), ("asymmetric", "checked", "similar pair"), twin="car"),
+        Target(chosen("other-mug", "mug", "red", "plain", 52), ("asymmetric", "plain", "similar pair"), twin="mug"),
         Target(chosen("one-shot-teddy", "teddy", "purple", "plain", 46), ("one picture", "plain"), pictures=1),
         Target(chosen("one-shot-fish", "fish", "orange", "striped", 47), ("one picture", "striped"), pictures=1),
     )
