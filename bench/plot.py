@@ -57,7 +57,7 @@ def storage(figure: Any, rows: Rows) -> None:
 
 
 def ratios(figure: Any, rows: Rows) -> None:
-    """Times over those of one contestant, the median of rounds with the 20th and 80th percentile."""
+    """Times over those of one candidate, the median of rounds with the 20th and 80th percentile."""
     cases = list(dict.fromkeys((row["suite"], row["case"]) for row in rows))
     axes = figure.subplots()
     against = "plain" if any(row["provider"] == "plain" for row in rows) else "expert"
@@ -144,9 +144,9 @@ def capacity(figure: Any, rows: Rows) -> None:
 
 def roofline(figure: Any, rows: Rows) -> None:
     """FLOPs a second over FLOPs a byte of operators at the shapes of real UNets: floors, and what was measured or predicted of them."""
-    from bench import floors
+    from bench import roofline
 
-    axes, machine = figure.subplots(), floors.H200
+    axes, machine = figure.subplots(), roofline.H200
     balance = machine.tensor / machine.bandwidth
     axes.plot([1, balance, 1e4], [machine.bandwidth, machine.tensor, machine.tensor], color=INK, lw=1)
     axes.annotate(f"{machine.bandwidth / 1e12:.1f} TB/s", (15, 15 * machine.bandwidth), (-48, 4), textcoords="offset points", fontsize=8)
@@ -188,28 +188,28 @@ def tidy(axes: Any, grid: str) -> None:
 def predicted_kernels(rows: Rows) -> Rows:
     """Rows of the operators at real shapes: those measured, or where there are none, those of bench/predictions.jsonl for an H200 and two
     rows; of the layer, whose products are the library's, the model's share of the floor."""
-    from bench import floors, model, predictions
+    from bench import model, predictions, roofline
 
     measured = [row for row in rows if row.get("flops_per_s") and row.get("bytes") and row["provider"].split()[0] in ("cuda", "triton")]
     if measured:
         return measured
     a, found = model.Assumptions(), []
 
-    def add(kernel: str, work: floors.Work, seconds: float) -> None:
+    def add(kernel: str, work: roofline.Work, seconds: float) -> None:
         found.append({"suite": kernel, "gate": "predicted", "flops": work.flops, "bytes": work.bytes, "flops_per_s": work.flops / seconds})
 
-    for each in predictions.read(floors.H200.name):
+    for each in predictions.read(roofline.H200.name):
         if each["rows"] == 2 and each["kernel"] != "concept_gates":
             add(each["kernel"], predictions.work(each), 1e-6 * each["microseconds"])
-    for layer in (layer for layers in floors.UNETS.values() for layer in layers):
-        work = floors.cross_attention_layer(B=2, N=layer.N, C=layer.C, T=model.T, H=layer.H, d=layer.d)
+    for layer in (layer for layers in roofline.UNETS.values() for layer in layers):
+        work = roofline.cross_attention_layer(B=2, N=layer.N, C=layer.C, T=model.T, H=layer.H, d=layer.d)
         add("cross_attention_layer", work, work.floor(a.machine()) / a.product_efficiency)
     return found
 
 
 PLOTTED: dict[str, tuple[Callable[[Any, Rows], None], Callable[[Rows], Rows], tuple[float, float]]] = {
     "storage": (storage, lambda rows: [row for row in rows if row["suite"] == "storage"], (9, 2.8)),
-    "training": (ratios, lambda rows: [row for row in rows if row["suite"] == "training"], (7, 2.2)),
+    "train": (ratios, lambda rows: [row for row in rows if row["suite"] == "train"], (7, 2.2)),
     "startup": (startup, lambda rows: [row for row in rows if row["suite"] == "startup"], (7, 2.6)),
     "tenants": (tenants, lambda rows: [row for row in rows if row["suite"] == "model" and "tenants" in row], (10, 3)),
     "capacity": (capacity, lambda rows: [row for row in rows if row["suite"] == "model" and "tenants" not in row], (10, 3.4)),

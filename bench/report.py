@@ -1,10 +1,10 @@
 """Tables of ratios, from rows of bench/run.py and nothing else.
 
     python bench/report.py bench/results/*.jsonl                     # against the expert baseline
-    python bench/report.py --against plain bench/results/training.jsonl
+    python bench/report.py --against plain bench/results/train.jsonl
     python bench/report.py --page docs/benchmarks.md                 # writes the page's tables anew
 
-A cell is the median, over rounds, of a contestant's time divided by the baseline's in the same round: below 1 is faster. A
+A cell is the median, over rounds, of a candidate's time divided by the baseline's in the same round: below 1 is faster. A
 case that was measured twice counts as it was the last time. In a page, a table stands between the comments
 `<!-- rows: FILE, against PROVIDER -->` and `<!-- end of rows -->`.
 """

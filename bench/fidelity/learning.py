@@ -97,8 +97,8 @@ def _session(lab: Lab, target: Target, recipe: Recipe, **changes: Any) -> Traini
 
 def saved_bytes(session: TrainingSession) -> int:
     """What one picture's forward keeps for its backward, and four numbers for each trained one, in bytes: counted, not sampled."""
-    state, step = session.state(), session.step
-    total = kept_for_backward(lambda: session._learn_from(session._draw().split(1)[0], 1.0, move=False))
+    state, step, batch = session.state(), session.step, session._draw().split(1)[0]
+    total = kept_for_backward(lambda: session._learn_from(batch, session._read(batch.captions), 1.0))
     session.restore(step, state)
     return total + 16 * sum(parameter.numel() for parameter in session._trained().values())
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from perfusion.files import size_text
+
 __all__ = ["HubError", "concept_file", "hub_id", "model_path", "push"]
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<file>[\w./ -]+\.safetensors))?(?:@(?P<revision>[\w./-]+))?")
@@ -78,10 +80,6 @@ def _info(repo: str, revision: str | None) -> Any:
         return None
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} KB"
-
-
 def _fetch(repo: str, info: Any, revision: str | None, files: list[str], tell: Callable[[str], None]) -> Path:
     """Download what the cache has not; where the files are."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -90,8 +88,9 @@ def _fetch(repo: str, info: Any, revision: str | None, files: list[str], tell: C
     missing = [name for name in files if not isinstance(try_to_load_from_cache(repo, name, revision=info.sha), str)]
     if missing:
         total, rest = sum(sizes[name] for name in files), sum(sizes[name] for name in missing)
-        cached = "" if rest == total else f" of {_size(total)}, the rest is in the cache"
-        tell(f"{repo}: fetching {len(missing)} file{'' if len(missing) == 1 else 's'}, {_size(rest)}{cached} (revision {info.sha[:7]}).")
+        cached = "" if rest == total else f" of {size_text(total)}, the rest is in the cache"
+        count = f"{len(missing)} file{'' if len(missing) == 1 else 's'}"
+        tell(f"{repo}: fetching {count}, {size_text(rest)}{cached} (revision {info.sha[:7]}).")
     folder = None
     for name in files:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -42,20 +43,29 @@ def _configurations(path: Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
     return config, size, {"prediction_type": found.get("prediction_type", "epsilon")}
 
 
+def _text_encoder(config: dict[str, Any]) -> Any:
+    """A text encoder of this configuration, with weights of whatever the current device has in it."""
+    import transformers
+
+    cls = getattr(transformers, (config.get("architectures") or ["CLIPTextModel"])[0])
+    return cls(cls.config_class(**{key: value for key, value in config.items() if key not in ("architectures", "model_type")}))
+
+
 def _count(name: str, config: dict[str, Any]) -> int:
     """Parameters of a part, from its configuration, without memory for them."""
     import diffusers
-    import transformers
+
+    from perfusion.toybox.vae import PatchAutoencoder
 
     with torch.device("meta"):
         if name in ("unet", "vae"):
-            cls = getattr(diffusers, config["_class_name"], None)
-            if cls is None:  # a class of the project's own
-                return 0
+            own = {PatchAutoencoder.__name__: PatchAutoencoder}
+            cls = own.get(config["_class_name"]) or getattr(diffusers, config["_class_name"], None)
+            if cls is None:
+                raise ModelError(f"model: its {name} is a {config['_class_name']}, which diffusers {diffusers.__version__} does not know.")
             model = cls.from_config(config)
         else:
-            cls = getattr(transformers, (config.get("architectures") or ["CLIPTextModel"])[0])
-            model = cls(cls.config_class(**{key: value for key, value in config.items() if key not in ("architectures", "model_type")}))
+            model = _text_encoder(config)
         return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -74,6 +84,7 @@ def parts_of(config: dict[str, Any]) -> tuple[Parts, int]:
         unet=_count("unet", config["unet"]), text_encoders=texts, vae=_count("vae", config["vae"]) if "vae" in config else 0,
         encoding_dim=config["unet"]["cross_attention_dim"], outputs=sum(layer_width(layer) for layer in layers.values()),
         size=(side if isinstance(side, int) else max(side)) * scale, vae_scale=scale,
+        tokens=config["text_encoder"].get("max_position_embeddings", memory.TOKENS),
     )  # fmt: skip
     return parts, len(layers)
 
@@ -87,9 +98,10 @@ def describe(model: str) -> dict[str, Any]:
     family = family_by_widths(widths)
     inpainting = config["unet"].get("in_channels") == 9
     rows, found, chosen = BATCH, {}, {}
+    texts = [functools.partial(_text_encoder, config[name]) for name in ("text_encoder", "text_encoder_2") if name in config]
     for dtype in (torch.float32, torch.bfloat16):
-        saved = memory.saved_by_backward(config["unet"], parts.size // parts.vae_scale, dtype)
-        low = memory.training(parts, saved, dtype, rows=1, checkpointing=True, low_memory=True)
+        saved = memory.saved_by_backward(config["unet"], parts.size // parts.vae_scale, dtype, texts, parts.tokens)
+        low = memory.training(parts, saved, dtype, rows=1, batch=rows, checkpointing=True, low_memory=True)
         usual = memory.training(parts, saved, dtype, rows=rows, checkpointing=False, low_memory=False)
         chosen = low
         found[str(dtype).removeprefix("torch.")] = {

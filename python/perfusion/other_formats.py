@@ -11,7 +11,6 @@ What is lost is the gate: it is nearly shut at all other words, where κ c is me
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from perfusion.concept import Concept
 from perfusion.convert import ConversionError
 from perfusion.files import whole
 from perfusion.handle import attach
+from perfusion.original_names import original_name
 from perfusion.text import superclass_tokens
 
 __all__ = ["EXPORTS", "Fit", "embedding_tensors", "export", "file_names", "fit_scale", "lora_tensors"]
@@ -122,16 +122,6 @@ def embedding_tensors(concept: Concept, pipe: Any) -> list[Tensor]:
         table = encoder.get_input_embeddings().weight.detach().float().cpu()
         found.append(torch.cat([table[before], word.float().cpu()[None]]))
     return found
-
-
-def original_name(layer: str, layers_per_block: int) -> str:
-    """A UNet layer's name in the original implementation, which SDXL's LoRAs use: down_blocks.1.attentions.0 is input_blocks.4.1."""
-    found = re.fullmatch(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.*)", layer)
-    if found is None:
-        return layer.replace("mid_block.attentions.0", "middle_block.1")
-    side, block, number, rest = found[1], int(found[2]), int(found[3]), found[4]
-    place = block * (layers_per_block + 1) + number
-    return f"input_blocks.{place + 1}.1.{rest}" if side == "down" else f"output_blocks.{place}.1.{rest}"
 
 
 def kohya_names(tensors: dict[str, tuple[Tensor, Tensor]], pipe: Any) -> dict[str, Tensor]:

@@ -48,9 +48,9 @@ def test_flops_and_launches_of_a_unet():
 
 
 def test_bytes_of_a_concept_are_those_of_the_bank():
-    for name in model.floors.UNETS:
-        outputs = sum(layer.count * layer.C for layer in model.floors.UNETS[name])
-        bank = ConceptBank(3, model.floors.TEXT_WIDTHS[name], outputs, dtype=torch.float16)
+    for name in model.roofline.UNETS:
+        outputs = sum(layer.count * layer.C for layer in model.roofline.UNETS[name])
+        bank = ConceptBank(3, model.roofline.TEXT_WIDTHS[name], outputs, dtype=torch.float16)
         held = sum(table.nbytes for table in vars(bank).values() if isinstance(table, torch.Tensor))
         assert held == 3 * model.concept_bytes(name)
 
@@ -61,7 +61,7 @@ def test_bytes_of_a_lora_are_those_that_were_written():
             assert row["file_bytes"] == model.UNETS[row["case"]].lora_bytes
 
 
-@pytest.mark.parametrize("name", model.floors.UNETS)
+@pytest.mark.parametrize("name", model.roofline.UNETS)
 def test_what_follows_from_what(name):
     def step(a=A, rows=2, **options):
         return model.step_seconds(name, rows, a, **options)

@@ -8,7 +8,8 @@ from perfusion.base import cross_attention_layers, describe_base
 from perfusion.convert import ConversionError
 from perfusion.handle import attach
 from perfusion.models import add_embedding, add_lora
-from perfusion.other_formats import EXPORTS, export, fit_scale, original_name
+from perfusion.original_names import original_name
+from perfusion.other_formats import EXPORTS, export, fit_scale
 from tests.perfusion.editing import draw, make_concept, watch, weight_of
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 

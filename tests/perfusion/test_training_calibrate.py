@@ -62,8 +62,7 @@ def test_strength_zero_is_the_superclass_and_a_target_follows_its_word(session):
     half = learned.scaled(session, 0.5)
     with half.used(session):
         concept, captions = session.concept(), sorted(session._places)
-        encodings, _ = session._encode(captions)
-        at_word = encodings[torch.arange(len(captions)), session._places_of(captions)]
+        at_word = session._read(captions)[0][torch.arange(len(captions)), session._places_of(captions)]
     assert concept.similarity(at_word).mean().item() == pytest.approx(1, abs=0.02)
     assert torch.equal(session.value_outputs, learned.values)  # given back
 

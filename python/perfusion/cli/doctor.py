@@ -30,6 +30,7 @@ OPTIONAL = {
     "onnxruntime": "needed to draw with an exported model",
     "onnx": "needed to export a model as ONNX",
     "onnxscript": "needed to export a model as ONNX",
+    "fastapi": "needed for `perfusion serve`, as are uvicorn, sqlalchemy, prometheus-client and python-multipart",
     "tensorboard": "needed for training curves in a browser",
 }
 OLDEST_TORCH = (2, 10)
@@ -241,6 +242,7 @@ def _difference(results: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ..
 
 
 def _toybox() -> Iterator[Finding]:
+    from perfusion.files import size_text
     from perfusion.models import TOYBOX, load_pipeline
 
     if not TOYBOX.is_dir():
@@ -252,8 +254,8 @@ def _toybox() -> Iterator[Finding]:
         yield Finding("model", "toybox", "bad", f"{type(error).__name__}: {error}")
         return
     parameters = sum(p.numel() for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
-    megabytes = sum(file.stat().st_size for file in TOYBOX.rglob("*") if file.is_file()) / 1e6
-    yield Finding("model", "toybox", "ok", f"loads; {parameters / 1e6:.1f} million parameters, {megabytes:.1f} MB")
+    size = size_text(sum(file.stat().st_size for file in TOYBOX.rglob("*") if file.is_file()))
+    yield Finding("model", "toybox", "ok", f"loads; {parameters / 1e6:.1f} million parameters, {size}")
 
 
 def _cache() -> Iterator[Finding]:

@@ -57,7 +57,7 @@ def export(
     Numbers have the pipeline's type, float32 or float16; the VAE's may be another. Every graph is run and compared with torch
     before the folder takes its name. ExportError or UnsupportedPipeline says what cannot be exported. The pipeline is left as it was.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if format not in runtime.FORMATS:
         raise ExportError(f"format must be one of {', '.join(runtime.FORMATS)}, got {format!r}")
     if compile and format != "pt2":

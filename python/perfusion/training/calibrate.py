@@ -111,8 +111,7 @@ class _Vectors:
         moved = _Vectors(values, words, self.target)
         with moved.used(session):
             captions = sorted(session._places)
-            encodings, _ = session._encode(captions)
-            target = encodings[torch.arange(len(captions)), session._places_of(captions)].float().mean(0)
+            target = session._read(captions)[0][torch.arange(len(captions)), session._places_of(captions)].float().mean(0)
         return dataclasses.replace(moved, target=target)
 
     def put(self, session: TrainingSession) -> None:
@@ -147,16 +146,15 @@ def _draw(session: TrainingSession) -> Any:
 def _predict(session: TrainingSession, batch: Any, captions: list[str], bias: float | None) -> Tensor:
     """[R, C, h, w] of the batch's noisy latents; bias None: nothing is edited, the words read as they are."""
     distinct, rows = session._distinct(captions)
-    encodings, conditions = session._encode(distinct, batch.latents.shape[-2:])
-    conditions = {name: value[rows] for name, value in conditions.items()} or None
-    noisy = session.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(encodings.dtype)
+    read = session._read(distinct)
+    noisy = session.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(read[0].dtype)
     parts = []
     for part in torch.arange(len(rows)).split(session.config.rows):
-        editing = contextlib.nullcontext((encodings[rows[part]], None))
+        editing = contextlib.nullcontext((read[0][rows[part]], None))
         if bias is not None:
-            editing = session._editing(encodings, rows[part], bias, session.inference[1])
+            editing = session._editing(read[0], rows[part], bias, session.inference[1])
         with editing as (text, _):
-            own = None if conditions is None else {name: value[part] for name, value in conditions.items()}
+            own = session._conditions([each[rows[part]] for each in read], batch.latents) or None
             parts.append(session._unet(noisy[part], batch.timesteps[part], text, added_cond_kwargs=own, return_dict=False)[0].float())
     return torch.cat(parts)
 

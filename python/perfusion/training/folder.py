@@ -37,7 +37,7 @@ def beginning(folder: Path | None, images: Any, resume: str | Path | None, confi
     ValueError when the run would replace files that are not its own (unless `overwrite`), or has nothing left to do; OSError
     for a folder that cannot be written and a checkpoint that is not there.
     """
-    if folder is not None and isinstance(images, (str, Path)) and folder.resolve() == Path(images).resolve():
+    if folder is not None and isinstance(images, (str, Path)) and folder.resolve() == Path(images).expanduser().resolve():
         raise ValueError(f"output: {str(folder)!r} is the folder of the training pictures; give another one.")
     checkpoint, own = _checkpoint(folder, resume, config)
     if folder is not None:

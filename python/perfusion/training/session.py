@@ -29,6 +29,7 @@ from perfusion.projection_hooks import HookEdit, ProjectionHooks, hook_edit
 from perfusion.text import TextHook, superclass_tokens
 from perfusion.training.config import TrainingConfig
 from perfusion.training.data import Picture, digest, encode_pictures
+from perfusion.training.offloading import Offloaded, tiled
 
 __all__ = ["Measures", "TrainingSession"]
 
@@ -80,6 +81,8 @@ class TrainingSession:
     def __init__(self, pipe: Any, base: Base, config: TrainingConfig, covariance: Covariance, pictures: list[Picture]):
         self.pipe, self.base, self.config, self.covariance, self.pictures = pipe, base, config, covariance, pictures
         self.device = torch.device(pipe._execution_device)
+        self._texts = Offloaded([encoder for _, encoder in text_encoders(pipe)] if config.low_memory else [], self.device)
+        self._vae = Offloaded([pipe.vae] if config.low_memory else [], self.device)
         self.noise_scheduler = _noise_scheduler(pipe)
         self._groups = [
             (group, encode_pictures(pipe, [pictures[i] for i in group], tiled=config.low_memory)) for group in _by_shape(pictures)
@@ -124,23 +127,15 @@ class TrainingSession:
                 module.training = value
 
         undo.callback(restore)
+        for offloaded in (self._texts, self._vae):
+            undo.enter_context(offloaded)
         if self.config.low_memory:
-            self._put_the_vae_away(undo)
+            undo.enter_context(tiled(self.pipe.vae))
         for model in models:
             model.requires_grad_(False).eval()
         if self.config.checkpointing and not unet.is_gradient_checkpointing:
             undo.callback(unet.disable_gradient_checkpointing)
             unet.enable_gradient_checkpointing()
-
-    def _put_the_vae_away(self, undo: contextlib.ExitStack) -> None:
-        """Latents are cached: until pictures are drawn, the VAE is not needed on the device, and then it decodes in tiles."""
-        vae = self.pipe.vae
-        tiling = getattr(vae, "use_tiling", None)
-        if tiling is not None:
-            undo.callback(setattr, vae, "use_tiling", tiling)
-            vae.use_tiling = True
-        undo.callback(vae.to, vae.device)
-        vae.to("cpu")
 
     @torch.no_grad()
     def _start(self) -> None:
@@ -149,7 +144,7 @@ class TrainingSession:
         self._batched = BatchedProjection(self.pipe.unet) if self.obstacle is None else None
         captions = sorted({caption for captions in self.captions for caption in captions})
         self._places = dict(zip(captions, self._find_places(captions)))
-        encodings, _ = self._encode(captions)
+        encodings = self._read(captions)[0]
         s = _pick(encodings, self._places_of(captions)).float().mean(0)
         self.superclass_encoding, self.target = s, s.clone()
 
@@ -172,32 +167,45 @@ class TrainingSession:
     def train_step(self) -> Measures:
         """One optimiser step over `batch_size` draws of picture, mirror image, caption, noise and timestep.
 
-        Where `config.micro_batch` is smaller, gradients of parts are added up: the same step, in the memory of a part.
+        The UNet's gradients are gathered in float32 at the outputs of the text encoders, and go on to the word from there, once a
+        step. Where `config.micro_batch` is smaller than the batch, parts of it add up to the same step in the memory of a part.
         """
         batch = self._draw()
+        captions, rows = self._distinct(batch.captions)
         parts = batch.split(self.config.rows)
-        if len(parts) > 1:
-            with torch.no_grad():  # i* moves once a step, and not once a part
-                distinct, rows = self._distinct(batch.captions)
-                encodings, _ = self._encode(distinct, batch.latents.shape[-2:])
-                self._move_target(encodings[rows, self._places_of(batch.captions)])
+        again = self.config.low_memory or len(parts) > 1  # read the text twice, and have nothing of it in memory in between
+        with torch.set_grad_enabled(not again):
+            read = self._read(captions)
+        self._move_target(read[0][rows, self._places_of(batch.captions)])
+        gathered = [each.detach().float().requires_grad_() for each in read]
         self.optimizer.zero_grad()
-        measured = [self._learn_from(part, len(part.captions) / len(batch.captions), move=len(parts) == 1) for part in parts]
+        measured = []
+        for part in parts:
+            places = [captions.index(caption) for caption in self._distinct(part.captions)[0]]
+            read_of_part = [each[places].to(read[0].dtype) for each in gathered]
+            measured.append(self._learn_from(part, read_of_part, len(part.captions) / len(batch.captions)))
+        gradients = [each.grad for each in gathered]
+        if again:
+            with self._texts.here():
+                for start in range(0, len(captions), self.config.rows):
+                    piece = slice(start, start + self.config.rows)
+                    _backward(self._read(captions[piece]), [each if each is None else each[piece] for each in gradients])
+        else:
+            _backward(read, gradients)
         loss, on, off = (sum(values) for values in zip(*measured))
         norm = self._optimise(loss)
         self.step += 1
         return self._measure(loss, norm, on, off)
 
-    def _learn_from(self, batch: _Batch, share: float, move: bool) -> tuple[float, float, float]:
-        """Add the gradient of some rows, which are `share` of the step. Returns their share of the loss and of the two mean gates."""
-        distinct, rows = self._distinct(batch.captions)
-        encodings, conditions = self._encode(distinct, batch.latents.shape[-2:])
-        conditions = {name: value[rows] for name, value in conditions.items()}
-        places = self._places_of(batch.captions)
-        if move:
-            self._move_target(encodings[rows, places])
-        noisy = self.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(encodings.dtype)
-        with self._editing(encodings, rows) as (text, gates):  # to the end of the backward: a checkpointed layer runs again in there
+    def _learn_from(self, batch: _Batch, read: list[Tensor], share: float) -> tuple[float, float, float]:
+        """Add the gradient of some rows, which are `share` of the step. Returns their share of the loss and of the two mean gates.
+
+        read: what the text encoders gave for their distinct captions, as `_read` has it.
+        """
+        rows, places = self._distinct(batch.captions)[1], self._places_of(batch.captions)
+        conditions = self._conditions([each[rows] for each in read], batch.latents)
+        noisy = self.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(read[0].dtype)
+        with self._editing(read[0], rows) as (text, gates):  # to the end of the backward: a checkpointed layer runs again in there
             prediction = self._unet(noisy, batch.timesteps, text, added_cond_kwargs=conditions or None, return_dict=False)[0]
             loss = masked_loss(prediction, self._goal(batch.latents, batch.noise, batch.timesteps), batch.mask).mean() * share
             (loss * self._loss_scale).backward()
@@ -246,14 +254,19 @@ class TrainingSession:
         with self._hooks.hold(edit):
             yield encodings[rows].detach(), gates  # gradients flow through the edit
 
-    def _encode(self, captions: list[str], latent_size: tuple[int, int] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Encodings [n, T, D] of captions, and what SDXL's UNet reads beside them: pooled text and sizes."""
-        result = self.pipe.encode_prompt(prompt=captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-        if self.pipe.unet.config.addition_embed_type != "text_time":
-            return result[0], {}
-        height, width = (side * self.pipe.vae_scale_factor for side in latent_size or self.latents.mean.shape[-2:])
-        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=result[0].dtype, device=self.device)
-        return result[0], {"text_embeds": result[2], "time_ids": sizes.expand(len(captions), -1)}
+    def _read(self, captions: list[str]) -> list[Tensor]:
+        """What the text encoders give for captions: encodings [n, T, D] and, where the UNet reads it, pooled text [n, P]."""
+        with self._texts.here():
+            found = self.pipe.encode_prompt(prompt=captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+        return [found[0], found[2]] if self.pipe.unet.config.addition_embed_type == "text_time" else [found[0]]
+
+    def _conditions(self, read: list[Tensor], latents: Tensor) -> dict[str, Tensor]:
+        """What SDXL's UNet reads beside the encodings: pooled text, and the sizes of the picture."""
+        if len(read) == 1:
+            return {}
+        height, width = (side * self.pipe.vae_scale_factor for side in latents.shape[-2:])
+        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=read[1].dtype, device=self.device)
+        return {"text_embeds": read[1], "time_ids": sizes.expand(len(read[1]), -1)}
 
     def _find_places(self, captions: list[str]) -> list[int]:
         """Which token of each caption is the concept's, as the text encoders read it: textual inversions may be several tokens before it.
@@ -346,21 +359,20 @@ class TrainingSession:
     def sample(self, prompts: list[str], steps: int) -> list[Any]:
         """PIL images of prompts with "{}" in them, drawn by the pipeline as its user would, one by one, the same seeds each time."""
         self._hooks.forget()
-        scheduler, home = self.pipe.scheduler, self.pipe.vae.device
-        self.pipe.vae.to(self.device)
+        scheduler = self.pipe.scheduler
         self.pipe.scheduler = type(scheduler).from_config(scheduler.config)  # its own one would remember the last run
         try:
-            return [
-                self.pipe(
-                    _named(prompt, self.config.name),
-                    num_inference_steps=steps,
-                    generator=torch.Generator().manual_seed(self.config.seed + number),
-                ).images[0]
-                for number, prompt in enumerate(prompts)
-            ]
+            with self._texts.here(), self._vae.here():
+                return [
+                    self.pipe(
+                        _named(prompt, self.config.name),
+                        num_inference_steps=steps,
+                        generator=torch.Generator().manual_seed(self.config.seed + number),
+                    ).images[0]
+                    for number, prompt in enumerate(prompts)
+                ]
         finally:
             self.pipe.scheduler = scheduler
-            self.pipe.vae.to(home)
 
     def check_prompts(self) -> None:
         """ValueError, before anything is learned, for a validation prompt that could not be drawn."""
@@ -454,6 +466,12 @@ def _by_shape(pictures: list[Picture]) -> list[list[int]]:
 
 def _named(caption: str, name: str) -> str:
     return caption.replace("{}", f"<{name}>")
+
+
+def _backward(outputs: list[Tensor], gradients: list[Tensor | None]) -> None:
+    """Send gradients on to what the outputs were made of; None for an output that nothing read."""
+    wanted = [(output, gradient) for output, gradient in zip(outputs, gradients) if gradient is not None and output.requires_grad]
+    torch.autograd.backward([output for output, _ in wanted], [gradient.to(output.dtype) for output, gradient in wanted])
 
 
 def _pick(encodings: Tensor, places: Tensor) -> Tensor:

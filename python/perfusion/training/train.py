@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import sys
@@ -22,7 +23,7 @@ from perfusion.base import Base, UnsupportedPipeline, describe_base, fingerprint
 from perfusion.concept import Concept, check_name
 from perfusion.covariance import Covariance, get_covariance
 from perfusion.errors import advise
-from perfusion.files import whole
+from perfusion.files import size_text, whole
 from perfusion.termination import terminable, undisturbed
 from perfusion.text import added_tokens, superclass_tokens, warn_of_unknown_word
 from perfusion.training import checkpoints
@@ -79,7 +80,7 @@ def train(
     resolution, step = _resolution(pipe, config)
     tell = (lambda text: tqdm.write(text, file=sys.stderr)) if progress else None
     pictures = read_pictures(images, config, resolution, clipseg, step=step, tell=tell)
-    if tell is not None and pipe._execution_device.type != "cpu":
+    if tell is not None:
         _tell_memory(pipe, config, resolution, tell)
     covariance = covariance or get_covariance(pipe, progress=progress)
     if not fingerprints_match(covariance.text_encoder, base.text_encoder):
@@ -103,7 +104,7 @@ def train(
 
 
 def _tell_memory(pipe: Any, config: TrainingConfig, resolution: int, tell: Callable[[str], None]) -> None:
-    """What training will take on the device, part by part, before it begins; and what there is."""
+    """What training will take on its device, part by part, before it begins; and what there is."""
 
     def count(model: Any) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
@@ -111,15 +112,19 @@ def _tell_memory(pipe: Any, config: TrainingConfig, resolution: int, tell: Calla
     base = describe_base(pipe)
     parts = memory.Parts(
         count(pipe.unet), sum(count(encoder) for _, encoder in text_encoders(pipe)), count(pipe.vae),
-        base.encoding_dim, base.outputs, resolution, pipe.vae_scale_factor,
+        base.encoding_dim, base.outputs, resolution, pipe.vae_scale_factor, text_encoders(pipe)[0][0].model_max_length,
     )  # fmt: skip
-    saved = memory.saved_by_backward(dict(pipe.unet.config), resolution // pipe.vae_scale_factor, pipe.unet.dtype)
-    needed = memory.training(
-        parts, saved, pipe.unet.dtype, rows=config.rows, checkpointing=config.checkpointing, low_memory=config.low_memory
+    texts = [functools.partial(type(encoder), encoder.config) for _, encoder in text_encoders(pipe)]
+    saved = memory.saved_by_backward(
+        dict(pipe.unet.config), resolution // pipe.vae_scale_factor, pipe.unet.dtype, texts, parts.tokens
     )
+    needed = memory.training(
+        parts, saved, pipe.unet.dtype, rows=config.rows, batch=config.batch_size, checkpointing=config.checkpointing,
+        low_memory=config.low_memory, device=pipe._execution_device.type,
+    )  # fmt: skip
     there = ""
     if pipe._execution_device.type == "cuda":
-        there = f"; the device has {torch.cuda.get_device_properties(pipe._execution_device).total_memory / 1e9:.1f} GB"
+        there = f"; the device has {size_text(torch.cuda.get_device_properties(pipe._execution_device).total_memory)}"
     advice = "" if config.low_memory else ". --low-memory (low_memory=True) takes less"
     tell(f"memory: {memory.table(needed)}{there}{advice}.")
 
