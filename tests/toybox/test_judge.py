@@ -45,7 +45,10 @@ def test_things_are_told_apart_by_their_masks(judge):
 
 @pytest.mark.parametrize("word", OBJECTS)
 def test_identity_ranks_instances(judge, word):
-    """Other pictures of the instance are above near misses, of the same colour word and pattern, and these above strangers of the class."""
+    """Other pictures of the instance are above near misses, of the same colour word and pattern, and these above strangers of the class.
+
+    Over all classes the first area is 0.990, the others are 1; a near miss may happen to be almost the same thing.
+    """
     generator = torch.Generator().manual_seed(4)
     pool = sample_instances(4000, generator, word)
     near_misses, strangers = [], []
@@ -55,13 +58,14 @@ def test_identity_ranks_instances(judge, word):
         same = ((pool.colour == pool.colour[row]) & (pool.pattern == pool.pattern[row])).nonzero().flatten()
         others = pool.take(same[same != row][:24])
         any_other = (pool.colour != pool.colour[row]).nonzero().flatten()[:24]
-        anchor = judge.features(alone(repeat_instance(pool, row, 5), generator)).mean(0)
-        true, near, strange = (judge.features(alone(things, generator)) @ anchor for things in (mine, others, pool.take(any_other)))
+        anchor = judge.features(alone(repeat_instance(pool, row, 5), generator), OBJECTS.index(word)).mean(0)
+        pictures = (alone(things, generator) for things in (mine, others, pool.take(any_other)))
+        true, near, strange = (judge.features(images, OBJECTS.index(word)) @ anchor for images in pictures)
         near_misses.append(area_under_curve(true, near))
         strangers.append(area_under_curve(near, strange))
         aucs.append(area_under_curve(true, strange))
-    assert min(aucs) >= 0.99, aucs
-    assert sum(near_misses) / 3 >= 0.9 and sum(strangers) / 3 >= 0.95, (near_misses, strangers)
+    assert min(aucs) >= 0.99 and min(strangers) >= 0.99, (aucs, strangers)
+    assert sum(near_misses) / 3 >= 0.97, near_misses
 
 
 def test_identity_is_one_for_true_pictures_and_zero_for_the_superclass(judge):
