@@ -46,6 +46,8 @@ class Family:
     denoiser            the pipeline's attribute that holds the model with the cross-attention layers
     embeddings          names under which one file holds a textual inversion for each text encoder; () for one encoder
     checkpoint          the family as one file, or None
+    steps               of a picture, where nobody says how many
+    guidance_scale      likewise
     """
 
     id: str
@@ -60,6 +62,8 @@ class Family:
     denoiser: str = "unet"
     embeddings: tuple[str, ...] = ()
     checkpoint: CheckpointFile | None = None
+    steps: int = 50
+    guidance_scale: float = 6.0
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
@@ -127,10 +131,15 @@ register(
 )  # fmt: skip
 # α and Σ read T5-XXL through a projection of their own; what a concept was learned with is told by the fingerprint
 register(
-    Family("pixart", "PixArt-α and PixArt-Σ", (4096,), _ONE, 1152, "resolution", 1024, "pixart", 5 * 2**14, denoiser="transformer")
+    Family(
+        "pixart", "PixArt-α and PixArt-Σ", (4096,), _ONE, 1152, "resolution", 1024, "pixart", 5 * 2**14,
+        denoiser="transformer", steps=20, guidance_scale=4.5,
+    )
 )  # fmt: skip
 # ChatGLM3-6B's states, projected to the width that XL's layers read
-register(Family("kolors", "Kolors", (4096,), _ONE, 2048, "text_time", 1024, "kolors", 3 * 2**16))
+register(Family("kolors", "Kolors", (4096,), _ONE, 2048, "text_time", 1024, "kolors", 3 * 2**16, guidance_scale=5.0))
+# the model that comes with the package; its colours burn out at the guidance of the large ones
+register(Family("toybox", "toybox", (96,), _ONE, 96, None, 128, "toybox", 2**12, steps=25, guidance_scale=4.0))
 
 CUSTOM = Family("custom", "a custom model", (), _TWO, None, None, None, "custom", None, embeddings=FAMILIES["sdxl"].embeddings)
 

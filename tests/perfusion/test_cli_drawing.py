@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from perfusion import cli
 from perfusion.cli.drawing import SCHEDULERS, cells
+from perfusion.families import CUSTOM, family_by_id
 from perfusion.files import whole_and_new
 from perfusion.models import load_pipeline
 from tests.stand_in import save_concept, save_model
@@ -117,3 +118,15 @@ def test_two_programs_that_write_one_name_replace_nothing(tmp_path):
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     assert sorted(path.name for path, _ in taken) == sorted(["a.png", *(f"a-{n}.png" for n in range(2, 9))])
     assert all(path.read_text() == str(number) for path, number in taken) and len(list(tmp_path.iterdir())) == 8
+
+
+def test_steps_and_guidance_suit_the_model_where_nothing_is_said():
+    def said(family, **given):
+        return [(cell.steps, cell.guidance_scale) for cell in (each.of(family) for each in cells(None, **given))]
+
+    assert said(family_by_id("toybox"), steps=None, guidance_scale=None) == [(25, 4.0)]
+    assert said(CUSTOM, steps=None, guidance_scale=None) == [(50, 6.0)]
+    assert said(family_by_id("toybox"), steps=9, guidance_scale=1.0) == [(9, 1.0)]
+    assert [(each.of(CUSTOM).steps, each.of(CUSTOM).guidance_scale) for each in cells(["steps=3,5"], steps=None, guidance_scale=None)] == [
+        (3, 6.0), (5, 6.0)
+    ]

@@ -24,7 +24,11 @@ XL = {
     **{f"mid_block.{ATTENTION.format(0, t)}": 1280 for t in range(10)},
 }
 PIXART = {f"transformer_blocks.{number}.attn2": 1152 for number in range(28)}
-LAYERS = {"sd1": SD, "sd2": SD, "sdxl": XL, "kolors": XL, "pixart": PIXART}
+TOYBOX = {
+    **{f"{block}.{ATTENTION.format(0, 0)}": width for block, width in (("down_blocks.1", 96), ("down_blocks.2", 128), ("mid_block", 128))},
+    **{f"up_blocks.{b}.{ATTENTION.format(a, 0)}": width for b, width in ((0, 128), (1, 96)) for a in range(2)},
+}
+LAYERS = {"toybox": TOYBOX, "sd1": SD, "sd2": SD, "sdxl": XL, "kolors": XL, "pixart": PIXART}
 LONGEST = dict(superclass="s" * 64, license="l" * 64, author="ä" * 32, covariance="c" * 24, recipe={"r": "x" * 236})
 
 

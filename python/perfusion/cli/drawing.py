@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perfusion.families import Family
+
 if TYPE_CHECKING:
     from perfusion.handle import Handle
 
@@ -33,12 +35,21 @@ _OF_PICTURES = {"steps": int, "guidance_scale": float}
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One column of a grid: steps, guidance, and (concept or None for all, setting, value); `title` says what differs."""
+    """One column of a grid: steps, guidance, and (concept or None for all, setting, value); `title` says what differs.
 
-    steps: int
-    guidance_scale: float
+    None is what suits the model, see `of`.
+    """
+
+    steps: int | None
+    guidance_scale: float | None
     settings: tuple[tuple[str | None, str, float], ...] = ()
     title: str = ""
+
+    def of(self, family: Family) -> Cell:
+        """The same with what the family takes where nothing is said."""
+        steps = family.steps if self.steps is None else self.steps
+        guidance_scale = family.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        return dataclasses.replace(self, steps=steps, guidance_scale=guidance_scale)
 
     def facts(self, facts: dict[str, Any]) -> dict[str, Any]:
         """The facts of a picture in this column."""
@@ -69,7 +80,7 @@ class Cell:
                 handle.set(name, **{key: getattr(before, key) for key in _OF_CONCEPTS})
 
 
-def cells(grid: list[str] | None, *, steps: int, guidance_scale: float) -> list[Cell]:
+def cells(grid: list[str] | None, *, steps: int | None, guidance_scale: float | None) -> list[Cell]:
     """The columns that `--grid SETTING=VALUES` asks for, all combinations. ValueError says which settings there are."""
     axes = [_axis(text) for text in grid or ()]
     names = [axis[0][:2] for axis in axes]

@@ -59,8 +59,16 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds that count up.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The first picture's seed. The same seed gives the same picture.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="How far to follow the prompt, 0 to 100; 1 switches guidance off.")] = 6.0,
+    steps: Annotated[
+        Optional[int], typer.Option(min=1, help="Denoising steps; by default what suits the model: 50, toybox 25.", show_default=False)
+    ] = None,
+    guidance_scale: Annotated[
+        Optional[float],
+        typer.Option(
+            help="How far to follow the prompt, 0 to 100; 1 switches guidance off; by default what suits the model: 6, toybox 4.",
+            show_default=False,
+        ),
+    ] = None,
     negative_prompt: Annotated[str, typer.Option(help="What not to draw.")] = "",
     strength: Annotated[
         Optional[list[str]],
@@ -94,7 +102,7 @@ def generate(
     columns = cells(grid, steps=steps, guidance_scale=guidance_scale)
     files = _files(output, len(prompts) * count * len(columns), overwrite)
     for cell in columns:
-        if not 0 <= cell.guidance_scale <= 100:  # nor is NaN
+        if cell.guidance_scale is not None and not 0 <= cell.guidance_scale <= 100:  # nor is NaN
             raise ValueError(f"--guidance-scale must be a number from 0 to 100, got {cell.guidance_scale:g}")
     sources = [_source(text) for text in concept or ()]
     given = {"strength": strength, "bias": bias, "temperature": temperature}
@@ -115,7 +123,8 @@ def generate(
             parts={"vae": vae, "prediction_type": prediction}, embeddings=embedding, loras=lora,
             drawing={**drawing, "init_strength": init_strength},
         )  # fmt: skip
-    with session as (handle, concepts, tokens, words, draw):
+    with session as (family, handle, concepts, tokens, words, draw):
+        columns = [cell.of(family) for cell in columns]
         used = _load(handle, concepts, settings)
         for cell in columns:
             cell.check(handle)
@@ -123,8 +132,8 @@ def generate(
         _doubt(handle, tokens, [*prompts, negative_prompt])
         facts = {
             "model": Path(model).name,
-            "steps": steps,
-            "guidance_scale": guidance_scale,
+            "steps": columns[0].steps,
+            "guidance_scale": columns[0].guidance_scale,
             "negative_prompt": negative_prompt,
             "concepts": used,
         }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from perfusion.cli.checks import check_device
 from perfusion.cli.drawing import prepare
 from perfusion.cli.models import Precision, add_parts
+from perfusion.families import Family, family_by_id
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +31,11 @@ class RuntimeName(str, enum.Enum):
 
 
 class Session(NamedTuple):
-    """handle: loads, sets and checks concepts; concepts: (name, path, Concept) of the files, read; tokens: the tokenizer's own words;
-    words: of embeddings that were loaded; draw(prompts, seeds, steps, guidance_scale, negative_prompt, advance): one batch of pictures,
-    with a call of `advance` after each step."""
+    """family: the model's; handle: loads, sets and checks concepts; concepts: (name, path, Concept) of the files, read; tokens: the
+    tokenizer's own words; words: of embeddings that were loaded; draw(prompts, seeds, steps, guidance_scale, negative_prompt, advance):
+    one batch of pictures, with a call of `advance` after each step."""
 
+    family: Family
     handle: Any
     concepts: list[tuple[str | None, Path, Any]]
     tokens: Collection[str]
@@ -86,7 +88,7 @@ def torch_session(
         ).images
 
     with attach(pipe, capacity=max(1, len(concepts))) as handle:
-        yield Session(handle, concepts, added_tokens(pipe), words, draw)
+        yield Session(family_by_id(handle.base.family), handle, concepts, added_tokens(pipe), words, draw)
 
 
 @contextlib.contextmanager
@@ -111,4 +113,4 @@ def onnx_session(model: str, sources: Sequence[Source], unused: dict[str, Any]) 
         ]
         return runtime.generate(requests, steps=steps, progress=lambda step: advance())
 
-    yield Session(runtime, concepts, runtime.text.words, [], draw)
+    yield Session(family_by_id(runtime.manifest.base.family), runtime, concepts, runtime.text.words, [], draw)

@@ -14,6 +14,7 @@ import numpy
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from perfusion.families import family_by_id
 from perfusion.prompts import PromptError, parse_prompt
 from perfusion.serve.drawing import ConceptUse, Drawing, Failure, Picture
 from perfusion.serve.errors import ApiError
@@ -24,7 +25,7 @@ from perfusion.settings import BIAS, STRENGTH, TEMPERATURE, Setting
 
 __all__ = ["ConceptField", "PictureFields", "begin", "outcome", "outcomes", "size_of"]
 
-MOST_CONCEPTS, STEPS = 8, 30
+MOST_CONCEPTS = 8
 MASK_SIDE = 64  # regions are as fine as the latents of a picture, at most
 _TAG = re.compile(r"<(?:perfusion:)?([A-Za-z0-9][\w-]{0,31})(?::[^<>|]*)?(?:\|[^<>]*)?>")  # as `perfusion.prompts` reads them
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
@@ -70,8 +71,8 @@ class PictureFields(Strict):
     size: str | None = Field(None, max_length=16, description="WIDTHxHEIGHT, or auto")
     negative_prompt: str = Field("", max_length=4000)
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
-    steps: int | None = Field(None, ge=1, description="30 by default, or as many as the server allows")
-    guidance_scale: float = Field(6.0, ge=0, le=30, allow_inf_nan=False)
+    steps: int | None = Field(None, ge=1, description="by default what suits the model, or as many as the server allows")
+    guidance_scale: float | None = Field(None, ge=0, le=30, allow_inf_nan=False, description="by default what suits the model")
     strength: Strength = None
     beta: Beta = None
     tau: Tau = None
@@ -114,7 +115,9 @@ def make(server: Server, namespace: str, fields: PictureFields, **more: Any) -> 
     model = model_of(server, fields.model)
     if "width" not in more:
         more["width"], more["height"] = size_of(server, model, fields.size)
-    steps = min(STEPS, server.settings.most_steps) if fields.steps is None else fields.steps
+    family = family_by_id(server.pool.bases[model].base.family)
+    steps = min(family.steps, server.settings.most_steps) if fields.steps is None else fields.steps
+    guidance_scale = family.guidance_scale if fields.guidance_scale is None else fields.guidance_scale
     if steps > server.settings.most_steps:
         raise ApiError(400, f"steps must be at most {server.settings.most_steps}, got {steps}", param="steps")
     seed = secrets.randbelow(2**31) if fields.seed is None else fields.seed
@@ -124,7 +127,7 @@ def make(server: Server, namespace: str, fields: PictureFields, **more: Any) -> 
     return [
         Drawing(
             id=uuid.uuid4().hex, model=model, prompt=fields.prompt, negative_prompt=fields.negative_prompt, seed=seed + number,
-            steps=steps, guidance_scale=fields.guidance_scale, concepts=uses, strength=_plain(fields.strength),
+            steps=steps, guidance_scale=guidance_scale, concepts=uses, strength=_plain(fields.strength),
             bias=_plain(fields.beta), temperature=_plain(fields.tau), gate=fields.gate, key_lock=fields.key_lock, **more,
         )
         for number in range(fields.n)
