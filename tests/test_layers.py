@@ -21,6 +21,7 @@ PACKAGES = {  # folder -> what it may import beside the standard library and its
         *("PIL", "jinja2", "markdown", "numpy", "onnx", "onnxruntime", "onnxscript", "platformdirs", "tqdm", "typer", "yaml"),
         *("peft", "pillow_heif"),  # where they are installed
         *("fastapi", "fsspec", "prometheus_client", "pydantic", "pydantic_core", "sqlalchemy", "starlette", "uvicorn"),  # of serve/
+        *("gradio", "httpx", "ray"),  # of studio/ and serve/deployment.py, where they are installed
     },
     "python/perfusion/runtime": {"PIL", "numpy", "onnxruntime", "perfusion", "safetensors", "tokenizers"},  # no torch
 }

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perfusion.base import cross_attention_layers, describe_base, text_encoders
+from perfusion.base import cross_attention_layers, denoiser, describe_base, text_encoders, text_projection
 from perfusion.captions import everyday_captions
 from perfusion.concept import Concept
 from perfusion.convert import ConversionError
+from perfusion.families import CUSTOM
 from perfusion.files import whole
 from perfusion.handle import attach
 from perfusion.original_names import original_name
@@ -104,6 +105,11 @@ def _check(concept: Concept, pipe: Any) -> None:
     reason = concept.base.mismatch(describe_base(pipe))
     if reason is not None:
         raise ConversionError(f"concept {concept.name!r} cannot be exported with this model: {reason}")
+    if text_projection(denoiser(pipe)) is not None:
+        raise ConversionError(
+            f"concept {concept.name!r} is of a model that projects its text (as PixArt and Kolors do): no program loads a word for such "
+            "a text encoder, and a LoRA without the word has nothing to act at. Draw with it in diffusers."
+        )
 
 
 @torch.no_grad()
@@ -175,7 +181,7 @@ def export(
     """
     names, words, notes = file_names(concept, to), embedding_tensors(concept, pipe), []
     word = f"<{concept.name}>" if to in ("lora", "embedding") else "emb_params"
-    files = {names[0]: {"clip_l": words[0], "clip_g": words[1]} if len(words) == 2 else {word: words[0]}}
+    files = {names[0]: dict(zip(CUSTOM.embeddings, words)) if len(words) == 2 else {word: words[0]}}
     if to != "embedding":
         if scale is None:
             fit = fit_scale(concept, pipe)
