@@ -14,7 +14,7 @@ from perfusion.base.parts import DENOISERS
 from perfusion.checkpoint_file import CheckpointError, configuration, read_kind
 from perfusion.families import CUSTOM, family_by_widths
 from perfusion.memory import Parts
-from perfusion.models import ModelError, resolve
+from perfusion.models import ModelError, configurations
 
 __all__ = ["describe", "parts_of"]
 
@@ -107,8 +107,9 @@ def parts_of(config: dict[str, Any]) -> tuple[Parts, int]:
 
 def describe(model: str) -> dict[str, Any]:
     """Facts of a model as JSON values. ModelError where it is none that can be edited."""
-    path = resolve(model)
+    path, whole = configurations(model)
     config, size, said = _configurations(path)
+    size = size if whole is None else whole
     parts, layers = parts_of(config)
     widths = tuple(_width(config[name]) for name in CUSTOM.text_encoders if name in config)
     family = family_by_widths(widths, parts.encoding_dim)

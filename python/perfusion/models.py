@@ -32,6 +32,16 @@ class ModelError(ValueError):
     """A model that cannot be loaded. The message says what was looked for and what to give instead."""
 
 
+def configurations(model: str | Path) -> tuple[Path, int | None]:
+    """As `resolve`, for a look at the configurations: weights on the hub are not fetched, and their size in bytes comes instead."""
+    if hub.hub_id(model) is None:
+        return resolve(model), None
+    try:
+        return hub.configurations(str(model))
+    except hub.HubError as error:
+        raise ModelError(f"model: {error} Give {FORMS}.") from error
+
+
 def resolve(model: str | Path, *, half: bool = False) -> Path:
     """The folder or file that `model` means. An id on the hub is fetched, unless the cache has it. ModelError says what is wrong."""
     if str(model) == "toybox":

@@ -4,13 +4,15 @@ With the gate g(e) replaced by κ c(e), which is linear in the encoding e, the e
 
     W_V e − c W_V i* + κ c o*_V = (W_V + up downᵀ) e,   down = m / ε,   up_V = κ o*_V − W_V i*,   up_K = κ W_K s − W_K i*
 
-(c = m·e / ε; the key lock makes o*_K of s). κ is fitted: Σ (g − κ c)² over tokens of a caption corpus is least at κ = Σ g c / Σ c².
-What is lost is the gate: it is nearly shut at all other words, where κ c is merely small.
+(c = m·e / ε; the key lock makes o*_K of s). κ is fitted on a caption corpus: the mean of (g − κ c)² at the concept's word plus that at all
+other tokens is least at κ = (⟨g c⟩ + ⟨g c⟩) / (⟨c²⟩ + ⟨c²⟩). Were all tokens to count alike, the many others would outvote the word. What
+is lost is the gate: it is nearly shut at all other words, where κ c is merely small.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ _TEMPLATES = ("a {}", "a photo of a {}", "a picture of the {}", "{}")
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """κ, and how far κ c(e) is from the gate: root mean squares relative to the gate's, over all tokens, and its value at the word."""
+    """κ, and how far κ c(e) is from the gate: root mean squares relative to the gate's, word and other tokens counting as much, and
+    those of both at either."""
 
     scale: float
     loss: float
@@ -56,14 +59,14 @@ class Fit:
 def fit_scale(concept: Concept, pipe: Any, *, captions: int = CAPTIONS) -> Fit:
     """The κ whose κ c(e) is nearest to the concept's gate at its default bias and temperature, over tokens of a caption corpus.
 
-    Half of the captions hold the concept's word, half do not: a LoRA acts in both.
+    Half of the captions hold the concept's word, half do not: a LoRA acts in both. The word's tokens weigh as much as all others.
     """
-    plain = list(everyday_captions(captions))
+    tokenizer = text_encoders(pipe)[0][0]
+    plain = [_known_words(text, tokenizer) for text in everyday_captions(captions)]
     named = [f"{_TEMPLATES[number % len(_TEMPLATES)].format(f'<{concept.name}>')}, {text}" for number, text in enumerate(plain)]
     similarities, at_word = [], []
     with attach(pipe) as handle:
         handle.load(concept)
-        tokenizer = text_encoders(pipe)[0][0]
         for texts in (named, plain):
             for start in range(0, len(texts), 32):
                 batch = texts[start : start + 32]
@@ -80,12 +83,22 @@ def fit_scale(concept: Concept, pipe: Any, *, captions: int = CAPTIONS) -> Fit:
                     at_word.append(here)
     c, here = torch.cat(similarities).double(), torch.cat(at_word)
     g = torch.sigmoid((c - concept.bias) / concept.temperature)
-    scale = float((g * c).sum() / (c * c).sum())
+
+    def mean(values: Tensor) -> float:
+        return float(values[here].mean() + values[~here].mean()) / 2
 
     def rms(values: Tensor) -> float:
         return float(values.square().mean().sqrt())
 
-    return Fit(scale, rms(g - scale * c) / rms(g), rms(scale * c[here]), rms(g[here]), rms(scale * c[~here]), rms(g[~here]))
+    scale = mean(g * c) / mean(c * c)
+    loss = (mean((g - scale * c).square()) / mean(g * g)) ** 0.5
+    return Fit(scale, loss, rms(scale * c[here]), rms(g[here]), rms(scale * c[~here]), rms(g[~here]))
+
+
+def _known_words(caption: str, tokenizer: Any) -> str:
+    """A caption without the words that its tokenizer takes to pieces: to a model of a small world those are letters that mean nothing."""
+    words = re.findall(r"[\w'-]+", caption)
+    return " ".join(word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) == 1)
 
 
 def _check(concept: Concept, pipe: Any) -> None:
