@@ -15,7 +15,7 @@ lazy = schemathesis.pytest.from_fixture("schema").exclude(path_regex="events$").
 
 
 @lazy.parametrize()
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck))
 def test_nothing_that_is_sent_is_the_servers_fault(case):
     if case.body.__class__ is dict:
         case.body.update({key: 1 for key in ("steps", "n", "batch_size", "n_iter") if isinstance(case.body.get(key), int)})
