@@ -25,9 +25,9 @@ __all__ = ["create_app"]
 log = logging.getLogger("perfusion.serve")
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """An ASGI application: its lifespan starts and ends the workers. `app.state.server` is its Server."""
-    server = Server(settings)
+def create_app(settings: Settings, **parts: Any) -> FastAPI:
+    """An ASGI application: its lifespan starts and ends the workers. `app.state.server` is its Server, which is made with `parts`."""
+    server = Server(settings, **parts)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
