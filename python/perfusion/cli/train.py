@@ -97,6 +97,10 @@ def train(
     compile: Annotated[
         Optional[bool], typer.Option("--compile/--no-compile", help="torch.compile the UNet. [default: off]", show_default=False)
     ] = None,
+    calibrate: Annotated[
+        Optional[bool],
+        typer.Option("--calibrate/--no-calibrate", help="Search for strength and bias at the end. [default: off]", show_default=False),
+    ] = None,
     tensorboard: Annotated[
         Optional[bool], typer.Option("--tensorboard/--no-tensorboard", help="Curves beside log.jsonl. [default: on]", show_default=False)
     ] = None,

@@ -65,7 +65,7 @@ def _checkpoint(folder: Path | None, resume: str | Path | None, config: Training
         raise ValueError(f"checkpoint {str(path)!r} is of step {checkpoint.step}, beyond the {config.steps} steps of this training.")
     own = folder is not None and path.resolve().parent == (folder / "checkpoints").resolve()
     finished = own and checkpoint.step == config.steps and _came_to(checkpoint, file := concept_file(folder, config.name))
-    if finished and _has_card(folder, file):  # the card comes last
+    if finished and not config.calibrate and _has_card(folder, file):  # the card comes last; a finished run may be calibrated later
         raise ValueError(f"nothing is left to do: {str(file)!r} has had all {config.steps} steps. Give more steps to go on from there.")
     return checkpoint, own
 

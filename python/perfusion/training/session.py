@@ -74,8 +74,9 @@ class TrainingSession:
     """A context in which a pipeline's `<name>` is learned; leaving it gives the pipeline back as it was, whatever happened.
 
     value_outputs, key_outputs [O] float32 (keys: None under the lock) and `words`, one [width] float32 per text encoder, are
-    what is trained; `target` [D] is i*, the running mean of the word's encoding; `superclass_encoding` [D] is s. `obstacle`
-    says why the layers' projections are called one by one, or is None: then they are two products a step.
+    what is trained, from `start_values` and `start_words`; `target` [D] is i*, the running mean of the word's encoding;
+    `superclass_encoding` [D] is s; `inference` is the bias and temperature that pictures are drawn with and the concept keeps.
+    `obstacle` says why the layers' projections are called one by one, or is None: then they are two products a step.
     """
 
     def __init__(self, pipe: Any, base: Base, config: TrainingConfig, covariance: Covariance, pictures: list[Picture]):
@@ -93,6 +94,8 @@ class TrainingSession:
         ids = [superclass_tokens(tokenizer, config.superclass)[-1] for tokenizer, _ in text_encoders(pipe)]
         embeddings = [encoder.get_input_embeddings().weight[i] for (_, encoder), i in zip(text_encoders(pipe), ids)]
         self.words = [torch.nn.Parameter(row.detach().to(self.device, torch.float32, copy=True)) for row in embeddings]
+        self.start_words = [word.detach().clone() for word in self.words]
+        self.inference = config.inference_bias, config.inference_temperature
         self._text = TextHook(pipe, {config.name: LoadedConcept(config.superclass, self.words)})
         self._model = denoiser(pipe)
         self._masks: dict[str, Tensor] = {}  # caption -> [T], where the denoiser reads a mask
@@ -155,6 +158,7 @@ class TrainingSession:
         at = torch.stack([s, torch.zeros_like(s)]).to(encodings)
 
         self.value_outputs = outputs("to_v")
+        self.start_values = self.value_outputs.detach().clone()
         self.key_outputs = None if self.config.key_lock else outputs("to_k")
         trained = [tensor for tensor in (self.value_outputs, self.key_outputs) if tensor is not None]
         self.optimizer = torch.optim.AdamW(
@@ -242,9 +246,12 @@ class TrainingSession:
         return distinct, torch.tensor([distinct.index(caption) for caption in captions], device=self.device)
 
     @contextlib.contextmanager
-    def _editing(self, encodings: Tensor, rows: Tensor) -> Iterator[Tensor]:
+    def _editing(
+        self, encodings: Tensor, rows: Tensor, bias: float | None = None, temperature: float | None = None
+    ) -> Iterator[Tensor]:
         """Inside the `with` the layers follow the edit of encodings[rows], whatever they are given. Gives the gates [R, T, 1]."""
-        bias, temperature = self.config.bias, self.config.temperature
+        bias = self.config.bias if bias is None else bias
+        temperature = self.config.temperature if temperature is None else temperature
         if self._batched is None:
             edit = self._edit(encodings[rows], torch.arange(len(rows), device=self.device), bias, temperature)
             gates = edit.gates
@@ -360,9 +367,7 @@ class TrainingSession:
         if not rows:
             return None
         text = self._hooks.call.text(encodings)
-        return self._edit(
-            text, torch.tensor(list(rows), device=self.device), self.config.inference_bias, self.config.inference_temperature
-        )
+        return self._edit(text, torch.tensor(list(rows), device=self.device), *self.inference)
 
     @torch.no_grad()
     def sample(self, prompts: list[str], steps: int) -> list[Any]:
@@ -404,8 +409,8 @@ class TrainingSession:
             superclass_encoding=_copy(self.superclass_encoding),
             word_embeddings=tuple(_copy(word) for word in self.words),
             key_outputs=None if self.key_outputs is None else _copy(self.key_outputs),
-            bias=config.inference_bias,
-            temperature=config.inference_temperature,
+            bias=self.inference[0],
+            temperature=self.inference[1],
             covariance=self.covariance.fingerprint,
             recipe=self._recipe(),
             license=config.license,

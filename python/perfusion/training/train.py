@@ -28,6 +28,7 @@ from perfusion.files import size_text, whole
 from perfusion.termination import terminable, undisturbed
 from perfusion.text import added_tokens, superclass_tokens, warn_of_unknown_word
 from perfusion.training import checkpoints
+from perfusion.training.calibrate import calibrate
 from perfusion.training.card import write_card
 from perfusion.training.config import TrainingConfig
 from perfusion.training.data import read_pictures
@@ -265,7 +266,7 @@ def _learn(session: TrainingSession, folder: Path | None, progress: bool, own: b
                     except Exception as error:
                         _not_drawn(f"validation pictures at step {session.step}", error)
                     bar.set_description(f"<{config.name}>", refresh=False)
-            concept = session.concept()
+            concept = calibrate(session)[0] if config.calibrate else session.concept()
             if folder is not None:
                 _save(concept, concept_file(folder, config.name))
                 for old in stale:
