@@ -27,7 +27,7 @@ from tests.stand_in import save_concept, save_model
 pytestmark = pytest.mark.filterwarnings("ignore:the covariance of")  # of few captions, in a tiny model
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "csrc/README.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "csrc/README.md", ROOT / "integrations/comfyui/README.md"]
 ELSEWHERE = {"add-an-operator.md": ROOT / "tests/kernels/test_docs.py"}  # pages with a test of their own
 SHORT = {"train": ["--steps", "2"], "generate": ["--steps", "2"], "serve": ["--check", "--port", "0"]}  # the last of equal options counts
 SERVER = "http://127.0.0.1:8000"  # pages that name it are given a server of that model

@@ -11,7 +11,8 @@ from typing import Any
 from bench.measure import Options, measure
 
 NAMES = (
-    "decide", "gates", "projection", "attention", "fused", "layer", "step", "train", "export", "overhead", "storage", "startup", "serving",
+    "decide", "gates", "projection", "attention", "fused", "layer", "step", "tenants", "swap", "capacity", "train", "export",
+    "overhead", "storage", "startup", "static", "serving",
 )  # fmt: skip
 
 
