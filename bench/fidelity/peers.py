@@ -269,8 +269,9 @@ def custom_diffusion(rate: float, token_rate: float) -> Peer:
             if cross is not None:
                 own.load_state_dict({f"{kind}_custom_diffusion.weight": getattr(layer, kind).weight for kind in ("to_k", "to_v")})
             processors[f"{name}.processor"] = own
-        pipe.unet.set_attn_processor(processors)
-        return [{"params": [parameter for own in processors.values() for parameter in own.parameters()], "lr": rate}]
+        trained = [parameter for own in processors.values() for parameter in own.parameters()]
+        pipe.unet.set_attn_processor(processors)  # which empties the dict
+        return [{"params": trained, "lr": rate}]
 
     def weights(pipe: Any) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in pipe.unet.state_dict().items() if "custom_diffusion" in name}

@@ -9,7 +9,18 @@ from perfusion.training import train
 from perfusion.training.calibrate import BIASES, STRENGTHS, Candidate, _Vectors, calibrate, choose
 from perfusion.training.data import read_pictures
 from perfusion.training.session import TrainingSession
-from tests.perfusion.learning import NAME, SHORT, SUPERCLASS, assert_unchanged, covariance_of, learn, same, settings, snapshot, write_pictures
+from tests.perfusion.learning import (
+    NAME,
+    SHORT,
+    SUPERCLASS,
+    assert_unchanged,
+    covariance_of,
+    learn,
+    same,
+    settings,
+    snapshot,
+    write_pictures,
+)
 from tests.perfusion.tiny import tiny_sd
 
 
