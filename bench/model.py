@@ -75,6 +75,8 @@ class Assumptions:
     file_overhead: float = 150e-6  # to open and check a concept file
     lora_fuse: float = 1.7  # seconds to load and fuse a LoRA into SDXL, the least published; SD 1.5 by its parameters
     adapter_launches: int = 7  # that PEFT's mixed batch adds for a layer and an adapter
+    unfused_launches: int = 5  # that a LoRA beside its layer adds for a layer and an adapter
+    gated_launches: int = 13  # that an edit at every step adds for a projection: similarity, gate, two sums
     lora_layers: tuple[tuple[str, int], ...] = (("sd15", 128), ("sd21", 128), ("sdxl", 560))
 
     def machine(self) -> roofline.Machine:
@@ -114,6 +116,37 @@ def step_seconds(model: str, rows: int, a: Assumptions, *, graph: bool, ours: bo
         device += text / (a.tensor_rate * a.product_efficiency)
     launches += adapters * a.adapter_launches * dict(a.lora_layers)[model]
     return device + launches * a.graph_launch if graph else max(device + launches * a.graph_launch, launches * a.host_launch)
+
+
+def edit_seconds(model: str, rows: int, concepts: int, a: Assumptions) -> float:
+    """What an edit of keys and values as they are loaded adds to the attention cores of a step (DESIGN.md, the form "schedule")."""
+    seconds = 0.0
+    for layer in roofline.UNETS[model]:
+        plain, edited = (roofline.edited_attention(B=rows, N=layer.N, T=T, H=layer.H, d=layer.d, J=J) for J in (0, concepts))
+        seconds += layer.count * (edited.floor(a.machine()) - plain.floor(a.machine())) / a.core_efficiency
+    return seconds
+
+
+def concepts_over_stock(model: str, rows: int, concepts: int, a: Assumptions) -> dict[str, float]:
+    """An eager step with so many concepts in each row, over the stock pipeline's without one, by how the concepts get there."""
+
+    def eager(device: float, launches: int) -> float:
+        return max(device + launches * a.graph_launch, launches * a.host_launch)
+
+    stock = step_seconds(model, rows, a, graph=False, ours=False)
+    slots = step_seconds(model, rows, a, graph=False)
+    launches = UNETS[model].launches
+    ours = launches - layers(model) * (a.stock_layer_launches - a.layer_launches)
+    busy = step_seconds(model, rows, a, graph=True, ours=False) - launches * a.graph_launch
+    ours_busy = step_seconds(model, rows, a, graph=True) - ours * a.graph_launch
+    lora = launches + concepts * a.unfused_launches * dict(a.lora_layers)[model]
+    gated = launches + 2 * layers(model) * a.gated_launches
+    return {
+        "perfusion, slots": slots / stock,
+        "perfusion, schedule": eager(ours_busy + edit_seconds(model, rows, concepts, a), ours + 1) / stock,
+        "gated edit": eager(busy, gated) / stock,
+        "LoRA": eager(busy, lora) / stock,
+    }
 
 
 def concept_bytes(model: str) -> int:
@@ -164,6 +197,9 @@ def predictions(a: Assumptions) -> Iterator[dict[str, Any]]:
             mixed = step_seconds(model, rows, a, graph=False, ours=False, adapters=tenants)
             yield row(model, f"tenants, {tenants}", 1.0, "ratio", tenants=tenants, provider="perfusion")
             yield row(model, f"tenants, {tenants}", mixed / alone, "ratio", tenants=tenants, provider="PEFT mixed batch")
+        for concepts in (1, 2, 4, 8):
+            for provider, ratio in concepts_over_stock(model, 2, concepts, a).items():
+                yield row(model, f"concepts, {concepts}", ratio, "ratio", concepts=concepts, provider=provider)
         yield row(model, "bytes of a resident concept", concept_bytes(model), "bytes")
         yield row(model, "bytes of a prompt's keys and values", slot_bytes(model), "bytes")
         yield row(model, "concepts on one GPU", resident_concepts(model, a), "concepts")

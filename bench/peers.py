@@ -10,9 +10,11 @@ Each function changes a UNet that nobody else uses, and returns what to call in 
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,8 +111,8 @@ def rank1_edit_module() -> type:
 
 
 @torch.no_grad()
-def with_perfusion_pytorch(unet: Any, concept: Concept) -> Any:
-    """Its layers take one set of concepts for a whole batch: rows of no words are edited, too."""
+def with_perfusion_pytorch(unet: Any, concept: Concept, tokens: int) -> Any:
+    """Its layers take one set of concepts for a whole batch: rows of no words are edited, too. tokens: T."""
     kind_of = rank1_edit_module()
     width = len(concept.target)
     covariance = torch.linalg.inv(inverse_covariance(width)).float()
@@ -118,7 +120,7 @@ def with_perfusion_pytorch(unet: Any, concept: Concept) -> Any:
         for kind, output in outputs_of(layer, name, concept).items():
             made = kind_of(
                 getattr(layer, kind), num_concepts=1, C=covariance, is_key_proj=kind == "to_k", eval_beta=concept.bias,
-                eval_temperature=concept.temperature,
+                eval_temperature=concept.temperature, text_seq_len=tokens,
             )  # fmt: skip
             made.initted[:] = True
             made.ema_concept_text_encs.copy_(concept.target[None])
@@ -131,6 +133,19 @@ def lora_config() -> Any:
     from peft import LoraConfig
 
     return LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights=False)
+
+
+def save_lora(pipe: Any, folder: Path, *, seed: int = 0) -> None:
+    """Weights of a LoRA for the pipeline's UNet, by diffusers' own writer."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    unet = copy.deepcopy(pipe.unet, {id(each): each for each in pipe.unet.parameters()})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(lora_config(), adapter_name="subject")
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name="subject"))
+    type(pipe).save_lora_weights(folder, unet_lora_layers=layers)
 
 
 def with_lora(unet: Any, *, fused: bool = False) -> Any:
@@ -147,9 +162,11 @@ def with_mixed_lora(unet: Any, names: list[str]) -> Any:
     """peft's model around the UNet, with an adapter for each name; a forward says by `adapter_names` which row has which."""
     from peft import get_peft_model
 
-    model = get_peft_model(unet, lora_config(), adapter_name=names[0])
-    for name in names[1:]:
-        model.add_adapter(name, lora_config())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the first adapter is the same however many there are
+        model = get_peft_model(unet, lora_config(), adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, lora_config())
     return model.eval().requires_grad_(False)
 
 

@@ -147,7 +147,7 @@ def projections(host, chip: str, unet: str, rows: int) -> Iterator[dict]:
     """K, or V, of a whole model: `edited_projection` and `fused_edited_projection`, which differ in a rounding."""
     one, D, O = CHIPS[chip], roofline.TEXT_WIDTHS[unet], sum(layer.count * layer.C for layer in roofline.UNETS[unet])
     host.configure(one.multiprocessors, one.shared_per_block, shared_per_multiprocessor=one.shared_per_multiprocessor)
-    made = host.module.plan_edited_projection(dict(B=rows, T=T, D=D, O=O), {})
+    made = host.planned("edited_projection", {}, B=rows, T=T, D=D, O=O)
     tiles = made["row_tiles"] * made["column_tiles"]
     work = roofline.edited_projection(B=rows, T=T, D=D, O=O)
     of_busiest = -(-tiles // one.multiprocessors)
@@ -166,7 +166,7 @@ def fused(host, chip: str, layer: roofline.Layer, D: int, rows: int) -> dict:
     """`fused_edited_attention`: a projection for each block, then its tiles of 16 rows."""
     one = CHIPS[chip]
     host.configure(one.multiprocessors, one.shared_per_block, shared_per_multiprocessor=one.shared_per_multiprocessor)
-    made = host.module.plan_fused_edited_attention(dict(B=rows, N=layer.N, T=T, D=D, H=layer.H, d=layer.d), {})
+    made = host.planned("fused_edited_attention", {}, B=rows, N=layer.N, T=T, D=D, H=layer.H, d=layer.d)
     blocks = rows * layer.H * made["splits"]
     of_busiest, columns = -(-blocks // one.multiprocessors), -(-layer.d // 16) * 16
     attention = Plan(chip, layer, rows, made["warps"], 1, made["stages"], made["splits"], blocks, 1, made["bytes"])

@@ -59,6 +59,8 @@ def _said(row: dict) -> str:
         return f"{row['overhead_us']:.1f} µs beside the work, of {row['limit_us']:.0f} allowed"
     if "file_bytes" in row:
         return f"{row['file_bytes']} bytes {row['gate']}"
+    if row["gate"] == "counted":
+        return f"{row['what']}: {row['value']:,} {row['unit']}"
     if row["gate"] != "passed":
         return row["reason"]
     return f"passed, {row['repeats']} samples" if row["device"] == "cpu" else f"{row['median_us']:.1f} µs"

@@ -22,10 +22,13 @@ from perfusion import cli
 from perfusion.base import describe_base
 from perfusion.cli.generate import _source
 from perfusion.cli.models import add_parts
+from perfusion.cli.serve import named_models
 from perfusion.concept import Concept
 from perfusion.models import ModelError, load_pipeline, resolve
 from perfusion.runtime.manifest import ExportedFolderError, Manifest
+from perfusion.serve.store import Store
 from perfusion.training.data import read_pictures
+from perfusion.training.folder import _named
 from tests.perfusion.editing import make_concept
 from tests.perfusion.learning import covariance_of, settings, write_pictures
 from tests.perfusion.tiny import tiny_sd
@@ -47,7 +50,8 @@ def parameters():
 
 PATHS = [(command, parameter) for command, parameter, value, _ in parameters() if "Path" in value]
 # texts that may be paths, and other things: each has its own way to tell, tested below
-TEXTS = {"model": "a name, a path or an id", "concept": "NAME=FILE", "embedding": "WORD=FILE", "lora": "FILE:0.8", "resume": "latest, or a path"}
+TEXTS = {"model": "a name, a path or an id", "concept": "NAME=FILE", "embedding": "WORD=FILE", "lora": "FILE:0.8", "resume": "latest, or a path",
+         "store": "a folder or an fsspec URL", "database": "a URL"}  # fmt: skip
 
 
 @pytest.mark.parametrize(("command", "parameter"), PATHS)
@@ -99,6 +103,10 @@ def test_home_in_texts(home):
     assert resolve("~/model") == home / "model"
     assert _source("~/a.safetensors") == (None, home / "a.safetensors") and _source("x=~/a.safetensors") == ("x", home / "a.safetensors")
     pipe = load_pipeline("~/model", device="cpu")
+    assert named_models(["m=~/model"]) == {"m": str(home / "model")}
+    assert _named(None, "~/run/step-000001.safetensors") == home / "run" / "step-000001.safetensors"
+    Store("~/store").put(b"x")
+    assert (home / "store").is_dir()
     assert add_parts(pipe, "~/model", ["<s>=~/embeddings/sks.safetensors"], ["~/loras/style.safetensors:0.5"]) == ["<s>"]
     assert pipe.get_active_adapters() == ["style"]
     make_concept(describe_base(pipe), "mine").save("~/mine.safetensors")

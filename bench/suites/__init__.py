@@ -10,7 +10,10 @@ from typing import Any
 
 from bench.measure import Options, measure
 
-NAMES = ("decide", "gates", "projection", "attention", "fused", "layer", "step", "train", "export", "overhead", "storage", "startup")
+NAMES = (
+    "decide", "gates", "projection", "attention", "fused", "layer", "step", "tenants", "swap", "capacity", "train", "export",
+    "overhead", "storage", "startup", "static", "serving",
+)  # fmt: skip
 
 
 def measured(suite: str, options: Options) -> Iterator[dict[str, Any]]:

@@ -130,7 +130,7 @@ def step_with(unet: Any, encodings: Tensor, conditions: dict[str, Tensor] | None
 def common(suite: str, case: str, base: Base | None, options: Options, **shapes: Any) -> dict[str, Any]:
     """What every row of a case says."""
     if base is not None:
-        shapes = dict(T=77, D=base.encoding_dim, O=base.outputs, layers=len(base.layers), **shapes)
+        shapes = dict(D=base.encoding_dim, O=base.outputs, layers=len(base.layers), **shapes)
     return {
         "suite": suite, "case": case, "dtype": "float32", "quick": options.quick, "load": rows.load(), "shapes": shapes,
         **rows.provenance(str(options.device)),

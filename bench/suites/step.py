@@ -74,9 +74,9 @@ def _rows(name: str, pipe: Any, side: int, options: Options) -> Iterator[dict[st
     makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
         "expert": lambda: peer(lambda unet: peers.with_expert(unet, concept, encodings)),
         "gated edit": lambda: peer(lambda unet: peers.with_gated_edit(unet, concept)),
-        "perfusion-pytorch": lambda: peer(lambda unet: peers.with_perfusion_pytorch(unet, concept)),
+        "perfusion-pytorch": lambda: peer(lambda unet: peers.with_perfusion_pytorch(unet, concept, encodings.shape[1])),
         "LoRA": lambda: peer(peers.with_lora),
-        "LoRA fused": lambda: step_with(peers.with_lora(_own_weights(pipe), fused=True), encodings, conditions, side),
+        "LoRA fused": lambda: step_with(peers.with_lora(own_weights(own_modules(pipe).unet), fused=True), encodings, conditions, side),
         "stock compiled": lambda: stock(compiled=True),
         "perfusion compiled": lambda: ours(PROMPT, compiled=True),
     }
@@ -121,9 +121,8 @@ def _compiled(unet: Any) -> Any:
     return torch.compile(unet, dynamic=False)
 
 
-def _own_weights(pipe: Any) -> Any:
-    """A UNet whose attention has weights of its own, which fusing a LoRA writes to."""
-    unet = own_modules(pipe).unet
+def own_weights(unet: Any) -> Any:
+    """A UNet, with weights of its own in its attention, which fusing a LoRA writes to."""
     for name, module in unet.named_modules():
         if name.split(".")[-1] in ("to_q", "to_k", "to_v") or name.endswith("to_out.0"):
             module.weight = torch.nn.Parameter(module.weight.detach().clone(), requires_grad=False)

@@ -27,7 +27,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from perfusion.attention_processor import FUSED, SCHEDULE, SLOTS, STOCK, AttentionState, ConceptAttnProcessor
 from perfusion.base import UnsupportedPipeline, cross_attention_layers, layer_width
-from perfusion.batched_projection import BatchedProjection, obstacle
+from perfusion.batched_projection import BatchedProjection, layer_obstacle, obstacle
+from perfusion.denoiser_call import DenoiserCall, load
 from perfusion.edit import RowSettings, Tables, edit_encodings, gates_of, spread
 from perfusion.layer_state import offloaded_block, projection_stamp
 from perfusion.loaded_concept import LoadedConcept, Schedule, value_at
@@ -114,7 +115,7 @@ class Engine:
 
     def __init__(self, unet: torch.nn.Module):
         self._unet = weakref.ref(unet)
-        self.layers = cross_attention_layers(unet)
+        self.layers, self._call = cross_attention_layers(unet), DenoiserCall(unet)
         self.clients: list[Client] = []
         self.state = AttentionState()
         self.slots: Slots | None = None
@@ -126,6 +127,7 @@ class Engine:
         self._processors: list[tuple[Any, ConceptAttnProcessor]] = []
         self._batched: BatchedProjection | None = None
         self._stamp: tuple[Any, ...] = ()
+        self._text_stamp: tuple[Any, ...] = ()
         self._plans: Any = WeakTensorKeyDictionary()
         self._numbers = itertools.count()
         self._index: dict[int, Tensor] = {}
@@ -236,7 +238,7 @@ class Engine:
             self._hooks.asleep = True  # those on to_k and to_v, which are called here
             plan, before = self._plan(encodings), self.step
             if not plan.rows:
-                return self._project(encodings, encodings)
+                return self._project(*[self._call.text(encodings)] * 2)
             try:
                 self.step = step
                 distinct = list(dict.fromkeys(plan.contents))
@@ -284,8 +286,8 @@ class Engine:
         if self._given is not None:
             self._show_given(self._given)
             return
-        encodings = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-        if not isinstance(encodings, Tensor) or not any(client.has_concepts() for client in self.clients):
+        encodings = self._call.encodings(args, kwargs)
+        if encodings is None or not any(client.has_concepts() for client in self.clients):
             self._count(STOCK, "no concept is loaded")
             return
         plan = self._plan(encodings)
@@ -293,10 +295,10 @@ class Engine:
             self._count(STOCK, "no row of the batch has a concept")
             return
         if plan.scheduled:
-            self._count_step(kwargs.get("timestep", args[1] if len(args) > 1 else None))
-        reason = self._obstacle(plan, encodings, kwargs)
+            self._count_step(self._call.argument("timestep", args, kwargs))
+        reason = self._obstacle(plan, encodings) or self._call.mask_obstacle(args, kwargs, encodings)
         if reason is None:
-            self._fast(plan, encodings, kwargs.get("sample", args[0] if args else None))
+            self._fast(plan, encodings, self._call.size(args, kwargs), self._call.padding(args, kwargs, encodings))
         else:
             self._compatible(plan, encodings, reason)
 
@@ -313,7 +315,10 @@ class Engine:
             self._warned.add("processors")
             warnings.warn(f"perfusion goes on with hooks on to_k and to_v: {reason}.", stacklevel=2)
         self._hooks.asleep = False
-        if plan.scheduled:
+        if self._call.projects and torch.is_grad_enabled() and getattr(self.unet, "is_gradient_checkpointing", False):
+            raise ValueError("a checkpointed layer runs again when its text is forgotten: call disable_gradient_checkpointing() first.")
+        if plan.scheduled or self._text_stamp != (stamp := self._call.stamp()):
+            self._text_stamp = self._call.stamp() if plan.scheduled else stamp
             self._hooks.forget()
         self._count("hooks", reason)
         self._hooks.begin(encodings)
@@ -390,24 +395,30 @@ class Engine:
             "hooks": "The compatibility path ran: hooks on to_k and to_v",
         }
         sentences = [f"{path[self.form]}: {self.reason}."]
-        if (blocked := self._blocked()) is not None:
-            sentences.append(f"The fast path is closed: {blocked}.")
-        elif (called := obstacle(self.unet, frozen=False)) is not None:
-            sentences.append(f"Projections are called layer by layer, once per prompt: {called}.")
-        else:
-            sentences.append("Projections of all layers are two products, once per prompt.")
-        return sentences
+        return [*sentences, self._outlook(self._blocked(), obstacle(self.unet, frozen=False))]
+
+    def layer_paths(self) -> dict[str, tuple[str, str]]:
+        """layer -> the path that a concept takes in it, "slots" or "hooks", and why, in the sentences of `explain`."""
+        blocked = self._blocked() if self._processors else self._replaceable() or self._offloaded()
+        taken = self._taken()
+        called, first = obstacle(self.unet, frozen=False), next(iter(self.layers.values()))
+        found = {}
+        for name, layer in self.layers.items():
+            own = layer_obstacle(name, layer, first, frozen=False) or called
+            sentence = self._outlook(blocked and (taken.get(name) or _processor_obstacle(name, layer) or blocked), own)
+            found[name] = ("slots" if blocked is None else "hooks"), sentence
+        return found
+
+    @staticmethod
+    def _outlook(blocked: str | None, called: str | None) -> str:
+        if blocked is not None:
+            return f"The fast path is closed: {blocked}."
+        if called is not None:
+            return f"Projections are called layer by layer, once per prompt: {called}."
+        return "Projections of all layers are two products, once per prompt."
 
     def _replaceable(self) -> str | None:
-        for name, layer in self.layers.items():
-            processor = type(layer.processor).__name__
-            if processor not in REPLACED:
-                return f"layer {name} has a processor of its own, {processor}"
-            if layer.residual_connection or layer.rescale_output_factor != 1 or layer.norm_cross:
-                return f"layer {name} does more than attention"
-            if any(getattr(layer, part, None) is not None for part in ("spatial_norm", "group_norm", "norm_q", "norm_k")):
-                return f"layer {name} normalises"
-        return None
+        return next(filter(None, (_processor_obstacle(name, layer) for name, layer in self.layers.items())), None)
 
     def _processors_replaced(self) -> bool:
         return any(layer.processor is not own for layer, own in self._processors)
@@ -416,13 +427,18 @@ class Engine:
         """What closes the fast path for every batch."""
         if not self._processors:
             return self._replaceable() or (None if any(client.has_concepts() for client in self.clients) else "no concept is loaded")
-        for (layer, own), name in zip(self._processors, self.layers):
-            if layer.processor is not own:
-                return f"layer {name} was given another processor, {type(layer.processor).__name__}"
+        return next(iter(self._taken().values()), None) or self._offloaded()
+
+    def _taken(self) -> dict[str, str]:
+        """The layers whose processor is ours no more, and a sentence of each."""
+        replaced = {name: layer.processor for name, (layer, own) in zip(self.layers, self._processors) if layer.processor is not own}
+        return {name: f"layer {name} was given another processor, {type(each).__name__}" for name, each in replaced.items()}
+
+    def _offloaded(self) -> str | None:
         block = offloaded_block(self.unet)
         return None if block is None else f"{block} is offloaded as a block"
 
-    def _obstacle(self, plan: _Plan, encodings: Tensor, kwargs: dict[str, Any]) -> str | None:
+    def _obstacle(self, plan: _Plan, encodings: Tensor) -> str | None:
         """Why a batch takes the compatibility path, or None."""
         if not self._processors:
             self.follow()
@@ -430,8 +446,6 @@ class Engine:
             return "exact=True, and some rows have no concept"
         if torch.is_grad_enabled() and (encodings.requires_grad or getattr(self.unet, "is_gradient_checkpointing", False)):
             return "gradients of the encodings, or checkpointed ones, are wanted"
-        if kwargs.get("encoder_attention_mask") is not None:
-            return "the batch has a text mask"
         if self._processors_replaced() or not self._processors:
             return self._blocked()
         self._follow_weights(encodings.device.type)
@@ -440,7 +454,7 @@ class Engine:
     def _follow_weights(self, kind: str) -> None:
         """Everything that was made from the layers' weights, anew where these have changed. kind: of the device."""
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        stamp = (autocast, *projection_stamp(list(self.layers.values())))
+        stamp = (autocast, *projection_stamp(list(self.layers.values())), *self._call.stamp())
         if stamp != self._stamp:
             self._stamp, self._batched = stamp, None
             self._closed = self._blocked()
@@ -450,9 +464,11 @@ class Engine:
 
     # the fast path
 
-    def _fast(self, plan: _Plan, encodings: Tensor, sample: Tensor | None) -> None:
+    def _fast(self, plan: _Plan, encodings: Tensor, size: tuple[int, int], padding: Tensor | None) -> None:
         with torch.no_grad():
-            if self._changed >= CHANGING and self._batched is not None and not (plan.regional or plan.locked):
+            masked = plan.regional or padding is not None
+            fusable = self._batched is not None and not self._batched.biased and not (masked or plan.locked)
+            if self._changed >= CHANGING and fusable:
                 self._fuse(plan, encodings)
                 form, reason = FUSED, "the encodings change at every step"
             elif plan.scheduled and not plan.locked:
@@ -463,12 +479,12 @@ class Engine:
                 self._write(plan, encodings)
                 form, reason = SLOTS, "the prompt stays the same over the steps"
             self.state.query_regions = self.state.key_regions = None
-            if plan.regional:
-                size = tuple(sample.shape[-2:])
-                if plan.regions[:1] != (size,):
+            if masked:
+                if not plan.regions or plan.regions[0] != size or plan.regions[1] is not padding:
                     queries = query_regions(plan.rows, len(encodings), size, encodings.device)
-                    plan.regions = (size, queries, key_regions(plan.rows, encodings.shape[:2], encodings.device))
-                self.state.query_regions, self.state.key_regions = plan.regions[1:]
+                    keys = key_regions(plan.rows, encodings.shape[:2], encodings.device, padding)
+                    plan.regions = (size, padding, queries, keys)
+                self.state.query_regions, self.state.key_regions = plan.regions[2:]
         self._count(form, reason)
         self.state.form = form
         for _, own in self._processors:
@@ -529,23 +545,24 @@ class Engine:
     def _edited(self, plan: _Plan, encodings: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Edited K and V [n, T, O] of some rows."""
         settings, tables = self._rows(plan, rows, encodings.device), self._tables(plan, encodings.device)
-        edited = edit_encodings(encodings[rows].detach(), tables, settings)
+        text = self._call.text(encodings)
+        edited = edit_encodings(text[rows].detach(), tables, settings)
         for place, row in enumerate(rows):
             request = plan.rows.get(row)
             if request is not None and request.key_encoding is not None:
-                edited.keys[place] = request.key_encoding.to(edited.keys)
+                edited.keys[place] = self._call.row(request.key_encoding, encodings).to(edited.keys)
                 if edited.key_gates is not None:
                     edited.key_gates[place] = 0
         if self._batched is not None:
-            return self._batched.keys_values(edited, encodings.dtype, tables, settings.index)
-        keys, values = self._project(edited.keys.to(encodings.dtype), edited.values.to(encodings.dtype))
+            return self._batched.keys_values(edited, text.dtype, tables, settings.index)
+        keys, values = self._project(edited.keys.to(text.dtype), edited.values.to(text.dtype))
         values = values + spread(edited.gates, tables.value_outputs, settings.index).to(values)
         if edited.key_gates is not None:
             keys = keys + spread(edited.key_gates, tables.key_outputs, settings.index).to(keys)
         return keys, values
 
     def _unedited(self, plan: _Plan, encodings: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
-        chosen = encodings[rows].detach()
+        chosen = self._call.text(encodings)[rows].detach()
         return self._project(chosen, chosen)
 
     def _fill(self, plan: _Plan, encodings: Tensor, kind: tuple[str, int], compute: Any) -> None:
@@ -589,8 +606,11 @@ class Engine:
         if self._tables_of is plan:
             return
         tables = self._tables(plan, encodings.device)
-        targets, superclasses = (table[None].to(encodings.dtype) for table in (tables.targets, tables.superclasses))
-        keys, values = self._project(torch.cat([targets, superclasses], 1), targets)
+        dtype = self._call.text(encodings).dtype
+        targets, superclasses = (table[None].to(dtype) for table in (tables.targets, tables.superclasses))
+        zero = torch.zeros_like(targets[:, :1])  # what a bias adds is no part of W i* and W s
+        projected = self._project(torch.cat([targets, superclasses, zero], 1), torch.cat([targets, zero], 1))
+        keys, values = (table[:, :-1] - table[:, -1:] for table in projected)
         count = len(plan.names)
         outputs = keys[0, count:]
         if tables.unlocked is not None:
@@ -620,7 +640,7 @@ class Engine:
             count, where = len(chosen), chosen
         settings = self._rows(plan, chosen, encodings.device)
         with torch.autocast(encodings.device.type, enabled=False):
-            gates, components = gates_of(encodings[chosen].detach(), self._tables(plan, encodings.device), settings)
+            gates, components = gates_of(self._call.text(encodings)[chosen].detach(), self._tables(plan, encodings.device), settings)
         state, shape, at = self.state, (count, *gates.shape[1:]), torch.tensor(where, device=gates.device)
         if state.gates is None or state.gates.shape != shape or state.gates.device != gates.device:
             with torch.inference_mode(False):
@@ -635,7 +655,7 @@ class Engine:
         self._show_tables(plan, encodings)
         settings = self._rows(plan, range(len(encodings)), encodings.device)
         with torch.autocast(encodings.device.type, enabled=False):
-            gates, components = gates_of(encodings.detach(), self._tables(plan, encodings.device), settings)
+            gates, components = gates_of(self._call.text(encodings).detach(), self._tables(plan, encodings.device), settings)
         self.state.gates, self.state.components, self.state.index = gates, components, settings.index
         self._gates_of = self._shown = None
 
@@ -643,9 +663,7 @@ class Engine:
         """K and V [n, T, O] of all layers: two products, or to_k and to_v of every layer called once, with all that is attached to them."""
         if self._batched is not None:
             return self._batched.plain(keys, values)
-        hook = getattr(self.unet, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(self.unet)  # accelerate loads the UNet when it is called; that is now
+        load(self.unet)
         pairs = [(layer.to_k(keys), layer.to_v(values)) for layer in self.layers.values()]
         return torch.cat([key for key, _ in pairs], -1), torch.cat([value for _, value in pairs], -1)
 
@@ -659,9 +677,23 @@ class Engine:
         if not plan.rows:
             return None
         rows = list(plan.rows)
-        key_rows = {row: request.key_encoding for row, request in plan.rows.items() if request.key_encoding is not None}
+        locked = {row: request.key_encoding for row, request in plan.rows.items() if request.key_encoding is not None}
+        key_rows = {row: self._call.row(encoding, encodings) for row, encoding in locked.items()}
         tables = self._tables(plan, encodings.device)
-        return hook_edit(encodings, torch.tensor(rows, device=encodings.device), tables, self._rows(plan, rows, encodings.device), key_rows)
+        settings = self._rows(plan, rows, encodings.device)
+        return hook_edit(self._call.text(encodings), torch.tensor(rows, device=encodings.device), tables, settings, key_rows)
+
+
+def _processor_obstacle(name: str, layer: torch.nn.Module) -> str | None:
+    """Why the processor of a layer cannot give way to ours, or None."""
+    processor = layer.processor.stock if type(layer.processor) is ConceptAttnProcessor else layer.processor
+    if type(processor).__name__ not in REPLACED:
+        return f"layer {name} has a processor of its own, {type(processor).__name__}"
+    if layer.residual_connection or layer.rescale_output_factor != 1 or layer.norm_cross:
+        return f"layer {name} does more than attention"
+    if any(getattr(layer, part, None) is not None for part in ("spatial_norm", "group_norm", "norm_q", "norm_k")):
+        return f"layer {name} normalises"
+    return None
 
 
 def _is_schedule(value: Schedule) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perfusion.base import Base, describe_base, text_encoders
+from perfusion.base import Base, denoiser, describe_base, project_text, text_encoders
 from perfusion.base.parts import plain_module
 from perfusion.concept import Concept, check_name
 from perfusion.edit import Tables, tables_of
@@ -34,11 +34,11 @@ _MARK = "_perfusion_handle"
 def attach(pipe: Any, *, capacity: int = 64, exact: bool = False, graphs: bool = False) -> Handle:
     """Let a diffusers pipeline use concepts; returns the Handle that loads and sets them.
 
-    pipe: any pipeline around a `UNet2DConditionModel` of the Stable Diffusion 1.x, 2.x or XL family. capacity: how many
-    concepts can be loaded at once. Batches without concepts give bit-identical images. In a batch with concepts, rows without
-    one agree with the plain pipeline up to rounding; exact=True keeps their bits, by a slower path. graphs: for the UNet as CUDA
-    graphs, which this version cannot record yet. UnsupportedPipeline names what cannot be edited; RuntimeError refuses a second
-    attach to the same pipeline. A failed attach changes nothing.
+    pipe: any pipeline that docs/pipelines.md lists, or one of that shape. capacity: how many concepts can be loaded at once.
+    Batches without concepts give bit-identical images. In a batch with concepts, rows without one agree with the plain pipeline
+    up to rounding; exact=True keeps their bits, by a slower path. graphs: for the UNet as CUDA graphs, which this version cannot
+    record yet. UnsupportedPipeline names what cannot be edited; RuntimeError refuses a second attach to the same pipeline. A
+    failed attach changes nothing.
 
     Pipelines that share a UNet (`from_pipe`) are attached one by one: each reads the concepts of its own handle. A pipeline
     without text encoders is given encodings, which `Handle.bind` explains. Threads that share a UNet wait for each other.
@@ -72,7 +72,7 @@ class Handle:
         self._doubted: set[str] = set()
         self._text = TextHook(pipe, self._loaded, self._begin_prompt)
         self._encoders = text_encoders(pipe, required=False)
-        self._engine = engine_of(plain_module(pipe.unet))
+        self._engine = engine_of(plain_module(denoiser(pipe)))
         if graphs:
             self._engine.use_graphs()
         self._text.install()
@@ -221,15 +221,17 @@ class Handle:
     def bind(self, encodings: Tensor, prompts: str | Sequence[str]) -> None:
         """Say with which prompts encodings were made that perfusion did not see made: weighted, joined, loaded from a file.
 
-        encodings [R, T, D]: as the pipeline is going to be given them. prompts: one, or one for each row, with concepts as
-        `<name>`, or a `Request`. Known encodings are recognised without it, also scaled, cast, saved and joined ones.
+        encodings [R, T, D]: as the pipeline is going to be given them, so as its text encoders make them. prompts: one, or one for
+        each row, with concepts as `<name>`, or a `Request`. Known encodings are recognised without it, also scaled, cast, saved
+        and joined ones.
         ValueError says what does not fit.
         """
         self._require_attached()
         texts = [prompts] * len(encodings) if isinstance(prompts, str) else list(prompts)
-        if encodings.dim() != 3 or encodings.shape[-1] != self.base.encoding_dim or len(texts) != len(encodings):
+        width = sum(self.base.text_widths)
+        if encodings.dim() != 3 or encodings.shape[-1] != width or len(texts) != len(encodings):
             raise ValueError(
-                f"bind: encodings must be [R, T, {self.base.encoding_dim}] with one prompt for each of R rows, got "
+                f"bind: encodings must be [R, T, {width}] with one prompt for each of R rows, got "
                 f"{list(encodings.shape)} and {len(texts)} prompts"
             )
         self._text.bind(encodings, texts)
@@ -240,6 +242,11 @@ class Handle:
         self._require_attached()
         return self._engine.explain()
 
+    def layer_paths(self) -> dict[str, tuple[str, str]]:
+        """layer -> the path that a concept takes in it, "slots" or "hooks", and why, in the words of `explain`; nothing need be drawn."""
+        self._require_attached()
+        return self._engine.layer_paths()
+
     def memory(self) -> dict[str, int]:
         """Bytes that are held for concepts: the bank, slots of keys and values, stacked weights, edits."""
         self._require_attached()
@@ -249,8 +256,9 @@ class Handle:
 
     def _begin_prompt(self) -> None:
         """A prompt is going to be encoded: nothing may have been exchanged since attach."""
-        if plain_module(self.pipe.unet) is not self._engine.unet:
-            raise RuntimeError("pipe.unet was exchanged after attach: perfusion.detach(pipe), and attach anew.")
+        if plain_module(denoiser(self.pipe)) is not self._engine.unet:
+            name = "unet" if getattr(self.pipe, "unet", None) is not None else "transformer"
+            raise RuntimeError(f"pipe.{name} was exchanged after attach: perfusion.detach(pipe), and attach anew.")
         for tokenizer, encoder in text_encoders(self.pipe, required=False):
             if not any(tokenizer is old and plain_module(encoder) is plain_module(before) for old, before in self._encoders):
                 raise RuntimeError("a text encoder or tokenizer was exchanged after attach: perfusion.detach(pipe), and attach anew.")
@@ -293,7 +301,7 @@ class Handle:
         return bool(self._loaded) and self.enabled
 
     def compiled(self) -> bool:
-        return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in self.pipe.unet.modules())
+        return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in denoiser(self.pipe).modules())
 
     def concept(self, name: str) -> LoadedConcept:
         return self._loaded[name]
@@ -309,7 +317,7 @@ class Handle:
         for name, loaded in self._loaded.items():
             if name in self._doubted or not unknown:
                 continue
-            words = encodings[unknown, 1:].detach()  # the first token is the start, the same in all prompts
+            words = project_text(self._engine.unet, encodings[unknown].detach())[:, 1:]  # most begin with a token that is always the same
             similarity = loaded.concept.to(encodings.device).similarity(words).amax()
             if similarity > DOUBT:
                 self._doubted.add(name)

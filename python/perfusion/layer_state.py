@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["offloaded_block", "projection_stamp"]
+__all__ = ["offloaded_block", "parameter_stamp", "projection_stamp"]
 
 
 def projection_stamp(layers: list[torch.nn.Module]) -> tuple[Any, ...]:
@@ -31,7 +31,12 @@ def _adapted(module: torch.nn.Module) -> tuple[Any, ...]:
     """The state of a module that wraps a layer, as peft's LoRA does."""
     names = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
     state = [id(module), *(repr(getattr(module, name, None)) for name in names)]
-    return (*state, *((id(each), 0 if each.is_inference() else each._version, each.dtype, each.device) for each in module.parameters()))
+    return (*state, *parameter_stamp(module))
+
+
+def parameter_stamp(module: torch.nn.Module) -> tuple[Any, ...]:
+    """Changes when a parameter of a module is written, cast, moved or exchanged."""
+    return tuple((id(each), 0 if each.is_inference() else each._version, each.dtype, each.device) for each in module.parameters())
 
 
 def offloaded_block(unet: torch.nn.Module) -> str | None:
@@ -43,6 +48,12 @@ def offloaded_block(unet: torch.nn.Module) -> str | None:
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None and any("group_offloading" in key for key in getattr(registry, "hooks", {})) and any(module.children()):
             return name or "the UNet"
-        if name and getattr(module, "_hf_hook", None) is not None and any(module.children()):
+        if name and any(module.children()) and _moves_children(getattr(module, "_hf_hook", None)):
             return name
     return None
+
+
+def _moves_children(hook: Any) -> bool:
+    """Whether a hook of accelerate's moves more than a module's own parameters, which a block beside its layers may have, too."""
+    hooks = getattr(hook, "hooks", [] if hook is None else [hook])
+    return any(getattr(each, "place_submodules", True) for each in hooks)

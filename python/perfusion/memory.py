@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from perfusion.base import text_input_width
+from perfusion.base.parts import added_conditioning
 from perfusion.files import size_text
 
 __all__ = ["Parts", "Saved", "drawing", "saved_by_backward", "table", "total", "training"]
@@ -74,28 +76,35 @@ class _Fused(TorchFunctionMode):
 
 
 def saved_by_backward(
-    config: dict[str, Any], size: int, dtype: torch.dtype = torch.float32, texts: Sequence[Callable[[], Any]] = (), tokens: int = TOKENS
+    config: dict[str, Any],
+    size: int,
+    dtype: torch.dtype = torch.float32,
+    texts: Sequence[Callable[[], Any]] = (),
+    tokens: int = TOKENS,
+    kind: str = "UNet2DConditionModel",
 ) -> Saved:
-    """Count what autograd saves in a forward of the UNet of this configuration, for one picture of `size` latents a side.
+    """Count what autograd saves in a forward of the denoiser of this configuration, for one picture of `size` latents a side.
 
-    texts: make its text encoders, of any weights.
+    texts: make its text encoders, of any weights. kind: diffusers' class of it.
     """
-    from diffusers import UNet2DConditionModel
+    import diffusers
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config).requires_grad_(False)
+        unet = getattr(diffusers, kind).from_config(config).requires_grad_(False)
         for parameter in unet.parameters():
             parameter.data = parameter.data.to(dtype)
         sample = torch.empty(1, unet.config.in_channels, size, size, dtype=dtype)
-        text = torch.empty(1, tokens, unet.config.cross_attention_dim, dtype=dtype, requires_grad=True)
+        text = torch.empty(1, tokens, text_input_width(unet), dtype=dtype, requires_grad=True)
         added = None
-        if unet.config.addition_embed_type == "text_time":
+        if added_conditioning(unet) == "resolution":
+            added = {"resolution": torch.empty(1, 2, dtype=dtype), "aspect_ratio": torch.empty(1, 1, dtype=dtype)}
+        if added_conditioning(unet) == "text_time":
             times = unet.config.addition_time_embed_dim
             pooled = unet.config.projection_class_embeddings_input_dim - 6 * times
             added = {"text_embeds": torch.empty(1, pooled, dtype=dtype), "time_ids": torch.empty(1, 6, dtype=dtype)}
-        step = torch.empty((), dtype=torch.int64)
+        step = torch.empty(1, dtype=torch.int64)
 
     weights = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
     seen: set[int] = set()
@@ -129,7 +138,8 @@ def saved_by_backward(
         if isinstance(module, (BasicTransformerBlock, ResnetBlock2D)):
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Fused():
-        result = unet(sample, step, text, added_cond_kwargs=added, return_dict=False)  # kept: storages are known by their addresses
+        # kept: storages are known by their addresses
+        result = unet(sample, timestep=step, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)
     del result
     text = sum(_saved_by_text_encoder(make, dtype, tokens) for make in texts)
     return Saved(outside + sum(blocks), outside + inputs + max(blocks), text)

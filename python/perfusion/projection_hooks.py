@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from perfusion.base import UnsupportedPipeline, cross_attention_layers, layer_width
+from perfusion.denoiser_call import DenoiserCall
 from perfusion.edit import RowSettings, Tables, edit_encodings, spread
 
 __all__ = ["HookEdit", "KeysValues", "ProjectionHooks", "hook_edit"]
@@ -116,6 +117,7 @@ class ProjectionHooks:
 
     def __init__(self, unet: torch.nn.Module, edit_of: Callable[[Tensor], HookEdit | None], *, driven: bool = False):
         self.unet, self.edit_of, self.driven = unet, edit_of, driven
+        self.call = DenoiserCall(unet)
         self.held = False
         self.asleep = False  # whether the hooks do nothing
         self._layers = cross_attention_layers(unet)
@@ -175,10 +177,8 @@ class ProjectionHooks:
 
     @torch.compiler.disable
     def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.held:
-            return
-        encodings = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-        self.begin(encodings if isinstance(encodings, Tensor) else None)
+        if not self.held:
+            self.begin(self.call.encodings(args, kwargs))
 
     def begin(self, encodings: Tensor | None) -> None:
         """A forward of the UNet with these encodings begins."""
@@ -261,8 +261,9 @@ class Projection:
 
     def told(self) -> bool:
         """Whether `now` says it. Looking up by identity breaks a compiled graph, but with gradients a checkpointed layer runs again
-        after its forward has ended, and unless the step is held nothing else knows what it is to read."""
-        return self.hooks.held or (torch.compiler.is_compiling() and not torch.is_grad_enabled())
+        after its forward has ended, and unless the step is held nothing else knows what it is to read. Where the text is projected,
+        the layers are given a tensor that nobody has seen."""
+        return self.hooks.held or self.hooks.call.projects or (torch.compiler.is_compiling() and not torch.is_grad_enabled())
 
     def exchange(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self.told():

@@ -1,4 +1,4 @@
-"""Regional concepts: which image tokens may attend to which concept's words, as bit sets for `edited_attention`."""
+"""Which image tokens may attend to which text positions, as bit sets for `edited_attention`: regions of concepts, and padding."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch.nn.functional import interpolate
 
 from perfusion.requests import RowRequest
 
-__all__ = ["MAX_REGIONS", "key_regions", "query_regions"]
+__all__ = ["MAX_REGIONS", "key_regions", "padding_bits", "query_regions"]
 
 MAX_REGIONS = 31  # bits of an int32 without its sign
+PADDING = -(2**31)  # that sign: the bit of padding, which no image token has
 LEVELS = 8  # how often a UNet may halve the picture
 INSIDE = 0.5  # a token belongs to a region if the mask's mean over it is above this
 
@@ -36,12 +37,21 @@ def query_regions(rows: Mapping[int, RowRequest], count: int, size: tuple[int, i
     return found
 
 
-def key_regions(rows: Mapping[int, RowRequest], shape: tuple[int, int], device: torch.device) -> Tensor:
-    """Bit sets [R, T] int32: bit j at the places of the row's concept j, if it has a region; 0, which all may read, elsewhere."""
+def key_regions(rows: Mapping[int, RowRequest], shape: tuple[int, int], device: torch.device, padding: Tensor | None = None) -> Tensor:
+    """Bit sets [R, T] int32: bit j at the places of the row's concept j, if it has a region; 0, which all may read, elsewhere.
+
+    padding: what `padding_bits` gives of the batch's text mask, if it has one.
+    """
     bits = torch.zeros(shape, dtype=torch.int32)
     for row, request in rows.items():
         for number, (places, region) in enumerate(zip(request.places, request.regions)):
             if region is not None:
                 for place in places:
                     bits[row, place] |= 1 << number
-    return bits.to(device)
+    bits = bits.to(device)
+    return bits if padding is None else torch.where(padding != 0, padding, bits)
+
+
+def padding_bits(read: Tensor) -> Tensor:
+    """Bit sets [R, T] int32 of a text mask [R, T] that is True where text is read: no image token attends to the other positions."""
+    return torch.where(read, 0, PADDING).to(torch.int32)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from perfusion.base import UnsupportedPipeline, text_encoders
+from perfusion.base.parts import plain_module, prepared_text, tokenizers
 from perfusion.encoding_registry import EncodingRegistry
 from perfusion.loaded_concept import LoadedConcept
 from perfusion.prompts import Mention, Prompt, PromptError, parse_prompt
@@ -28,6 +29,7 @@ from perfusion.settings import SETTINGS
 __all__ = ["TextHook", "added_tokens", "superclass_tokens", "warn_of_unknown_word"]
 
 MOST_TOKENS = 16  # of a superclass
+READING = ("max_sequence_length", "clean_caption")  # arguments of `encode_prompt`, of pipelines around T5 and GLM
 PIECES = 3  # tokens of a word that a model may still know
 
 JOINS = "StableDiffusionInstructPix2PixPipeline"  # the one whose method is _encode_prompt and gives one tensor
@@ -73,6 +75,40 @@ class _Expected:
         return len(self.ids) in (1, len(ids)) and torch.equal(self.ids.expand(len(ids), -1), ids)
 
 
+class _Method:
+    """A method of one object, wrapped and given back as it was: what the object itself had of that name, normally nothing."""
+
+    def __init__(self, owner: Any, name: str):
+        self.owner, self.name = owner, name
+        self.own = self.wrapper = None
+
+    def wrap(self, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self.own = vars(self.owner).get(self.name)
+        self.wrapper = make(getattr(self.owner, self.name))
+        setattr(self.owner, self.name, self.wrapper)
+
+    def unwrap(self) -> None:
+        if self.wrapper is not None and vars(self.owner).get(self.name) is self.wrapper:
+            delattr(self.owner, self.name)
+            if self.own is not None:
+                setattr(self.owner, self.name, self.own)
+
+
+def _encode_methods(pipe: Any) -> list[tuple[Any, str]]:
+    """(object, method) of where a pipeline encodes prompts: itself, or the blocks of a modular one that do."""
+    blocks = getattr(pipe, "_blocks", None)
+    if blocks is None:
+        name = "_encode_prompt" if any(kind.__name__ == JOINS for kind in type(pipe).__mro__) else "encode_prompt"
+        return [(pipe, name)] if callable(getattr(pipe, name, None)) else []
+    found, waiting = [], [blocks]
+    while waiting:
+        block = waiting.pop()
+        waiting += block.sub_blocks.values()
+        if callable(getattr(block, "encode_prompt", None)):
+            found.append((block, "encode_prompt"))
+    return found
+
+
 class TextHook:
     """Resolves concepts in the prompts of one pipeline, from `install` to `remove`.
 
@@ -82,40 +118,45 @@ class TextHook:
     """
 
     def __init__(self, pipe: Any, words: Mapping[str, LoadedConcept], on_encode: Callable[[], None] = lambda: None):
-        joins = any(kind.__name__ == JOINS for kind in type(pipe).__mro__)
-        self._method = "_encode_prompt" if joins else "encode_prompt"
-        if not callable(getattr(pipe, self._method, None)):
+        self._methods = [_Method(owner, name) for owner, name in _encode_methods(pipe)]
+        if not self._methods:
             raise UnsupportedPipeline(f"{type(pipe).__name__} is not supported: it has no encode_prompt, where concepts are read.")
+        self._parameters = inspect.signature(getattr(self._methods[0].owner, self._methods[0].name)).parameters
+        # what changes the way from a prompt to ids, as the call sets it that is going on
+        self._usual = {key: self._parameters[key].default for key in READING if key in self._parameters}
+        self._reading = self._usual
         self.pipe, self.words, self.enabled, self._on_encode = pipe, words, True, on_encode
         self._known = EncodingRegistry()
         self._expected: list[list[_Expected]] = [[] for _ in text_encoders(pipe, required=False)]
         self._handles: list[Any] = []
-        self._own = self._wrapper = None  # that method as the pipeline object had it, normally not at all, and as it has it now
+        self._frames: dict[Any, tuple[int, int]] = {}  # tokenizer -> special tokens before and behind a text
 
     def install(self) -> None:
         for number, (_, encoder) in enumerate(text_encoders(self.pipe, required=False)):
-            embedding = getattr(encoder, "_orig_mod", encoder).get_input_embeddings()
-            self._handles.append(embedding.register_forward_hook(functools.partial(self._substitute, number)))
-        self._own = self.pipe.__dict__.get(self._method)
-        original = getattr(self.pipe, self._method)
+            for embedding in _embeddings(encoder):
+                self._handles.append(embedding.register_forward_hook(functools.partial(self._substitute, number)))
+        for method in self._methods:
+            method.wrap(self._wrapped)
+
+    def _wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
 
         @functools.wraps(original)
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            # somebody who wrapped this one may call it still after `remove`
-            return self._encode(original, signature.bind(*args, **kwargs)) if self._handles else original(*args, **kwargs)
+            # somebody who wrapped this one may call it still after `remove`, and a block may be copied into another pipeline
+            bound = signature.bind(*args, **kwargs) if self._handles else None
+            if bound is None or bound.arguments.get("components", self.pipe) is not self.pipe:
+                return original(*args, **kwargs)
+            return self._encode(original, bound)
 
-        self._wrapper = encode_prompt
-        setattr(self.pipe, self._method, encode_prompt)
+        return encode_prompt
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._wrapper is not None and self.pipe.__dict__.get(self._method) is self._wrapper:
-            delattr(self.pipe, self._method)
-            if self._own is not None:
-                setattr(self.pipe, self._method, self._own)
+        for method in self._methods:
+            method.unwrap()
 
     def parse(self, text: str, tokens: Collection[str] | None = None) -> Prompt:
         """The prompt, every mention with its strength, without those of strength 0: they are the superclass word and no concept."""
@@ -154,15 +195,23 @@ class TextHook:
             return None
         key_encoding = None
         if self._locks(mentions, prompt.request):
-            if not self._expected or self.pipe.text_encoder is None:
+            if not self._expected:
                 raise PromptError(f"prompt {text!r}: the global key lock encodes the superclass prompt, and there is no text encoder.")
             with torch.no_grad():
-                encoded = getattr(self.pipe, self._method)(prompt.text, row.device, 1, False)
+                encoded = self._encoded_plainly(prompt.text, row)
                 key_encoding = _parts(encoded, {})[0][0].cpu()
             if key_encoding.shape != row.shape:
                 raise PromptError(f"prompt {text!r}: the global key lock needs encodings of {len(key_encoding)} tokens, got {len(row)}.")
         request = self.row_request(mentions, [prompt] * max(1, len(self.tokenizers())), key_encoding)
-        return dataclasses.replace(request, places=tuple(_in_chunks(places, self.tokenizers(), len(row)) for places in request.places))
+        length = self._length(0, len(row)) if self.tokenizers() else len(row)
+        return dataclasses.replace(request, places=tuple(_in_chunks(places, length, len(row)) for places in request.places))
+
+    def _encoded_plainly(self, text: str, row: Tensor) -> Any:
+        """What the pipeline makes of a text without concepts, of as many tokens as a row [T, D]."""
+        options = dict(components=self.pipe, prompt=text, device=row.device, num_images_per_prompt=1, max_sequence_length=len(row))
+        options |= dict(do_classifier_free_guidance=False, prepare_unconditional_embeds=False)
+        method = getattr(self._methods[0].owner, self._methods[0].name)
+        return method(**{name: value for name, value in options.items() if name in self._parameters})
 
     def rows_of(self, encodings: Tensor) -> dict[int, RowRequest]:
         """row -> RowRequest for the rows of encodings [R, T, D] that hold concepts; see `EncodingRegistry.find`."""
@@ -197,6 +246,13 @@ class TextHook:
         self._on_encode()
         bound.apply_defaults()
         arguments = bound.arguments
+        self._reading = {key: arguments[key] for key in self._usual}
+        try:
+            return self._read(original, bound, arguments)
+        finally:
+            self._reading = self._usual
+
+    def _read(self, original: Callable[..., Any], bound: inspect.BoundArguments, arguments: dict[str, Any]) -> Any:
         for role in ("prompt_embeds", "negative_prompt_embeds"):
             self._known.recall(arguments.get(role))
 
@@ -228,7 +284,8 @@ class TextHook:
         """What is going to be encoded, in the order in which pipelines stack the rows: the negative prompt first."""
         sides = []
         for place, role in ((1, "negative_prompt"), (0, "prompt")):
-            skipped = place == 1 and not arguments.get("do_classifier_free_guidance", True)
+            guided = arguments.get("do_classifier_free_guidance", arguments.get("prepare_unconditional_embeds", True))
+            skipped = place == 1 and not guided
             if not skipped and arguments.get(f"{role}_embeds") is None:
                 first = parsed.get(role, [])
                 sides.append(_Side(place, [first, parsed.get(f"{role}_2", first)][: len(self._expected)]))
@@ -253,14 +310,13 @@ class TextHook:
         return result
 
     def _expect(self, number: int, prompts: list[Prompt]) -> _Expected:
-        tokenizer, _ = text_encoders(self.pipe)[number]
-        length = tokenizer.model_max_length
+        length, behind = self._length(number), self._frame(number)[1]
         table = self._ids(number, [prompt.text for prompt in prompts], padding="max_length", return_tensors="pt")
         substitutions = []
         for row, prompt in enumerate(prompts):
             for mention in prompt.mentions:
-                word, position = self._word(number, mention), self._position(number, mention)
-                if position >= length - 1:
+                word, position = self._word(number, mention), self._position(number, mention, prompt.text)
+                if position >= length - behind:
                     raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> lies beyond the {length} tokens that the encoder reads.")
                 if table[row, position + 1 - len(word) : position + 1].tolist() != word:
                     raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> must stand as a word of its own.")
@@ -268,30 +324,54 @@ class TextHook:
         return _Expected(table, substitutions)
 
     def _ids(self, number: int, text: str | list[str], **options: Any) -> Any:
+        """Ids of a text, or of several, as the pipeline makes them."""
         tokenizer = self.tokenizers()[number]
         convert = getattr(self.pipe, "maybe_convert_prompt", lambda text, _: text)  # textual inversions of several vectors
-        return tokenizer(convert(text, tokenizer), **{"max_length": tokenizer.model_max_length, "truncation": True, **options}).input_ids
+        given = {"max_length": self._length(number), "truncation": True, **options}
+        if given["truncation"] is False:
+            del given["max_length"]
+        return tokenizer(convert(self._prepared(text), tokenizer), **given).input_ids
 
-    def _position(self, number: int, mention: Mention) -> int:
-        """The token of a text encoder's input at which the concept stands, the last one of its superclass; it may lie beyond the end."""
-        prefix = mention.prefix
-        before = len(self._ids(number, prefix, add_special_tokens=False, truncation=False)) if prefix.strip() else 0
-        return before + len(self._word(number, mention))
+    def _prepared(self, text: str | list[str]) -> str | list[str]:
+        return prepared_text(self.pipe, text, bool(self._reading.get("clean_caption")))
+
+    def _length(self, number: int, given: int | None = None) -> int:
+        """How many tokens a text encoder reads: of an encoding of `given` ones, or in the call that goes on."""
+        if "max_sequence_length" in self._usual:
+            return given or self._reading["max_sequence_length"]
+        return self.tokenizers()[number].model_max_length
+
+    def _frame(self, number: int) -> tuple[int, int]:
+        """How many special tokens stand before a text, and how many behind it."""
+        tokenizer = self.tokenizers()[number]
+        if tokenizer not in self._frames:
+            inner, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+            front = next(at for at in range(len(whole)) if whole[at : at + len(inner)] == inner)
+            self._frames[tokenizer] = front, len(whole) - front - len(inner)
+        return self._frames[tokenizer]
+
+    def _position(self, number: int, mention: Mention, text: str) -> int:
+        """The token of a text encoder's input at which the concept of a text stands, the last of its superclass; maybe beyond the end."""
+        before = self._ids(number, mention.prefix + self.words[mention.name].superclass, add_special_tokens=False, truncation=False)
+        padding = 0
+        if getattr(self.tokenizers()[number], "padding_side", "right") == "left":
+            padding = self._length(number) - len(self._ids(number, text))
+        return padding + self._frame(number)[0] + len(before) - 1
 
     def _word(self, number: int, mention: Mention) -> list[int]:
         """The tokens of the mention's superclass."""
-        return superclass_tokens(self.tokenizers()[number], self.words[mention.name].superclass)
+        return superclass_tokens(self.tokenizers()[number], self._prepared(self.words[mention.name].superclass))
 
     def tokenizers(self) -> list[Any]:
         """Those that the pipeline has, also where the text encoders are gone."""
-        return [each for each in (getattr(self.pipe, name, None) for name in ("tokenizer", "tokenizer_2")) if each is not None]
+        return tokenizers(self.pipe)
 
     def places(self, prompts: Sequence[Prompt], names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """For each name the positions of its words in an encoding of one row, whose text encoders read these prompts."""
         found: dict[str, set[int]] = {name: set() for name in names}
         for number, prompt in enumerate(prompts[: len(self.tokenizers())]):
             for mention in prompt.mentions:
-                found[mention.name].add(self._position(number, mention))
+                found[mention.name].add(self._position(number, mention, prompt.text))
         return tuple(tuple(sorted(found[name])) for name in names)
 
     @torch.compiler.disable
@@ -360,16 +440,23 @@ class TextHook:
 
 
 def _parts(result: Any, arguments: Mapping[str, Any]) -> Any:
-    """The encodings of the prompt and of the negative one; InstructPix2Pix gives one tensor: prompts, negatives, negatives."""
+    """The encodings of the prompt and of the negative one. InstructPix2Pix gives one tensor: prompts, negatives, negatives; PixArt
+    gives each with its mask behind it."""
     if not isinstance(result, Tensor):
-        return result
+        return (result[0], result[2]) if "prompt_attention_mask" in arguments else result
     rows = len(result) // 3 if arguments.get("do_classifier_free_guidance") else len(result)
     return result[:rows], result[rows : 2 * rows]
 
 
-def _in_chunks(places: tuple[int, ...], tokenizers: Sequence[Any], length: int) -> tuple[int, ...]:
-    """Where words of a long prompt stand that was encoded in pieces, each with a start and an end of its own."""
-    size = tokenizers[0].model_max_length if tokenizers else length
+def _embeddings(encoder: Any) -> list[torch.nn.Module]:
+    """The modules that turn ids into input embeddings: T5 has two of one weight, and calls the second."""
+    own = plain_module(encoder).get_input_embeddings()
+    tied = (each for each in plain_module(encoder).modules() if isinstance(each, torch.nn.Embedding) and each.weight is own.weight)
+    return list(dict.fromkeys((own, *tied)))
+
+
+def _in_chunks(places: tuple[int, ...], size: int, length: int) -> tuple[int, ...]:
+    """Where words of a long prompt stand that was encoded in pieces of `size` tokens, each with a start and an end of its own."""
     inner = size - 2
     moved = tuple((place - 1) // inner * size + 1 + (place - 1) % inner if length > size else place for place in places)
     if any(place >= length for place in moved):

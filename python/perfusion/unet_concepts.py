@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from perfusion.base import Base, cross_attention_layers, layer_width
+from perfusion.base import Base, cross_attention_layers, layer_width, text_input_width, text_projection
 from perfusion.base.parts import plain_module
 from perfusion.concept import Concept, check_name
 from perfusion.edit import Tables, tables_of
@@ -46,6 +46,7 @@ class UNetConcepts:
     def __init__(self, unet: torch.nn.Module, *, capacity: int = 64, exact: bool = False):
         self.unet, self.exact = plain_module(unet), exact
         self.base = _base(self.unet)
+        self._width = text_input_width(self.unet) if text_projection(self.unet) else self.base.encoding_dim
         self._bank = ConceptBank(capacity, self.base.encoding_dim, self.base.outputs)
         self._loaded: dict[str, LoadedConcept] = {}
         self._requests: Any = WeakTensorKeyDictionary()  # encodings -> row -> RowRequest
@@ -104,9 +105,9 @@ class UNetConcepts:
         in the concept's file. ValueError says what does not fit.
         """
         self._require_attached()
-        if encodings.dim() != 3 or encodings.shape[-1] != self.base.encoding_dim or len(rows) != len(encodings):
+        if encodings.dim() != 3 or encodings.shape[-1] != self._width or len(rows) != len(encodings):
             raise ValueError(
-                f"request: encodings must be [R, T, {self.base.encoding_dim}] with one request for each of R rows, got "
+                f"request: encodings must be [R, T, {self._width}] with one request for each of R rows, got "
                 f"{list(encodings.shape)} and {len(rows)} requests"
             )
         given = {row: each for row, each in enumerate(rows) if each is not None}

@@ -91,3 +91,14 @@ def test_the_command_takes_other_assumptions():
     assert first == model.table(list(model.predictions(A))) + "\n"
     changed = [line.split("|")[1].strip() for line, other in zip(first.splitlines(), second.splitlines()) if line != other]
     assert changed == ["images, a node", "images, a fleet"]
+
+
+def test_launches_that_are_assumed_were_counted():
+    """Of a LoRA beside its layer and of an edit at every step, by the suite `static`, within a launch or two a layer."""
+    counted = {(row["case"], row["provider"]): row["value"] for row in rows.read(ROOT / "bench/results/static.jsonl") if row["unit"] == "launches"}
+    for name in {case for case, _ in counted} & set(model.UNETS):
+        stock = counted[name, "stock"]
+        assert stock == pytest.approx(model.UNETS[name].launches, rel=0.15)
+        assert counted[name, "LoRA"] - stock == pytest.approx(A.unfused_launches * dict(A.lora_layers)[name], rel=0.4)
+        assert counted[name, "perfusion-pytorch"] - stock == pytest.approx(2 * model.layers(name) * A.gated_launches, rel=0.4)
+        assert counted[name, "perfusion"] < stock

@@ -203,8 +203,11 @@ def test_family_follows_the_text_widths(widths, family, name):
     assert str(base).startswith(name)
     with pytest.raises(ValueError, match=f"family must be '{family}'"):
         dataclasses.replace(base, family="sd9")
-    with pytest.raises(ValueError, match="encoding_dim must be the sum"):
-        dataclasses.replace(base, encoding_dim=sum(widths) + 1)
+    if family != "custom":
+        with pytest.raises(ValueError, match="family must be 'custom' for"):
+            dataclasses.replace(base, encoding_dim=sum(widths) + 1)
+    with pytest.raises(ValueError, match="encoding_dim and text_widths must be positive"):
+        dataclasses.replace(base, encoding_dim=0)
     with pytest.raises(ValueError, match="at least one layer"):
         dataclasses.replace(base, layers={})
     with pytest.raises(ValueError, match="one fingerprint for each"):
@@ -251,7 +254,7 @@ def test_pipelines_without_a_text_unet_are_refused(sd):
         check_supported(Holder(unet=sd.vae))
 
 
-@pytest.mark.parametrize("field, value", [("addition_embed_type", "image"), ("encoder_hid_dim_type", "text_proj")])
+@pytest.mark.parametrize("field, value", [("addition_embed_type", "image"), ("encoder_hid_dim_type", "text_image_proj")])
 def test_other_conditioning_is_refused_by_its_setting(sd, field, value):
     sd.unet.register_to_config(**{field: value})
     with pytest.raises(UnsupportedPipeline, match=f"{field}='{value}'"):

@@ -118,6 +118,7 @@ def test_what_is_no_request_is_told_so(http):
         assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}, answer.text
 
 
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # variations, says the client
 def test_edits_and_variations(client, teddy):
     edited = client.images.edit(image=("a.png", png()), prompt="a <teddy>", size="16x16", extra_body={**SHORT, "seed": "1", "image_strength": "0.7"})
     clear = png((0, 0, 0, 0), (20, 12), "RGBA")
@@ -162,7 +163,7 @@ def test_health_and_metrics(http, client, teddy):
     names = ("picture_seconds_count", "first_step_seconds_count", "batch_rows_count")
     before = {name: value(name) for name in names}
     client.images.generate(prompt="a <teddy>", extra_body=SHORT)
-    assert [value(name) - before[name] for name in names] == [1, 1, 3]
+    until(lambda: [value(name) - before[name] for name in names] == [1, 1, 3])
     text = http.get("/metrics").text
     for name in ("queue_pictures", "drawing_pictures", "batch_fill", "step_seconds", "refused", "concept_lookups_total", "worker_restarts"):
         assert f"perfusion_{name}" in text, name
@@ -213,8 +214,8 @@ def test_many_at_once_share_batches(http, url, teddy):
         thread.start()
     for thread in threads:
         thread.join()
-    rows, steps = (after - old for after, old in zip(sums(http), before))
-    assert rows == 12 * 12 and steps < rows / 1.5, "no batches"
+    until(lambda: sums(http)[0] - before[0] == 12 * 12)  # the report of the last step may come after its picture
+    assert sums(http)[1] - before[1] < 12 * 12 / 1.5, "no batches"
     alone = http.post("/v1/images/generations", json={**body, "seed": 7}).json()["data"][0]["b64_json"]
     assert abs(pixels(alone) - pixels(found[7])).max() <= 2
 

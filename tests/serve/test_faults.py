@@ -1,12 +1,12 @@
 """What a server survives. docs/server.md has the table of what was done and what came of it."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import httpx
 import pytest
@@ -114,7 +114,7 @@ def test_sigterm_under_load_finishes_what_is_drawn_and_refuses_what_waits(world,
     """The whole program, as it is started."""
     code = "import sys; from perfusion.cli import main; sys.argv[0] = 'perfusion'; main()"
     command = [sys.executable, "-c", code, "serve", "--model", f"toybox={world / 'model'}", "--port", "0", "--folder", str(tmp_path / "state"), "--rows", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server, contextlib.ExitStack() as stack:
         lines = []
         for line in server.stderr:
             lines.append(line)
@@ -123,9 +123,9 @@ def test_sigterm_under_load_finishes_what_is_drawn_and_refuses_what_waits(world,
                 break
         with httpx.Client(base_url=url, timeout=300) as http:
             until(lambda: http.get("/ready").status_code == 200, 300)
-        with concurrent.futures.ThreadPoolExecutor(8) as clients:
-            answers = [clients.submit(ask, url, seed, "a cat", steps=40) for seed in range(8)]
-            time.sleep(0.5)
+            clients = stack.enter_context(concurrent.futures.ThreadPoolExecutor(8))
+            answers = [clients.submit(ask, url, seed, "a cat", steps=100) for seed in range(8)]
+            until(lambda: gauge(http, "drawing_pictures") + gauge(http, "queue_pictures") == 8)
             server.send_signal(signal.SIGTERM)
             answers = [answer.result() for answer in answers]
         rest = server.stderr.read()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from perfusion.base.parts import plain_module, text_encoders
+from perfusion.base.parts import denoiser, plain_module, text_encoders
+from perfusion.base.text_projection import text_projection
 from perfusion.errors import UnsupportedPipeline
 
 if TYPE_CHECKING:
@@ -20,20 +22,25 @@ __all__ = ["fingerprint_vectors", "fingerprints_match", "text_encoder_fingerprin
 _NUMBERS = 32  # projections per encoder
 _ROWS = 256  # of each matrix; CLIP's first 256 tokens are its bytes, so tokens added later change nothing
 _COLUMNS = 256
+_MLPS = ("mlp", "DenseReluDense")  # what CLIP and GLM, and T5, call it
 _SAME = 0.9  # cosine. Two unrelated encoders: 0 +- 0.18. A change of 20 % of the weights' norm: 0.98.
 
 
 def _blocks(encoder: torch.nn.Module) -> list[torch.Tensor]:
     """The weights a fingerprint reads: the token embedding and the last layer's MLP, a fixed corner of each, on the CPU."""
     encoder = plain_module(encoder)
-    mlps = [module for name, module in encoder.named_modules() if name.rsplit(".", 1)[-1] == "mlp"]
+    mlps = [module for name, module in encoder.named_modules() if name.rsplit(".", 1)[-1] in _MLPS]
     if not mlps:
-        raise UnsupportedPipeline(f"{type(encoder).__name__} has no layer called 'mlp'. Supported are CLIP text models.")
-    linears = [getattr(child, "base_layer", child) for child in mlps[-1].children()]
-    weights = [encoder.get_input_embeddings().weight, *(m.weight for m in linears if hasattr(m, "weight"))]
+        names = " or ".join(map(repr, _MLPS))
+        raise UnsupportedPipeline(f"{type(encoder).__name__} has no layer called {names}, by which it would be recognised.")
+    return _corners(type(encoder).__name__, [encoder.get_input_embeddings(), *mlps[-1].children()])
+
+
+def _corners(owner: str, modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
+    weights = [module.weight for module in (getattr(each, "base_layer", each) for each in modules) if hasattr(module, "weight")]
     if any(weight.is_meta for weight in weights):
         raise UnsupportedPipeline(
-            f"the weights of {type(encoder).__name__} are offloaded (on the meta device) and cannot be read. "
+            f"the weights of {owner} are offloaded (on the meta device) and cannot be read. "
             "Describe the pipeline, or attach to it, before enable_sequential_cpu_offload()."
         )
     return [weight.detach()[:_ROWS, :_COLUMNS].cpu().double() for weight in weights]
@@ -45,9 +52,10 @@ def _signs(index: int, count: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(stream, np.uint8), count=count).astype(np.float64) * 2 - 1
 
 
-def _encoder_numbers(encoder: torch.nn.Module) -> bytes:
-    """32 signed bytes: projections of the encoder's weights, scaled so that the largest is 127."""
-    blocks = [block.numpy().ravel() for block in _blocks(encoder)]
+def _encoder_numbers(encoder: torch.nn.Module, projection: torch.nn.Module | None = None) -> bytes:
+    """32 signed bytes: projections of the weights of an encoder, and of what projects its output, scaled so that the largest is 127."""
+    beside = [] if projection is None else _corners(type(projection).__name__, projection.modules())
+    blocks = [block.numpy().ravel() for block in (*_blocks(encoder), *beside)]
     # Every matrix has the same say, whatever its scale.
     values = np.concatenate([block / max(np.linalg.norm(block), 1e-30) for block in blocks])
     numbers = np.array([values @ _signs(i, values.size) for i in range(_NUMBERS)])
@@ -59,10 +67,13 @@ def text_encoder_fingerprint(pipe: Any) -> str:
 
     Per encoder 32 random-sign projections of a fixed corner of the token embedding and of the last layer's MLP, as int8 in
     base64; two encoders are joined by ".". Projections keep angles, so loads of the same weights in other precisions and
-    light fine-tunes stay close, and another encoder of the same shape does not. Raises UnsupportedPipeline when the
-    weights are offloaded to the meta device.
+    light fine-tunes stay close, and another encoder of the same shape does not. Where the denoiser projects the text, its
+    projection counts too, so that two models with one text encoder differ. Raises UnsupportedPipeline when the weights are
+    offloaded to the meta device.
     """
-    return ".".join(base64.b64encode(_encoder_numbers(encoder)).decode("ascii") for _, encoder in text_encoders(pipe))
+    projection = text_projection(denoiser(pipe))
+    numbers = [_encoder_numbers(encoder, projection) for _, encoder in text_encoders(pipe)]
+    return ".".join(base64.b64encode(each).decode("ascii") for each in numbers)
 
 
 def fingerprint_vectors(fingerprint: str) -> list[np.ndarray]:

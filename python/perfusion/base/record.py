@@ -17,9 +17,9 @@ __all__ = ["Base"]
 class Base:
     """What a concept was made for, and what a pipeline is.
 
-    family         "sd1", "sd2", "sdxl" or "custom": decided by the text widths
-    encoding_dim   D, the width of the encoding that cross-attention reads
-    text_widths    width of each text encoder; they concatenate to D
+    family         id of a family, or "custom": decided by the widths
+    encoding_dim   D, the width of the encodings that cross-attention reads
+    text_widths    width of each text encoder; they concatenate to D, unless the denoiser projects the text
     layers         cross-attention layer -> d_l, in the order of `cross_attention_layers`
     text_encoder   fingerprint of the text encoders' weights; "" for a pipeline without them
     """
@@ -33,11 +33,12 @@ class Base:
     def __post_init__(self) -> None:
         object.__setattr__(self, "text_widths", tuple(self.text_widths))
         object.__setattr__(self, "layers", dict(self.layers))
-        expected = family_by_widths(self.text_widths).id
+        if self.encoding_dim < 1 or not self.text_widths or min(self.text_widths) < 1:
+            raise ValueError(f"Base: encoding_dim and text_widths must be positive, got {self.encoding_dim} and {self.text_widths}")
+        expected = family_by_widths(self.text_widths, self.encoding_dim).id
         if self.family != expected:
-            raise ValueError(f"Base: family must be {expected!r} for text widths {self.text_widths}, got {self.family!r}")
-        if self.encoding_dim < 1 or self.encoding_dim != sum(self.text_widths):
-            raise ValueError(f"Base: encoding_dim must be the sum of text_widths {self.text_widths}, got {self.encoding_dim}")
+            widths = f"text widths {self.text_widths} and an encoding_dim of {self.encoding_dim}"
+            raise ValueError(f"Base: family must be {expected!r} for {widths}, got {self.family!r}")
         if not self.layers or any(width < 1 for width in self.layers.values()):
             raise ValueError(f"Base: layers must name at least one layer, of positive width, got {self.layers}")
         if self.text_encoder and len(fingerprint_vectors(self.text_encoder)) != len(self.text_widths):

@@ -5,8 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from perfusion.base.fingerprint import text_encoder_fingerprint
-from perfusion.base.parts import cross_attention_layers, layer_width, plain_module, text_encoders, text_width
+from perfusion.base.parts import (
+    cross_attention_layers,
+    denoiser,
+    layer_width,
+    plain_module,
+    text_encoders,
+    text_encoding_width,
+    text_width,
+)
 from perfusion.base.record import Base
+from perfusion.base.text_projection import text_input_width, text_projection
 from perfusion.errors import UnsupportedPipeline
 from perfusion.families import CONDITIONINGS, family_by_encoding_dim, family_by_widths
 
@@ -16,9 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["check_supported", "describe_base"]
 
 SUPPORTED = (
-    "Supported are pipelines with a UNet2DConditionModel or UNetMotionModel whose cross-attention reads the text encoders' output "
-    "directly: Stable Diffusion 1.x, 2.x and XL, and models of their shape (image-to-image, inpainting, ControlNet and AnimateDiff "
-    "included)."
+    "Supported are pipelines whose UNet (UNet2DConditionModel, UNetMotionModel) or PixArtTransformer2DModel reads the text by "
+    "cross-attention: Stable Diffusion 1.x, 2.x and XL, Kolors, PixArt-α and Σ, and models of their shape (image-to-image, inpainting, "
+    "ControlNet and AnimateDiff included)."
 )
 _JOINT = (
     "mixes text and image states in joint attention: a word's states change in every block, and no key or value of it stays to be edited"
@@ -27,10 +36,6 @@ _JOINT = (
 TRANSFORMERS = {
     "SD3": (_JOINT, "diffusers' examples/dreambooth/train_dreambooth_lora_sd3.py"),
     "Flux": (_JOINT, "diffusers' examples/dreambooth/train_dreambooth_lora_flux.py"),
-    "PixArt": (
-        "reads the text through a projection of its own, masks the padding, and adds a bias to keys and values, which the edit ignores",
-        "a LoRA of that model by peft",
-    ),
 }
 
 
@@ -40,60 +45,63 @@ def describe_base(pipe: Any, *, text_required: bool = True) -> Base:
     text_required: whether a pipeline without text encoders is refused; if not, its base says nothing of them.
     """
     check_supported(pipe, text_required=text_required)
+    model = denoiser(pipe)
+    reads = _one(text_encoding_width(model))
     widths = tuple(text_width(encoder) for _, encoder in text_encoders(pipe, required=text_required))
+    fingerprint = text_encoder_fingerprint(pipe) if widths else ""
     if not widths:
-        reads = plain_module(pipe.unet).config.cross_attention_dim
-        reads = reads[0] if isinstance(reads, (list, tuple)) else reads
-        widths = family_by_encoding_dim(reads).text_widths or (reads,)
-        fingerprint = ""
-    else:
-        fingerprint = text_encoder_fingerprint(pipe)
+        widths = (() if text_projection(model) else family_by_encoding_dim(reads).text_widths) or (_one(text_input_width(model)),)
     return Base(
-        family=family_by_widths(widths).id,
-        encoding_dim=sum(widths),
+        family=family_by_widths(widths, reads).id,
+        encoding_dim=reads,
         text_widths=widths,
-        layers={name: layer_width(layer) for name, layer in cross_attention_layers(pipe.unet).items()},
+        layers={name: layer_width(layer) for name, layer in cross_attention_layers(model).items()},
         text_encoder=fingerprint,
     )
 
 
 def check_supported(pipe: Any, *, text_required: bool = True) -> None:
     """Raises UnsupportedPipeline, naming the obstacle, unless every cross-attention layer of the pipeline can be edited."""
-    reason = _unsupported_model(pipe) or _unsupported_processor(pipe.unet)
+    reason = _unsupported_model(pipe) or _unsupported_processor(denoiser(pipe))
     if reason is not None:
         raise UnsupportedPipeline(f"{type(pipe).__name__} is not supported: {reason} {SUPPORTED}")
     encoders = [encoder for _, encoder in text_encoders(pipe, required=text_required)]
     if not encoders:
         return
-    widths, reads = [text_width(encoder) for encoder in encoders], plain_module(pipe.unet).config.cross_attention_dim
-    if any(read != sum(widths) for read in (reads if isinstance(reads, (list, tuple)) else [reads])):
+    model = denoiser(pipe)
+    widths, reads = [text_width(encoder) for encoder in encoders], text_input_width(model)
+    if any(read != sum(widths) for read in (reads if isinstance(reads, list) else [reads])):
         raise UnsupportedPipeline(
             f"{type(pipe).__name__} is not supported: its text encoders give {' + '.join(map(str, widths))} numbers per token, "
-            f"its UNet reads {reads}. Is a text encoder missing? {SUPPORTED}"
+            f"its {'UNet' if hasattr(pipe, 'unet') else 'transformer'} reads {reads}. Is a text encoder missing? {SUPPORTED}"
         )
 
 
-def _unsupported_model(pipe: Any) -> str | None:
-    from diffusers import ModularPipeline, UNet2DConditionModel, UNetMotionModel
+def _one(width: int | list[int]) -> int:
+    return width[0] if isinstance(width, list) else width
 
-    if isinstance(pipe, ModularPipeline):
-        return "a modular pipeline encodes prompts in blocks of its own. Use the pipeline class, such as StableDiffusionXLPipeline."
-    unet = plain_module(getattr(pipe, "unet", None))
-    if unet is None and getattr(pipe, "transformer", None) is not None:
-        kind = type(plain_module(pipe.transformer)).__name__
+
+def _unsupported_model(pipe: Any) -> str | None:
+    from diffusers import PixArtTransformer2DModel, UNet2DConditionModel, UNetMotionModel
+
+    model = plain_module(denoiser(pipe))
+    if isinstance(model, PixArtTransformer2DModel):
+        return None if model.config.caption_channels is not None else "its transformer has no caption projection."
+    if model is not None and getattr(pipe, "unet", None) is None:
+        kind = type(model).__name__
         does, instead = next(
             (each for start, each in TRANSFORMERS.items() if kind.startswith(start)),
             ("is a transformer, whose attention the edit was not made for", "a LoRA of that model by peft"),
         )
         return f"it has a {kind}, which {does}. With that model use {instead}; concepts need one of the models below."
-    if not isinstance(unet, (UNet2DConditionModel, UNetMotionModel)):
-        return "it has no UNet." if unet is None else f"its UNet is of type {type(unet).__name__}."
-    conditioning, projection = unet.config.addition_embed_type, unet.config.encoder_hid_dim_type
+    if not isinstance(model, (UNet2DConditionModel, UNetMotionModel)):
+        return "it has no UNet." if model is None else f"its UNet is of type {type(model).__name__}."
+    conditioning, projection = model.config.addition_embed_type, model.config.encoder_hid_dim_type
     if conditioning not in CONDITIONINGS:
         return f"its UNet has addition_embed_type={conditioning!r} (as DeepFloyd IF and Kandinsky do)."
-    if projection not in (None, "ip_image_proj"):  # an IP-Adapter's pictures go beside the text, which stays as it is
-        return f"its UNet projects the text encodings itself (encoder_hid_dim_type={projection!r})."
-    return None if cross_attention_layers(unet) else "its UNet has no cross-attention layer."
+    if projection not in (None, "text_proj", "ip_image_proj"):  # an IP-Adapter's pictures go beside the text, which stays as it is
+        return f"its UNet makes text encodings of something else (encoder_hid_dim_type={projection!r})."
+    return None if cross_attention_layers(model) else "its UNet has no cross-attention layer."
 
 
 def _unsupported_processor(unet: torch.nn.Module) -> str | None:

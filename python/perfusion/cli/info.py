@@ -20,7 +20,7 @@ def info(
     """Say what a model is, what memory it takes to train and to draw with, and what will work.
 
     Reads configurations and headers, and no weights. Memory is reckoned part by part for each number format: what the backward
-    keeps is counted on shapes alone, attention being fused.
+    keeps is counted on shapes alone, attention being fused. Of a model on the hub the configurations are fetched, and no weights.
 
     Exit codes: 0 done, 2 bad input.
     """

@@ -91,7 +91,7 @@ def train(
         Optional[bool],
         typer.Option(
             "--low-memory/--no-low-memory", show_default=False,
-            help="Gradient checkpointing, one picture at a time, the VAE in tiles and off the device. [default: off]",
+            help="Gradient checkpointing, one picture at a time, text encoders and VAE off the device, VAE in tiles. [default: off]",
         ),
     ] = None,
     compile: Annotated[

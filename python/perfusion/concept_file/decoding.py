@@ -158,7 +158,7 @@ def _read_base(metadata: Mapping[str, str], header: Mapping[str, Any]) -> Base:
     try:
         return Base(
             family=metadata["perfusion.family"],
-            encoding_dim=sum(text_widths),
+            encoding_dim=_vector_length(header, "target") or sum(text_widths),  # a shape that is none is refused below
             text_widths=text_widths,
             layers=decode_layers(metadata["perfusion.layers"]),
             text_encoder=metadata["perfusion.text_encoder"],
@@ -171,14 +171,25 @@ def _text_widths(header: Mapping[str, Any]) -> tuple[int, ...]:
     """The widths of the text encoders: the lengths of word_embedding, word_embedding_2, as far as they go."""
     widths = []
     while len(widths) < MAX_TEXT_ENCODERS and word_name(len(widths)) in header:
-        entry = header[word_name(len(widths))]
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        if not _integers(shape, 1) or shape[0] < 1:
-            raise ConceptFileError(f"{word_name(len(widths))} must have a shape of one number, got {clip(shape)}. {_DAMAGED}")
-        widths.append(shape[0])
-    if not widths:
-        raise ConceptFileError(f"the tensors must include word_embedding, and it is missing. {_DAMAGED}")
-    return tuple(widths)
+        widths.append(_length(header, word_name(len(widths))))
+    return tuple(widths) or (_length(header, word_name(0)),)
+
+
+def _length(header: Mapping[str, Any], name: str) -> int:
+    """The length of a vector, as the header says it."""
+    if name not in header:
+        raise ConceptFileError(f"the tensors must include {name}, and it is missing. {_DAMAGED}")
+    length = _vector_length(header, name)
+    if length is None:
+        shape = header[name].get("shape") if isinstance(header[name], dict) else None
+        raise ConceptFileError(f"{name} must have a shape of one number, got {clip(shape)}. {_DAMAGED}")
+    return length
+
+
+def _vector_length(header: Mapping[str, Any], name: str) -> int | None:
+    entry = header.get(name)
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    return shape[0] if _integers(shape, 1) and shape[0] > 0 else None
 
 
 def _word_names(base: Base) -> list[str]:

@@ -9,7 +9,8 @@ back to back.
 in F16, BF16 or F32. Metadata: the `modelspec.*` keys of the Stability AI model metadata standard 1.0.1, and `perfusion.*`
 (see `encoding._metadata`). `perfusion.digest` covers all of it, so a damaged file is never taken for a concept.
 
-SD 1.5 in float16: 31,104 bytes of numbers and at most 1,656 of everything else, 32 KiB together.
+D is the width that cross-attention reads, and a word has that of its text encoder. How large a file is at most, `Family.file_bytes`
+says: for SD 1.5 in float16 31,104 bytes of numbers and at most 1,656 of everything else, 32 KiB together.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ _PATTERNS = (
     (re.compile(r"down_blocks\.(\d+)\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2"), "d"),
     (re.compile(r"up_blocks\.(\d+)\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2"), "u"),
     (re.compile(r"mid_block\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2"), "m"),
+    (re.compile(r"transformer_blocks\.(\d+)\.attn2"), "t"),
 )
-_SHORT = re.compile(r"(?:([du])(0|[1-9]\d{0,2})\.|m)(0|[1-9]\d{0,2})\.(0|[1-9]\d{0,2})")
+_SHORT = re.compile(r"(?:([du])(0|[1-9]\d{0,2})\.|m)(0|[1-9]\d{0,2})\.(0|[1-9]\d{0,2})|t(0|[1-9]\d{0,2})")
 _FULL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
 
 
@@ -32,7 +33,9 @@ def _long_name(text: str) -> str | None:
     match = _SHORT.fullmatch(text)
     if match is None:
         return text if _FULL.fullmatch(text) and len(text) <= 128 and _short_name(text) == text else None
-    letter, block, attention, transformer = match.groups()
+    letter, block, attention, transformer, alone = match.groups()
+    if alone is not None:
+        return f"transformer_blocks.{alone}.attn2"
     place = {"d": f"down_blocks.{block}", "u": f"up_blocks.{block}", None: "mid_block"}[letter]
     return f"{place}.attentions.{attention}.transformer_blocks.{transformer}.attn2"
 
@@ -40,8 +43,9 @@ def _long_name(text: str) -> str | None:
 def encode_layers(layers: Mapping[str, int]) -> str:
     """Layer names and widths as short text: "d0.0.0=320 d0.1.0 d1.0.0=640 ...".
 
-    d0.1.2 is down_blocks.0.attentions.1.transformer_blocks.2.attn2, u the same in up_blocks, m0.0 in mid_block; any other
-    name stands in full. A width stands where it changes. ValueError for names that do not survive the way back.
+    d0.1.2 is down_blocks.0.attentions.1.transformer_blocks.2.attn2, u the same in up_blocks, m0.0 in mid_block, and t5
+    transformer_blocks.5.attn2 of a transformer; any other name stands in full. A width stands where it changes. ValueError for
+    names that do not survive the way back.
     """
     words, last = [], None
     for name, width in layers.items():

@@ -37,6 +37,7 @@ class Guard:
             return
         started, status, read, complete = time.monotonic(), 0, 0, False
         refused: ApiError | None = None
+        answered = False
 
         async def limited() -> Message:
             nonlocal read, complete, refused
@@ -55,9 +56,13 @@ class Guard:
             return message
 
         async def noted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answered
+            if answered:
+                return
             if refused is not None and not status:  # whoever read the body made another error of it
-                raise refused
+                answered, status = True, refused.status
+                await error_response(refused)(scope, receive, send)
+                return
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)

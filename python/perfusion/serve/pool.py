@@ -236,7 +236,8 @@ class Pool:
         for worker in self._workers:
             for ticket in worker.tickets.values() if worker is not None else ():
                 busy[ticket.key] += 1
-        room = self.settings.rows + max(1, self.settings.rows // 2)  # some whose prompts are encoded while others are drawn
+        room = self._room()
+        room = self.settings.queue if self.settings.split_by_concept else room  # who sorts must see what there is
         while len(self.waiting):
             able = [worker for worker in self._workers if worker is not None and worker.ready and len(worker.tickets) < room]
             able = [worker for worker in able if not any(ticket.attempts >= ATTEMPTS - 1 for ticket in worker.tickets.values())]
@@ -253,6 +254,10 @@ class Pool:
                 worker.heard = self._loop.time()
             worker.tickets[ticket.drawing.id] = ticket
             worker.outbox.put(ticket.drawing)
+
+    def _room(self) -> int:
+        """Drawings that a worker is given at once: a batch, and some whose prompts are encoded meanwhile."""
+        return self.settings.rows + max(1, self.settings.rows // 2)
 
     def _end(self, ticket: Ticket, outcome: Picture | Failure) -> None:
         if ticket.over:

@@ -45,17 +45,17 @@ def _http(settings: Settings, app: Any) -> _Http:
     return _Http(config)
 
 
-def serve(settings: Settings) -> None:
-    """Serve until Ctrl-C or SIGTERM; then what is being drawn is finished, and what waits is refused."""
-    _http(settings, create_app(settings)).run()
+def serve(settings: Settings, **parts: Any) -> None:
+    """Serve until Ctrl-C or SIGTERM; then what is being drawn is finished, and what waits is refused. parts: of `create_app`."""
+    _http(settings, create_app(settings, **parts)).run()
 
 
 @contextlib.contextmanager
-def running(settings: Settings, *, timeout: float = 600.0) -> Iterator[str]:
+def running(settings: Settings, *, timeout: float = 600.0, **parts: Any) -> Iterator[str]:
     """A server in a thread of this program, ready, and its address. Port 0 is a free one. TimeoutError where it is not ready in time."""
     listening = socket.create_server((settings.host, settings.port))
     settings = dataclasses.replace(settings, port=listening.getsockname()[1])
-    app = create_app(settings)
+    app = create_app(settings, **parts)
     http = _http(settings, app)
     thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from perfusion.concept import Concept
 from perfusion.masks import masked_loss
+from perfusion.training.conditioning import noise_of
 
 if TYPE_CHECKING:
     from perfusion.training.session import TrainingSession
@@ -111,7 +112,7 @@ class _Vectors:
         moved = _Vectors(values, words, self.target)
         with moved.used(session):
             captions = sorted(session._places)
-            target = session._read(captions)[0][torch.arange(len(captions)), session._places_of(captions)].float().mean(0)
+            target = session._text_of(session._read(captions))[torch.arange(len(captions)), session._places_of(captions)].float().mean(0)
         return dataclasses.replace(moved, target=target)
 
     def put(self, session: TrainingSession) -> None:
@@ -150,12 +151,13 @@ def _predict(session: TrainingSession, batch: Any, captions: list[str], bias: fl
     noisy = session.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(read[0].dtype)
     parts = []
     for part in torch.arange(len(rows)).split(session.config.rows):
-        editing = contextlib.nullcontext((read[0][rows[part]], None))
+        own = dataclasses.replace(batch, captions=[captions[row] for row in part.tolist()], timesteps=batch.timesteps[part])
+        arguments = session._arguments(own, [each[rows[part]] for each in read])
+        editing = contextlib.nullcontext()
         if bias is not None:
-            editing = session._editing(read[0], rows[part], bias, session.inference[1])
-        with editing as (text, _):
-            own = session._conditions([each[rows[part]] for each in read], batch.latents) or None
-            parts.append(session._unet(noisy[part], batch.timesteps[part], text, added_cond_kwargs=own, return_dict=False)[0].float())
+            editing = session._editing(session._text_of(read), rows[part], bias, session.inference[1])
+        with editing:
+            parts.append(noise_of(session._unet(noisy[part], **arguments, return_dict=False)[0], noisy.shape[1]).float())
     return torch.cat(parts)
 
 

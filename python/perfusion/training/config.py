@@ -46,7 +46,7 @@ class TrainingConfig:
     instance_prompts: captions for pictures without a .txt file beside them, "{}" standing for the concept.
     seed: fixes everything. gradient_checkpointing: less memory, more time.
     micro_batch: pictures that are in memory at once; their gradients are added up to those of `batch_size`. low_memory: gradient
-    checkpointing, one picture at a time, the VAE in tiles and off the device while it is not needed. compile: torch.compile the
+    checkpointing, one picture at a time, text encoders and VAE off the device while idle, the VAE in tiles. compile: torch.compile the
     UNet for the steps: a slow start, then less time. calibrate: search for strength and bias after the last step
     (`perfusion.training.calibrate`), instead of `inference_bias`. validation_every, checkpoint_every: steps
     between grids and checkpoints, 0 for none. checkpoint_limit: how many checkpoints to keep. tensorboard: write curves.

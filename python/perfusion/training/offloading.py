@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,8 +30,14 @@ class Offloaded:
         self._move("cpu")
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self._move(self.device)
+    def __exit__(self, kind: Any, *exception: Any) -> None:
+        try:
+            self._move(self.device)
+        except torch.OutOfMemoryError:
+            if kind is None:
+                raise
+            # what ended the run says more, and its traceback may hold all the memory that is missing here
+            warnings.warn("text encoders and VAE stay on the CPU, as their device is full: pipe.to(device) moves them back.", stacklevel=2)
 
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from perfusion.base import Base, UnsupportedPipeline, cross_attention_layers, text_encoders
+from perfusion.base import Base, UnsupportedPipeline, cross_attention_layers, denoiser, text_encoders
 from perfusion.batched_projection import BatchedProjection, obstacle
 from perfusion.concept import Concept
 from perfusion.covariance import Covariance
@@ -27,6 +27,7 @@ from perfusion.loaded_concept import LoadedConcept
 from perfusion.masks import masked_loss
 from perfusion.projection_hooks import HookEdit, ProjectionHooks, hook_edit
 from perfusion.text import TextHook, superclass_tokens
+from perfusion.training.conditioning import beside_text, encode, noise_of
 from perfusion.training.config import TrainingConfig
 from perfusion.training.data import Picture, digest, encode_pictures
 from perfusion.training.offloading import Offloaded, tiled
@@ -96,7 +97,9 @@ class TrainingSession:
         self.start_words = [word.detach().clone() for word in self.words]
         self.inference = config.inference_bias, config.inference_temperature
         self._text = TextHook(pipe, {config.name: LoadedConcept(config.superclass, self.words)})
-        self._hooks = ProjectionHooks(pipe.unet, self._sampling_edit)
+        self._model = denoiser(pipe)
+        self._masks: dict[str, Tensor] = {}  # caption -> [T], where the denoiser reads a mask
+        self._hooks = ProjectionHooks(self._model, self._sampling_edit)
 
     def __enter__(self) -> TrainingSession:
         with contextlib.ExitStack() as undo:
@@ -107,7 +110,7 @@ class TrainingSession:
             undo.callback(self._hooks.remove)
             self._hooks.install()
             # after the hooks, which compiled code would not see otherwise; the pipeline keeps its own
-            self._unet = torch.compile(self.pipe.unet, fullgraph=True) if self.config.compile else self.pipe.unet
+            self._unet = torch.compile(self._model, fullgraph=True) if self.config.compile else self._model
             self._undo = undo.pop_all()
         return self
 
@@ -115,7 +118,7 @@ class TrainingSession:
         self._undo.close()
 
     def _freeze(self, undo: contextlib.ExitStack) -> None:
-        unet = self.pipe.unet
+        unet = self._model
         models = [unet, self.pipe.vae, *(encoder for _, encoder in text_encoders(self.pipe))]
         required = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
         modes = [(module, module.training) for model in models for module in model.modules()]
@@ -140,17 +143,19 @@ class TrainingSession:
     @torch.no_grad()
     def _start(self) -> None:
         """Every learned vector begins at its superclass; layers are called, not read, so LoRA and offloading stay in charge."""
-        self.obstacle = obstacle(self.pipe.unet)
-        self._batched = BatchedProjection(self.pipe.unet) if self.obstacle is None else None
+        self.obstacle = obstacle(self._model)
+        self._batched = BatchedProjection(self._model) if self.obstacle is None else None
         captions = sorted({caption for captions in self.captions for caption in captions})
         self._places = dict(zip(captions, self._find_places(captions)))
-        encodings = self._read(captions)[0]
+        encodings = self._text_of(self._read(captions))
         s = _pick(encodings, self._places_of(captions)).float().mean(0)
         self.superclass_encoding, self.target = s, s.clone()
 
         def outputs(kind: str) -> torch.nn.Parameter:
-            layers = cross_attention_layers(self.pipe.unet).values()
-            return torch.nn.Parameter(torch.cat([getattr(layer, kind)(s.to(encodings)[None, None]).flatten().float() for layer in layers]))
+            called = [getattr(layer, kind)(at) for layer in cross_attention_layers(self._model).values()]
+            return torch.nn.Parameter(torch.cat([(each[0] - each[1]).float() for each in called]))  # a bias is no part of W s
+
+        at = torch.stack([s, torch.zeros_like(s)]).to(encodings)
 
         self.value_outputs = outputs("to_v")
         self.start_values = self.value_outputs.detach().clone()
@@ -176,7 +181,8 @@ class TrainingSession:
         again = self.config.low_memory or len(parts) > 1  # read the text twice, and have nothing of it in memory in between
         with torch.set_grad_enabled(not again):
             read = self._read(captions)
-        self._move_target(read[0][rows, self._places_of(batch.captions)])
+        with torch.no_grad():
+            self._move_target(self._text_of(read)[rows, self._places_of(batch.captions)])
         gathered = [each.detach().float().requires_grad_() for each in read]
         self.optimizer.zero_grad()
         measured = []
@@ -203,10 +209,11 @@ class TrainingSession:
         read: what the text encoders gave for their distinct captions, as `_read` has it.
         """
         rows, places = self._distinct(batch.captions)[1], self._places_of(batch.captions)
-        conditions = self._conditions([each[rows] for each in read], batch.latents)
         noisy = self.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(read[0].dtype)
-        with self._editing(read[0], rows) as (text, gates):  # to the end of the backward: a checkpointed layer runs again in there
-            prediction = self._unet(noisy, batch.timesteps, text, added_cond_kwargs=conditions or None, return_dict=False)[0]
+        text = read[0][rows].detach()  # gradients flow through the edit
+        arguments = self._arguments(batch, [text, *(each[rows] for each in read[1:])])
+        with self._editing(self._text_of(read), rows) as gates:  # to the end of the backward: a checkpointed layer runs again in there
+            prediction = noise_of(self._unet(noisy, **arguments, return_dict=False)[0], noisy.shape[1])
             loss = masked_loss(prediction, self._goal(batch.latents, batch.noise, batch.timesteps), batch.mask).mean() * share
             (loss * self._loss_scale).backward()
         on, off = self._mean_gates(gates, places)
@@ -241,8 +248,8 @@ class TrainingSession:
     @contextlib.contextmanager
     def _editing(
         self, encodings: Tensor, rows: Tensor, bias: float | None = None, temperature: float | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inside the `with` the layers follow the edit of encodings[rows]. Gives what the UNet is to read, and the gates [R, T, 1]."""
+    ) -> Iterator[Tensor]:
+        """Inside the `with` the layers follow the edit of encodings[rows], whatever they are given. Gives the gates [R, T, 1]."""
         bias = self.config.bias if bias is None else bias
         temperature = self.config.temperature if temperature is None else temperature
         if self._batched is None:
@@ -252,21 +259,27 @@ class TrainingSession:
             edit, gates = self._batched.project(encodings, rows, *self._setting(len(encodings), bias, temperature))
             gates = gates[rows]
         with self._hooks.hold(edit):
-            yield encodings[rows].detach(), gates  # gradients flow through the edit
+            yield gates
 
     def _read(self, captions: list[str]) -> list[Tensor]:
-        """What the text encoders give for captions: encodings [n, T, D] and, where the UNet reads it, pooled text [n, P]."""
+        """What the text encoders give for captions: encodings [n, T, D'] and, where the denoiser reads it, pooled text [n, P]."""
         with self._texts.here():
-            found = self.pipe.encode_prompt(prompt=captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-        return [found[0], found[2]] if self.pipe.unet.config.addition_embed_type == "text_time" else [found[0]]
+            read, mask = encode(self.pipe, captions, self.device)
+        if mask is not None:
+            self._masks.update(zip(captions, mask))
+        return read
 
-    def _conditions(self, read: list[Tensor], latents: Tensor) -> dict[str, Tensor]:
-        """What SDXL's UNet reads beside the encodings: pooled text, and the sizes of the picture."""
-        if len(read) == 1:
-            return {}
-        height, width = (side * self.pipe.vae_scale_factor for side in latents.shape[-2:])
-        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=read[1].dtype, device=self.device)
-        return {"text_embeds": read[1], "time_ids": sizes.expand(len(read[1]), -1)}
+    def _text_of(self, read: list[Tensor]) -> Tensor:
+        """What the cross-attention layers read [n, T, D] of it: there i*, s and the edit live."""
+        return self._hooks.call.text(read[0])
+
+    def _arguments(self, batch: _Batch, read: list[Tensor]) -> dict[str, Any]:
+        """What the denoiser reads beside noisy latents, row by row: `read` of each row, and what its kind asks for."""
+        size = tuple(side * self.pipe.vae_scale_factor for side in batch.latents.shape[-2:])
+        found = {"timestep": batch.timesteps, "encoder_hidden_states": read[0], **beside_text(self._model, read, size)}
+        if self._masks:
+            found["encoder_attention_mask"] = torch.stack([self._masks[caption] for caption in batch.captions])
+        return found
 
     def _find_places(self, captions: list[str]) -> list[int]:
         """Which token of each caption is the concept's, as the text encoders read it: textual inversions may be several tokens before it.
@@ -318,7 +331,7 @@ class TrainingSession:
 
     @property
     def _loss_scale(self) -> float:
-        return HALF_SCALE if self.pipe.unet.dtype == torch.float16 else 1.0
+        return HALF_SCALE if self._model.dtype == torch.float16 else 1.0
 
     def _optimise(self, loss: float) -> float:
         """Move the learned vectors by their gradients, whose norm is returned."""
@@ -353,7 +366,8 @@ class TrainingSession:
         rows = self._text.rows_of(encodings)
         if not rows:
             return None
-        return self._edit(encodings, torch.tensor(list(rows), device=self.device), *self.inference)
+        text = self._hooks.call.text(encodings)
+        return self._edit(text, torch.tensor(list(rows), device=self.device), *self.inference)
 
     @torch.no_grad()
     def sample(self, prompts: list[str], steps: int) -> list[Any]:
@@ -422,7 +436,7 @@ class TrainingSession:
 
     def facts(self) -> dict[str, Any]:
         """Every setting and input that a run and its exact continuation share, as JSON values."""
-        model = hashlib.sha256(f"{self.base} {self.base.text_encoder} {self.pipe.unet.dtype}".encode()).hexdigest()[:16]
+        model = hashlib.sha256(f"{self.base} {self.base.text_encoder} {self._model.dtype}".encode()).hexdigest()[:16]
         inputs = {"model": model, "covariance": self.covariance.fingerprint, "pictures": digest(self.pictures)}
         return {**self.config.lasting(), **inputs}
 

@@ -19,7 +19,8 @@ import torch
 from tqdm.auto import tqdm
 
 from perfusion import contact_sheet, memory
-from perfusion.base import Base, UnsupportedPipeline, describe_base, fingerprints_match, text_encoders
+from perfusion.base import Base, UnsupportedPipeline, denoiser, describe_base, fingerprints_match, text_encoders
+from perfusion.base.parts import latent_multiple, plain_module, text_length
 from perfusion.concept import Concept, check_name
 from perfusion.covariance import Covariance, get_covariance
 from perfusion.errors import advise
@@ -109,17 +110,17 @@ def _tell_memory(pipe: Any, config: TrainingConfig, resolution: int, tell: Calla
     def count(model: Any) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
 
-    base = describe_base(pipe)
+    base, model = describe_base(pipe), plain_module(denoiser(pipe))
     parts = memory.Parts(
-        count(pipe.unet), sum(count(encoder) for _, encoder in text_encoders(pipe)), count(pipe.vae),
-        base.encoding_dim, base.outputs, resolution, pipe.vae_scale_factor, text_encoders(pipe)[0][0].model_max_length,
+        count(model), sum(count(encoder) for _, encoder in text_encoders(pipe)), count(pipe.vae),
+        base.encoding_dim, base.outputs, resolution, pipe.vae_scale_factor, text_length(pipe),
     )  # fmt: skip
     texts = [functools.partial(type(encoder), encoder.config) for _, encoder in text_encoders(pipe)]
     saved = memory.saved_by_backward(
-        dict(pipe.unet.config), resolution // pipe.vae_scale_factor, pipe.unet.dtype, texts, parts.tokens
+        dict(model.config), resolution // pipe.vae_scale_factor, model.dtype, texts, parts.tokens, type(model).__name__
     )
     needed = memory.training(
-        parts, saved, pipe.unet.dtype, rows=config.rows, batch=config.batch_size, checkpointing=config.checkpointing,
+        parts, saved, model.dtype, rows=config.rows, batch=config.batch_size, checkpointing=config.checkpointing,
         low_memory=config.low_memory, device=pipe._execution_device.type,
     )  # fmt: skip
     there = ""
@@ -165,18 +166,24 @@ def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
     if getattr(pipe, "_perfusion_handle", None) is not None:
         raise ValueError("train: this pipeline is attached, and training has hooks of its own; call perfusion.detach(pipe) first.")
     base = describe_base(pipe)
+    if not hasattr(pipe, "encode_prompt"):
+        raise UnsupportedPipeline(
+            f"{type(pipe).__name__} is made of blocks; concepts are learned on a pipeline class of the same parts, such as "
+            "StableDiffusionXLPipeline(**pipe.components), and work in both."
+        )
     if "image" in inspect.signature(type(pipe).__call__).parameters:
         raise UnsupportedPipeline(
             f"{type(pipe).__name__} starts from an image; concepts are learned on a text-to-image pipeline, and work in both. "
             "Make one of the same parts with AutoPipelineForText2Image.from_pipe(pipe)."
         )
-    if pipe.unet.config.encoder_hid_dim_type is not None:
+    model = plain_module(denoiser(pipe))
+    if getattr(model.config, "encoder_hid_dim_type", None) == "ip_image_proj":
         raise UnsupportedPipeline("an IP-Adapter is loaded, and training has no picture for it; call pipe.unload_ip_adapter() first.")
     if hasattr(pipe, "motion_adapter"):
         raise UnsupportedPipeline(
             f"{type(pipe).__name__} draws videos; learn on the text-to-image pipeline its UNet comes from, and use the concept in both."
         )
-    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in pipe.unet.modules()):
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in denoiser(pipe).modules()):
         raise UnsupportedPipeline(
             "the UNet is already compiled, and hooks added after torch.compile do nothing: train first, compile then."
         )
@@ -195,11 +202,12 @@ def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
 
 def _resolution(pipe: Any, config: TrainingConfig) -> tuple[int, int]:
     """The side of the training square, and what sides of rectangles are multiples of, in pixels."""
-    size = pipe.unet.config.sample_size
+    model = plain_module(denoiser(pipe))
+    size = model.config.sample_size
     resolution = config.resolution or (size if isinstance(size, int) else max(size)) * pipe.vae_scale_factor
     if resolution % pipe.vae_scale_factor:
         raise ValueError(f"training: resolution must be a multiple of {pipe.vae_scale_factor}, the side of one latent, got {resolution}")
-    latent = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    latent = pipe.vae_scale_factor * latent_multiple(model)
     return resolution, max(latent, resolution // 8 // latent * latent) if resolution < 512 else 64
 
 

@@ -53,8 +53,8 @@ class Region(Strict):
 class ConceptField(Strict):
     """A concept of the prompt and its settings."""
 
-    name: str = Field(min_length=1, max_length=32)
-    concept: str | None = Field(None, min_length=1, max_length=32)
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w-]{0,31}$")
+    concept: str | None = Field(None, pattern="^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$")
     strength: Strength = None
     beta: Beta = None
     tau: Tau = None
