@@ -339,8 +339,9 @@ class PerfusionPytorch(Method):
     def _module(self) -> Any:
         try:
             importlib.import_module("open_clip")
-        except ImportError:  # it names a class of it in an annotation, and nothing here calls that
+        except ImportError:  # for its text encoder alone, which is not used here
             sys.modules["open_clip"] = types.ModuleType("open_clip")
+            sys.modules["open_clip"].tokenizer = None
         try:
             return importlib.import_module("perfusion_pytorch.perfusion")
         except ImportError as error:
