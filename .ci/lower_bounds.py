@@ -24,9 +24,9 @@ def lower_bounds(extras: tuple[str, ...] = ("test",)) -> Iterator[str]:
     waiting, seen = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)], set()
     while waiting:
         for requirement in waiting.pop(0):
-            own = re.fullmatch(rf"{project['name']}\[(\w+)\]", requirement)
+            own = re.fullmatch(rf"{project['name']}\[([\w,]+)\]", requirement)
             if own:
-                waiting.append(project["optional-dependencies"][own[1]])
+                waiting += (project["optional-dependencies"][extra] for extra in own[1].split(","))
             elif requirement not in seen:
                 seen.add(requirement)
                 name, bound, marker = re.fullmatch(r"([\w.-]+)>=([\w.]+)\s*(;.*)?", requirement).groups()

@@ -20,6 +20,7 @@ PACKAGES = {  # folder -> what it may import beside the standard library and its
         *("perfusion_kernels", "torch", "diffusers", "transformers", "tokenizers", "accelerate", "safetensors", "huggingface_hub"),
         *("PIL", "jinja2", "markdown", "numpy", "onnx", "onnxruntime", "onnxscript", "tqdm", "typer", "yaml"),
         *("peft", "pillow_heif"),  # where they are installed
+        *("fastapi", "fsspec", "prometheus_client", "pydantic", "pydantic_core", "sqlalchemy", "starlette", "uvicorn"),  # of serve/
     },
     "python/perfusion/runtime": {"PIL", "numpy", "onnxruntime", "perfusion", "safetensors", "tokenizers"},  # no torch
 }

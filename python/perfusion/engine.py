@@ -38,7 +38,7 @@ from perfusion.requests import RowRequest
 from perfusion.settings import WORD_GATE_FLOOR
 from perfusion.slots import Slots
 
-__all__ = ["Client", "Engine", "engine_of"]
+__all__ = ["Client", "Engine", "GivenRows", "engine_of"]
 
 # processors whose work ours does: the rest keep their place, and concepts take the compatibility path
 REPLACED = ("AttnProcessor", "AttnProcessor2_0")
@@ -90,6 +90,19 @@ class _Plan:
     regions: tuple[Any, ...] = ()
 
 
+@dataclasses.dataclass(eq=False)
+class GivenRows:
+    """Keys and values of a batch that somebody else keeps, row by row: see `Engine.give`.
+
+    keys, values [R, T, O] of all layers side by side; query_regions and key_regions as `perfusion.regions` makes them, or None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    query_regions: dict[int, Tensor] | None = None
+    key_regions: Tensor | None = None
+
+
 def engine_of(unet: torch.nn.Module) -> Engine:
     """The engine of a UNet, the same for all pipelines that share it."""
     if unet not in _ENGINES:
@@ -126,6 +139,7 @@ class Engine:
         self._closed: str | None = None
         self._lock, self._depth = threading.RLock(), 0
         self._handles: list[Any] = []
+        self._given: GivenRows | None = None
         self._recent = threading.local()
         self._warned: set[str] = set()
 
@@ -165,7 +179,7 @@ class Engine:
 
     def follow(self) -> None:
         """Own processors are in place exactly while a concept is loaded."""
-        if any(client.has_concepts() for client in self.clients):
+        if self._given is not None or any(client.has_concepts() for client in self.clients):
             if not self._processors and self._replaceable() is None:
                 for number, layer in enumerate(self.layers.values()):
                     own = ConceptAttnProcessor(layer.processor, self.state, number)
@@ -234,6 +248,34 @@ class Engine:
             where = torch.tensor([distinct.index(row) for row in plan.contents], device=keys.device)
             return keys[where], values[where]
 
+    def give(self, rows: GivenRows | None) -> None:
+        """What all forwards read from now on, whatever their encodings hold, until None: then the engine looks at encodings again.
+
+        For a batch whose rows come and go between steps: each row's keys and values are made once (`keys_values`) and kept by
+        whoever owns the row. UnsupportedPipeline where the layers cannot read them.
+        """
+        changed = (rows is None) != (self._given is None)
+        self._given = rows
+        if changed:
+            self.follow()
+            if rows is not None and (not self._processors or self._processors_replaced()):
+                self._given = None
+                raise UnsupportedPipeline(f"keys and values cannot be given to this UNet: {self._blocked()}.")
+
+    def _show_given(self, rows: GivenRows) -> None:
+        widths = [layer_width(layer) for layer in self.layers.values()]
+
+        def split(table: Tensor) -> list[Tensor]:
+            return [piece.unflatten(-1, (layer.heads, -1)) for piece, layer in zip(table.split(widths, -1), self.layers.values())]
+
+        state = self.state
+        state.keys, state.values, state.slots = split(rows.keys), split(rows.values), None
+        state.query_regions, state.key_regions, state.form = rows.query_regions, rows.key_regions, SLOTS
+        self._shown = self._gates_of = None
+        self._count(SLOTS, "keys and values were given")
+        for _, own in self._processors:
+            own.follow()
+
     # one forward
 
     @torch.compiler.disable
@@ -241,6 +283,9 @@ class Engine:
         self._lock.acquire()
         self._depth += 1
         self.state.form, self._hooks.asleep = STOCK, True
+        if self._given is not None:
+            self._show_given(self._given)
+            return
         encodings = self._call.encodings(args, kwargs)
         if encodings is None or not any(client.has_concepts() for client in self.clients):
             self._count(STOCK, "no concept is loaded")

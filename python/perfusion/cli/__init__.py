@@ -29,6 +29,8 @@ COMMANDS = {
     "convert": "Turn a concept into files for other programs, or another implementation's checkpoint into a concept.",
     "push": "Upload a concept and its card to the Hugging Face hub.",
     "export": "Write a model as a folder that runs without torch.",
+    "serve": "Serve pictures to many users over HTTP.",
+    "keys": "Make, list or revoke keys of a server.",
     "covariance": "Compute, find or copy the covariance of a model's text encoder.",
     "warmup": "Compile and tune the GPU kernels for a model, before the first picture.",
     "doctor": "Say what this installation can do, and why not more.",

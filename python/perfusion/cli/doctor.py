@@ -30,6 +30,7 @@ OPTIONAL = {
     "onnxruntime": "needed to draw with an exported model",
     "onnx": "needed to export a model as ONNX",
     "onnxscript": "needed to export a model as ONNX",
+    "fastapi": "needed for `perfusion serve`, as are uvicorn, sqlalchemy, prometheus-client and python-multipart",
     "tensorboard": "needed for training curves in a browser",
 }
 OLDEST_TORCH = (2, 10)
