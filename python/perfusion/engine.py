@@ -28,10 +28,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from perfusion.attention_processor import FUSED, SCHEDULE, SLOTS, STOCK, AttentionState, ConceptAttnProcessor
 from perfusion.base import UnsupportedPipeline, cross_attention_layers, layer_width
 from perfusion.batched_projection import BatchedProjection, obstacle
+from perfusion.client_concepts import HeldConcepts
 from perfusion.denoiser_call import DenoiserCall, load
 from perfusion.edit import RowSettings, Tables, edit_encodings, gates_of, spread
 from perfusion.layer_state import offloaded_block, projection_stamp
-from perfusion.loaded_concept import LoadedConcept, Schedule, value_at
+from perfusion.loaded_concept import Schedule, value_at
 from perfusion.projection_hooks import HookEdit, ProjectionHooks, hook_edit
 from perfusion.regions import key_regions, query_regions
 from perfusion.requests import RowRequest
@@ -55,11 +56,8 @@ class Client(Protocol):
     def rows_of(self, encodings: Tensor) -> dict[int, RowRequest]:
         """row -> what it wants, for the rows of encodings [R, T, D] that hold concepts of this client."""
 
-    def concept(self, name: str) -> LoadedConcept:
-        """A concept by the name that requests use."""
-
-    def tables(self, names: list[str], device: torch.device) -> Tables:
-        """The tables of the named concepts, in that order."""
+    def hold(self, names: list[str]) -> HeldConcepts:
+        """The concepts that requests name, for as long as the result lives."""
 
     def has_concepts(self) -> bool:
         """Whether any concept is loaded and enabled."""
@@ -84,6 +82,7 @@ class _Plan:
     scheduled: bool = False
     locked: bool = False  # whether a row takes its keys from another encoding
     regional: bool = False
+    held: HeldConcepts | None = None
     tables: Tables | None = None
     slots: list[int] = dataclasses.field(default_factory=list)
     shown: Any = None  # keys and values as the layers read them, where rows do not read slots by index
@@ -129,6 +128,7 @@ class Engine:
         self._stamp: tuple[Any, ...] = ()
         self._text_stamp: tuple[Any, ...] = ()
         self._plans: Any = WeakTensorKeyDictionary()
+        self._held: Any = WeakTensorKeyDictionary()  # encodings -> their concepts, which stay where they are whatever is computed anew
         self._numbers = itertools.count()
         self._index: dict[int, Tensor] = {}
         self._changed = 0
@@ -370,6 +370,8 @@ class Engine:
     def _describe(self, plan: _Plan, encodings: Tensor) -> None:
         mentions = [mention for request in plan.rows.values() for mention in request.mentions]
         plan.names = list(dict.fromkeys(mention.name for mention in mentions))
+        plan.held = self._held[encodings] = plan.client.hold(plan.names)
+        plan.held.require_independent([[mention.name for mention in request.mentions] for request in plan.rows.values()])
         content = [row.float().numpy().tobytes() for row in encodings.detach().cpu()]
         first: dict[Any, int] = {}
         plan.contents = [first.setdefault((each, id(plan.rows.get(row))), row) for row, each in enumerate(content)]
@@ -381,7 +383,7 @@ class Engine:
 
     def _setting(self, plan: _Plan, mention: Any, field: str) -> Schedule:
         own = getattr(mention, field)
-        return getattr(plan.client.concept(mention.name), field) if own is None else own
+        return getattr(plan.held[mention.name], field) if own is None else own
 
     # which path
 
@@ -509,7 +511,7 @@ class Engine:
         """The concepts' words, in rows whose gates go by them."""
         by_word = [
             request is not None
-            and (request.gate or plan.client.concept(request.mentions[0].name).gate) == "word"
+            and (request.gate or plan.held[request.mentions[0].name].gate) == "word"
             and all(request.places)
             for request in requests
         ]
@@ -523,7 +525,7 @@ class Engine:
 
     def _tables(self, plan: _Plan, device: torch.device) -> Tables:
         if plan.tables is None:
-            plan.tables = plan.client.tables(plan.names, device)
+            plan.tables = plan.held.tables(device)
         return plan.tables
 
     def _write(self, plan: _Plan, encodings: Tensor) -> None:
