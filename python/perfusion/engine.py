@@ -38,6 +38,7 @@ from perfusion.regions import key_regions, query_regions
 from perfusion.requests import RowRequest
 from perfusion.settings import WORD_GATE_FLOOR
 from perfusion.slots import Slots
+from perfusion.unet_graphs import CudaRecorder, Recorder, UNetGraphs
 
 __all__ = ["Client", "Engine", "GivenRows", "engine_of"]
 
@@ -140,6 +141,7 @@ class Engine:
         self._lock, self._depth = threading.RLock(), 0
         self._handles: list[Any] = []
         self._given: GivenRows | None = None
+        self._graphs: UNetGraphs | None = None
         self._recent = threading.local()
         self._warned: set[str] = set()
 
@@ -172,6 +174,9 @@ class Engine:
             for handle in self._handles:
                 handle.remove()
             self._handles = []
+            if self._graphs is not None:
+                self._graphs.remove()
+                self._graphs = None
             self.slots = self._batched = None
             self._stamp = ()
             self.state.__init__()
@@ -200,11 +205,15 @@ class Engine:
         """Steps count from 0 again."""
         self._changed, self._timestep, self.step = 0, None, -1
 
-    def use_graphs(self) -> None:
-        """Without CUDA it says so, and the UNet runs as it is. With CUDA, UnsupportedPipeline: no graph is recorded in this version."""
-        if next(self.unet.parameters()).device.type == "cuda":
-            raise UnsupportedPipeline("graphs=True: replaying the UNet as a CUDA graph is not there yet. Attach without it.")
-        warnings.warn("graphs=True needs the UNet on a CUDA device; it runs without graphs.", stacklevel=4)
+    def use_graphs(self, recorder: Recorder | None = None) -> None:
+        """Record the UNet's forward as graphs and replay them. Without CUDA it says so, and the UNet runs as it is until it is there."""
+        recorder = CudaRecorder() if recorder is None else recorder
+        device = next(self.unet.parameters()).device
+        if device.type != recorder.kind:
+            warnings.warn(f"graphs=True needs the UNet on a CUDA device, and it is on {device}: it runs without graphs.", stacklevel=4)
+        if self._graphs is None:
+            self._graphs = UNetGraphs(self.unet, self.state, lambda: [own for _, own in self._processors], recorder)
+            self._graphs.install()
 
     def forget(self) -> None:
         """Compute everything anew: concepts or settings have changed."""
@@ -222,11 +231,12 @@ class Engine:
             self.slots.clear()
 
     def memory(self) -> dict[str, int]:
-        """Bytes that are held: slots, and the layers' weights as one matrix."""
+        """Bytes that are held: slots, the layers' weights as one matrix, edits, recorded graphs."""
         batched = self._batched
         weights = 0 if batched is None else batched.key_weight.nbytes + batched.value_weight.nbytes
         tables = sum(each.nbytes for each in (self.state.gates, self.state.components) if each is not None)
-        return {"slots": 0 if self.slots is None else self.slots.nbytes, "weights": weights, "edit": tables}
+        graphs = 0 if self._graphs is None else self._graphs.nbytes
+        return {"slots": 0 if self.slots is None else self.slots.nbytes, "weights": weights, "edit": tables, "graphs": graphs}
 
     def keys_values(self, encodings: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
         """Edited K and V [R, T, O] of all layers, side by side, of encodings [R, T, D] at a step; no forward is run.
@@ -336,6 +346,10 @@ class Engine:
     def _count(self, form: str, reason: str) -> None:
         self.form, self.reason = form, reason
         self.counts[form] += 1
+        if self._graphs is not None:
+            compiled = "the UNet is compiled" if any(client.compiled() for client in self.clients) else None
+            given = "keys and values were given" if self._given is not None else None
+            self._graphs.closed = compiled or given or (f"the form is {form}" if form in (FUSED, "hooks") else None)
 
     def _count_step(self, timestep: Any) -> None:
         """Steps are the timesteps of a run, which go down. Only schedules count them: reading one may wait for the device."""
@@ -403,6 +417,9 @@ class Engine:
             sentences.append(f"Projections are called layer by layer, once per prompt: {called}.")
         else:
             sentences.append("Projections of all layers are two products, once per prompt.")
+        if self._graphs is not None:
+            why = self._graphs.reason
+            sentences.append("The UNet was replayed as a graph." if why is None else f"The UNet ran without a graph: {why}.")
         return sentences
 
     def _replaceable(self) -> str | None:

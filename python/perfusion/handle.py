@@ -36,9 +36,10 @@ def attach(
 
     pipe: any pipeline that docs/pipelines.md lists, or one of that shape. capacity: how many concepts can be loaded at once.
     Batches without concepts give bit-identical images. In a batch with concepts, rows without one agree with the plain pipeline
-    up to rounding; exact=True keeps their bits, by a slower path. graphs: for the UNet as CUDA graphs, which this version cannot
-    record yet. store: concepts that `Request.names` reach by id, see `ConceptStore`. UnsupportedPipeline names what cannot be
-    edited; RuntimeError refuses a second attach to the same pipeline. A failed attach changes nothing.
+    up to rounding; exact=True keeps their bits, by a slower path. graphs: the UNet's forward is recorded as a CUDA graph per
+    form and shapes of its arguments, replayed for all prompts and concepts; without CUDA it says so, and the UNet runs as it is.
+    store: concepts that `Request.names` reach by id, see `ConceptStore`. UnsupportedPipeline names what cannot be edited;
+    RuntimeError refuses a second attach to the same pipeline. A failed attach changes nothing.
 
     Pipelines that share a UNet (`from_pipe`) are attached one by one: each reads the concepts of its own handle. A pipeline
     without text encoders is given encodings, which `Handle.bind` explains. Threads that share a UNet wait for each other.
@@ -74,10 +75,10 @@ class Handle:
         self._text = TextHook(pipe, self._concepts, self._begin_prompt)
         self._encoders = text_encoders(pipe, required=False)
         self._engine = engine_of(plain_module(denoiser(pipe)))
-        if graphs:
-            self._engine.use_graphs()
         self._text.install()
         self._engine.add(self)
+        if graphs:
+            self._engine.use_graphs()
         setattr(pipe, _MARK, self)
 
     def __deepcopy__(self, memo: Any) -> Handle:
