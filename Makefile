@@ -11,7 +11,7 @@ say = @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo picture docs test peers test-gpu test-lower proof numeric coverage wheel bench-regression lint clean
+.PHONY: help demo picture docs test peers test-gpu test-lower proof numeric coverage wheel bench bench-regression lint clean
 
 help: ## this list
 	@echo 'make COMMAND [ARGS="..."]'
@@ -58,7 +58,7 @@ numeric: $(VENV)/.installed-test ## the numeric tests as on each kind of process
 test-gpu: $(VENV)/.installed-test ## the tests of the kernels on an NVIDIA GPU, with the compiled library
 	$(say) 'Running the tests of the kernels on the GPU'
 	@PERFUSION_CUDA=1 $(BIN)/python $(install) --editable '.[test]'
-	@$(BIN)/python -m pytest -q -m 'not proof' -k 'cuda or gpu' tests/kernels --junitxml build/gpu.xml $(ARGS)
+	@$(BIN)/python -m pytest -q -m 'not proof' -k 'cuda-cuda or triton-cuda or gpu' tests/kernels --junitxml build/gpu.xml $(ARGS)
 
 coverage: $(VENV)/.installed-test ## which lines the tests of `make test` run
 	@$(pytest) --dist loadfile -m 'not proof' --cov --cov-report term --cov-report html:build/coverage $(ARGS)
@@ -72,6 +72,10 @@ test-lower: $(VENV)-lower/.installed ## run the tests at the lowest versions tha
 wheel: $(VENV)/.installed-release ## build the wheel that is given away, with kernels for every architecture, into dist
 	$(say) '.ci/wheel'
 	@PYTHON=$(BIN)/python .ci/wheel dist
+
+bench: $(VENV)/.installed-bench ## measure everything that this machine can in a quarter of an hour: tables and plots in build/bench
+	$(say) 'python bench/all.py'
+	@OMP_NUM_THREADS=1 $(BIN)/python bench/all.py $(ARGS)
 
 bench-regression: $(VENV)/.installed-bench ## time operators, load and swap beside a saved run: ratios to a yardstick, never times
 	$(say) 'python -m bench.regression'
@@ -90,6 +94,9 @@ lint: $(VENV)/.installed-dev ## look for mistakes that need no run
 	@$(BIN)/ruff check .
 	$(say) 'check-jsonschema'
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
+	@$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.cuda.yaml
+	$(say) 'hadolint'
+	@$(BIN)/hadolint docker/Dockerfile
 
 clean: ## remove the virtual environment and everything built; concepts and pictures stay
 	rm -rf $(VENV) $(VENV)-lower build dist *.egg-info perfusion_kernels/cuda/*.so perfusion_kernels/cuda/build.json .coverage .coverage.* .pytest_cache .ruff_cache

@@ -3,10 +3,10 @@
     python bench/compare.py main HEAD --suite attention --suite layer            # on a GPU: the shapes of real UNets
     python bench/compare.py HEAD~1 HEAD --suite gates --quick --repeats 3 -- --device cpu
 
-Order: base, head, head, base, ... so that what drifts touches both. A number is head's median over base's, for our own backends only,
-each first divided by the expert's of its own run: a machine that was busy then slowed both. It is the median over the repeats, with the
-least and the largest; four repeats on one side of 1 make a difference. What was measured by one commit alone is listed. Options behind --
-are for bench/run.py.
+Order: base, head, head, base, ... so that what drifts touches both. A number is head's median over base's, for what is ours only, each
+first divided by the expert's or the stock step's of its own run: a machine that was busy then slowed both. It is the median over the
+repeats, with the least and the largest; four repeats on one side of 1 make a difference. What was measured by one commit alone is
+listed. Options behind -- are for bench/run.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -22,19 +23,20 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-OURS = ("cuda", "triton", "reference")
+OURS = ("cuda", "triton", "reference", "perfusion")
+YARDSTICKS = ("expert", "stock", "step")  # that a time is divided by: the first of them that ran in the same case
 CERTAIN = 4  # repeats, all on one side of 1, before a difference is called one: by chance one time in eight
 Key = tuple[str, str, str]
 
 
 def speeds(found: list[dict[str, Any]]) -> dict[Key, float]:
-    """(suite, case, provider) -> median over the expert's in the same run, of our backends."""
-    passed = {(row["suite"], row["case"], row["provider"]): row for row in found if row["gate"] == "passed"}
-    return {
-        key: row["ratios"]["expert"][1]
-        for key, row in passed.items()
-        if key[2].split()[0] in OURS and "expert" in row.get("ratios", {})
-    }  # fmt: skip
+    """(suite, case, provider) -> median over the yardstick's in the same run, of what is ours."""
+    ours = {}
+    for row in found:
+        yardstick = next((name for name in YARDSTICKS if name in row.get("ratios", {})), None)
+        if row["gate"] == "passed" and yardstick and re.split(r"[ ,]", row["provider"])[0] in OURS:
+            ours[row["suite"], row["case"], row["provider"]] = row["ratios"][yardstick][1]
+    return ours
 
 
 def compared(base: list[dict[Key, float]], head: list[dict[Key, float]]) -> list[str]:

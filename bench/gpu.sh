@@ -132,7 +132,7 @@ for stage in $stages; do
         tests/kernels/test_edited_attention.py tests/kernels/test_concept_gates.py -k "cuda-cuda or triton-cuda"
       ;;
     train)
-      measure train 20 --suite training --model toybox
+      measure train 20 --suite train --model toybox
       ;;
   esac
 done

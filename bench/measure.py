@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import floors, rows
+from bench import roofline, rows
 from bench.providers import CALLS, attempt, quiet, with_graphs
-from bench.timing import FLUSH, Contestant, interleave
+from bench.timing import FLUSH, Candidate, facts, interleave
 from tests.kernels.tolerance import Exact, assert_no_worse
 
 
@@ -26,7 +26,7 @@ class Options:
     device: torch.device
     dtype: torch.dtype
     quick: bool = False
-    models: tuple[str, ...] = ("toybox", *floors.UNETS)
+    models: tuple[str, ...] = ("toybox", *roofline.UNETS)
     rows: tuple[int, ...] = (1, 2, 8, 16)
     seconds: float = 1.0
     rounds: tuple[int, int] = (10, 100)
@@ -38,9 +38,9 @@ class Options:
 
 @dataclasses.dataclass
 class Problem:
-    """A case and its contestants. exact, plain: gives the float64 results, and those of the plain formula in the case's dtype.
+    """A case and its candidates. exact, plain: gives the float64 results, and those of the plain formula in the case's dtype.
 
-    again: makes the contestants once more, on copies of their tensors, which take `copied` bytes. facts: for every row.
+    again: makes the candidates once more, on copies of their tensors, which take `copied` bytes. facts: for every row.
     """
 
     case: str
@@ -49,54 +49,50 @@ class Problem:
     index: Tensor
     exact: Callable[[], Any]
     plain: Callable[[], Any]
-    contestants: list[Contestant]
-    work: floors.Work | None = None
-    again: Callable[[], list[Contestant]] | None = None
+    candidates: list[Candidate]
+    work: roofline.Work | None = None
+    again: Callable[[], list[Candidate]] | None = None
     copied: int = 0
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def copies(self) -> list[list[Contestant]]:
+    def copies(self) -> list[list[Candidate]]:
         """As many as fill L2 together with the first, but no more than a graph has calls."""
         count = min(CALLS, -(-FLUSH // max(1, self.copied))) - 1
         return [self.again() for _ in range(count)] if self.again else []
 
 
 def measure(suite: str, problem: Problem, options: Options) -> Iterator[dict[str, Any]]:
-    """One row per contestant: times if its results pass the gate of the tests' tolerance in this very run, else the reason."""
+    """One row per candidate: times if its results pass the gate of the tests' tolerance in this very run, else the reason."""
     exact, plain = _tensors(problem.exact()), _tensors(problem.plain())
     on_gpu = options.device.type == "cuda"
-    contestants = with_graphs(problem.contestants, problem.copies()) if on_gpu else problem.contestants
+    candidates = with_graphs(problem.candidates, problem.copies()) if on_gpu else problem.candidates
     admitted, reasons = [], {}
-    for contestant in contestants:
-        result, reason = attempt(contestant)
+    for candidate in candidates:
+        result, reason = attempt(candidate)
         reason = reason or _refused(_tensors(result), plain, exact, problem.index)
         if reason:
-            reasons[contestant.provider] = reason
+            reasons[candidate.provider] = reason
         else:
-            admitted.append(contestant)
+            admitted.append(candidate)
     del exact, plain
     clock = {"wall": time.perf_counter, "process": time.process_time}[options.clock]
     with quiet():
         timed = interleave(admitted, options.device, seconds=options.seconds * len(admitted), rounds=options.rounds, clock=clock)
-    times = dict(zip((contestant.provider for contestant in admitted), timed))
+    times = dict(zip((candidate.provider for candidate in admitted), timed))
 
     common = {
         "suite": suite, "case": problem.case, "dtype": str(problem.dtype).removeprefix("torch."), "shapes": problem.shapes,
         **rows.provenance(str(options.device)), "load": rows.load(), "quick": options.quick, **_floor(problem.work), **problem.facts,
     }  # fmt: skip
-    for contestant in contestants:
-        row = {"suite": suite, "case": problem.case, "provider": contestant.provider, **common}
-        mine = times.get(contestant.provider)
+    for candidate in candidates:
+        row = {"suite": suite, "case": problem.case, "provider": candidate.provider, **common}
+        mine = times.get(candidate.provider)
         if mine is None:
-            yield {**row, "gate": "not passed", "reason": reasons[contestant.provider]}
+            yield {**row, "gate": "not passed", "reason": reasons[candidate.provider]}
             continue
-        low, middle, high = (round(1e6 * value, 3) for value in mine.quantiles())
-        ratios = {name: [round(value, 4) for value in mine.ratio(other)] for name, other in times.items() if other is not mine}
         yield {
-            **row, "gate": "passed", "median_us": middle, "p20_us": low, "p80_us": high, "repeats": len(mine.samples),
-            "calls": contestant.calls, "l2": "cold" if on_gpu else "warm", "clock": "cuda events" if on_gpu else options.clock,
-            "ratios": ratios,
-            **(_rates(common, middle) if on_gpu else {}),
+            **row, "gate": "passed", **facts(times, candidate.provider), "calls": candidate.calls, "l2": "cold" if on_gpu else "warm",
+            "clock": "cuda events" if on_gpu else options.clock, **(_rates(common, 1e6 * mine.quantiles()[1]) if on_gpu else {}),
         }  # fmt: skip
 
 
@@ -105,10 +101,10 @@ def _rates(row: dict[str, Any], median_us: float) -> dict[str, float]:
     return {f"{name}_per_s": 1e6 * row[name] / median_us for name in ("bytes", "flops") if row.get(name)}
 
 
-def _floor(work: floors.Work | None) -> dict[str, Any]:
+def _floor(work: roofline.Work | None) -> dict[str, Any]:
     if work is None:
         return {}
-    return {"bytes": work.bytes, "flops": work.flops, "floor_us": round(1e6 * work.floor(floors.H200), 4), "floor_of": floors.H200.name}
+    return {"bytes": work.bytes, "flops": work.flops, "floor_us": round(1e6 * work.floor(roofline.H200), 4), "floor_of": roofline.H200.name}
 
 
 def _tensors(results: Any) -> tuple[Tensor, ...]:

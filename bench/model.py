@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import floors  # noqa: E402
+from bench import roofline  # noqa: E402
 
 T = 77
 
@@ -75,33 +75,35 @@ class Assumptions:
     file_overhead: float = 150e-6  # to open and check a concept file
     lora_fuse: float = 1.7  # seconds to load and fuse a LoRA into SDXL, the least published; SD 1.5 by its parameters
     adapter_launches: int = 7  # that PEFT's mixed batch adds for a layer and an adapter
+    unfused_launches: int = 5  # that a LoRA beside its layer adds for a layer and an adapter
+    gated_launches: int = 13  # that an edit at every step adds for a projection: similarity, gate, two sums
     lora_layers: tuple[tuple[str, int], ...] = (("sd15", 128), ("sd21", 128), ("sdxl", 560))
 
-    def machine(self) -> floors.Machine:
-        return dataclasses.replace(floors.H200, bandwidth=self.memory_bandwidth, tensor=self.tensor_rate)
+    def machine(self) -> roofline.Machine:
+        return dataclasses.replace(roofline.H200, bandwidth=self.memory_bandwidth, tensor=self.tensor_rate)
 
 
 def layer_seconds(model: str, rows: int, a: Assumptions) -> tuple[float, float]:
     """(attention cores, the products around them) of all cross-attention layers in a step, without launches."""
     core = products = 0.0
-    for layer in floors.UNETS[model]:
-        work = floors.edited_attention(B=rows, N=layer.N, T=T, H=layer.H, d=layer.d)
-        whole = floors.cross_attention_layer(B=rows, N=layer.N, C=layer.C, T=T, H=layer.H, d=layer.d)
+    for layer in roofline.UNETS[model]:
+        work = roofline.edited_attention(B=rows, N=layer.N, T=T, H=layer.H, d=layer.d)
+        whole = roofline.cross_attention_layer(B=rows, N=layer.N, C=layer.C, T=T, H=layer.H, d=layer.d)
         core += layer.count * work.floor(a.machine()) / a.core_efficiency
         products += layer.count * (whole.tensor - work.tensor) / a.tensor_rate / a.product_efficiency
     return core, products
 
 
 def layers(model: str) -> int:
-    return sum(layer.count for layer in floors.UNETS[model])
+    return sum(layer.count for layer in roofline.UNETS[model])
 
 
 def step_seconds(model: str, rows: int, a: Assumptions, *, graph: bool, ours: bool = True, adapters: int = 0) -> float:
     """A forward of the UNet. ours: keys and values are there already; else the text is projected at every step. adapters: distinct
     LoRAs of a mixed batch by PEFT. In eager mode the host and the device work at once, so the slower one counts."""
     core, products = layer_seconds(model, rows, a)
-    sizes = [(layer.count, dict(B=rows, N=layer.N, C=layer.C, T=T, H=layer.H, d=layer.d)) for layer in floors.UNETS[model]]
-    cross = sum(count * floors.cross_attention_layer(**each).flops for count, each in sizes)
+    sizes = [(layer.count, dict(B=rows, N=layer.N, C=layer.C, T=T, H=layer.H, d=layer.d)) for layer in roofline.UNETS[model]]
+    cross = sum(count * roofline.cross_attention_layer(**each).flops for count, each in sizes)
     efficiency = a.unet_efficiency * rows / (rows + a.half_rows)
     device = (UNETS[model].flops * rows - cross) / (a.tensor_rate * efficiency) + core + products
     launches = UNETS[model].launches
@@ -109,22 +111,53 @@ def step_seconds(model: str, rows: int, a: Assumptions, *, graph: bool, ours: bo
         launches -= layers(model) * (a.stock_layer_launches - a.layer_launches)
     else:
         device += (a.stock_core - 1) * core
-        width = floors.TEXT_WIDTHS[model]
-        text = sum(layer.count * 4 * rows * T * width * layer.C for layer in floors.UNETS[model])
+        width = roofline.TEXT_WIDTHS[model]
+        text = sum(layer.count * 4 * rows * T * width * layer.C for layer in roofline.UNETS[model])
         device += text / (a.tensor_rate * a.product_efficiency)
     launches += adapters * a.adapter_launches * dict(a.lora_layers)[model]
     return device + launches * a.graph_launch if graph else max(device + launches * a.graph_launch, launches * a.host_launch)
 
 
+def edit_seconds(model: str, rows: int, concepts: int, a: Assumptions) -> float:
+    """What an edit of keys and values as they are loaded adds to the attention cores of a step (DESIGN.md, the form "schedule")."""
+    seconds = 0.0
+    for layer in roofline.UNETS[model]:
+        plain, edited = (roofline.edited_attention(B=rows, N=layer.N, T=T, H=layer.H, d=layer.d, J=J) for J in (0, concepts))
+        seconds += layer.count * (edited.floor(a.machine()) - plain.floor(a.machine())) / a.core_efficiency
+    return seconds
+
+
+def concepts_over_stock(model: str, rows: int, concepts: int, a: Assumptions) -> dict[str, float]:
+    """An eager step with so many concepts in each row, over the stock pipeline's without one, by how the concepts get there."""
+
+    def eager(device: float, launches: int) -> float:
+        return max(device + launches * a.graph_launch, launches * a.host_launch)
+
+    stock = step_seconds(model, rows, a, graph=False, ours=False)
+    slots = step_seconds(model, rows, a, graph=False)
+    launches = UNETS[model].launches
+    ours = launches - layers(model) * (a.stock_layer_launches - a.layer_launches)
+    busy = step_seconds(model, rows, a, graph=True, ours=False) - launches * a.graph_launch
+    ours_busy = step_seconds(model, rows, a, graph=True) - ours * a.graph_launch
+    lora = launches + concepts * a.unfused_launches * dict(a.lora_layers)[model]
+    gated = launches + 2 * layers(model) * a.gated_launches
+    return {
+        "perfusion, slots": slots / stock,
+        "perfusion, schedule": eager(ours_busy + edit_seconds(model, rows, concepts, a), ours + 1) / stock,
+        "gated edit": eager(busy, gated) / stock,
+        "LoRA": eager(busy, lora) / stock,
+    }
+
+
 def concept_bytes(model: str) -> int:
     """Of a slot of the bank: three float32 vectors of the text's width; values and projected targets of all layers in 16 bits."""
-    outputs = sum(layer.count * layer.C for layer in floors.UNETS[model])
-    return 3 * 4 * floors.TEXT_WIDTHS[model] + 2 * 2 * outputs
+    outputs = sum(layer.count * layer.C for layer in roofline.UNETS[model])
+    return 3 * 4 * roofline.TEXT_WIDTHS[model] + 2 * 2 * outputs
 
 
 def slot_bytes(model: str) -> int:
     """Of a prompt's keys and values in all layers."""
-    return 2 * 2 * T * sum(layer.count * layer.C for layer in floors.UNETS[model])
+    return 2 * 2 * T * sum(layer.count * layer.C for layer in roofline.UNETS[model])
 
 
 def resident_concepts(model: str, a: Assumptions) -> int:
@@ -151,7 +184,7 @@ def lora_seconds(model: str, a: Assumptions) -> float:
 
 def predictions(a: Assumptions) -> Iterator[dict[str, Any]]:
     """Rows: case, what, value, unit."""
-    for model in floors.UNETS:
+    for model in roofline.UNETS:
         for rows in (1, 2, 4, 8, 16, 32):
             for graph in (False, True):
                 ours, stock = (step_seconds(model, rows, a, graph=graph, ours=flag) for flag in (True, False))
@@ -164,6 +197,9 @@ def predictions(a: Assumptions) -> Iterator[dict[str, Any]]:
             mixed = step_seconds(model, rows, a, graph=False, ours=False, adapters=tenants)
             yield row(model, f"tenants, {tenants}", 1.0, "ratio", tenants=tenants, provider="perfusion")
             yield row(model, f"tenants, {tenants}", mixed / alone, "ratio", tenants=tenants, provider="PEFT mixed batch")
+        for concepts in (1, 2, 4, 8):
+            for provider, ratio in concepts_over_stock(model, 2, concepts, a).items():
+                yield row(model, f"concepts, {concepts}", ratio, "ratio", concepts=concepts, provider=provider)
         yield row(model, "bytes of a resident concept", concept_bytes(model), "bytes")
         yield row(model, "bytes of a prompt's keys and values", slot_bytes(model), "bytes")
         yield row(model, "concepts on one GPU", resident_concepts(model, a), "concepts")
@@ -178,7 +214,7 @@ def predictions(a: Assumptions) -> Iterator[dict[str, Any]]:
 
 def row(model: str, what: str, value: float, unit: str, **more: Any) -> dict[str, Any]:
     return {
-        "suite": "model", "case": model, "provider": "perfusion", "dtype": "bfloat16", "device": floors.H200.name, "gate": "predicted",
+        "suite": "model", "case": model, "provider": "perfusion", "dtype": "bfloat16", "device": roofline.H200.name, "gate": "predicted",
         "what": what, "value": float(f"{value:.4g}"), "unit": unit, **more,
     }  # fmt: skip
 

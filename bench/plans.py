@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench import floors
+from bench import roofline
 
 T = 77
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -32,7 +32,7 @@ class Chip:
     dense: float  # FLOP/s of 16-bit matrix products
     tensor: int  # multiply-adds a cycle and multiprocessor by mma.sync; of H100, H200 and B200 [assumed], 0.62 and 0.5 of wgmma's
 
-    def floor(self, work: floors.Work) -> float:
+    def floor(self, work: roofline.Work) -> float:
         """Seconds that no kernel can beat: memory's, or the tensor cores' at their full rate."""
         return max(work.bytes / self.memory, work.tensor / self.dense)
 
@@ -55,7 +55,7 @@ class Plan:
     """One launch: `layer` for `rows` of a UNet's batch on `chip`."""
 
     chip: str
-    layer: floors.Layer
+    layer: roofline.Layer
     rows: int
     warps: int
     m: int
@@ -124,7 +124,7 @@ class Plan:
         """Seconds, by resource; the largest and LATENCY are the prediction. Queries are taken to come from memory."""
         chip, layer = CHIPS[self.chip], self.layer
         tiles, loads = self.busiest()
-        work = floors.edited_attention(B=self.rows, N=layer.N, T=T, H=layer.H, d=layer.d)
+        work = roofline.edited_attention(B=self.rows, N=layer.N, T=T, H=layer.H, d=layer.d)
         loaded = sum((end - 1) // self.of_head - first // self.of_head + 1 for first, end in self.stretches())
         asked = 2 * 2 * self.rows * layer.N * layer.C + loaded * 2 * 2 * T * layer.d
         found = {name: tiles * cycles / chip.clock for name, cycles in self.cycles().items()}
@@ -133,7 +133,7 @@ class Plan:
     def row(self) -> dict:
         layer, times = self.layer, self.times()
         bound = max(times, key=times.get)
-        floor = CHIPS[self.chip].floor(floors.edited_attention(B=self.rows, N=layer.N, T=T, H=layer.H, d=layer.d))
+        floor = CHIPS[self.chip].floor(roofline.edited_attention(B=self.rows, N=layer.N, T=T, H=layer.H, d=layer.d))
         predicted = times[bound] / REACHED + LATENCY
         return {
             "kernel": "edited_attention", "chip": self.chip, "N": layer.N, "H": layer.H, "d": layer.d, "rows": self.rows,
@@ -145,11 +145,11 @@ class Plan:
 
 def projections(host, chip: str, unet: str, rows: int) -> Iterator[dict]:
     """K, or V, of a whole model: `edited_projection` and `fused_edited_projection`, which differ in a rounding."""
-    one, D, O = CHIPS[chip], floors.TEXT_WIDTHS[unet], sum(layer.count * layer.C for layer in floors.UNETS[unet])
+    one, D, O = CHIPS[chip], roofline.TEXT_WIDTHS[unet], sum(layer.count * layer.C for layer in roofline.UNETS[unet])
     host.configure(one.multiprocessors, one.shared_per_block, shared_per_multiprocessor=one.shared_per_multiprocessor)
-    made = host.module.plan_edited_projection(dict(B=rows, T=T, D=D, O=O), {})
+    made = host.planned("edited_projection", {}, B=rows, T=T, D=D, O=O)
     tiles = made["row_tiles"] * made["column_tiles"]
-    work = floors.edited_projection(B=rows, T=T, D=D, O=O)
+    work = roofline.edited_projection(B=rows, T=T, D=D, O=O)
     of_busiest = -(-tiles // one.multiprocessors)
     times = {
         "tensor cores": of_busiest * made["rows"] * made["columns"] * D / (PRODUCTS * one.tensor * one.clock),
@@ -162,15 +162,15 @@ def projections(host, chip: str, unet: str, rows: int) -> Iterator[dict]:
         yield _row(kernel, chip, facts, times, one.floor(work))
 
 
-def fused(host, chip: str, layer: floors.Layer, D: int, rows: int) -> dict:
+def fused(host, chip: str, layer: roofline.Layer, D: int, rows: int) -> dict:
     """`fused_edited_attention`: a projection for each block, then its tiles of 16 rows."""
     one = CHIPS[chip]
     host.configure(one.multiprocessors, one.shared_per_block, shared_per_multiprocessor=one.shared_per_multiprocessor)
-    made = host.module.plan_fused_edited_attention(dict(B=rows, N=layer.N, T=T, D=D, H=layer.H, d=layer.d), {})
+    made = host.planned("fused_edited_attention", {}, B=rows, N=layer.N, T=T, D=D, H=layer.H, d=layer.d)
     blocks = rows * layer.H * made["splits"]
     of_busiest, columns = -(-blocks // one.multiprocessors), -(-layer.d // 16) * 16
     attention = Plan(chip, layer, rows, made["warps"], 1, made["stages"], made["splits"], blocks, 1, made["bytes"])
-    work = floors.fused_edited_attention(B=rows, N=layer.N, T=T, D=D, H=layer.H, d=layer.d)
+    work = roofline.fused_edited_attention(B=rows, N=layer.N, T=T, D=D, H=layer.H, d=layer.d)
     of_tiles = max(attention.cycles().values()) * attention.busiest()[0]
     times = {
         "tensor cores": (of_busiest * 2 * 80 * columns * D / (PRODUCTS * one.tensor) + of_tiles) / one.clock,
@@ -183,7 +183,7 @@ def fused(host, chip: str, layer: floors.Layer, D: int, rows: int) -> dict:
 def gates(chip: str, D: int, rows: int) -> dict:
     """`concept_gates` of one concept a row: five blocks a prompt, whose slices of D follow each other, eight warps at a time."""
     one = CHIPS[chip]
-    work = floors.concept_gates(B=rows, T=T, D=D, J=1)
+    work = roofline.concept_gates(B=rows, T=T, D=D, J=1)
     turns = -(-5 * rows // one.multiprocessors) * -(-D // 512)
     times = {"latency": turns * 0.6e-6, "memory": work.bytes / one.memory / REACHED}  # a slice's way [assumed]
     return _row("concept_gates", chip, dict(D=D, J=1, rows=rows, blocks=5 * rows), times, one.floor(work))
@@ -196,17 +196,22 @@ def _row(kernel: str, chip: str, facts: dict, times: dict[str, float], floor: fl
     return {"kernel": kernel, "chip": chip, **facts, **found}
 
 
-def plan(host, chip: str, layer: floors.Layer, rows: int) -> Plan:
-    """The library's plan of a call without an edit; host: tests/cuda_host/host.py's."""
+def plan(host, chip: str, layer: roofline.Layer, rows: int, tall: bool = True) -> Plan:
+    """The library's plan of a call without an edit; host: tests/cuda_host/host.py's. tall: with tiles of 32 rows where it takes them."""
     one = CHIPS[chip]
     host.configure(one.multiprocessors, one.shared_per_block, shared_per_multiprocessor=one.shared_per_multiprocessor)
     made = host.planned("edited_attention", {}, B=rows, N=layer.N, T=T, H=layer.H, d=layer.d)
     names = ("warps", "m", "stages", "splits", "blocks", "resident", "bytes")
-    return Plan(chip, layer, rows, *(made[name] for name in names))
+    found = Plan(chip, layer, rows, *(made[name] for name in names))
+    if tall or found.m == 1:
+        return found
+    # a query so short that tiles of 16 rows are taken has the same warps, stages and resident blocks
+    short = plan(host, chip, replace(layer, N=16), 1)
+    return replace(found, m=1, warps=short.warps, stages=short.stages, resident=short.resident, bytes=short.bytes)
 
 
-def layers() -> list[floors.Layer]:
-    return list(dict.fromkeys(layer for unet in floors.UNETS.values() for layer in unet))
+def layers() -> list[roofline.Layer]:
+    return list(dict.fromkeys(layer for unet in roofline.UNETS.values() for layer in unet))
 
 
 def predictions(host) -> Iterator[dict]:
@@ -214,11 +219,11 @@ def predictions(host) -> Iterator[dict]:
         for layer in layers():
             for rows in ROWS:
                 yield plan(host, chip, layer, rows).row()
-        for unet, D in floors.TEXT_WIDTHS.items():
+        for unet, D in roofline.TEXT_WIDTHS.items():
             for rows in (2, 16):
                 yield gates(chip, D, rows)
                 yield from projections(host, chip, unet, rows)
-                yield from (fused(host, chip, layer, D, rows) for layer in floors.UNETS[unet])
+                yield from (fused(host, chip, layer, D, rows) for layer in roofline.UNETS[unet])
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def storage(figure: Any, rows: Rows) -> None:
 
 
 def ratios(figure: Any, rows: Rows) -> None:
-    """Times over those of one contestant, the median of rounds with the 20th and 80th percentile."""
+    """Times over those of one candidate, the median of rounds with the 20th and 80th percentile."""
     cases = list(dict.fromkeys((row["suite"], row["case"]) for row in rows))
     axes = figure.subplots()
     against = "plain" if any(row["provider"] == "plain" for row in rows) else "expert"
@@ -92,28 +92,152 @@ def startup(figure: Any, rows: Rows) -> None:
     tidy(axes, "x")
 
 
+def step(figure: Any, rows: Rows) -> None:
+    """A step with a concept over the stock pipeline's without one, with the interval of 95 %; by processor time beside it."""
+    cases = list(dict.fromkeys(row["case"] for row in rows if row["gate"] == "passed"))
+    names = [name for name in dict.fromkeys(row["provider"] for row in rows if row["gate"] == "passed") if name != "stock"][::-1]
+    for axes, case in zip(figure.subplots(1, len(cases), sharey=True, squeeze=False)[0], cases):
+        mine = {row["provider"]: row for row in rows if row["case"] == case and row["gate"] == "passed"}
+        for number, name in enumerate(names):
+            if name not in mine:
+                axes.text(1, number, "  not run", va="center", fontsize=8, color=OTHERS[-1])
+                continue
+            interval(axes, mine[name], "stock", number, OURS if name.startswith("perfusion") and "pytorch" not in name else OTHERS[-1])
+        axes.axvline(1, color=INK, lw=0.8)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_title(titled(case))
+        axes.set_xlabel("time over that of the stock step" + cpu(rows))
+        tidy(axes, "x")
+    key(figure.axes[-1])
+
+
+def swap(figure: Any, rows: Rows) -> None:
+    """A subject exchanged, in steps of the UNet."""
+    cases = list(dict.fromkeys(row["case"] for row in rows if row["gate"] == "passed"))
+    for axes, case in zip(figure.subplots(1, len(cases), sharey=True, squeeze=False)[0], cases):
+        mine = [row for row in rows if row["case"] == case and row["gate"] == "passed" and row["provider"] != "step"][::-1]
+        for number, row in enumerate(mine):
+            interval(axes, row, "step", number, OURS if row["provider"].startswith("perfusion") else OTHERS[-1])
+        axes.axvline(1, color=INK, lw=0.8)
+        axes.set_xscale("log")
+        ticks = [0.5, 1, 2, 5, 10, 20, 50, 100]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_yticks(range(len(mine)), [row["provider"] for row in mine])
+        axes.set_title(titled(case))
+        axes.set_xlabel("until a step with another subject can begin, in steps" + cpu(rows))
+        tidy(axes, "x")
+    key(figure.axes[-1])
+
+
+def interval(axes: Any, row: dict[str, Any], against: str, y: float, colour: str) -> None:
+    """The median with its interval of 95 %, and a small mark for the ratio of processor times."""
+    low, high = row["intervals"][against]
+    middle = row["ratios"][against][1]
+    axes.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt="o", color=colour, capsize=3, ms=5)
+    if against in row.get("processor_ratios", {}):
+        axes.plot(row["processor_ratios"][against][1], y - 0.25, "|", color=colour, ms=6)
+
+
+def key(axes: Any) -> None:
+    from matplotlib.lines import Line2D
+
+    marks = [Line2D([], [], marker="o", color=INK, lw=1, ms=4, label="median and its 95 % interval")]
+    marks.append(Line2D([], [], marker="|", color=INK, lw=0, label="by processor time"))
+    axes.legend(handles=marks, frameon=False, fontsize=7, loc="lower right")
+
+
+def cpu(rows: Rows) -> str:
+    return " (CPU ratios)" if all(row["device"] == "cpu" for row in rows) else ""
+
+
+def titled(case: str) -> str:
+    name, _, rest = case.partition(",")
+    return MODELS.get(name, name) + (f",{rest}" if rest else "")
+
+
 def tenants(figure: Any, rows: Rows) -> None:
-    """Predicted cost of a batch in which every row has concepts of its own."""
-    models = list(dict.fromkeys(row["case"] for row in rows))
-    for axes, model in zip(figure.subplots(1, len(models), sharey=True, squeeze=False)[0], models):
-        for name, colour in (("perfusion", OURS), ("PEFT mixed batch", OTHERS[0])):
-            points = sorted((row["tenants"], row["value"]) for row in rows if row["case"] == model and row["provider"] == name)
+    """Cost of a batch in which every row has concepts of its own: predicted of real models, measured of what ran."""
+    predicted, measured = [row for row in rows if row["gate"] == "predicted"], [row for row in rows if row["gate"] == "passed"]
+    models = list(dict.fromkeys(row["case"] for row in predicted))
+    cases = list(dict.fromkeys(row["case"] for row in measured))
+    panels = figure.subplots(1, len(models) + len(cases), sharey=True, squeeze=False)[0]
+    ways = (("perfusion", OURS), ("PEFT mixed batch", OTHERS[0]))
+    for axes, model in zip(panels, models):
+        for name, colour in ways:
+            points = sorted((row["tenants"], row["value"]) for row in predicted if row["case"] == model and row["provider"] == name)
             axes.plot(*zip(*points), "o--", color=colour, mfc="white", label=name, ms=5)
+        axes.set_title(f"{MODELS.get(model, model)}, predicted")
+    for axes, case in zip(panels[len(models) :], cases):
+        for way, colour in ways:
+            for row in (row for row in measured if row["case"] == case and row.get("way") == way):
+                one = row["provider"] == "perfusion, 1"
+                middle = 1.0 if one else row["ratios"]["perfusion, 1"][1]
+                low, high = (1.0, 1.0) if one else row["intervals"]["perfusion, 1"]
+                axes.errorbar(row["tenants"], middle, yerr=[[middle - low], [high - middle]], fmt="o", color=colour, capsize=3, ms=5)
+        axes.set_title(f"{titled(case)}, measured{cpu(measured)}", fontsize=9)
+    for axes in panels:
+        axes.axhline(1, color=INK, lw=0.6)
         axes.set_xscale("log", base=2)
         axes.set_xticks([1, 2, 4, 8, 16, 32, 64], [1, 2, 4, 8, 16, 32, 64])
         axes.set_yscale("log", base=2)
         axes.set_yticks([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
         axes.minorticks_off()
-        axes.set_title(f"{MODELS.get(model, model)}, predicted")
         axes.set_xlabel("tenants in a batch")
         tidy(axes, "both")
-    figure.axes[0].set_ylabel("time of a step over ours")
-    figure.axes[0].legend(frameon=False, loc="upper left")
+    panels[0].set_ylabel("time of a step over ours with one tenant" if not models else "time of a step over ours")
+    panels[0].legend(frameon=False, loc="upper left")
+
+
+def concepts(figure: Any, rows: Rows) -> None:
+    """Predicted time of a step over the concepts in a row."""
+    models = list(dict.fromkeys(row["case"] for row in rows))
+    colours = {"perfusion, slots": OURS, "perfusion, schedule": "#5fb0cf", "gated edit": OTHERS[1], "LoRA": OTHERS[0]}
+    for axes, model in zip(figure.subplots(1, len(models), sharey=True, squeeze=False)[0], models):
+        for name, colour in colours.items():
+            points = sorted((row["concepts"], row["value"]) for row in rows if row["case"] == model and row["provider"] == name)
+            axes.plot(*zip(*points), "o--", color=colour, mfc="white", label=name, ms=5)
+        axes.axhline(1, color=INK, lw=0.6)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([1, 2, 4, 8], [1, 2, 4, 8])
+        axes.set_yscale("log", base=2)
+        axes.set_yticks([1, 2, 4], [1, 2, 4])
+        axes.minorticks_off()
+        axes.set_title(f"{MODELS.get(model, model)}, predicted, eager, 2 rows")
+        axes.set_xlabel("concepts in the prompt")
+        tidy(axes, "both")
+    figure.axes[0].set_ylabel("time of a step over stock without one")
+    figure.axes[0].legend(frameon=False, loc="upper left", fontsize=8)
+
+
+def launches(figure: Any, rows: Rows) -> None:
+    """Counted operator launches of a step beyond the stock pipeline's."""
+    mine = [row for row in rows if row["gate"] == "counted" and row["unit"] == "launches"]
+    cases = list(dict.fromkeys(row["case"] for row in mine))
+    names = [name for name in dict.fromkeys(row["provider"] for row in mine) if name != "stock"][::-1]
+    for axes, case in zip(figure.subplots(1, len(cases), sharey=True, squeeze=False)[0], cases):
+        found = {row["provider"]: row["value"] for row in mine if row["case"] == case}
+        for number, name in enumerate(names):
+            if name not in found:
+                continue
+            ratio = found[name] / found["stock"]
+            axes.barh(number, ratio - 1, left=1, color=OURS if name in ("perfusion", "perfusion, hooks") else OTHERS[-1], height=0.62)
+            axes.text(max(ratio, 1) * 1.04, number, f"{found[name] - found['stock']:+,}", va="center", fontsize=8, color=INK)
+        axes.axvline(1, color=INK, lw=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(0.7, 40)
+        axes.set_xticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
+        axes.minorticks_off()
+        axes.set_yticks(range(len(names)), names)
+        axes.set_title(f"{MODELS.get(case, case)}: stock {found['stock']:,}")
+        axes.set_xlabel("launches of a step over stock's, counted")
+        tidy(axes, "x")
 
 
 def capacity(figure: Any, rows: Rows) -> None:
-    """Predicted concepts that one GPU holds, and how long one takes that it does not hold."""
-    left, right = figure.subplots(1, 2)
+    """Predicted concepts that one GPU holds, how long one takes that it does not hold, and what residents were measured to cost."""
+    measured = [row for row in rows if row["suite"] == "capacity" and row["gate"] == "passed"]
+    left, right, *third = figure.subplots(1, 3 if measured else 2)
+    rows = [row for row in rows if row["suite"] == "model"]
     names = [MODELS.get(row["case"], row["case"]) for row in rows if row["what"] == "concepts on one GPU"]
     for place, (what, label) in enumerate((("concepts on one GPU", "one GPU"), ("concepts in a node's memory", "a node's host memory"))):
         values = [row["value"] for row in rows if row["what"] == what]
@@ -138,15 +262,26 @@ def capacity(figure: Any, rows: Rows) -> None:
     right.set_title("a new tenant's first step waits, predicted")
     right.set_ylabel("µs")
     right.legend(frameon=False, loc="upper left")
-    for axes in (left, right):
+    for axes in third:
+        first = measured[0]["provider"]
+        for number, row in enumerate(measured):
+            middle = 1.0 if row["provider"] == first else row["ratios"][first][1]
+            low, high = (1.0, 1.0) if row["provider"] == first else row["intervals"][first]
+            axes.errorbar(number, middle, yerr=[[middle - low], [high - middle]], fmt="o", color=OURS, capsize=3, ms=5)
+        axes.set_xticks(range(len(measured)), [f"{row['provider']}\n{size_of(row['bank_bytes'])}" for row in measured])
+        axes.set_xlim(-0.5, len(measured) - 0.5)
+        axes.set_ylim(0.8, 1.2)
+        axes.axhline(1, color=INK, lw=0.6)
+        axes.set_title(f"time of a step, measured on toybox{cpu(measured)}")
+    for axes in (left, right, *third):
         tidy(axes, "y")
 
 
 def roofline(figure: Any, rows: Rows) -> None:
     """FLOPs a second over FLOPs a byte of operators at the shapes of real UNets: floors, and what was measured or predicted of them."""
-    from bench import floors
+    from bench import roofline
 
-    axes, machine = figure.subplots(), floors.H200
+    axes, machine = figure.subplots(), roofline.H200
     balance = machine.tensor / machine.bandwidth
     axes.plot([1, balance, 1e4], [machine.bandwidth, machine.tensor, machine.tensor], color=INK, lw=1)
     axes.annotate(f"{machine.bandwidth / 1e12:.1f} TB/s", (15, 15 * machine.bandwidth), (-48, 4), textcoords="offset points", fontsize=8)
@@ -188,31 +323,40 @@ def tidy(axes: Any, grid: str) -> None:
 def predicted_kernels(rows: Rows) -> Rows:
     """Rows of the operators at real shapes: those measured, or where there are none, those of bench/predictions.jsonl for an H200 and two
     rows; of the layer, whose products are the library's, the model's share of the floor."""
-    from bench import floors, model, predictions
+    from bench import model, predictions, roofline
 
     measured = [row for row in rows if row.get("flops_per_s") and row.get("bytes") and row["provider"].split()[0] in ("cuda", "triton")]
     if measured:
         return measured
     a, found = model.Assumptions(), []
 
-    def add(kernel: str, work: floors.Work, seconds: float) -> None:
+    def add(kernel: str, work: roofline.Work, seconds: float) -> None:
         found.append({"suite": kernel, "gate": "predicted", "flops": work.flops, "bytes": work.bytes, "flops_per_s": work.flops / seconds})
 
-    for each in predictions.read(floors.H200.name):
+    for each in predictions.read(roofline.H200.name):
         if each["rows"] == 2 and each["kernel"] != "concept_gates":
             add(each["kernel"], predictions.work(each), 1e-6 * each["microseconds"])
-    for layer in (layer for layers in floors.UNETS.values() for layer in layers):
-        work = floors.cross_attention_layer(B=2, N=layer.N, C=layer.C, T=model.T, H=layer.H, d=layer.d)
+    for layer in (layer for layers in roofline.UNETS.values() for layer in layers):
+        work = roofline.cross_attention_layer(B=2, N=layer.N, C=layer.C, T=model.T, H=layer.H, d=layer.d)
         add("cross_attention_layer", work, work.floor(a.machine()) / a.product_efficiency)
     return found
 
 
+def of_capacity(rows: Rows) -> Rows:
+    paper = [row for row in rows if row["suite"] == "model" and not row.keys() & {"rows", "tenants", "concepts"}]
+    return [*paper, *(row for row in rows if row["suite"] == "capacity")]
+
+
 PLOTTED: dict[str, tuple[Callable[[Any, Rows], None], Callable[[Rows], Rows], tuple[float, float]]] = {
     "storage": (storage, lambda rows: [row for row in rows if row["suite"] == "storage"], (9, 2.8)),
-    "training": (ratios, lambda rows: [row for row in rows if row["suite"] == "training"], (7, 2.2)),
+    "train": (ratios, lambda rows: [row for row in rows if row["suite"] == "train"], (7, 2.2)),
     "startup": (startup, lambda rows: [row for row in rows if row["suite"] == "startup"], (7, 2.6)),
-    "tenants": (tenants, lambda rows: [row for row in rows if row["suite"] == "model" and "tenants" in row], (10, 3)),
-    "capacity": (capacity, lambda rows: [row for row in rows if row["suite"] == "model" and "tenants" not in row], (10, 3.4)),
+    "step": (step, lambda rows: [row for row in rows if row["suite"] == "step"], (10, 3.4)),
+    "swap": (swap, lambda rows: [row for row in rows if row["suite"] == "swap"], (7, 2.6)),
+    "tenants": (tenants, lambda rows: [row for row in rows if row["suite"] in ("model", "tenants") and "tenants" in row], (12, 3)),
+    "concepts": (concepts, lambda rows: [row for row in rows if row["suite"] == "model" and "concepts" in row], (10, 3)),
+    "launches": (launches, lambda rows: [row for row in rows if row["suite"] == "static"], (10, 2.8)),
+    "capacity": (capacity, of_capacity, (12, 3.4)),
     "roofline": (roofline, predicted_kernels, (7, 4.2)),
 }  # fmt: skip
 

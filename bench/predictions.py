@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench import floors
+from bench import roofline
 
 FILE = Path(__file__).with_name("predictions.jsonl")
 T = 77
@@ -45,10 +45,10 @@ def of(row: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def work(each: dict[str, Any]) -> floors.Work:
+def work(each: dict[str, Any]) -> roofline.Work:
     """What a predicted call has to move and to compute."""
     sizes = {name: each[name] for name in SIZES[each["kernel"]]}
     if each["kernel"].endswith("projection"):
-        return floors.edited_projection(B=each["rows"], T=T, J=1, **sizes)
+        return roofline.edited_projection(B=each["rows"], T=T, J=1, **sizes)
     more = dict(J=1) if each["kernel"] == "fused_edited_attention" else {}
-    return getattr(floors, each["kernel"])(B=each["rows"], T=T, **sizes, **more)
+    return getattr(roofline, each["kernel"])(B=each["rows"], T=T, **sizes, **more)

@@ -1,6 +1,6 @@
 """Who takes part: every backend of ours, the library's attention kernels, `torch.compile` of the plain formula, and the expert.
 
-A contestant that cannot run a call is in its rows all the same, with the reason in place of times.
+A candidate that cannot run a call is in its rows all the same, with the reason in place of times.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import formulas
-from bench.timing import Contestant
+from bench.timing import Candidate
 from perfusion_kernels import backend
 from tests.kernels import cases
 
@@ -28,25 +28,25 @@ SDPA = {
 }
 
 
-def ours(operator: str, arguments: Mapping[str, Tensor | None], form: str = "", **options) -> Iterator[Contestant]:
+def ours(operator: str, arguments: Mapping[str, Tensor | None], form: str = "", **options) -> Iterator[Candidate]:
     """One per backend; `form` stands behind its name."""
     device = next(tensor.device for tensor in arguments.values() if tensor is not None)
     for name in backend.ORDER:
         call = functools.partial(cases.PUBLIC[operator], **arguments, **options, backend=name, validate=False)
         interpreted = name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-        yield Contestant(f"{name}{form}", call, "Triton's interpreter is for tests" if interpreted else "", on_graph=name != "reference")
+        yield Candidate(f"{name}{form}", call, "Triton's interpreter is for tests" if interpreted else "", on_graph=name != "reference")
 
 
-def formula(operator: str, positional: tuple, modes: Sequence[str] = ("default",)) -> Iterator[Contestant]:
+def formula(operator: str, positional: tuple, modes: Sequence[str] = ("default",)) -> Iterator[Candidate]:
     """The plain formula as it stands, as torch.compile makes it in each of `modes`, and as the expert writes it."""
     plain, expert = getattr(formulas, operator), getattr(formulas, f"expert_{operator}")
-    yield Contestant("eager", functools.partial(plain, *positional))
+    yield Candidate("eager", functools.partial(plain, *positional))
     for mode in modes:
         # compiled for the shapes of each problem alone, so none counts against the limit of the others; graphs are captured below
         compiled = torch.compile(_fresh(plain), dynamic=False, mode=f"{mode}-no-cudagraphs" if mode == "max-autotune" else mode)
         name = "compile" if mode == "default" else f"compile {mode}"
-        yield Contestant(name, functools.partial(compiled, *positional), on_graph=True)
-    yield Contestant("expert", functools.partial(expert, *positional), on_graph=True)
+        yield Candidate(name, functools.partial(compiled, *positional), on_graph=True)
+    yield Candidate("expert", functools.partial(expert, *positional), on_graph=True)
 
 
 def _fresh(function: Callable) -> Callable:
@@ -54,29 +54,29 @@ def _fresh(function: Callable) -> Callable:
     return type(function)(function.__code__.replace(), function.__globals__, function.__name__)
 
 
-def library(call: Callable[[], Tensor]) -> Iterator[Contestant]:
+def library(call: Callable[[], Tensor]) -> Iterator[Candidate]:
     """A call that holds one `scaled_dot_product_attention`, on each of its kernels alone."""
     for name, kernel in SDPA.items():
-        yield Contestant(f"sdpa {name}", call, context=functools.partial(sdpa_kernel, kernel), on_graph=True)
+        yield Candidate(f"sdpa {name}", call, context=functools.partial(sdpa_kernel, kernel), on_graph=True)
 
 
 CALLS = 20  # that a graph holds: with one, the launch of the graph is what is measured
 
 
-def with_graphs(contestants: list[Contestant], copies: Sequence[list[Contestant]] = ()) -> list[Contestant]:
-    """The contestants, and each that asks for it once more as a CUDA graph of 20 calls: launches then cost little.
+def with_graphs(candidates: list[Candidate], copies: Sequence[list[Candidate]] = ()) -> list[Candidate]:
+    """The candidates, and each that asks for it once more as a CUDA graph of 20 calls: launches then cost little.
 
-    copies: the same contestants with tensors of their own, so that a call finds in L2 no more than a first one would: the calls
+    copies: the same candidates with tensors of their own, so that a call finds in L2 no more than a first one would: the calls
     of a graph go through them in turn.
     """
     found = []
-    for number, contestant in enumerate(contestants):
-        found.append(contestant)
-        if contestant.on_graph:
-            calls = [contestant.call, *(each[number].call for each in copies)]
-            graph = _Graphed(calls, contestant.context)
-            check = contestant.check or (lambda *_, graph=graph: graph.first())
-            found.append(Contestant(f"{contestant.provider} graph", graph, contestant.reason, check=check, calls=CALLS))
+    for number, candidate in enumerate(candidates):
+        found.append(candidate)
+        if candidate.on_graph:
+            calls = [candidate.call, *(each[number].call for each in copies)]
+            graph = _Graphed(calls, candidate.context)
+            check = candidate.check or (lambda *_, graph=graph: graph.first())
+            found.append(Candidate(f"{candidate.provider} graph", graph, candidate.reason, check=check, calls=CALLS))
     return found
 
 
@@ -111,16 +111,16 @@ class _Graphed:
         self.graph = graph
 
 
-def attempt(contestant: Contestant) -> tuple[object, str]:
-    """What the contestant gives, or None and why it gives nothing."""
-    if contestant.reason:
-        return None, contestant.reason
+def attempt(candidate: Candidate) -> tuple[object, str]:
+    """What the candidate gives, or None and why it gives nothing."""
+    if candidate.reason:
+        return None, candidate.reason
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            with contestant.context():
-                call = contestant.call
-                return contestant.check(call, contestant.calls) if contestant.check else call(), ""
+            with candidate.context():
+                call = candidate.call
+                return candidate.check(call, candidate.calls) if candidate.check else call(), ""
         except Exception as error:  # whatever a library raises for a call that it does not take
             texts = [str(error), *(str(each.message) for each in said)]
     lines = dict.fromkeys(line for text in texts for line in [" ".join(text.split("(Triggered internally")[0].split())[:300]] if line)

@@ -1,10 +1,10 @@
 """Tables of ratios, from rows of bench/run.py and nothing else.
 
     python bench/report.py bench/results/*.jsonl                     # against the expert baseline
-    python bench/report.py --against plain bench/results/training.jsonl
+    python bench/report.py --against plain bench/results/train.jsonl
     python bench/report.py --page docs/benchmarks.md                 # writes the page's tables anew
 
-A cell is the median, over rounds, of a contestant's time divided by the baseline's in the same round: below 1 is faster. A
+A cell is the median, over rounds, of a candidate's time divided by the baseline's in the same round: below 1 is faster. A
 case that was measured twice counts as it was the last time. In a page, a table stands between the comments
 `<!-- rows: FILE, against PROVIDER -->` and `<!-- end of rows -->`.
 """
@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import model, predictions  # noqa: E402
+from bench import model, predictions, serve_sim  # noqa: E402
 from bench.rows import read  # noqa: E402
 
 
@@ -53,10 +53,16 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
         return _overheads(list(found.values()))
     if suite == "model":
         return model.table(list(found.values()))
+    if suite == "serve_sim":
+        return serve_sim.table(list(found.values()))
     if suite == "storage":
         return _storage(list(found.values()))
     if suite == "startup":
         return _startup(list(found.values()))
+    if suite == "static":
+        return _static(list(found.values()))
+    if suite in WHOLE:
+        return _whole(suite, dtype, device, list(found.values()), against)
     if suite == "nsight":
         return _counters(device, list(found.values()))
     if suite == "decide":
@@ -79,6 +85,84 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     reasons: dict[str, str] = {name: row["reason"] for (_, name), row in found.items() if name not in ran}
     lines += ["", *(f"- {name} did not run: {reason}" for name, reason in reasons.items())] if reasons else []
+    return "\n".join(lines)
+
+
+WHOLE = ("step", "tenants", "swap", "capacity")
+
+
+def _whole(suite: str, dtype: str, device: str, rows: list[dict[str, Any]], against: str) -> str:
+    """Of whole UNets: every ratio with its interval; who did not run stands below."""
+    said = "CPU ratios" if device == "cpu" else f"ratios on one {device}"
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    found = {(row["provider"], row["case"]): row for row in rows if row["gate"] == "passed"}
+    ran = [name for name in dict.fromkeys(row["provider"] for row in rows) if any((name, case) in found for case in cases)]
+    cases = [case for case in cases if any((name, case) in found for name in ran)]
+    lines = [f"**{suite}, {dtype}: {said}; time over that of `{against}`, the median of rounds with its interval of 95 %**", ""]
+    if not ran:
+        lines = lines[:1]
+    else:
+        lines += [f"| | {' | '.join(cases)} |", "|---" * (1 + len(cases)) + "|"]
+        lines += [f"| {name} | {' | '.join(_interval(found.get((name, case)), against) for case in cases)} |" for name in ran]
+        for case in cases:
+            one = next(row for (_, its), row in found.items() if its == case)
+            lines += ["", f"{case}: {one['repeats']} rounds, {_spread([row for (_, its), row in found.items() if its == case], against)}"]
+            if one.get("load") is not None:
+                lines[-1] += f"; {one['load']:g} processes wanted the {one.get('cores', '?')} processors of the machine."
+    absent = {(row["provider"], row["case"]): row["reason"] for row in rows if row["gate"] == "not passed"}
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for (name, case), reason in absent.items():
+        reasons.setdefault((name, reason), []).append(case)
+    lines += ["", *(f"- {name}, {'; '.join(where)}: absent, {reason}" for (name, reason), where in reasons.items())] if absent else []
+    return "\n".join(lines)
+
+
+def _interval(row: dict | None, against: str) -> str:
+    if row is None:
+        return "–"
+    if row["provider"] == against:
+        return "1"
+    if against not in row["ratios"]:
+        return "?"
+    low, high = row["intervals"][against]
+    return f"{_number(row['ratios'][against][1])} ({_number(low)} to {_number(high)})"
+
+
+def _number(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def _spread(rows: list[dict[str, Any]], against: str) -> str:
+    """The same by the processor's time, which others on the machine lengthen less."""
+    told = {row["provider"]: row["processor_ratios"][against][1] for row in rows if against in row.get("processor_ratios", {})}
+    if not told:
+        return "timed by events on the device"
+    return "by processor time " + ", ".join(f"{name} {_number(ratio)}" for name, ratio in told.items())
+
+
+def _static(rows: list[dict[str, Any]]) -> str:
+    """Launches as they are and over the stock pipeline's; bytes below."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    found = {(row["what"], row["case"]): row for row in rows if row["gate"] == "counted"}
+    lines = ["**static: operator launches of one step, and of them beyond the stock pipeline's**", ""]
+    lines += [f"| | {' | '.join(cases)} |", "|---" * (1 + len(cases)) + "|"]
+    for what in dict.fromkeys(what for what, _ in found if what.startswith("launches, ")):
+        cells = []
+        for case in cases:
+            one, stock = found.get((what, case)), found.get(("launches, stock", case))
+            more = one["value"] - stock["value"] if one and stock else 0
+            cells.append("–" if one is None else f"{one['value']:,}" + (f" ({more:+,})" if what != "launches, stock" and stock else ""))
+        lines.append(f"| {what.removeprefix('launches, ')} | {' | '.join(cells)} |")
+    memory = [what for what in dict.fromkeys(what for what, _ in found) if what.startswith("memory, ")]
+    if memory:
+        sized = [case for case in cases if any((what, case) in found for what in memory)]
+        lines += ["", "**static: bytes of memory in float16**", "", f"| | {' | '.join(sized)} |", "|---" * (1 + len(sized)) + "|"]
+        names = {"memory, a concept": "a resident concept", "memory, a slot": "a prompt's keys and values, for one row"}
+        for what in memory:
+            cells = [f"{found[what, case]['value']:,}" if (what, case) in found else "–" for case in sized]
+            lines.append(f"| {names.get(what, what)} | {' | '.join(cells)} |")
+    absent = {row["provider"]: row["reason"] for row in rows if row["gate"] == "not passed"}
+    lines += ["", *(f"- {name}: absent, {reason}" for name, reason in absent.items())] if absent else []
     return "\n".join(lines)
 
 
@@ -150,7 +234,7 @@ def _cell(row: dict | None, against: str) -> str:
     return f"{row['ratios'][against][1]:.2f}" if against in row["ratios"] else "?"
 
 
-PLACE = re.compile(r"(<!-- rows: (?P<file>\S+), against (?P<against>[\w ]+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- rows: (?P<file>\S+), against (?P<against>[\w ,]+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
 
 
 def refreshed(page: str) -> str:

@@ -1,12 +1,12 @@
-"""Measures our operators against the library's and an expert's, and appends one row per contestant to a file.
+"""Measures our operators against the library's and an expert's, and appends one row per candidate to a file.
 
     python bench/run.py --suite attention --out bench/results/attention.jsonl      # on a GPU: bfloat16 at the shapes of real UNets
     python bench/run.py --suite all --quick --out /tmp/rows.jsonl                  # small shapes in seconds, on any computer
     python bench/report.py /tmp/rows.jsonl                                         # tables of ratios
 
-Nothing is timed that did not agree with the float64 formula in the same run, by the tolerance of the tests. Contestants take
-turns; on a GPU with a cold L2 cache, between CUDA events. On a CPU only ratios between contestants of one run mean
-anything. A contestant that cannot run has a row that says why. Suites: see bench/suites.
+Nothing is timed that did not agree with the float64 formula in the same run, by the tolerance of the tests. Candidates take
+turns; on a GPU with a cold L2 cache, between CUDA events. On a CPU only ratios between candidates of one run mean
+anything. A candidate that cannot run has a row that says why. Suites: see bench/suites.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]  # the cases of the tests, and 
 
 import torch  # noqa: E402
 
-from bench import floors, rows, suites  # noqa: E402
+from bench import roofline, rows, suites  # noqa: E402
 from bench.measure import Options  # noqa: E402
 
-MODELS = ("toybox", *floors.UNETS)
+MODELS = ("toybox", *roofline.UNETS)
 
 
 def main() -> None:
@@ -59,6 +59,8 @@ def _said(row: dict) -> str:
         return f"{row['overhead_us']:.1f} µs beside the work, of {row['limit_us']:.0f} allowed"
     if "file_bytes" in row:
         return f"{row['file_bytes']} bytes {row['gate']}"
+    if row["gate"] == "counted":
+        return f"{row['what']}: {row['value']:,} {row['unit']}"
     if row["gate"] != "passed":
         return row["reason"]
     return f"passed, {row['repeats']} samples" if row["device"] == "cpu" else f"{row['median_us']:.1f} µs"
@@ -77,7 +79,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--places", action="append", type=int, help="concepts of a row; may be repeated; by default those of the suite")
     modes = ["none", "default", "max-autotune"]
     parser.add_argument("--compile", action="append", choices=modes, help="modes of torch.compile that take part; may be repeated")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each contestant of a case, within the limits of --rounds")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each candidate of a case, within the limits of --rounds")
     parser.add_argument("--rounds", type=int, default=10, help="samples at least; at most ten times as many")
     parser.add_argument("--clock", choices=["wall", "process"], default="wall", help="process: a CPU's time for this process alone")
     parser.add_argument("--threads", type=int, help="of a CPU")

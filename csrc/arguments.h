@@ -31,7 +31,7 @@ inline const char* name_of(perfusion_dtype dtype) {
   return "an unknown dtype";
 }
 
-// Checks one call's arguments in turn and keeps the first refusal.
+// Checks one call's arguments in turn and keeps the first error.
 class Arguments {
  public:
   explicit Arguments(const char* operation) : operation(operation) {}

@@ -243,8 +243,8 @@ PERFUSION_DEVICE void write_outputs(Element* tile, const float (&o)[m][columns /
 // Columns of the outputs that are in registers at a time: all of them, or halves where the weights leave no room.
 PERFUSION_BOTH constexpr int output_columns(int d, int m) { return m > 1 && d > 40 ? d / 2 : d; }
 
-// Attention of the tile's 16 m tokens, which give way to its outputs. Zeros stand in keys and values from T on. The scores of up to 160
-// keys are in registers at once; more take turns, with what was summed before rescaled to the largest score.
+// Attention of the tile's 16 m tokens, which its outputs overwrite. Zeros stand in keys and values from T on. The scores of up to 160
+// keys are in registers at once; longer contexts are taken in parts, with what was summed before rescaled to the largest score.
 template <class Element, int d, int max_groups, int m, class OfRow>
 PERFUSION_DEVICE void attend_tile(Element* tile, const Element* keys, const Element* values, int groups, float scale, int T,
                                   const int32_t* regions, OfRow of_row) {

@@ -86,6 +86,9 @@ extern "C" perfusion_status perfusion_concept_gates(const perfusion_concept_gate
   const bool wide = wide_rows(p.encodings, 3) && wide_rows(p.targets, 2) && wide_rows(p.metric_targets, 2);
   const ConceptGatesLaunch arguments{p, {tiles, wide}, here.errors};
   const int bytes = static_cast<int>(sizeof(float)) * shared_floats(static_cast<int>(p.J));
-  auto* kernel = p.J <= resident_places ? kernel_for<1>(p.encodings.dtype) : kernel_for<0>(p.encodings.dtype);
-  return launch("concept_gates", kernel, p.B * tiles, 32 * gate_warps, bytes, stream, arguments);
+  const int resident = p.J <= gate_places ? 2 : p.J <= resident_places ? 1 : 0;
+  auto* kernel = resident == 2   ? kernel_for<2>(p.encodings.dtype)
+                 : resident == 1 ? kernel_for<1>(p.encodings.dtype)
+                                 : kernel_for<0>(p.encodings.dtype);
+  return launch("concept_gates", kernel, p.B * tiles, gate_threads(resident), bytes, stream, arguments);
 }

@@ -27,13 +27,17 @@ struct ConceptGatesLaunch {
   int32_t* errors;
 };
 
+// Lanes that share a row's columns, and threads of a block.
+PERFUSION_BOTH constexpr int gate_lanes(int resident) { return resident == 2 ? 4 : 8; }
+PERFUSION_BOTH constexpr int gate_threads(int resident) { return 32 * 64 / gate_lanes(resident); }
+
 PERFUSION_BOTH constexpr int places_in_steps(int J) { return (J + gate_places - 1) / gate_places * gate_places; }
 
 // Floats of a block: R, a column per token, and energies; in shared memory the warps' slices, and for resident places that all, with
 // biases, temperatures and slots.
 PERFUSION_BOTH constexpr int system_floats(int J) { return J * J + tokens_of_block * J + J; }
 constexpr int shared_floats(int J) {
-  return gate_warps * slice_floats + (J <= resident_places ? system_floats(J) + 2 * J + places_in_steps(J) : 0);
+  return slices_floats + (J <= resident_places ? system_floats(J) + 2 * J + places_in_steps(J) : 0);
 }
 static_assert(sizeof(float) * shared_floats(resident_places) <= 99 * 1024, "as much as every supported device has");
 
@@ -80,10 +84,11 @@ PERFUSION_DEVICE float by_word(float gate, const perfusion_concept_gates_params&
   return gate < least ? least : gate;
 }
 
-// `resident`, 0 or 1: at most resident_places.
+// `resident`: 0 for any number of places, 1 for resident_places at most, 2 for gate_places at most.
 template <class Element, int resident>
-PERFUSION_KERNEL(32 * gate_warps)
+PERFUSION_KERNEL(gate_threads(resident))
 concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
+  wait_for_previous_kernel();
   const perfusion_concept_gates_params& p = launch.call;
   const ConceptGatesPlan& plan = launch.plan;
   const int J = static_cast<int>(p.J), T = static_cast<int>(p.T);
@@ -98,11 +103,11 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
 
   std::conditional_t<resident, float*, GlobalFloats> system;  // [J, J]
   std::conditional_t<resident, const int*, SlotsInMemory> slots;
-  auto* slices = reinterpret_cast<float*>(shared_memory());  // [gate_warps, slice_floats]
-  float* parameters = slices + gate_warps * slice_floats;    // [2, J], biases and temperatures, of resident places
+  auto* slices = reinterpret_cast<float*>(shared_memory());  // [warps, slice_floats]
+  float* parameters = slices + slices_floats;                // [2, J], biases and temperatures, of resident places
   float bias = 0.0f, temperature = 1.0f;                     // of place thread(): stored at once, they would be waited for
   if constexpr (resident) {
-    static_assert(resident_places <= 32 * gate_warps, "a thread has a place at most");
+    static_assert(resident_places <= gate_threads(resident), "a thread has a place at most");
     auto* shared_slots = reinterpret_cast<int*>(parameters + 2 * J);  // [places_in_steps(J)]
     slots = shared_slots;
     system = parameters + 2 * J + places_in_steps(J);
@@ -130,21 +135,23 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
     return;
   }
 
-  const GateProducts<Element, decltype(slots)> products{
+  using Products = GateProducts<Element, decltype(slots), gate_lanes(resident)>;
+  const Products products{
       {static_cast<const Element*>(p.encodings.data) + b * p.encodings.strides[0], p.encodings.strides[1],
        p.encodings.strides[2]},
       {static_cast<const float*>(p.targets.data), p.targets.strides[0], p.targets.strides[1]},
       {static_cast<const float*>(p.metric_targets.data), p.metric_targets.strides[0], p.metric_targets.strides[1]},
       slots, first, T, static_cast<int>(p.D), J, plan.wide};
-  for (int place = 0; place < J; place += gate_places) {
-    for (int other = 0; other < J; other += gate_places) {
-      products.multiply(slices + warp() * slice_floats, place, other);
+  const int end = resident == 2 ? gate_places : J;
+  for (int place = 0; place < end; place += gate_places) {
+    for (int other = 0; other < end; other += gate_places) {
+      products.multiply(slices + warp() * Products::slice_floats, place, other);
       barrier();
       const int row = thread() / gate_places, j = place + thread() % gate_places, k = other + row - tokens_of_block;
       if (row < product_rows && j < J) {
         float sum = 0.0f;
         PERFUSION_UNROLL
-        for (int w = 0; w < gate_warps; ++w) sum += slices[w * slice_floats + thread()];
+        for (int w = 0; w < Products::warps; ++w) sum += slices[w * Products::slice_floats + thread()];
         if (row < tokens_of_block) {
           if (other == 0) columns[row * J + j] = slots[j] >= 0 ? sum : 0.0f;
         } else if (k < J) {
@@ -187,7 +194,7 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
   const auto store_component = [&](int t, int j, float a) {
     store(components + (first + t) * p.components.strides[1] + j * p.components.strides[2], slots[j] >= 0 ? a : 0.0f);
   };
-  if (resident && J <= gate_places) {  // a thread has all of a token's c in registers
+  if constexpr (resident == 2) {  // a thread has all of a token's c in registers
     const int t = thread();
     if (t >= tokens_of_block || first + t >= T) return;
     float c[gate_places];
@@ -212,7 +219,7 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
   }
 
   // the warp's lanes take the rows below, then those above, each solved entry
-  for (int t = warp(); t < tokens_of_block && first + t < T; t += gate_warps) {
+  for (int t = warp(); t < tokens_of_block && first + t < T; t += Products::warps) {
     const auto c = columns + t * J;
     for (int k = 0; k < J; ++k) {
       for (int j = k + 1 + lane(); j < J; j += 32) c[j] -= system[j * J + k] * c[k];

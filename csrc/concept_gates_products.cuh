@@ -8,6 +8,8 @@
 //   16 tokens,  │      │      │     │      │      │
 //   8 targets   └──────┴──────┴─   ─┴──────┴──────┴─     A slice comes into registers under the products of the one before.
 //
+// A block of 16 warps has slices of 32 columns, of which a lane has half of the rows: the same columns at a time, in 128 registers a thread.
+//
 // Sums stay in registers to the end. Then they are added over the lanes of a group, and by the caller over the warps, in order.
 #pragma once
 
@@ -17,15 +19,10 @@
 
 namespace perfusion {
 
-constexpr int gate_warps = 8, tokens_of_block = 16;
+constexpr int tokens_of_block = 16;
 constexpr int gate_places = 8;  // of metric targets, and of targets, that are multiplied at a time
-constexpr int group_lanes = 8, warp_groups = 32 / group_lanes;
-constexpr int slice_columns = 8 * group_lanes;
-constexpr int group_tokens = tokens_of_block / warp_groups, group_places = gate_places / warp_groups;
-constexpr int group_rows = group_tokens + group_places;
 constexpr int product_rows = tokens_of_block + gate_places;
-constexpr int slice_floats = gate_places * slice_columns;  // of shared memory for each warp
-static_assert(product_rows * gate_places <= slice_floats, "a warp's sums take the place of its metric targets");
+constexpr int slices_floats = 512 * gate_places;  // of shared memory: metric targets of all warps' slices
 
 // Four elements in 16 bytes; zeros from `count` on.
 PERFUSION_DEVICE Words gather(const float* from, int64_t stride, int count) {
@@ -79,14 +76,22 @@ PERFUSION_DEVICE void load_eight(Eight<Element>& x, const Element* row, int64_t 
 }
 
 // What a lane has of a slice.
-template <class Element>
+template <class Element, int tokens, int places>
 struct GateSlice {
-  Eight<Element> token[group_tokens];
-  Eight<float> target[group_places], metric_target[group_places];
+  Eight<Element> token[tokens];
+  Eight<float> target[places], metric_target[places];
 };
 
-template <class Element, class Slots>
+// group_lanes: 8 in blocks of 8 warps. Or 4 in blocks of 16: twice the groups, of half the rows, and a lane needs half the registers.
+template <class Element, class Slots, int group_lanes>
 struct GateProducts {
+  static constexpr int warp_groups = 32 / group_lanes, warps = 64 / group_lanes;
+  static constexpr int slice_columns = 8 * group_lanes, slice_floats = slices_floats / warps;
+  static_assert(product_rows * gate_places <= slice_floats, "a warp's sums take the place of its metric targets");
+  static constexpr int group_tokens = tokens_of_block / warp_groups, group_places = gate_places / warp_groups;
+  static constexpr int group_rows = group_tokens + group_places;
+  using Slice = GateSlice<Element, group_tokens, group_places>;
+
   Rows<Element> encodings;  // of the batch row
   Rows<float> targets, metric_targets;
   Slots slots;  // by place: -1 where there is none, and up to a multiple of gate_places
@@ -110,7 +115,7 @@ struct GateProducts {
       target[i] = targets.at(slots[other + i * warp_groups + group], 8 * mine);
       metric_target[i] = metric_targets.at(slots[place + i * warp_groups + group], 8 * mine);
     }
-    const auto bring_as = [&](GateSlice<Element>& slice, int column, int count, bool as_wide) {
+    const auto bring_as = [&](Slice& slice, int column, int count, bool as_wide) {
       PERFUSION_UNROLL
       for (int i = 0; i < group_places; ++i) {
         load_eight(slice.metric_target[i], metric_target[i], metric_targets.column, column, count, as_wide);
@@ -121,7 +126,7 @@ struct GateProducts {
         load_eight(slice.token[i], token[i], encodings.column, column, count, as_wide);
       }
     };
-    const auto bring = [&](GateSlice<Element>& slice, int column) {
+    const auto bring = [&](Slice& slice, int column) {
       const int count = D - column - 8 * mine;
       if (wide && (count >= 8 || count <= 0)) {  // one question for all, so that nothing stands between the loads
         bring_as(slice, column, count, true);
@@ -131,8 +136,8 @@ struct GateProducts {
     };
 
     float c[group_rows][gate_places] = {};
-    constexpr int step = gate_warps * slice_columns;
-    GateSlice<Element> next;
+    constexpr int step = warps * slice_columns;
+    Slice next;
     bring(next, warp() * slice_columns);
     for (int column = warp() * slice_columns; column < D; column += step) {
       float x[group_rows][8];
@@ -161,7 +166,12 @@ struct GateProducts {
       warp_barrier();  // all have read the metric targets
     }
     PERFUSION_UNROLL
-    for (int r = 0; r < group_rows; ++r) sums[(r * warp_groups + group) * gate_places + mine] = sum_of_eight_lanes(c[r]);
+    for (int r = 0; r < group_rows; ++r) {
+      constexpr int places = gate_places / group_lanes;
+      sum_of_lanes<group_lanes>(c[r]);
+      PERFUSION_UNROLL
+      for (int i = 0; i < places; ++i) sums[(r * warp_groups + group) * gate_places + mine * places + i] = c[r][i];
+    }
   }
 };
 

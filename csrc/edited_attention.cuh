@@ -48,6 +48,7 @@ template <class Element, int d, int max_groups, int m>
 PERFUSION_KERNEL_BESIDE(32 * max_attention_warps, attention_beside(d, max_groups, m))
 edited_attention_kernel(PERFUSION_CONSTANT EditedAttentionLaunch launch) {
   static_assert(d % 8 == 0 && d >= 16, "heads are read in pieces of 8 elements, and multiplied 16 at a time");
+  wait_for_previous_kernel();
   constexpr int pitch = tile_pitch(d), rows = 16 * m;
   const perfusion_edited_attention_params& p = launch.call;
   const EditedAttentionPlan& plan = launch.plan;

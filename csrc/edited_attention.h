@@ -28,7 +28,7 @@ constexpr int edit_bytes(int places, int sides, int d, int keys) {
 }
 
 // Warps from most_warps to least_warps, places of the edit and stages of queries: the most, in this order, that fit into `limit`
-// bytes behind K, V and `more` bytes. The edit lies behind each warp's first stage, and gives way to the second; `scratch` bytes lie
+// bytes behind K, V and `more` bytes. The edit lies behind each warp's first stage, where the second comes later; `scratch` bytes lie
 // where all of them do, before. Where nothing fits plan->warps is 0 and plan->bytes what the least would take. Tiles have 16 plan->m
 // rows.
 void fit_queries(EditedAttentionPlan* plan, const perfusion_edited_attention_params& params, int keys, int scratch, int most_warps,

@@ -68,6 +68,7 @@ struct Coefficients {
 // once: the edit is added to the product's float32 sums, and the result rounded once; else to the product as it is rounded.
 template <class Element, int rows, int columns, bool once>
 PERFUSION_DEVICE void project_and_edit(const EditedProjectionLaunch& launch) {
+  wait_for_previous_kernel();
   using Tile = ProjectionTile<rows, columns>;
   // elements from a row of the tile to the next: an odd number of 16-byte pieces
   constexpr int pitch = once ? columns + 4 : tile_pitch(columns), pieces = columns / 8, mine = rows / (Tile::threads / pieces);

@@ -25,6 +25,7 @@ struct EditedProjectionBackwardLaunch {
 template <class Element>
 PERFUSION_KERNEL(EncodingsGradientTile::threads)
 encodings_gradient_kernel(PERFUSION_CONSTANT EditedProjectionBackwardLaunch launch) {
+  wait_for_previous_kernel();
   using Tile = EncodingsGradientTile;
   constexpr int pitch = Tile::columns + 4;  // floats: an odd number of 16-byte pieces
   static_assert(4 * Tile::rows * pitch <= product_bytes<Tile, false>(), "the epilogue takes the product's place");
@@ -58,6 +59,7 @@ encodings_gradient_kernel(PERFUSION_CONSTANT EditedProjectionBackwardLaunch laun
 template <class Element>
 PERFUSION_KERNEL(sum_threads)
 sum_of_splits_kernel(PERFUSION_CONSTANT EditedProjectionBackwardLaunch launch) {
+  wait_for_previous_kernel();
   const perfusion_edited_projection_backward_params& p = launch.call;
   const EditedProjectionBackwardPlan& plan = launch.plan;
   const int64_t i = block() * sum_threads + thread(), pieces = plan.pitch / 8, rows = p.B * p.T;

@@ -6,7 +6,7 @@
 //   o, t of `places` concepts, [2 sides, d]      g, a  [places, keys]      a thread: 4 tokens x 8 columns, in float32,
 //              └───────────── scratch memory ─────────────┘ ───────────►   all of its concepts, then rounded once
 //
-// More concepts than scratch memory has places for take turns, and are read again for each of a thread's pieces.
+// More concepts than scratch memory has places for are taken in groups, which are read again for each of a thread's pieces.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -65,8 +65,8 @@ class HeadEdit {
   // Behind load_places(0), and a barrier since, behind which keys and values stand too.
   PERFUSION_DEVICE void apply(Element* key, Element* value) const {
     const int of_side = keys / 4 * pieces, all = sides * of_side;
-    for (int turn = 0; turn < all; turn += threads()) {
-      const int i = turn + thread(), side = first_side + i / of_side, t = i % of_side / pieces * 4, piece = i % pieces * 8;
+    for (int first = 0; first < all; first += threads()) {
+      const int i = first + thread(), side = first_side + i / of_side, t = i % of_side / pieces * 4, piece = i % pieces * 8;
       Element* at = (side == 0 ? key : value) + t * pitch + piece;
       float x[4][8];
       PERFUSION_UNROLL
@@ -74,7 +74,7 @@ class HeadEdit {
         if (i < all) widen(x[r], *reinterpret_cast<const Words*>(at + r * pitch), Element{});
       }
       for (int place = 0; place < J; place += plan.places) {
-        if (J > plan.places && turn + place > 0) {
+        if (J > plan.places && first + place > 0) {
           barrier();  // those before have been read
           load_places(place);
           barrier();

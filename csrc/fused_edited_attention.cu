@@ -44,9 +44,9 @@ int share_projection(int64_t heads, int64_t tiles, int64_t projection, int64_t u
   const int64_t most = std::min(useful, (8 * multiprocessors + heads - 1) / heads);
   int64_t best = 1, least = 0;
   for (int64_t splits = 1; splits <= most; ++splits) {
-    const int64_t turns = std::max<int64_t>(2, (heads * splits + multiprocessors - 1) / multiprocessors);
+    const int64_t waves = std::max<int64_t>(2, (heads * splits + multiprocessors - 1) / multiprocessors);
     const int64_t rounds = (useful + splits - 1) / splits;
-    const int64_t work = turns * (projection + rounds * max_attention_warps * unit);
+    const int64_t work = waves * (projection + rounds * max_attention_warps * unit);
     if (splits == 1 || work < least) best = splits, least = work;
   }
   return static_cast<int>(best);

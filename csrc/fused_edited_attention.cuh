@@ -90,6 +90,7 @@ PERFUSION_DEVICE void project_keys(Element* keys, Element* values, Element* step
 template <class Element, int d, int max_groups>
 PERFUSION_KERNEL(32 * max_attention_warps)
 fused_edited_attention_kernel(PERFUSION_CONSTANT FusedEditedAttentionLaunch launch) {
+  wait_for_previous_kernel();
   constexpr int pitch = tile_pitch(d);
   const perfusion_edited_attention_params& p = launch.call;
   const EditedAttentionPlan& plan = launch.plan.attention;

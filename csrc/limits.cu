@@ -63,7 +63,7 @@ int shared_memory_of(const char* kernel, std::initializer_list<int> numbers) {
   // tokens for tiles of 16 rows, and of 32
   if (is("edited_attention")) return planned(plan_edited_attention, tile[2] == 1 ? 96 : 1024, tile[0], tile[1]).bytes;
   if (is("fused_edited_attention")) return planned(plan_fused_edited_attention, 1024, tile[0], tile[1]).attention.bytes;
-  if (is("concept_gates")) return tile[0] ? -1 : static_cast<int>(sizeof(float)) * gate_warps * slice_floats;
+  if (is("concept_gates")) return tile[0] ? -1 : static_cast<int>(sizeof(float)) * slices_floats;
 #define PERFUSION_BYTES(ROWS, COLUMNS) \
   if ((is("edited_projection") || is("fused_edited_projection")) && tile[0] == ROWS && tile[1] == COLUMNS) {          \
     return product_bytes<ProjectionTile<ROWS, COLUMNS>, true>();                                                       \

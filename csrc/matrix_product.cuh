@@ -1,9 +1,9 @@
-// A tile of C = A Bᵀ, or of A B, by all threads of a block: 16-bit elements, sums in float32 on tensor cores. What becomes of C is
-// its operator's matter: the tile is handed over in registers, two neighbouring columns at a time.
+// A tile of C = A Bᵀ, or of A B, by all threads of a block: 16-bit elements, sums in float32 on tensor cores. The epilogue
+// is the operator's own: it is called with the tile's sums in registers, two neighbouring columns at a time.
 //
 //               B, a step: [columns, depth]        The sum over k goes in steps of `depth`. Of `stages` steps in shared memory one
-//              ┌────────┬────────┐                 is multiplied while the others are on their way, with one barrier a step: past
-//              │        │        │ … stages        it, all have read the step before, whose place the next load takes.
+//              ┌────────┬────────┐                 is multiplied while the others are being copied, with one barrier a step: behind
+//              │        │        │ … stages        it all warps have read the step before, which the next copy overwrites.
 //              └────────┴────────┘
 //  A, a step   ┌────────┬────────┐
 //   ┌───────┐  │ warp 0 │ warp 1 │                 Each warp owns rows / down x columns / across of C in registers: per 16 of k

@@ -1,4 +1,4 @@
-// The image tokens of one head on their way past its keys and values, a warp with a tile of 16 m at a time and no barrier of the block.
+// The loop over the image tokens of one head: each warp takes tiles of 16 m tokens, without barriers of the block.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -7,7 +7,7 @@
 namespace perfusion {
 
 // 16 m tokens of the query, zeros from N on, into a warp's stage; asynchronous where the layout allows it. A lane fills the pieces
-// that it reads in store_outputs, so a tile may land on the outputs before it without a barrier.
+// that it reads in store_outputs, so a tile may overwrite the outputs before it without a barrier.
 template <class Element, int d, int m>
 PERFUSION_DEVICE void load_queries(Element* stage, const Element* from, int64_t row, int64_t column, int first, int N,
                                    bool wide) {

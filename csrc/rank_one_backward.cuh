@@ -3,8 +3,8 @@
 //
 //   coefficients_gradient   a block per side and two tokens: its threads run along O, with the sums of eight places in registers,
 //                           which are then added over lanes, and over warps in order
-//   tables_gradient         a block per side, slot and 256 columns, 8 for each lane: its warps take turns with the tokens of the
-//                           rows that use the slot, and their sums are added in order
+//   tables_gradient         a block per side, slot and 256 columns, 8 for each lane: its warps share the tokens of the rows that
+//                           use the slot, and their sums are added in order
 //
 // Nothing is added atomically: every sum has one order. Bytes read: dX once per side, and by tables_gradient once per use of a slot;
 // a table's rows once per two tokens of a row that uses them. Sides come first in the order of blocks, then slots: they share dX.
@@ -41,6 +41,7 @@ constexpr int tables_gradient_bytes = 4 * rank_one_warps * rank_one_columns;
 template <class Element>
 PERFUSION_KERNEL(32 * rank_one_warps)
 coefficients_gradient_kernel(PERFUSION_CONSTANT RankOneBackwardLaunch launch) {
+  wait_for_previous_kernel();
   constexpr int tokens = rank_one_tokens, places = rank_one_places;
   const RankOneBackwardLaunch& p = launch;
   const int64_t tiles = (p.T + tokens - 1) / tokens;
@@ -98,6 +99,7 @@ coefficients_gradient_kernel(PERFUSION_CONSTANT RankOneBackwardLaunch launch) {
 template <class Element>
 PERFUSION_KERNEL(32 * rank_one_warps)
 tables_gradient_kernel(PERFUSION_CONSTANT RankOneBackwardLaunch launch) {
+  wait_for_previous_kernel();
   const RankOneBackwardLaunch& p = launch;
   const RankOneSide& side = p.side[block() % p.sides];
   const int64_t slot = block() / p.sides % p.S, column = block() / p.sides / p.S * rank_one_columns + 8 * lane();

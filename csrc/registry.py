@@ -2,8 +2,8 @@
 
     python csrc/registry.py REGISTRY.cpp OBJECT…
 
-CMake runs it when the objects are there. ptxas's words, which keep_ptxas.sh keeps beside each of nvcc's, say everything but the
-dynamic shared memory, which limits.cu knows. C++ and Python read the table by perfusion_compiled_kernels of
+CMake runs it when the objects are there. ptxas's reports, which keep_ptxas.sh keeps beside each of nvcc's objects, have everything but
+the dynamic shared memory, which limits.cu computes. C++ and Python read the table by perfusion_compiled_kernels of
 include/perfusion_kernels.h.
 """
 
@@ -75,7 +75,7 @@ def source(rows: Iterable[dict]) -> str:
         dynamic = f'perfusion::shared_memory_of("{kernel}", {{{", ".join(map(str, arguments))}}})'
         lines.append(f"    {{{texts}, PERFUSION_{row['dtype'].upper()}, {numbers}, {dynamic}}},\n")
     return f"""\
-// Written by csrc/registry.py from the words of ptxas.
+// Written by csrc/registry.py from ptxas's reports.
 #include "perfusion_kernels.h"
 #include "../limits.h"
 

@@ -1,4 +1,4 @@
-// How an operator refuses: a status, and a message for perfusion_last_message.
+// How an operator reports an error: a status, and a message for perfusion_last_message.
 #pragma once
 
 #include "include/perfusion_kernels.h"

@@ -1,9 +1,9 @@
 """diffusers' own tests of the pipelines that concepts work with, once plain and twice with perfusion attached: none may be lost.
 
-    python -m tests.peers FOLDER [options of pytest]
+    python -m tests.peers FOLDER [--offline] [test_file.py ...] [options of pytest]
 
-FOLDER is a checkout of diffusers of the installed version. Its tests load small tokenizers from the model hub, so they need the network
-or a filled cache. The runs are: plain; every pipeline attached at its first call; and so with a concept loaded that no prompt names.
+FOLDER is a checkout of diffusers, best of the installed version. Its tests load small tokenizers from the model hub, so they need the
+network or a filled cache; with --offline they get stand-ins instead, and those that compare with numbers are then not counted. The runs are: plain; every pipeline attached at its first call; and so with a concept loaded that no prompt names.
 A test that passes plain and does not pass in the others is printed, and makes the exit status 1. What never passes plain is not counted.
 """
 
@@ -22,7 +22,7 @@ MODES = ("attached", "loaded")
 VARIABLE = "PERFUSION_PEERS"  # the mode of a run, for the plugin below
 FOLDERS = (
     "stable_diffusion", "stable_diffusion_2", "stable_diffusion_adapter", "stable_diffusion_xl", "controlnet", "pag", "animatediff",
-    "latent_consistency_models",
+    "latent_consistency_models", "kolors", "pixart_alpha", "pixart_sigma",
 )  # fmt: skip
 
 
@@ -35,13 +35,13 @@ def test_files(folder: Path) -> list[Path]:
     return found
 
 
-def passed(folder: Path, files: list[Path], options: list[str], mode: str | None) -> set[str]:
-    """The tests that pass in one run of pytest of its own."""
+def passed(folder: Path, files: list[Path], options: list[str], mode: str | None, hub: dict[str, str]) -> set[str]:
+    """The tests that pass in one run of pytest of its own. hub: environment variables of the model hub."""
     here = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.xml")
         paths = [str(folder), str(here), str(here / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        environment = {**os.environ, **hub, "PYTHONPATH": os.pathsep.join(paths)}
         command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(folder), f"--junitxml={report}"]
         if mode is not None:
             environment[VARIABLE] = mode
@@ -60,12 +60,18 @@ def passed(folder: Path, files: list[Path], options: list[str], mode: str | None
 def main(arguments: list[str]) -> int:
     if not arguments:
         raise SystemExit(__doc__)
-    folder, options = Path(arguments[0]).resolve(), arguments[1:]
-    files = test_files(folder)
-    plain = passed(folder, files, options, None)
-    if not plain:
-        raise SystemExit("no test passes without perfusion, so there is nothing to compare; can the tests' tokenizers be loaded?")
-    lost = {mode: sorted(plain - passed(folder, files, options, mode)) for mode in MODES}
+    folder, rest = Path(arguments[0]).resolve(), arguments[1:]
+    chosen = [each for each in rest if each.endswith(".py")]
+    options = [each for each in rest if each not in chosen and each != "--offline"]
+    files = [path for path in test_files(folder) if not chosen or any(str(path).endswith(each) for each in chosen)]
+    from tests import peers_hub  # here, for among diffusers' tests this file is a plugin, and `tests` is theirs
+
+    with tempfile.TemporaryDirectory() as cache:
+        hub = peers_hub.write(Path(cache)) if "--offline" in rest else {}
+        plain = passed(folder, files, options, None, hub)
+        if not plain:
+            raise SystemExit("no test passes without perfusion, so there is nothing to compare; can the tests' tokenizers be loaded?")
+        lost = {mode: sorted(plain - passed(folder, files, options, mode, hub)) for mode in MODES}
     for mode, names in lost.items():
         print(f"{mode}: {len(plain) - len(names)} of {len(plain)} tests that pass plain")
         for name in names:
@@ -133,7 +139,8 @@ def _concept(pipe: Any) -> Any:
 def _word(tokenizers: list[Any]) -> str:
     """A word that is one token of all tokenizers."""
     words = sorted(tokenizers[0].get_vocab()) if tokenizers else ["thing"]
-    for word in (each.removesuffix("</w>") for each in words if each.endswith("</w>") or not tokenizers):
+    whole = [each for each in words if each.endswith("</w>") or each.startswith("▁") or not tokenizers]
+    for word in (each.removesuffix("</w>").removeprefix("▁") for each in whole):
         if word.isalpha() and all(len(each(word, add_special_tokens=False).input_ids) == 1 for each in tokenizers):
             return word
     return "thing"

@@ -45,14 +45,6 @@ def test_options_that_messages_name_exist():
         assert not wrong - other, (path, wrong)
 
 
-def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("perfusion.demo.run_demo", lambda output, **_: seen.append(output))
-    seen = []
-    CliRunner().invoke(cli.app, ["demo", "--output=~/x"], prog_name="perfusion")
-    assert seen == [tmp_path / "x"]
-
-
 def test_a_signal_has_its_own_exit_code(monkeypatch):
     def end(*_, **__):
         raise Terminated(15)

@@ -9,6 +9,7 @@ the pictures are.
 A block after the line <!-- not run: REASON --> is left out. The reasons are counted below: there are to be few.
 """
 
+import contextlib
 import re
 import shlex
 from collections import Counter
@@ -20,14 +21,16 @@ from typer.testing import CliRunner
 from perfusion import cli, models
 from perfusion.captions import everyday_captions
 from perfusion.covariance import compute_covariance
+from perfusion.serve import Settings, running
 from tests.stand_in import save_concept, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:the covariance of")  # of few captions, in a tiny model
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "csrc/README.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "csrc/README.md", ROOT / "integrations/comfyui/README.md"]
 ELSEWHERE = {"add-an-operator.md": ROOT / "tests/kernels/test_docs.py"}  # pages with a test of their own
-SHORT = {"train": ["--steps", "2"], "generate": ["--steps", "2"]}  # the last of two equal options counts
+SHORT = {"train": ["--steps", "2"], "generate": ["--steps", "2"], "serve": ["--check", "--port", "0"]}  # the last of equal options counts
+SERVER = "http://127.0.0.1:8000"  # pages that name it are given a server of that model
 REASONS = {"needs a GPU": 2, "needs a checkpoint": 5}  # how many blocks may say so
 
 BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>[^\n]*) -->\n)?^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -68,6 +71,7 @@ def here(world, monkeypatch, tmp_path_factory):
     """The world, as the working folder and the built-in model."""
     monkeypatch.chdir(world)
     monkeypatch.setattr(models, "TOYBOX", world / "model")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.getbasetemp() / "perfusion-data"))
     monkeypatch.setenv("PERFUSION_CACHE", str(tmp_path_factory.getbasetemp() / "perfusion-home"))
     return world
 
@@ -77,12 +81,16 @@ def with_blocks(language):
 
 
 @pytest.mark.parametrize("page", with_blocks("python"))
-def test_python(page, here):
+def test_python(page, here, tmp_path):
     lines = []
     for number, code in blocks(page, "python"):
         lines += [""] * (number - len(lines)) + code.splitlines()
-    program = compile("\n".join(lines[1:]) + "\n", str(page), "exec")  # so that errors name the page's line
-    exec(program, {"__name__": "__main__"})
+    text = "\n".join(lines[1:]) + "\n"
+    with contextlib.ExitStack() as stack:
+        if SERVER in text:
+            settings = Settings(models={"toybox": str(here / "model")}, folder=tmp_path / "server", port=0)
+            text = text.replace(SERVER, stack.enter_context(running(settings)))
+        exec(compile(text, str(page), "exec"), {"__name__": "__main__"})  # so that errors name the page's line
 
 
 @pytest.mark.parametrize("page", with_blocks("bash"))
@@ -146,5 +154,5 @@ def test_errors_name_the_line_of_the_page(tmp_path, here):
     page = tmp_path / "page.md"
     page.write_text("```python\nx = 1\n```\ntext\n```python\n\n1 / 0\n```\n")
     with pytest.raises(ZeroDivisionError) as caught:
-        test_python(page, here)
+        test_python(page, here, tmp_path)
     assert (caught.traceback[-1].path, caught.traceback[-1].lineno + 1) == (page, 7)

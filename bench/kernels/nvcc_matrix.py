@@ -43,6 +43,8 @@ class Kernel:
     wide_loads: int = 0  # of 16 bytes from global memory, synchronous or not
     wide_stores: int = 0
     local: int = 0  # accesses to local memory
+    waits: int = 0  # for the kernel before
+    unordered: int = 0  # accesses to global memory in front of that
 
 
 def module(path: str) -> ModuleType:
@@ -77,13 +79,15 @@ def count_instructions(sass: Iterable[str]) -> dict[str, dict[str, int]]:
     counts = {}
     for line in sass:
         if function := re.match(r"\s*Function : (\S+)", line):
-            mine = counts[function[1]] = dict(tensor=0, wide_loads=0, wide_stores=0, local=0)
+            mine = counts[function[1]] = dict(tensor=0, wide_loads=0, wide_stores=0, local=0, waits=0, unordered=0)
         elif operation := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line):
             wide = ".128" in operation[1]
             mine["tensor"] += operation[1].startswith(("HMMA", "UTCHMMA", "HGMMA"))
             mine["wide_loads"] += wide and operation[1].startswith("LDG")  # LDGSTS too
             mine["wide_stores"] += wide and operation[1].startswith("STG")
             mine["local"] += operation[1].startswith(("LDL", "STL"))
+            mine["waits"] += operation[1] == "ACQBULK"
+            mine["unordered"] += not mine["waits"] and operation[1].startswith(("LDG", "STG"))
     return counts
 
 
@@ -94,8 +98,8 @@ def disassembled(library: Path, arch: str) -> Iterator[str]:
         raise RuntimeError(f"cuobjdump could not disassemble {library} for {arch}")
 
 
-def compiled(architectures: Sequence[str], jobs: int = 2) -> tuple[Path, dict]:
-    """The library, and what its build says of it: setup.py's compile_library."""
+def compiled(architectures: Sequence[str] = (), jobs: int = 2) -> tuple[Path, dict]:
+    """The library, of all architectures if none is named, and what its build says of it: setup.py's compile_library."""
     os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)
     os.environ["MAX_JOBS"] = str(jobs)
     return module("setup.py").compile_library()
@@ -146,6 +150,8 @@ def complaints(kernels: Iterable[Kernel]) -> list[str]:
             found.append(f"{who}: no 16-byte load")
         if not kernel.name.startswith(NARROW) and not kernel.wide_stores:
             found.append(f"{who}: no 16-byte store")
+        if int(kernel.arch.removeprefix("sm_")) >= 90 and (not kernel.waits or kernel.unordered):
+            found.append(f"{who}: reads or writes memory before it waits for the kernel before it")
     return found
 
 
@@ -194,7 +200,7 @@ def main() -> None:
     parser.add_argument("--arch", action="append", help="compute capability; default: " + " ".join(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    library, content = compiled(arguments.arch or ARCHITECTURES, arguments.jobs)
+    library, content = compiled(arguments.arch or (), arguments.jobs)
     kernels = kernels_of(library, content)
     write(kernels, content["cuda"])
     for complaint in complaints(kernels):

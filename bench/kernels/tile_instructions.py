@@ -83,22 +83,31 @@ def compile_loop(source: Path, arch: str, widths: list[int]) -> str:
         return subprocess.run([cuobjdump(), "-sass", str(target)], check=True, capture_output=True, text=True).stdout
 
 
+NAMES = (*CLASSES, "integer and control")
+TITLES = ("head width", "rows of a tile", "all", *NAMES, "bytes, shared", "bytes, global")
+
+
+def rows(source: Path, arch: str, widths: list[int]) -> list[list[int]]:
+    """A line of the table, TITLES, for each tile of 80 keys; counts for 16 rows."""
+    found = []
+    for name, body in loops(compile_loop(source, arch, widths)).items():
+        numbers = [int(number) for number in re.findall(r"Li(\d+)E", name)]
+        d, groups, m = *numbers[:2], numbers[2] if len(numbers) > 2 else 1
+        if groups != 5:
+            continue
+        instructions, moved = counted(body)
+        shared = moved["shared, matrices"] + moved["shared, others"]
+        cells = (sum(instructions.values()), *(instructions[each] for each in NAMES), shared, moved["global"])
+        found.append([d, 16 * m, *(round(cell / m) for cell in cells)])
+    return sorted(found)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", default="90")
     parser.add_argument("--width", type=int, action="append")
     parser.add_argument("--source", type=Path, default=ROOT / "csrc")
     options = parser.parse_args()
-    names = [*CLASSES, "integer and control"]
-    print("| head width | rows of a tile | all | " + " | ".join(names) + " | bytes, shared | bytes, global |")
-    print("|---|---|---|" + "---|" * (len(names) + 2))
-    for name, body in sorted(loops(compile_loop(options.source, options.arch, options.width or [40, 64, 80, 160])).items()):
-        numbers = [int(number) for number in re.findall(r"Li(\d+)E", name)]
-        d, groups, m = *numbers[:2], numbers[2] if len(numbers) > 2 else 1
-        if groups != 5:
-            continue
-        instructions, moved = counted(body)
-        cells = [sum(instructions.values()), *(instructions[each] for each in names)]
-        shared = moved["shared, matrices"] + moved["shared, others"]
-        cells = [f"{cell / m:.0f}" for cell in (*cells, shared, moved["global"])]
-        print(f"| {d} | {16 * m} | " + " | ".join(cells) + " |")
+    print("| " + " | ".join(TITLES) + " |\n|" + "---|" * len(TITLES))
+    for row in rows(options.source, options.arch, options.width or [40, 64, 80, 160]):
+        print("| " + " | ".join(map(str, row)) + " |")

@@ -1,6 +1,6 @@
 """One file per suite. Cases are those of the tests' factory.
 
-`problems(options)` of a suite gives its cases and, for each, the contestants; a suite that is no contest gives rows itself,
+`problems(options)` of a suite gives its cases and, for each, the candidates; a suite that measures in another way gives rows itself,
 by `measured(options)`.
 """
 
@@ -10,7 +10,10 @@ from typing import Any
 
 from bench.measure import Options, measure
 
-NAMES = ("decide", "gates", "projection", "attention", "fused", "layer", "step", "training", "export", "overhead", "storage", "startup")
+NAMES = (
+    "decide", "gates", "projection", "attention", "fused", "layer", "step", "tenants", "swap", "capacity", "train", "export",
+    "overhead", "storage", "startup", "static", "serving",
+)  # fmt: skip
 
 
 def measured(suite: str, options: Options) -> Iterator[dict[str, Any]]:

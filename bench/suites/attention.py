@@ -6,7 +6,7 @@ from bench import formulas
 from bench.measure import Options, Problem
 from bench.providers import formula, library, ours
 from bench.suites.draw import T, case, problem, unets
-from bench.timing import Contestant
+from bench.timing import Candidate
 from tests.kernels import cases
 
 WIDTH = 16  # D: there are keys and values already
@@ -23,7 +23,7 @@ def problems(options: Options) -> Iterator[Problem]:
                 if J == 0:
                     arguments = {name: tensor if name in ("query", "key", "value") else None for name, tensor in arguments.items()}
 
-                def contestants(arguments: dict, scale: float = scale) -> list[Contestant]:
+                def candidates(arguments: dict, scale: float = scale) -> list[Candidate]:
                     positional = cases.positional("edited_attention", arguments, scale)
                     return [
                         *ours("edited_attention", arguments, scale=scale),
@@ -32,4 +32,4 @@ def problems(options: Options) -> Iterator[Problem]:
                     ]
 
                 name = f"{model}, {B} rows, N = {N}, d = {d}, J = {J}"
-                yield problem(name, "edited_attention", arguments, scale, one.index, options, contestants, B=B, N=N, T=T, H=H, d=d, J=J)
+                yield problem(name, "edited_attention", arguments, scale, one.index, options, candidates, B=B, N=N, T=T, H=H, d=d, J=J)

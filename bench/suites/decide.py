@@ -14,7 +14,7 @@ from torch import Tensor
 from bench import microbenchmarks
 from bench.measure import Options, Problem
 from bench.providers import ours
-from bench.timing import Contestant
+from bench.timing import Candidate
 
 M, N, K = 2048, 1280, 1280  # to_q of SDXL's 1024 tokens for two rows
 TILES = ((128, 64), (128, 128), (256, 128))
@@ -33,14 +33,14 @@ def problems(options: Options) -> Iterator[Problem]:
     yield launches(options)
 
 
-def on_gpu(name: str, options: Options, make: Callable[[], Callable[[], object]], **more) -> Contestant:
-    """A contestant of the microbenchmarks; `make` gives its call, once it is known that there can be one."""
+def on_gpu(name: str, options: Options, make: Callable[[], Callable[[], object]], **more) -> Candidate:
+    """A candidate of the microbenchmarks; `make` gives its call, once it is known that there can be one."""
     if options.device.type != "cuda":
-        return Contestant(name, None, "the microbenchmarks need a GPU")
+        return Candidate(name, None, "the microbenchmarks need a GPU")
     try:
-        return Contestant(name, make(), **more)
+        return Candidate(name, make(), **more)
     except (OSError, RuntimeError) as error:
-        return Contestant(name, None, str(error))
+        return Candidate(name, None, str(error))
 
 
 def launch(function: str, *arguments) -> None:
@@ -66,7 +66,7 @@ def product(options: Options) -> Problem:
     draw = torch.Generator(options.device).manual_seed(0)
     x, weight = (torch.randn(*shape, generator=draw, device=options.device).to(options.dtype) for shape in ((1, m, k), (n, k)))
 
-    def contestants(x: Tensor, weight: Tensor) -> list[Contestant]:
+    def candidates(x: Tensor, weight: Tensor) -> list[Candidate]:
         def tile(rows: int, columns: int) -> Callable[[], Tensor]:
             microbenchmarks.load()
 
@@ -81,14 +81,14 @@ def product(options: Options) -> Problem:
         table = torch.zeros(1, n, device=x.device, dtype=x.dtype)
         edit = dict(gates=none, components=none, index=none[0, :1].int(), outputs=table, projected_targets=table)
         return [
-            Contestant("library", functools.partial(torch.nn.functional.linear, x, weight), on_graph=True),
+            Candidate("library", functools.partial(torch.nn.functional.linear, x, weight), on_graph=True),
             *(on_gpu(f"mma.sync {shape[0]}x{shape[1]}", options, functools.partial(tile, *shape), on_graph=True) for shape in TILES),
             *ours("edited_projection", {"encodings": x, "weight": weight, **edit}, " edited_projection"),
         ]
 
     return Problem(
         f"product, {m} x {n} x {k}", dict(M=m, N=n, K=k), options.dtype, one_row(options), exact=lambda: x.double() @ weight.double().T,
-        plain=lambda: x @ weight.T, contestants=contestants(x, weight), again=lambda: contestants(x.clone(), weight.clone()),
+        plain=lambda: x @ weight.T, candidates=candidates(x, weight), again=lambda: candidates(x.clone(), weight.clone()),
         copied=x.nbytes + weight.nbytes, facts={"bytes": x.element_size() * (m * k + n * k + m * n), "flops": 2 * m * n * k},
     )  # fmt: skip
 
@@ -118,7 +118,7 @@ def read(mebibytes: int, options: Options) -> Problem:
 
     return Problem(
         f"read, {mebibytes} MiB, {repeats} times", dict(MiB=mebibytes, repeats=repeats), torch.int32, one_row(options),
-        exact=truth, plain=truth, contestants=[on_gpu("ld.global.cg", options, make, check=checked)],
+        exact=truth, plain=truth, candidates=[on_gpu("ld.global.cg", options, make, check=checked)],
         facts={"bytes": words.nbytes * repeats},
     )  # fmt: skip
 
@@ -142,7 +142,7 @@ def issue(options: Options) -> Problem:
 
     return Problem(
         f"mma.sync alone, {repeats} rounds", dict(blocks=blocks, repeats=repeats), torch.bfloat16, one_row(options),
-        exact=lambda: truth(torch.float64), plain=lambda: truth(torch.float32), contestants=[on_gpu("mma.sync", options, make)],
+        exact=lambda: truth(torch.float64), plain=lambda: truth(torch.float32), candidates=[on_gpu("mma.sync", options, make)],
         facts={"flops": ISSUED * blocks * repeats},
     )  # fmt: skip
 
@@ -165,9 +165,9 @@ def launches(options: Options) -> Problem:
         return number.double() / calls
 
     one = lambda: torch.ones(1, 1, dtype=torch.float64, device=options.device)  # noqa: E731
-    contestants = [
+    candidates = [
         on_gpu("launch", options, functools.partial(make, 0), check=counted, on_graph=True),
         on_gpu("programmatic launch", options, functools.partial(make, 1), check=counted, on_graph=True),
-        Contestant("torch add_", functools.partial(number.add_, 1), check=counted, on_graph=True),
+        Candidate("torch add_", functools.partial(number.add_, 1), check=counted, on_graph=True),
     ]
-    return Problem("launch of one block", {}, torch.int32, one_row(options), exact=one, plain=one, contestants=contestants)
+    return Problem("launch of one block", {}, torch.int32, one_row(options), exact=one, plain=one, candidates=candidates)

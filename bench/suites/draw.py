@@ -6,24 +6,24 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from bench import floors
+from bench import roofline
 from bench.measure import Options, Problem
-from bench.timing import Contestant
+from bench.timing import Candidate
 from tests.kernels import cases, plain
 
 T = 77
-SMALL = (floors.Layer(48, 64, 2, 2),)  # a UNet for --quick
+SMALL = (roofline.Layer(48, 64, 2, 2),)  # a UNet for --quick
 
 
-def unets(options: Options) -> Iterator[tuple[str, tuple[floors.Layer, ...], int, int]]:
+def unets(options: Options) -> Iterator[tuple[str, tuple[roofline.Layer, ...], int, int]]:
     """(model, its layers, text width, rows)."""
     if options.quick:
         yield "small", SMALL, 24, 2
         return
-    for model in filter(floors.UNETS.get, options.models):
-        layers = tuple(layer for layer in floors.UNETS[model] if not options.tokens or layer.N in options.tokens)
+    for model in filter(roofline.UNETS.get, options.models):
+        layers = tuple(layer for layer in roofline.UNETS[model] if not options.tokens or layer.N in options.tokens)
         for rows in options.rows:
-            yield model, layers, floors.TEXT_WIDTHS[model], rows
+            yield model, layers, roofline.TEXT_WIDTHS[model], rows
 
 
 def places(options: Options) -> tuple[int, ...]:
@@ -40,12 +40,12 @@ def case(options: Options, *, B: int, D: int, J: int, H: int, d: int, N: int, ch
 
 def problem(
     name: str, operator: str, arguments: dict[str, Tensor | None], scale: float, index: Tensor, options: Options,
-    contestants: Callable[[dict[str, Tensor | None]], list[Contestant]], **shapes: int,
+    candidates: Callable[[dict[str, Tensor | None]], list[Candidate]], **shapes: int,
 ) -> Problem:  # fmt: skip
-    """The plain formula is that of the tests, row by row, and so is the truth, in float64. contestants: makes them for these arguments."""
+    """The plain formula is that of the tests, row by row, and so is the truth, in float64. candidates: makes them for these arguments."""
 
-    def copied() -> list[Contestant]:
-        return contestants({key: tensor if tensor is None else tensor.clone() for key, tensor in arguments.items()})
+    def copied() -> list[Candidate]:
+        return candidates({key: tensor if tensor is None else tensor.clone() for key, tensor in arguments.items()})
 
     values = cases.positional(operator, arguments, scale)
     if operator == "edited_attention" and arguments["index"] is None:
@@ -58,7 +58,7 @@ def problem(
     return Problem(
         name, shapes, options.dtype, index,
         exact=lambda: formula(*map(double, values)), plain=lambda: formula(*values),
-        contestants=contestants(arguments), work=floors.of(operator, arguments), again=copied,
+        candidates=candidates(arguments), work=roofline.of(operator, arguments), again=copied,
         copied=sum(tensor.nbytes for tensor in arguments.values() if tensor is not None),
     )  # fmt: skip
 

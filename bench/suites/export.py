@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import Options, Problem
-from bench.timing import Contestant
+from bench.timing import Candidate
 from perfusion.base import describe_base
 from perfusion.exporting import writers
 from perfusion.exporting.folder import unet_graph
@@ -84,16 +84,16 @@ def problem(name: str, pipe: Any, folder: Path, options: Options) -> Problem:
         with torch.no_grad():
             return module(**inputs)
 
-    contestants = [Contestant("torch", stock), Contestant("torch, K and V", eager)]
+    candidates = [Candidate("torch", stock), Candidate("torch, K and V", eager)]
     with module.installed():
         graph = unet_graph(pipe, module)
         written = {"onnxruntime": (graph, inputs), "onnxruntime, by layer": (split_graph(graph, module, pairs), by_layer)}
         for provider, (each, arrays) in written.items():
-            contestants.append(Contestant(provider, *onnx(each, arrays, folder / f"{len(contestants)}.onnx", options)))
-    module.install()  # for the contestant that calls it; it has processors of its own
+            candidates.append(Candidate(provider, *onnx(each, arrays, folder / f"{len(candidates)}.onnx", options)))
+    module.install()  # for the candidate that calls it; it has processors of its own
     shapes = dict(R=ROWS, T=length, D=base.encoding_dim, O=base.outputs, layers=len(base.layers), side=side)
     index = torch.zeros(ROWS, 1, dtype=torch.int32, device=options.device)
-    return Problem(f"{name}, {side} x {side}", shapes, torch.float32, index, exact, stock, contestants)
+    return Problem(f"{name}, {side} x {side}", shapes, torch.float32, index, exact, stock, candidates)
 
 
 def split_graph(graph: Graph, module: UNetGraph, pairs: list[tuple[Tensor, Tensor]]) -> Graph:

@@ -6,7 +6,7 @@ from bench import formulas
 from bench.measure import Options, Problem
 from bench.providers import formula, library, ours
 from bench.suites.draw import T, case, problem, unets
-from bench.timing import Contestant
+from bench.timing import Candidate
 from tests.kernels import cases
 
 
@@ -17,7 +17,7 @@ def problems(options: Options) -> Iterator[Problem]:
             one = case(options, B=B, D=D, J=1, H=H, d=d, N=N)
             scale = d**-0.5
 
-            def contestants(arguments: dict, scale: float = scale) -> list[Contestant]:
+            def candidates(arguments: dict, scale: float = scale) -> list[Candidate]:
                 positional = cases.positional("fused_edited_attention", arguments, scale)
                 return [
                     *ours("fused_edited_attention", arguments, scale=scale),
@@ -27,5 +27,5 @@ def problems(options: Options) -> Iterator[Problem]:
 
             arguments, name = one.arguments("fused_edited_attention"), f"{model}, {B} rows, N = {N}, d = {d}"
             yield problem(
-                name, "fused_edited_attention", arguments, scale, one.index, options, contestants, B=B, N=N, T=T, D=D, H=H, d=d, J=1
+                name, "fused_edited_attention", arguments, scale, one.index, options, candidates, B=B, N=N, T=T, D=D, H=H, d=d, J=1
             )

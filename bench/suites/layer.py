@@ -8,7 +8,7 @@ from bench import formulas
 from bench.measure import Options, Problem
 from bench.providers import formula, library, ours
 from bench.suites.draw import T, case, problem, unets
-from bench.timing import Contestant
+from bench.timing import Candidate
 from tests.kernels import cases
 
 
@@ -19,28 +19,28 @@ def problems(options: Options) -> Iterator[Problem]:
             one = case(options, B=B, D=D, J=0, H=H, d=d, N=N, channels=C)
             scale = d**-0.5
 
-            def contestants(arguments: dict, one: cases.Case = one, scale: float = scale) -> list[Contestant]:
+            def candidates(arguments: dict, one: cases.Case = one, scale: float = scale) -> list[Candidate]:
                 positional = cases.positional("cross_attention_layer", arguments, scale)
                 return [
                     *ours("cross_attention_layer", arguments, scale=scale),
                     *library(lambda: formulas.expert_cross_attention_layer(*positional)),
-                    Contestant("expert addmm", lambda: formulas.addmm_cross_attention_layer(*positional), on_graph=True),
+                    Candidate("expert addmm", lambda: formulas.addmm_cross_attention_layer(*positional), on_graph=True),
                     diffusers(one),
                     *formula("cross_attention_layer", positional, options.compile),
                 ]
 
             arguments, name = one.arguments("cross_attention_layer"), f"{model}, {B} rows, N = {N}, C = {C}"
             yield problem(
-                name, "cross_attention_layer", arguments, scale, one.index, options, contestants, B=B, N=N, C=C, T=T, H=H, d=d, D=D
+                name, "cross_attention_layer", arguments, scale, one.index, options, candidates, B=B, N=N, C=C, T=T, H=H, d=d, D=D
             )
 
 
-def diffusers(one: cases.Case) -> Contestant:
+def diffusers(one: cases.Case) -> Candidate:
     """The block that the pipeline has, which projects the text to K and V at every step."""
     try:
         from diffusers.models.attention_processor import Attention
     except ImportError as error:
-        return Contestant("diffusers", None, f"diffusers cannot be imported: {error}")
+        return Candidate("diffusers", None, f"diffusers cannot be imported: {error}")
     H, d = one.query.shape[2:]
     with torch.device("meta"):
         block = Attention(one.hidden_states.shape[-1], one.encodings.shape[-1], heads=H, dim_head=d)
@@ -55,4 +55,4 @@ def diffusers(one: cases.Case) -> Contestant:
     def call() -> torch.Tensor:
         return block(one.hidden_states, encoder_hidden_states=one.encodings) + one.residual
 
-    return Contestant("diffusers", call)
+    return Candidate("diffusers", call)

@@ -16,7 +16,7 @@ import torch
 
 from bench import rows
 from bench.measure import Options
-from bench.timing import Contestant, interleave
+from bench.timing import Candidate, facts, interleave
 
 COMMANDS = {
     "import torch": "import torch",
@@ -51,11 +51,11 @@ def measured(options: Options) -> Iterator[dict[str, Any]]:
             reasons[name] = ran.stderr.strip().splitlines()[-1] if ran.stderr.strip() else f"status {ran.returncode}"
         else:
             peaks[name] = 1024 * int(ran.stdout.split()[-1])
-            admitted.append(Contestant(name, process(code)))
+            admitted.append(Candidate(name, process(code)))
     rounds = (2, 2) if options.quick else options.rounds
     cpu = torch.device("cpu")
     timed = interleave(admitted, cpu, seconds=options.seconds * len(admitted), rounds=rounds, clock=children)
-    times = dict(zip((contestant.provider for contestant in admitted), timed))
+    times = dict(zip((candidate.provider for candidate in admitted), timed))
     for name in COMMANDS:
         row = {
             "suite": "startup", "case": "a fresh process", "provider": name, "dtype": "none", "shapes": {}, **rows.provenance("cpu"),
@@ -64,9 +64,8 @@ def measured(options: Options) -> Iterator[dict[str, Any]]:
         if name in reasons:
             yield {**row, "gate": "not passed", "reason": reasons[name]}
             continue
-        low, middle, high = (round(1e6 * value, 1) for value in times[name].quantiles())
-        ratios = {other: [round(value, 4) for value in times[name].ratio(its)] for other, its in times.items() if other != name}
+        found = facts(times, name)
+        found.pop("processor_ratios", None)  # of this process, which waits for the others
         yield {
-            **row, "gate": "passed", "median_us": middle, "p20_us": low, "p80_us": high, "repeats": len(times[name].samples), "calls": 1,
-            "peak_bytes": peaks[name], "l2": "warm", "clock": "processor time", "ratios": ratios,
+            **row, "gate": "passed", **found, "calls": 1, "peak_bytes": peaks[name], "l2": "warm", "clock": "processor time",
         }  # fmt: skip

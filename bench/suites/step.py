@@ -1,105 +1,129 @@
-"""One step of the UNet: stock, attached without a concept, personalised, and personalised by the compatibility path.
+"""One step of the UNet with a concept in it, against the stock pipeline's without one and against other ways to have one.
 
-Models: toybox as it is, and UNets of Stable Diffusion 1.5's and XL's shapes with random weights at small latents; with --quick
-the tests' tiny pipeline. Two rows, as guidance makes them, one of them with a concept. The gate: attached without a concept, the
-step has the stock step's bits; the two personalised steps agree.
+Two rows, as guidance makes them: no words, and a prompt with one concept. Models: toybox as it is, and UNets of Stable
+Diffusion 1.5's and XL's shapes with random weights at small latents; with --quick the tests' tiny pipeline.
+
+    stock                the pipeline without a concept: what a step costs anyway
+    attached             the same with perfusion attached and a concept loaded that the prompt does not name
+    perfusion            a concept in the prompt, keys and values in slots
+    perfusion, hooks     the same by the compatibility path (exact=True)
+    expert, gated edit, perfusion-pytorch, LoRA, LoRA fused          see bench/peers.py
+    ... compiled         after torch.compile of the whole UNet, of toybox and with --quick alone: it takes minutes elsewhere
+
+Checked: attached has the stock step's bits. The edited row of perfusion, hooks, expert, gated edit and perfusion-pytorch is the
+same within the roundings of float32; a fused LoRA agrees with the unfused one.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import rows
+from bench import peers
 from bench.measure import Options
-from bench.providers import quiet
-from bench.suites.training import SD15, own_modules
-from bench.timing import Contestant, interleave
-from perfusion.base import describe_base
+from bench.suites.pipelines import base_of, chosen, common, encoded, opened, step_of, step_with, timed, told
+from bench.suites.train import own_modules
 from perfusion.handle import attach
-from perfusion.models import load_pipeline
 from tests.perfusion.editing import make_concept
-from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
-SDXL = dict(
-    block_out_channels=(320, 640, 1280), layers_per_block=2, norm_num_groups=32, attention_head_dim=(5, 10, 20),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), transformer_layers_per_block=(1, 2, 10),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-)  # fmt: skip
-MODELS: dict[str, tuple[Callable[[], Any], int]] = {  # how to make it, and the side of its latents
-    "toybox": (lambda: load_pipeline("toybox", device="cpu"), 8),
-    "sd15": (lambda: tiny_sd(width=768, unet=SD15), 16),
-    "sdxl": (lambda: tiny_sdxl(widths=(768, 1280), unet=SDXL), 8),
-}
+COMPILED = ("toybox", "tiny")
+PROMPT, PLAIN = "a <teddy>", "a cat"
+EDITED = ("perfusion", "perfusion, hooks", "perfusion compiled", "expert", "gated edit", "perfusion-pytorch")
 
 
 def measured(options: Options) -> Iterator[dict[str, Any]]:
-    models = {"tiny": (tiny_sd, 8)} if options.quick else {name: made for name, made in MODELS.items() if name in options.models}
-    for name, (make, side) in models.items():
-        yield from _rows(name, make().to(options.device), side, options)
+    for name, model in chosen(options).items():
+        pipe, reason = opened(name, model, options)
+        if pipe is None:
+            yield from told(common("step", f"{name}, 2 rows", None, options), {}, {"perfusion": reason}, options)
+        else:
+            yield from _rows(name, pipe, model.side, options)
 
 
 def _rows(name: str, pipe: Any, side: int, options: Options) -> Iterator[dict[str, Any]]:
-    base, device = describe_base(pipe), options.device
+    base, device = base_of(pipe), options.device
+    concept = make_concept(base, "teddy").to(device)
     steps: dict[str, Callable[[], Tensor]] = {}
+    absent: dict[str, str] = {}
     handles = []
-    for provider, prompt, loaded, exact in (
-        ("stock", "a cat", None, False),
-        ("attached", "a cat", False, False),
-        ("personalised", "a <teddy>", True, False),
-        ("hooks", "a <teddy>", True, True),
-    ):
+
+    def ours(prompt: str, *, exact: bool = False, compiled: bool = False) -> Callable[[], Tensor]:
         own = own_modules(pipe)  # the same weights, and hooks of its own
-        if loaded is not None:
-            handles.append(attach(own, exact=exact))
-            if loaded:
-                handles[-1].load(make_concept(base, "teddy"))
-        steps[provider] = _step(own, prompt, side, device)
-    results = {provider: step() for provider, step in steps.items()}
-    same = torch.equal(results["stock"], results["attached"])
-    near = torch.allclose(results["personalised"], results["hooks"], atol=1e-3, rtol=1e-2)
-    gates = {"stock": True, "attached": same, "personalised": near, "hooks": near}
-    contestants = [Contestant(provider, steps[provider]) for provider in steps if gates[provider]]
-    clock = {"wall": time.perf_counter, "process": time.process_time}[options.clock]
-    with quiet(), torch.no_grad():
-        timed = interleave(contestants, device, seconds=options.seconds * len(contestants), rounds=options.rounds, clock=clock)
-    times = {contestant.provider: each for contestant, each in zip(contestants, timed)}
-    common = {
-        "suite": "step", "case": f"{name}, 2 rows", "dtype": "float32", "quick": options.quick, "load": rows.load(),
-        "shapes": dict(R=2, T=77, D=base.encoding_dim, O=base.outputs, layers=len(base.layers), side=side), **rows.provenance(str(device)),
-    }  # fmt: skip
-    for provider in steps:
-        if provider not in times:
-            yield {**common, "provider": provider, "gate": "not passed", "reason": "its step is not the one that it should be"}
+        handles.append(attach(own, exact=exact))
+        handles[-1].load(concept)
+        if compiled:
+            own.unet = _compiled(own.unet)
+        return step_of(own, prompt, side, device)
+
+    def stock(*, compiled: bool = False) -> Callable[[], Tensor]:
+        own = own_modules(pipe)
+        return step_with(_compiled(own.unet) if compiled else own.unet, *encoded(own, PLAIN, device), side)
+
+    def peer(change: Callable[[Any], Any]) -> Callable[[], Tensor]:
+        return step_with(change(own_modules(pipe).unet), encodings, conditions, side)
+
+    steps["stock"] = stock()
+    steps["attached"] = ours(PLAIN)
+    steps["perfusion"] = ours(PROMPT)
+    encodings, conditions = encoded(handles[-1].pipe, PROMPT, device)
+    encodings = encodings.clone()  # for the others: nobody takes these for ours
+    steps["perfusion, hooks"] = ours(PROMPT, exact=True)
+    makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
+        "expert": lambda: peer(lambda unet: peers.with_expert(unet, concept, encodings)),
+        "gated edit": lambda: peer(lambda unet: peers.with_gated_edit(unet, concept)),
+        "perfusion-pytorch": lambda: peer(lambda unet: peers.with_perfusion_pytorch(unet, concept, encodings.shape[1])),
+        "LoRA": lambda: peer(peers.with_lora),
+        "LoRA fused": lambda: step_with(peers.with_lora(own_weights(own_modules(pipe).unet), fused=True), encodings, conditions, side),
+        "stock compiled": lambda: stock(compiled=True),
+        "perfusion compiled": lambda: ours(PROMPT, compiled=True),
+    }
+    for provider, make in makers.items():
+        if provider.endswith("compiled") and (name not in COMPILED or not options.compile):
+            absent[provider] = "left out by --compile none" if name in COMPILED else "compiling takes minutes: measured on toybox alone"
             continue
-        low, middle, high = (round(1e6 * value, 3) for value in times[provider].quantiles())
-        ratios = {
-            other: [round(value, 4) for value in times[provider].ratio(each)] for other, each in times.items() if other != provider
-        }
-        yield {
-            **common, "provider": provider, "gate": "passed", "median_us": middle, "p20_us": low, "p80_us": high,
-            "repeats": len(times[provider].samples), "l2": "warm", "clock": options.clock, "ratios": ratios,
-        }  # fmt: skip
+        try:
+            steps[provider] = make()
+        except Exception as error:  # a library that is not here, or does not take this
+            absent[provider] = f"{type(error).__name__}: {error}"
+    results = {}
+    for provider, step in steps.items():
+        try:
+            results[provider] = step()
+        except Exception as error:
+            absent[provider] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    absent |= {provider: "its step is not the one that it should be" for provider in _wrong(results)}
+    times = timed({provider: steps[provider] for provider in results if provider not in absent}, options)
+    yield from told(common("step", f"{name}, 2 rows", base, options, R=2, side=side), times, absent, options)
     for handle in handles:
         handle.detach()
 
 
-def _step(pipe: Any, prompt: str, side: int, device: torch.device) -> Callable[[], Tensor]:
-    """A call that makes one step with the encodings of a prompt behind those of no words."""
-    found = pipe.encode_prompt(prompt=prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True)
-    encodings = torch.cat([found[0] if found[1] is None else found[1], found[0]])
-    latents = torch.randn(2, pipe.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-    conditions = None
-    if pipe.unet.config.addition_embed_type == "text_time":
-        conditions = {"text_embeds": torch.cat([found[3], found[2]]), "time_ids": torch.zeros(2, 6, device=device)}
-    timestep = torch.tensor(500, device=device)
+def _wrong(results: dict[str, Tensor]) -> list[str]:
+    """Whose result does not agree with what it should be."""
+    truth = results.get("gated edit", results["perfusion, hooks"])[1]  # the published formula, layer by layer
+    size = truth.abs().max()
+    wrong = [name for name in EDITED if name in results and (results[name][1] - truth).abs().max() > 1e-3 * size]
+    if not torch.equal(results["stock"], results["attached"]):
+        wrong.append("attached")
+    if (truth - results["stock"][1]).abs().max() < 1e-2 * size:
+        wrong.append("perfusion")  # an edit that does nothing is none
+    if {"LoRA", "LoRA fused"} <= results.keys() and not torch.allclose(results["LoRA"], results["LoRA fused"], atol=1e-3 * float(size)):
+        wrong.append("LoRA fused")
+    if "stock compiled" in results and not torch.allclose(results["stock"], results["stock compiled"], atol=1e-3 * float(size)):
+        wrong.append("stock compiled")
+    return wrong
 
-    @torch.no_grad()
-    def step() -> Tensor:
-        return pipe.unet(latents, timestep, encoder_hidden_states=encodings, added_cond_kwargs=conditions, return_dict=False)[0]
 
-    return step
+def _compiled(unet: Any) -> Any:
+    return torch.compile(unet, dynamic=False)
+
+
+def own_weights(unet: Any) -> Any:
+    """A UNet, with weights of its own in its attention, which fusing a LoRA writes to."""
+    for name, module in unet.named_modules():
+        if name.split(".")[-1] in ("to_q", "to_k", "to_v") or name.endswith("to_out.0"):
+            module.weight = torch.nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+    return unet

@@ -29,6 +29,15 @@ PERFUSION_DEVICE unsigned char* shared_memory() {
   return bytes;
 }
 
+// Programmatic dependent launch, of chips from 9.0 on. The wait comes first, so that a kernel whose
+// blocks begin before this one ends finds all that stood before this one, too.
+PERFUSION_DEVICE void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 PERFUSION_DEVICE void barrier() { __syncthreads(); }
 PERFUSION_DEVICE void warp_barrier() { __syncwarp(); }
 PERFUSION_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }

@@ -24,6 +24,7 @@ struct Device {
   int shared_per_block;           // bytes, with opt-in
   int shared_per_multiprocessor;  // bytes
   int cache;                      // bytes, of the second level
+  bool dependent_launch;          // whether a kernel may begin before the one before it has ended
   int32_t* errors;                // PERFUSION_DEVICE_ERRORS words of host memory that kernels write and the host reads
 };
 

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 
@@ -23,6 +25,17 @@ class BesideCapture {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
 };
 
+// Programmatic dependent launch: chips from 9.0 on have it, and graphs from CUDA 12.3 on can hold it. PERFUSION_DEPENDENT_LAUNCH=0
+// leaves it out, to measure what it gains.
+inline cudaError_t ask_dependent_launch(int ordinal, bool* result) {
+  int major = 0, driver = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
+  if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
+  const char* wish = std::getenv("PERFUSION_DEPENDENT_LAUNCH");
+  *result = major >= 9 && driver >= 12030 && !(wish != nullptr && std::strcmp(wish, "0") == 0);
+  return error;
+}
+
 inline cudaError_t ask_device(int ordinal, Device* result) {
   const struct {
     cudaDeviceAttr attribute;
@@ -37,9 +50,11 @@ inline cudaError_t ask_device(int ordinal, Device* result) {
     const cudaError_t error = cudaDeviceGetAttribute(each.value, each.attribute, ordinal);
     if (error != cudaSuccess) return error;
   }
+  cudaError_t error = ask_dependent_launch(ordinal, &result->dependent_launch);
+  if (error != cudaSuccess) return error;
   const BesideCapture beside;
   void* errors = nullptr;  // kept as long as the process lives: kernels in flight may write them
-  const cudaError_t error = cudaHostAlloc(&errors, PERFUSION_DEVICE_ERRORS * sizeof(int32_t), cudaHostAllocPortable | cudaHostAllocMapped);
+  error = cudaHostAlloc(&errors, PERFUSION_DEVICE_ERRORS * sizeof(int32_t), cudaHostAllocPortable | cudaHostAllocMapped);
   if (error != cudaSuccess) return error;
   result->errors = static_cast<int32_t*>(errors);
   for (int i = 0; i < PERFUSION_DEVICE_ERRORS; ++i) result->errors[i] = 0;
@@ -91,13 +106,25 @@ inline cudaError_t allow_shared_memory(const void* kernel) {
 template <class Arguments>
 perfusion_status launch(const char* operation, void (*kernel)(Arguments), int64_t blocks, int threads, int bytes,
                         perfusion_stream stream, const Arguments& arguments) {
+  Device here;
+  const perfusion_status status = device(operation, &here);
+  if (status != PERFUSION_OK) return status;
   const auto* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = bytes > 48 * 1024 ? allow_shared_memory(function) : cudaSuccess;
   if (error == cudaSuccess) {
+    cudaLaunchAttribute early{};  // the kernel itself waits: wait_for_previous_kernel
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t configuration{};
+    configuration.gridDim = dim3(static_cast<unsigned>(blocks));
+    configuration.blockDim = dim3(static_cast<unsigned>(threads));
+    configuration.dynamicSmemBytes = static_cast<size_t>(bytes);
+    configuration.stream = static_cast<cudaStream_t>(stream);
+    configuration.attrs = &early;
+    configuration.numAttrs = here.dependent_launch ? 1 : 0;
     // not <<<>>> and cudaGetLastError, which would also give what an earlier call of somebody else has left there
     void* values[] = {const_cast<Arguments*>(&arguments)};
-    error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads), values, static_cast<size_t>(bytes),
-                             static_cast<cudaStream_t>(stream));
+    error = cudaLaunchKernelExC(&configuration, function, values);
   }
   if (error == cudaSuccess) return PERFUSION_OK;
   return fail(PERFUSION_DEVICE_ERROR, "%s: the launch was refused: %s", operation, cudaGetErrorString(error));

@@ -1,6 +1,7 @@
 // The little that kernels ask of a device. Two implementations: the GPU's, and one that runs the same source on the CPU.
 //
 //   thread() threads() warp() lane() block()      where we are; a warp is 32 lanes
+//   wait_for_previous_kernel()                    first of all: a kernel may begin while the one before it in the stream still runs
 //   barrier() warp_barrier()                      of the block, of the warp; all its threads must come
 //   shuffle_xor(x, mask)                          the value of lane ^ mask
 //   copy_async(shared, global, bytes)             16 bytes, zeros from `bytes` on; lands no earlier than its wait. A bool: all or none

@@ -5,7 +5,7 @@
 
 namespace perfusion {
 
-// Whether rows of `tensor` can be read 8 elements at a time in accesses of 16 bytes; said once per launch, on the host.
+// Whether rows of `tensor` can be read 8 elements at a time in accesses of 16 bytes; asked once per launch, on the host.
 inline bool wide_rows(const perfusion_tensor& tensor, int dimensions) {
   const int64_t step = tensor.dtype == PERFUSION_FLOAT32 ? 4 : 8;
   bool aligned = reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.strides[dimensions - 1] == 1;
@@ -13,7 +13,7 @@ inline bool wide_rows(const perfusion_tensor& tensor, int dimensions) {
   return aligned;
 }
 
-// The slot in a bank of S that stands there; -1 for none, and for one out of range, which is noted in the device's words.
+// The slot in a bank of S that stands there; -1 for none, and for one out of range, which is noted in `errors`.
 PERFUSION_DEVICE int32_t bank_slot(const int32_t* place, int64_t S, int32_t* errors) {
   const int32_t slot = load(place);
   if (slot >= -1 && slot < S) return slot;

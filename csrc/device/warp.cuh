@@ -12,18 +12,19 @@ PERFUSION_DEVICE float sum_of_warp(float x) {
   return x;
 }
 
-// x[i] of eight neighbouring lanes, for each of them the i that is its number among the eight.
-PERFUSION_DEVICE float sum_of_eight_lanes(float (&x)[8]) {
+// The sums of x over 8 or 4 neighbouring lanes, shared out among them: lane m of these has x[8 / lanes m + i] in x[i], i < 8 / lanes.
+template <int lanes>
+PERFUSION_DEVICE void sum_of_lanes(float (&x)[8]) {
+  int half = 4;
   PERFUSION_UNROLL
-  for (int half = 4; half > 0; half /= 2) {
-    const bool upper = lane() & half;
+  for (int mask = lanes / 2; mask > 0; mask /= 2, half /= 2) {
+    const bool upper = lane() & mask;
     PERFUSION_UNROLL
     for (int i = 0; i < half; ++i) {
       const float given = upper ? x[i] : x[i + half];
-      x[i] = (upper ? x[i + half] : x[i]) + shuffle_xor(given, half);
+      x[i] = (upper ? x[i + half] : x[i]) + shuffle_xor(given, mask);
     }
   }
-  return x[0];
 }
 
 }  // namespace perfusion

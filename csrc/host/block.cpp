@@ -148,7 +148,10 @@ Machine& machine() {
   return one;
 }
 
+void wait_for_previous_kernel() { here().self().has_waited = true; }
+
 void count(bool written, const void* address, int bytes) {
+  if (!here().self().has_waited) stop("global memory is touched while the kernel before may still run");
   Machine& one = machine();
   (written ? bytes == 16 ? one.written_wide : one.written_narrow : bytes == 16 ? one.read_wide : one.read_narrow) += bytes;
   if (one.device.cache) here().cache.access(address, bytes, written);

@@ -25,7 +25,7 @@ enum class Order { forward, backward, shuffled };  // which of the threads that 
 // What the run may be told, and what it tells.
 struct Machine {
   int32_t errors[PERFUSION_DEVICE_ERRORS] = {};  // what kernels note
-  Device device{2, 232448, 233472, 0, nullptr};  // each launch finds its cache full of other things; without one, no traffic is counted
+  Device device{2, 232448, 233472, 0, false, nullptr};  // each launch finds its cache full of other things; without one, no traffic is counted
   Order order = Order::forward;
   uint64_t read_wide = 0, read_narrow = 0;        // bytes of global memory, in accesses of 16 bytes and in smaller ones
   uint64_t written_wide = 0, written_narrow = 0;  // the same
@@ -40,6 +40,8 @@ Machine& machine();  // of this OS thread
 
 // The message of what went wrong, empty if nothing did.
 std::string run(int64_t blocks, int threads, int bytes, const std::function<void()>& kernel);
+
+void wait_for_previous_kernel();
 
 // Every access to global memory comes by here.
 void count(bool written, const void* address, int bytes);

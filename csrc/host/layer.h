@@ -26,6 +26,7 @@ inline int warp() { return host::thread() / 32; }
 inline int lane() { return host::thread() % 32; }
 inline int64_t block() { return host::block(); }
 inline unsigned char* shared_memory() { return host::shared_memory(); }
+inline void wait_for_previous_kernel() { host::wait_for_previous_kernel(); }
 inline void barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { host::barrier(file, line); }
 inline void warp_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { host::warp_barrier(file, line); }
 inline float shuffle_xor(float x, int mask) { return host::shuffle_xor(x, mask); }

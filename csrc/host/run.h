@@ -33,6 +33,7 @@ struct Lane {
   std::deque<Copy> copies;        // issued and not landed
   std::deque<size_t> groups;      // copies per committed group
   size_t open = 0;                // copies issued since
+  bool has_waited = false;        // for the kernel before
   const void* operand = nullptr;  // of the collective that the lane is at
 };
 

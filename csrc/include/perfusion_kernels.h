@@ -179,7 +179,7 @@ PERFUSION_API int64_t perfusion_fused_edited_attention_longest(int64_t shared_me
 /* The largest J that perfusion_concept_gates takes. */
 PERFUSION_API int64_t perfusion_concept_gates_most(void);
 
-/* A kernel as it was compiled for one architecture, from the words of ptxas. Bytes of spills are those stored and loaded, of stack
+/* A kernel as it was compiled for one architecture, as ptxas reports it. Bytes of spills are those stored and loaded, of stack
  * those of a thread's local memory, of shared memory those of a block. */
 typedef struct perfusion_compiled_kernel {
   const char *kernel;            /* "edited_attention"; an operator may have several */

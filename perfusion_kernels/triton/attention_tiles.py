@@ -114,13 +114,30 @@ def along(x0, x1, y0, y1, T1: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def base_2(scale, POSITIVE: tl.constexpr):
+    """What scores() still has to be multiplied with: exp(scale x) is exp2(scale log₂e x)."""
+    factor = 1.0
+    if POSITIVE:
+        factor = scale * LOG2_E
+    return factor
+
+
+@triton.jit
 def scores(q0, q1, k00, k01, k10, k11, scale, T, T0: tl.constexpr, T1: tl.constexpr, D1: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
-    """scale · log₂e · q K̃ᵀ for both pieces of the positions, -inf beyond T, and each query's largest."""
-    s0 = across(q0, q1, k00, k01, D1, PRECISION) * (scale * LOG2_E)
+           POSITIVE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """q K̃ᵀ for both pieces of the positions, -inf beyond T, and each query's largest.
+
+    A positive scale does not change which is largest. So it is left to the multiply-add that subtracts the largest (base_2); any
+    other is multiplied here. The last piece alone is masked.
+    """
+    s0 = across(q0, q1, k00, k01, D1, PRECISION)
+    if not POSITIVE:
+        s0 *= scale * LOG2_E
     s1 = s0
     if T1 > 0:
-        s1 = across(q0, q1, k10, k11, D1, PRECISION) * (scale * LOG2_E)
+        s1 = across(q0, q1, k10, k11, D1, PRECISION)
+        if not POSITIVE:
+            s1 *= scale * LOG2_E
         s1 = tl.where((T0 + tl.arange(0, T1))[None, :] < T, s1, float("-inf"))
         largest = tl.maximum(tl.max(s0, 1), tl.max(s1, 1))
     else:

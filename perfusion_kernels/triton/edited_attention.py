@@ -1,8 +1,7 @@
 """softmax(scale · q K̃ᵀ) Ṽ with Triton, K̃ and Ṽ being K and V or their edits, of the row that a slot names, within regions.
 
 A program has one row and head. It loads all T keys and values once, edits them on the way, and then takes
-tile after tile of queries: one pass, no running maximum. How many tiles a program takes depends on how many
-programs there are without it, so that a few queries still occupy a whole GPU.
+tile after tile of queries: one pass, no running maximum. How many tiles a program takes, waves.py says.
 """
 
 import torch
@@ -17,6 +16,7 @@ from .attention_tiles import (
     alignment,
     along,
     at_head,
+    base_2,
     load_tile,
     padded,
     precision,
@@ -28,9 +28,7 @@ from .attention_tiles import (
 )
 from .edited_tiles import SMALL, edit_arguments, load_edited
 from .tuning import launch
-
-PROGRAMS = 512
-"""What a launch aims at: two to four per multiprocessor of a large GPU."""
+from .waves import share
 
 
 def unsupported(query: Tensor, key: Tensor, *value_edit_and_scale) -> str | None:
@@ -57,18 +55,20 @@ def edited_attention(query: Tensor, key: Tensor, value: Tensor, *rest) -> Tensor
     where = ((slots, 1), (query_regions, 2), (key_regions, 2))
     where_strides = [n for x, dimensions in where for n in ((0,) * dimensions if x is None else x.stride())]
 
+    configurations, of_program = tiles(T, d, query.dtype), held(T, d, query.dtype)
+
     def run(tiles):
-        programs, each = share(N, B * H, tiles["BLOCK_N"])
+        programs, each = share(N, B * H, tiles, of_program, query.device)
         _attend[(programs * B * H,)](
             query, key, value, result, *edit, slots, query_regions, key_regions, errors,
             *query.stride(), *key.stride(), *value.stride(), *edit_strides, *where_strides,
             float(scale), N, T, H, J, S, len(key), programs, each,
             d=d, PLACES=places, ALIGNED=alignment(*(x.stride(2) for x in (query, key, value))), **sizes(T, d),
-            PRECISION=precision(query), **tiles,
+            POSITIVE=scale > 0, PRECISION=precision(query), **tiles,
         )  # fmt: skip
 
     # the edit is not in the key: a row without a concept has the bits of plain attention, so both take the same tiles
-    fitting = shared_memory.fitting(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
+    fitting = shared_memory.fitting(configurations, of_program, query.device)
     launch("edited_attention", (B, N, T, H, d, query.dtype), query.device, fitting, run)
     return result
 
@@ -82,6 +82,7 @@ def tiles(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
     return (
         {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         {"BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_N": 128, "num_warps": 4, "num_stages": 2},  # 32 rows a warp: keys and values are read from shared memory half as often
         {"BLOCK_N": 64, "num_warps": 4, "num_stages": 1},
         {"BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
     )
@@ -91,13 +92,6 @@ def held(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
     """All keys and values of a head, a tile of queries and its weights."""
     T, d = padded(T, d)
     return lambda tiles: dtype.itemsize * (2 * T * d + tiles["BLOCK_N"] * (T + d))
-
-
-def share(N: int, pairs: int, block: int) -> tuple[int, int]:
-    """(programs per row and head, tiles of queries per program)."""
-    count = triton.cdiv(N, block)
-    each = triton.cdiv(count, max(1, min(count, PROGRAMS // pairs)))
-    return triton.cdiv(count, each), each
 
 
 @triton.jit(
@@ -115,7 +109,7 @@ def _attend(
     scale, N, T, H, J, S, P, programs, each,
     d: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    POSITIVE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0) // programs
     b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
@@ -143,7 +137,7 @@ def _attend(
     attend_tiles(
         query + b * query_b + at_head(h, query_h, ALIGNED), result + (b * N * H + h) * d, k00, k01, k10, k11, v00, v01, v10, v11,
         query_n, query_d, scale, N, T, H, (tl.program_id(0) % programs) * each, each,
-        slots, there, query_regions, key_regions, query_regions_n, key_regions_t, d, T0, T1, D0, D1, PRECISION, BLOCK_N,
+        slots, there, query_regions, key_regions, query_regions_n, key_regions_t, d, T0, T1, D0, D1, POSITIVE, PRECISION, BLOCK_N,
     )  # fmt: skip
 
 
@@ -152,11 +146,12 @@ def attend_tiles(
     query, result, k00, k01, k10, k11, v00, v01, v10, v11, query_n, query_d, scale, N, T, H, first, each,
     slots, there, query_regions, key_regions, query_regions_n, key_regions_t,
     d: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    POSITIVE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """`each` tiles of queries from tile `first` on; query and result point to the head's columns of the batch row, regions to the
     row. Zeros if there are slots and the row's is not `there`."""
     c0 = tl.arange(0, D0)
+    factor = base_2(scale, POSITIVE)
     if query_regions is not None:
         t0, t1 = tl.arange(0, T0), T0 + tl.arange(0, T1 if T1 > 0 else 16)
         bits0 = tl.load(key_regions + t0 * key_regions_t, mask=t0 < T, other=0)
@@ -167,7 +162,7 @@ def attend_tiles(
         q1 = q0
         if D1 > 0:
             q1 = load_tile(query, n, D0 + tl.arange(0, D1), query_n, query_d, N, d)
-        s0, s1, largest = scores(q0, q1, k00, k01, k10, k11, scale, T, T0, T1, D1, PRECISION)
+        s0, s1, largest = scores(q0, q1, k00, k01, k10, k11, scale, T, T0, T1, D1, POSITIVE, PRECISION)
         if query_regions is not None:
             bits = tl.load(query_regions + n * query_regions_n, mask=n < N, other=0)
             s0 = within_regions(s0, bits, bits0)
@@ -176,11 +171,11 @@ def attend_tiles(
                 s1 = within_regions(s1, bits, bits1)
                 largest = tl.maximum(largest, tl.max(s1, 1))
             largest = tl.where(largest == float("-inf"), 0.0, largest)  # nothing is left: all weights are 0
-        p0 = tl.exp2(s0 - largest[:, None])
+        p0 = tl.exp2(s0 * factor - (largest * factor)[:, None])
         p1 = p0
         total = tl.sum(p0, 1)
         if T1 > 0:
-            p1 = tl.exp2(s1 - largest[:, None])
+            p1 = tl.exp2(s1 * factor - (largest * factor)[:, None])
             total += tl.sum(p1, 1)
         share = 1.0 / (total if query_regions is None else tl.where(total > 0, total, 1.0))
         o0 = along(p0, p1, v00, v10, T1, PRECISION) * share[:, None]

@@ -21,6 +21,7 @@ from .attention_tiles import (
     alignment,
     along,
     at_head,
+    base_2,
     load_tile,
     padded,
     pieces,
@@ -31,10 +32,10 @@ from .attention_tiles import (
     unsupported_sizes,
 )
 from .device import rounded
-from .edited_attention import share
 from .edited_tiles import SMALL, edit_arguments, load_edited
 from .rank_one import rank_one_backward
 from .tuning import launch
+from .waves import share
 
 
 def unsupported_backward(gradient: Tensor, query: Tensor, key: Tensor, *value_edit_scale_and_needs) -> str | None:
@@ -93,10 +94,10 @@ def attention_gradients(
     shapes = (B, N, T, H, d, query.dtype)
 
     def run_query(tiles):
-        programs, each = share(N, B * H, tiles["BLOCK_N"])
+        programs, each = share(N, B * H, tiles, held_by_query(T, d, query.dtype), query.device)
         _by_query[(programs * B * H,)](
             query, key, value, gradient, by_query, logarithms, sums, *tensors, errors, *strides,
-            float(scale), N, T, H, J, S, programs, each, **constants, **sizes(T, d), **tiles,
+            float(scale), N, T, H, J, S, programs, each, **constants, **sizes(T, d), POSITIVE=scale > 0, **tiles,
         )  # fmt: skip
 
     fitting = shared_memory.fitting(tiles_by_query(T, d, query.dtype), held_by_query(T, d, query.dtype), query.device)
@@ -107,7 +108,7 @@ def attention_gradients(
     def run_key_and_value(tiles):
         nonlocal by_key, by_value
         blocks = triton.cdiv(T, tiles["BLOCK_T"])
-        programs, each = share(N, B * H * blocks, tiles["BLOCK_N"])
+        programs, each = share(N, B * H * blocks, tiles, held_by_key(T, d, query.dtype), query.device)
         by_key, by_value = (torch.empty((programs, B, T, H, d), dtype=torch.float32, device=query.device) for _ in "kv")
         D0, D1 = pieces(d)
         _by_key_and_value[(programs * blocks * B * H,)](
@@ -177,7 +178,7 @@ def _by_query(
     key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
     value_outputs_s, value_outputs_c, value_targets_s, value_targets_c,
     scale, N, T, H, J, S, programs, each,
-    d: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    d: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr, POSITIVE: tl.constexpr, PRECISION: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """by_query = dS K̃ with dS = scale · P (dP - Σ_t dP P) and dP = dO Ṽᵀ; logarithms of base 2, sums = Σ_t dP P."""
@@ -209,12 +210,14 @@ def _by_query(
         if D1 > 0:
             q1 = load_tile(query, n, D0 + tl.arange(0, D1), query_n, query_d, N, d)
             g1 = load_tile(gradient, n, D0 + tl.arange(0, D1), gradient_n, gradient_d, N, d)
-        s0, s1, largest = scores(q0, q1, k00, k01, k10, k11, scale, T, T0, T1, D1, PRECISION)
-        p0 = tl.exp2(s0 - largest[:, None])
+        s0, s1, largest = scores(q0, q1, k00, k01, k10, k11, scale, T, T0, T1, D1, POSITIVE, PRECISION)
+        factor = base_2(scale, POSITIVE)
+        largest *= factor
+        p0 = tl.exp2(s0 * factor - largest[:, None])
         p1 = p0
         total = tl.sum(p0, 1)
         if T1 > 0:
-            p1 = tl.exp2(s1 - largest[:, None])
+            p1 = tl.exp2(s1 * factor - largest[:, None])
             total += tl.sum(p1, 1)
         p0 = p0 * (1.0 / total)[:, None]
         dp0 = across(g0, g1, v00, v01, D1, PRECISION)

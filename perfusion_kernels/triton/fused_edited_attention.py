@@ -16,10 +16,11 @@ from ..reference.edit import unpacked
 from . import device, shared_memory
 from .attention_tiles import add_product, alignment, at_head, load_tile, padded, precision, sizes, unsupported_sizes
 from .device import rounded
-from .edited_attention import attend_tiles, share
+from .edited_attention import attend_tiles
 from .edited_attention_backward import attention_gradients, edit_gradients, unsupported_gradients
 from .edited_tiles import SMALL, edit_arguments, edit_tiles
 from .tuning import launch
+from .waves import share
 
 
 def unsupported(query: Tensor, encodings: Tensor, *weights_edit_and_scale) -> str | None:
@@ -40,12 +41,12 @@ def fused_edited_attention(query: Tensor, encodings: Tensor, key_weight: Tensor,
     edit, edit_strides, J, S, places = edit_arguments(edit)
 
     def run(tiles):
-        programs, each = share(N, B * H, tiles["BLOCK_N"])
+        programs, each = share(N, B * H, tiles, held(T, d, query.dtype), query.device, load=D // tiles["BLOCK_N"])
         _project_and_attend[(programs * B * H,)](
             query, encodings, key_weight, value_weight, result, *edit, words(query.device),
             *query.stride(), *encodings.stride(), *key_weight.stride(), *value_weight.stride(), *edit_strides,
             float(scale), N, T, H, D, J, S, programs, each,
-            d=d, PLACES=places, ALIGNED=alignment(query.stride(2)), **sizes(T, d), PRECISION=precision(query), **tiles,
+            d=d, PLACES=places, ALIGNED=alignment(query.stride(2)), **sizes(T, d), POSITIVE=scale > 0, PRECISION=precision(query), **tiles,
         )  # fmt: skip
 
     fitting = shared_memory.fitting(tiles(T, d, query.dtype), held(T, d, query.dtype), query.device)
@@ -88,7 +89,7 @@ def _project_and_attend(
     scale, N, T, H, D, J, S, programs, each,
     d: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    POSITIVE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0) // programs
     b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
@@ -114,7 +115,7 @@ def _project_and_attend(
     attend_tiles(
         query + b * query_b + at_head(h, query_h, ALIGNED), result + (b * N * H + h) * d, k00, k01, k10, k11, v00, v01, v10, v11,
         query_n, query_d, scale, N, T, H, (tl.program_id(0) % programs) * each, each,
-        None, True, None, None, 0, 0, d, T0, T1, D0, D1, PRECISION, BLOCK_N,
+        None, True, None, None, 0, 0, d, T0, T1, D0, D1, POSITIVE, PRECISION, BLOCK_N,
     )  # fmt: skip
 
 

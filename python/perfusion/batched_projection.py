@@ -18,7 +18,7 @@ from perfusion.base import cross_attention_layers
 from perfusion.edit import EditedText, RowSettings, Tables, edit_encodings
 from perfusion.projection_hooks import KeysValues, Projection
 
-__all__ = ["BatchedProjection", "obstacle"]
+__all__ = ["BatchedProjection", "layer_obstacle", "obstacle"]
 
 
 def obstacle(unet: torch.nn.Module, *, frozen: bool = True) -> str | None:
@@ -29,21 +29,28 @@ def obstacle(unet: torch.nn.Module, *, frozen: bool = True) -> str | None:
     """
     first = None
     for name, layer in cross_attention_layers(unet).items():
-        for kind in ("to_k", "to_v"):
-            module = getattr(layer, kind)
-            where = f"{kind} of {name}"
-            if type(module) is not torch.nn.Linear:
-                return f"{where} is a {type(module).__module__}.{type(module).__name__}"
-            if "forward" in vars(module) or _hooked(module):
-                return f"{where} has hooks"
-            weight = module.weight
-            if type(weight) not in (torch.nn.Parameter, Tensor) or weight.is_meta or not weight.is_floating_point():
-                return f"{where} has a weight that cannot be read"
-            if frozen and weight.requires_grad:
-                return f"{where} is trained"
-            first = weight if first is None else first
-            if (weight.dtype, weight.device) != (first.dtype, first.device):
-                return f"{where} is {weight.dtype} on {weight.device}, and others are {first.dtype} on {first.device}"
+        first = layer if first is None else first
+        if (reason := layer_obstacle(name, layer, first, frozen=frozen)) is not None:
+            return reason
+    return None
+
+
+def layer_obstacle(name: str, layer: torch.nn.Module, first: torch.nn.Module, *, frozen: bool = True) -> str | None:
+    """The same of one layer, beside the first one, of whose number format all must be."""
+    for kind in ("to_k", "to_v"):
+        module, like = getattr(layer, kind), getattr(first.to_k, "weight", None)
+        where = f"{kind} of {name}"
+        if type(module) is not torch.nn.Linear:
+            return f"{where} is a {type(module).__module__}.{type(module).__name__}"
+        if "forward" in vars(module) or _hooked(module):
+            return f"{where} has hooks"
+        weight = module.weight
+        if type(weight) not in (torch.nn.Parameter, Tensor) or weight.is_meta or not weight.is_floating_point():
+            return f"{where} has a weight that cannot be read"
+        if frozen and weight.requires_grad:
+            return f"{where} is trained"
+        if like is not None and (weight.dtype, weight.device) != (like.dtype, like.device):
+            return f"{where} is {weight.dtype} on {weight.device}, and others are {like.dtype} on {like.device}"
     return None
 
 

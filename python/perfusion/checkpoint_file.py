@@ -10,6 +10,7 @@ layer names of the original implementations; diffusers renames them (`from_singl
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import tempfile
 from importlib import resources
@@ -19,26 +20,12 @@ from typing import Any
 import torch
 
 from perfusion.clip_vocabulary import write_tokenizer
+from perfusion.families import CUSTOM, FAMILIES, family_by_id
 
 __all__ = ["CheckpointError", "Kind", "configuration", "load_file", "read_kind", "write_configuration"]
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CONV_IN = _UNET + "input_blocks.0.0.weight"
-# family -> (a cross-attention layer that every model of it has, the width that it reads, a weight of each text encoder)
-_FAMILIES = {
-    "sd1": ("input_blocks.1.1", 768, ("cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",)),
-    "sd2": ("input_blocks.1.1", 1024, ("cond_stage_model.model.positional_embedding",)),
-    "sdxl": (
-        "input_blocks.4.1", 2048,
-        (
-            "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",
-            "conditioner.embedders.1.model.positional_embedding",
-        ),
-    ),
-}  # fmt: skip
-_PIPELINES = {("sd1", 4): "StableDiffusionPipeline", ("sd1", 9): "StableDiffusionInpaintPipeline",
-              ("sd2", 4): "StableDiffusionPipeline", ("sd2", 9): "StableDiffusionInpaintPipeline",
-              ("sdxl", 4): "StableDiffusionXLPipeline", ("sdxl", 9): "StableDiffusionXLInpaintPipeline"}  # fmt: skip
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
@@ -48,7 +35,7 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a checkpoint file is: family "sd1", "sd2" or "sdxl"; 9 input channels for inpainting, otherwise 4; what it predicts."""
+    """What a checkpoint file is: the id of its family; 9 input channels for inpainting, otherwise 4; what it predicts."""
 
     family: str
     channels: int
@@ -62,7 +49,7 @@ class Kind:
     @property
     def pipeline(self) -> str:
         """The name of diffusers' pipeline class."""
-        return _PIPELINES[self.family, self.channels]
+        return family_by_id(self.family).checkpoint.pipelines[self.channels]
 
     def __str__(self) -> str:
         return configuration(self.family)["name"] + (" inpainting" if self.inpainting else "")
@@ -98,27 +85,29 @@ def read_kind(path: Path, prediction_type: str | None = None) -> Kind:
     shapes, metadata = read_header(path)
     if _CONV_IN not in shapes:
         raise CheckpointError(f"{str(path)!r} is {_other(shapes, metadata)}.")
-    for family, (layer, width, texts) in _FAMILIES.items():
-        read = shapes.get(f"{_UNET}{layer}.transformer_blocks.0.attn2.to_k.weight")
-        if read is not None and read[1] == width:
+    for family in FAMILIES.values():
+        file = family.checkpoint
+        read = None if file is None else shapes.get(f"{_UNET}{file.layer}.transformer_blocks.0.attn2.to_k.weight")
+        if read is not None and read[1] == family.encoding_dim:
             break
     else:
         refiner = "conditioner.embedders.0.model.positional_embedding" in shapes
         what = "the refiner of Stable Diffusion XL, which has no concepts of its own" if refiner else "of a family that is not known"
         raise CheckpointError(f"{str(path)!r} is {what}. Supported are Stable Diffusion 1.x, 2.x and XL, inpainting included.")
+    texts = file.text_weights
     missing = [name for name in texts if name not in shapes]
     if missing:
         raise CheckpointError(
-            f"{str(path)!r} holds a UNet of {configuration(family)['name']} without its text encoder{'s' if len(texts) > 1 else ''} "
+            f"{str(path)!r} holds a UNet of {configuration(family.id)['name']} without its text encoder{'s' if len(texts) > 1 else ''} "
             f"(no {missing[0]}). A concept lives in the text encoder's output: take the full checkpoint."
         )
     channels = shapes[_CONV_IN][1]
-    if channels not in (4, 9):
+    if channels not in file.pipelines:
         raise CheckpointError(f"{str(path)!r} has a UNet of {channels} input channels; 4 are supported, and 9 for inpainting.")
     said = metadata.get("modelspec.prediction_type", "")
     told = "v_prediction" if "v_pred" in shapes or said.startswith("v") else "epsilon" if said.startswith("eps") else None
-    usual = "v_prediction" if family == "sd2" and channels == 4 else "epsilon"
-    return Kind(family, channels, prediction_type or told or usual, any(name.startswith(_VAE) for name in shapes))
+    usual = file.prediction.get(channels, "epsilon")
+    return Kind(family.id, channels, prediction_type or told or usual, any(name.startswith(_VAE) for name in shapes))
 
 
 def _other(shapes: dict[str, Any], metadata: dict[str, str]) -> str:
@@ -132,7 +121,7 @@ def _other(shapes: dict[str, Any], metadata: dict[str, str]) -> str:
         return "a Perfusion concept, not a model: give it with --concept (handle.load) beside a model"
     if some("lora_down", "lora_up", ".lora_A", ".lora_B", "lora_unet_", ".lora."):
         return "a LoRA, not a model: give it with --lora beside a model"
-    if some("emb_params", "string_to_param") or (len(names) <= 2 and {"clip_l", "clip_g"} & set(names)):
+    if some("emb_params", "string_to_param") or (len(names) <= 2 and set(CUSTOM.embeddings) & set(names)):
         return "a textual inversion, not a model: give it with --embedding beside a model"
     if some("control_model.", "controlnet_"):
         return "a ControlNet, not a model"
@@ -150,8 +139,8 @@ def write_configuration(folder: Path, kind: Kind) -> None:
     config = configuration(kind.family)
     config["unet"]["in_channels"] = kind.channels
     config["scheduler"]["prediction_type"] = kind.prediction_type
-    if kind.prediction_type == "v_prediction" and kind.family == "sdxl":
-        config["scheduler"]["rescale_betas_zero_snr"] = True  # as such models of XL are trained
+    if kind.prediction_type == "v_prediction" and family_by_id(kind.family).checkpoint.zero_snr:
+        config["scheduler"]["rescale_betas_zero_snr"] = True
     config["model_index"]["_class_name"] = kind.pipeline
     file_names = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
     for name, values in config.items():
@@ -174,7 +163,8 @@ def load_file(path: Path, kind: Kind, dtype: torch.dtype, *, vae: str | Path | N
         raise CheckpointError(f"{str(path)!r} has no VAE baked in. Give one with --vae (vae=): the {kind} one fits.")
     with tempfile.TemporaryDirectory(prefix="perfusion-") as folder:
         write_configuration(Path(folder), kind)
-        given = {"safety_checker": None} if kind.family != "sdxl" else {}
+        parameters = inspect.signature(getattr(diffusers, kind.pipeline).__init__).parameters
+        given = {"safety_checker": None} if "safety_checker" in parameters else {}
         if vae is not None:
             given["vae"] = load_vae(Path(vae), Path(folder), dtype)
         pipe = getattr(diffusers, kind.pipeline).from_single_file(

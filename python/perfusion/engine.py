@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from perfusion.attention_processor import FUSED, SCHEDULE, SLOTS, STOCK, AttentionState, ConceptAttnProcessor
 from perfusion.base import UnsupportedPipeline, cross_attention_layers, layer_width
-from perfusion.batched_projection import BatchedProjection, obstacle
+from perfusion.batched_projection import BatchedProjection, layer_obstacle, obstacle
 from perfusion.client_concepts import HeldConcepts
 from perfusion.denoiser_call import DenoiserCall, load
 from perfusion.edit import RowSettings, Tables, edit_encodings, gates_of, spread
@@ -411,27 +411,34 @@ class Engine:
             "hooks": "The compatibility path ran: hooks on to_k and to_v",
         }
         sentences = [f"{path[self.form]}: {self.reason}."]
-        if (blocked := self._blocked()) is not None:
-            sentences.append(f"The fast path is closed: {blocked}.")
-        elif (called := obstacle(self.unet, frozen=False)) is not None:
-            sentences.append(f"Projections are called layer by layer, once per prompt: {called}.")
-        else:
-            sentences.append("Projections of all layers are two products, once per prompt.")
+        sentences.append(self._outlook(self._blocked(), obstacle(self.unet, frozen=False)))
         if self._graphs is not None:
             why = self._graphs.reason
             sentences.append("The UNet was replayed as a graph." if why is None else f"The UNet ran without a graph: {why}.")
         return sentences
 
-    def _replaceable(self) -> str | None:
+    def layer_paths(self) -> dict[str, tuple[str, str]]:
+        """layer -> the path that a concept takes in it, "slots" or "hooks", and why, in the sentences of `explain`."""
+        blocked = self._blocked() if self._processors else self._replaceable() or self._offloaded()
+        taken = self._taken()
+        called, first = obstacle(self.unet, frozen=False), next(iter(self.layers.values()))
+        found = {}
         for name, layer in self.layers.items():
-            processor = type(layer.processor).__name__
-            if processor not in REPLACED:
-                return f"layer {name} has a processor of its own, {processor}"
-            if layer.residual_connection or layer.rescale_output_factor != 1 or layer.norm_cross:
-                return f"layer {name} does more than attention"
-            if any(getattr(layer, part, None) is not None for part in ("spatial_norm", "group_norm", "norm_q", "norm_k")):
-                return f"layer {name} normalises"
-        return None
+            own = layer_obstacle(name, layer, first, frozen=False) or called
+            sentence = self._outlook(blocked and (taken.get(name) or _processor_obstacle(name, layer) or blocked), own)
+            found[name] = ("slots" if blocked is None else "hooks"), sentence
+        return found
+
+    @staticmethod
+    def _outlook(blocked: str | None, called: str | None) -> str:
+        if blocked is not None:
+            return f"The fast path is closed: {blocked}."
+        if called is not None:
+            return f"Projections are called layer by layer, once per prompt: {called}."
+        return "Projections of all layers are two products, once per prompt."
+
+    def _replaceable(self) -> str | None:
+        return next(filter(None, (_processor_obstacle(name, layer) for name, layer in self.layers.items())), None)
 
     def _processors_replaced(self) -> bool:
         return any(layer.processor is not own for layer, own in self._processors)
@@ -440,9 +447,14 @@ class Engine:
         """What closes the fast path for every batch."""
         if not self._processors:
             return self._replaceable() or (None if any(client.has_concepts() for client in self.clients) else "no concept is loaded")
-        for (layer, own), name in zip(self._processors, self.layers):
-            if layer.processor is not own:
-                return f"layer {name} was given another processor, {type(layer.processor).__name__}"
+        return next(iter(self._taken().values()), None) or self._offloaded()
+
+    def _taken(self) -> dict[str, str]:
+        """The layers whose processor is ours no more, and a sentence of each."""
+        replaced = {name: layer.processor for name, (layer, own) in zip(self.layers, self._processors) if layer.processor is not own}
+        return {name: f"layer {name} was given another processor, {type(each).__name__}" for name, each in replaced.items()}
+
+    def _offloaded(self) -> str | None:
         block = offloaded_block(self.unet)
         return None if block is None else f"{block} is offloaded as a block"
 
@@ -606,8 +618,7 @@ class Engine:
             state.slots = self._index[count]
         else:  # in host memory rows are gathered once per prompt, which saves a copy in each layer at each step
             if plan.shown is None:
-                where = torch.tensor(plan.slots)
-                plan.shown = slots.split(slots.keys[where]), slots.split(slots.values[where])
+                plan.shown = tuple(slots.gathered(table, plan.slots) for table in (slots.keys, slots.values))
             (state.keys, state.values), state.slots = plan.shown, None
 
     def _show_tables(self, plan: _Plan, encodings: Tensor) -> None:
@@ -691,6 +702,18 @@ class Engine:
         tables = self._tables(plan, encodings.device)
         settings = self._rows(plan, rows, encodings.device)
         return hook_edit(self._call.text(encodings), torch.tensor(rows, device=encodings.device), tables, settings, key_rows)
+
+
+def _processor_obstacle(name: str, layer: torch.nn.Module) -> str | None:
+    """Why the processor of a layer cannot give way to ours, or None."""
+    processor = layer.processor.stock if type(layer.processor) is ConceptAttnProcessor else layer.processor
+    if type(processor).__name__ not in REPLACED:
+        return f"layer {name} has a processor of its own, {type(processor).__name__}"
+    if layer.residual_connection or layer.rescale_output_factor != 1 or layer.norm_cross:
+        return f"layer {name} does more than attention"
+    if any(getattr(layer, part, None) is not None for part in ("spatial_norm", "group_norm", "norm_q", "norm_k")):
+        return f"layer {name} normalises"
+    return None
 
 
 def _is_schedule(value: Schedule) -> bool:

@@ -19,13 +19,15 @@ class CheckpointFile:
     layer         a cross-attention layer that every model of the family has
     text_weights  a weight of each text encoder
     pipelines     channels that the UNet takes -> name of the diffusers pipeline
-    prediction    what models of so many channels predict, where nothing says it
+    prediction    what models of so many channels predict, where nothing says it; noise by default
+    zero_snr      whether models that predict velocity were trained down to no signal at all
     """
 
     layer: str
     text_weights: tuple[str, ...]
     pipelines: Mapping[int, str]
     prediction: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    zero_snr: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,7 @@ register(
                 "conditioner.embedders.1.model.positional_embedding",
             ),
             {4: "StableDiffusionXLPipeline", 9: "StableDiffusionXLInpaintPipeline"},
+            zero_snr=True,
         ),
     )
 )  # fmt: skip
@@ -129,7 +132,7 @@ register(
 # ChatGLM3-6B's states, projected to the width that XL's layers read
 register(Family("kolors", "Kolors", (4096,), _ONE, 2048, "text_time", 1024, "kolors", 3 * 2**16))
 
-CUSTOM = Family("custom", "a custom model", (), _TWO, None, None, None, "custom", None)
+CUSTOM = Family("custom", "a custom model", (), _TWO, None, None, None, "custom", None, embeddings=FAMILIES["sdxl"].embeddings)
 
 
 def family_by_widths(text_widths: tuple[int, ...], encoding_dim: int | None = None) -> Family:

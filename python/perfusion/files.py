@@ -1,4 +1,4 @@
-"""Files that are written in full or not at all."""
+"""Files that are written in full or not at all, and sizes as people read them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["whole", "write_bytes"]
+__all__ = ["size_text", "whole", "write_bytes"]
+
+
+def size_text(count: float) -> str:
+    """Bytes as people read them: "9.71 GB", "34.2 MB", "30 KB"."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} KB"
 
 
 @contextlib.contextmanager

@@ -234,6 +234,11 @@ class Handle:
         self._require_attached()
         return self._engine.explain()
 
+    def layer_paths(self) -> dict[str, tuple[str, str]]:
+        """layer -> the path that a concept takes in it, "slots" or "hooks", and why, in the words of `explain`; nothing need be drawn."""
+        self._require_attached()
+        return self._engine.layer_paths()
+
     def memory(self) -> dict[str, int]:
         """Bytes that are held for concepts: the bank, slots of keys and values, stacked weights, edits."""
         self._require_attached()

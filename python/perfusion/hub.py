@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HubError", "concept_file", "hub_id", "model_path", "push"]
+from perfusion.files import size_text
+
+__all__ = ["HubError", "concept_file", "configurations", "hub_id", "model_path", "push"]
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<file>[\w./ -]+\.safetensors))?(?:@(?P<revision>[\w./-]+))?")
 _STEMS = r"(?:diffusion_pytorch_model|model|pytorch_model)"
@@ -78,10 +80,6 @@ def _info(repo: str, revision: str | None) -> Any:
         return None
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} KB"
-
-
 def _fetch(repo: str, info: Any, revision: str | None, files: list[str], tell: Callable[[str], None]) -> Path:
     """Download what the cache has not; where the files are."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -90,8 +88,9 @@ def _fetch(repo: str, info: Any, revision: str | None, files: list[str], tell: C
     missing = [name for name in files if not isinstance(try_to_load_from_cache(repo, name, revision=info.sha), str)]
     if missing:
         total, rest = sum(sizes[name] for name in files), sum(sizes[name] for name in missing)
-        cached = "" if rest == total else f" of {_size(total)}, the rest is in the cache"
-        tell(f"{repo}: fetching {len(missing)} file{'' if len(missing) == 1 else 's'}, {_size(rest)}{cached} (revision {info.sha[:7]}).")
+        cached = "" if rest == total else f" of {size_text(total)}, the rest is in the cache"
+        count = f"{len(missing)} file{'' if len(missing) == 1 else 's'}"
+        tell(f"{repo}: fetching {count}, {size_text(rest)}{cached} (revision {info.sha[:7]}).")
     folder = None
     for name in files:
         try:
@@ -134,6 +133,23 @@ def model_path(text: str, *, half: bool = False, tell: Callable[[str], None] = _
         return _fetch(repo, info, revision, pipeline_files(names, index, half), tell)
     name = _single(repo, names, file)
     return _fetch(repo, info, revision, [name], tell) / name
+
+
+def configurations(text: str, *, tell: Callable[[str], None] = _tell) -> tuple[Path, int | None]:
+    """What says what a model is, fetched without its weights: the folder of its configurations, and how large the whole is.
+
+    A checkpoint file has to be fetched whole, and out of the cache everything comes as it is: the size is None then.
+    """
+    repo, file, revision = hub_id(text) or _no_id(text)
+    info = _info(repo, revision)
+    names = [] if info is None else [sibling.rfilename for sibling in info.siblings]
+    if file is not None or "model_index.json" not in names:
+        return model_path(text, tell=tell), None
+    folder = _fetch(repo, info, revision, ["model_index.json"], lambda _: None)
+    files = pipeline_files(names, json.loads((folder / "model_index.json").read_text(encoding="utf-8")), half=False)
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
+    weights = [name for name in files if _weights(name) is not None and not name.endswith(".json")]
+    return _fetch(repo, info, revision, [name for name in files if name not in weights], tell), sum(sizes[name] for name in weights)
 
 
 def _no_id(text: str) -> Any:

@@ -48,6 +48,12 @@ def offloaded_block(unet: torch.nn.Module) -> str | None:
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None and any("group_offloading" in key for key in getattr(registry, "hooks", {})) and any(module.children()):
             return name or "the UNet"
-        if name and getattr(module, "_hf_hook", None) is not None and any(module.children()):
+        if name and any(module.children()) and _moves_children(getattr(module, "_hf_hook", None)):
             return name
     return None
+
+
+def _moves_children(hook: Any) -> bool:
+    """Whether a hook of accelerate's moves more than a module's own parameters, which a block beside its layers may have, too."""
+    hooks = getattr(hook, "hooks", [] if hook is None else [hook])
+    return any(getattr(each, "place_submodules", True) for each in hooks)

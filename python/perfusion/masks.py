@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-from perfusion.pictures import eight_bits, is_picture
+from perfusion.pictures import eight_bits, is_picture, opened
 
 __all__ = ["ClipSeg", "find_mask", "flatten", "latent_mask", "load_mask", "mask_rank", "masked_stem", "masked_loss", "read_mask"]
 
@@ -123,10 +123,10 @@ def read_mask(path: Path) -> Tensor:
     where it says anything, that is where what can be seen is not of one grey.
     """
     try:
-        with Image.open(path) as file:
+        with opened(path) as file:
             deep = file.mode.startswith("I")  # eight_bits would round them
             values = numpy.asarray(file if deep else eight_bits(ImageOps.exif_transpose(file)).convert("LA"), dtype=numpy.float32)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"mask {path} cannot be read as a picture: {error}") from error
     if deep:
         return torch.from_numpy(values / 65535)
@@ -153,7 +153,8 @@ class ClipSeg:
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
         from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
-        if not Path(folder).is_dir():
+        folder = Path(folder).expanduser()
+        if not folder.is_dir():
             raise FileNotFoundError(f"no such CLIPSeg folder: {folder}")
         try:
             self.processor = CLIPSegProcessor.from_pretrained(folder, local_files_only=True)

@@ -1,17 +1,22 @@
 """Memory that training and drawing take on a device, reckoned part by part before anything is loaded.
 
-Weights are counted from a model's configuration. What a backward has to keep is not guessed: the UNet runs once on the meta
-device, which has shapes and no numbers, and every tensor that autograd saves is added up, attention being fused as it is on GPUs.
+Weights are counted from a model's configuration. What a backward has to keep is not guessed: UNet and text encoders run once on the
+meta device, which has shapes and no numbers, and every tensor that autograd saves is added up, attention being fused as it is on GPUs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from perfusion.base import text_input_width
+from perfusion.base.parts import added_conditioning
+from perfusion.files import size_text
 
 __all__ = ["Parts", "Saved", "drawing", "saved_by_backward", "table", "total", "training"]
 
@@ -21,7 +26,8 @@ TOKENS = 77
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Numbers of parameters, and what else sizes come from: D, the outputs O of all layers, the side of a picture, the VAE's factor."""
+    """Numbers of parameters, and what else sizes come from: D, the outputs O of all layers, the side of a picture, the VAE's factor,
+    the tokens of a prompt."""
 
     unet: int
     text_encoders: int
@@ -30,17 +36,22 @@ class Parts:
     outputs: int
     size: int
     vae_scale: int = 8
+    tokens: int = TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """Bytes that one picture's backward keeps: of everything; with gradient checkpointing, including the one block that is run again."""
+    """Bytes that the backward of one picture keeps, and of one caption.
+
+    whole: in the UNet. checkpointed: with gradient checkpointing, including the one block that is run again. text: in the text encoders.
+    """
 
     whole: int
     checkpointed: int
+    text: int = 0
 
 
-class _FusedAttention(torch.autograd.Function):
+class FusedAttention(torch.autograd.Function):
     """What a fused attention keeps for its backward: query, key, value, output, and a number for each row. Shapes only."""
 
     @staticmethod
@@ -51,7 +62,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        raise NotImplementedError("it counts, and computes nothing")
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
 class _Fused(TorchFunctionMode):
@@ -60,28 +71,40 @@ class _Fused(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         if function is torch.nn.functional.scaled_dot_product_attention:
             query, key, value = arguments[:3] if len(arguments) >= 3 else [*arguments, *(options or {}).values()][:3]
-            return _FusedAttention.apply(query, key, value)
+            return FusedAttention.apply(query, key, value)
         return function(*arguments, **(options or {}))
 
 
-def saved_by_backward(config: dict[str, Any], size: int, dtype: torch.dtype = torch.float32) -> Saved:
-    """Count what autograd saves in a forward of the UNet of this configuration, for one picture of `size` latents a side."""
-    from diffusers import UNet2DConditionModel
+def saved_by_backward(
+    config: dict[str, Any],
+    size: int,
+    dtype: torch.dtype = torch.float32,
+    texts: Sequence[Callable[[], Any]] = (),
+    tokens: int = TOKENS,
+    kind: str = "UNet2DConditionModel",
+) -> Saved:
+    """Count what autograd saves in a forward of the denoiser of this configuration, for one picture of `size` latents a side.
+
+    texts: make its text encoders, of any weights. kind: diffusers' class of it.
+    """
+    import diffusers
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config).requires_grad_(False)
+        unet = getattr(diffusers, kind).from_config(config).requires_grad_(False)
         for parameter in unet.parameters():
             parameter.data = parameter.data.to(dtype)
         sample = torch.empty(1, unet.config.in_channels, size, size, dtype=dtype)
-        text = torch.empty(1, TOKENS, unet.config.cross_attention_dim, dtype=dtype, requires_grad=True)
+        text = torch.empty(1, tokens, text_input_width(unet), dtype=dtype, requires_grad=True)
         added = None
-        if unet.config.addition_embed_type == "text_time":
+        if added_conditioning(unet) == "resolution":
+            added = {"resolution": torch.empty(1, 2, dtype=dtype), "aspect_ratio": torch.empty(1, 1, dtype=dtype)}
+        if added_conditioning(unet) == "text_time":
             times = unet.config.addition_time_embed_dim
             pooled = unet.config.projection_class_embeddings_input_dim - 6 * times
             added = {"text_embeds": torch.empty(1, pooled, dtype=dtype), "time_ids": torch.empty(1, 6, dtype=dtype)}
-        step = torch.empty((), dtype=torch.int64)
+        step = torch.empty(1, dtype=torch.int64)
 
     weights = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
     seen: set[int] = set()
@@ -115,28 +138,76 @@ def saved_by_backward(config: dict[str, Any], size: int, dtype: torch.dtype = to
         if isinstance(module, (BasicTransformerBlock, ResnetBlock2D)):
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Fused():
-        result = unet(sample, step, text, added_cond_kwargs=added, return_dict=False)  # kept: storages are known by their addresses
+        # kept: storages are known by their addresses
+        result = unet(sample, timestep=step, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)
     del result
-    return Saved(outside + sum(blocks), outside + inputs + max(blocks))
+    text = sum(_saved_by_text_encoder(make, dtype, tokens) for make in texts)
+    return Saved(outside + sum(blocks), outside + inputs + max(blocks), text)
+
+
+def _saved_by_text_encoder(make: Callable[[], Any], dtype: torch.dtype, tokens: int) -> int:
+    """Count what autograd saves in a forward of a text encoder for one caption, whose word is trained."""
+    with torch.device("meta"):
+        encoder = make().to(dtype).requires_grad_(False)
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
+    encoder.get_input_embeddings().weight.requires_grad_(True)
+    weights = {parameter.untyped_storage()._cdata for parameter in encoder.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in weights:
+            seen[storage] = max(_bytes(tensor), seen.get(storage, 0))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _Fused():
+        result = encoder(ids, output_hidden_states=True)
+    del result
+    return sum(seen.values())
 
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def training(parts: Parts, saved: Saved, dtype: torch.dtype, *, rows: int, checkpointing: bool, low_memory: bool) -> dict[str, float]:
-    """part -> bytes, while a concept is learned. rows: pictures that are in memory at once. saved: of one picture, in `dtype`."""
+def training(
+    parts: Parts, saved: Saved, dtype: torch.dtype, *, rows: int, checkpointing: bool, low_memory: bool, batch: int | None = None,
+    device: str = "cuda",
+) -> dict[str, float]:  # fmt: skip
+    """part -> bytes at the worst moment of a training: pictures are encoded, the UNet runs backward, or the text encoders do.
+
+    rows: pictures that are in memory at once, of `batch` a step (by default as many). saved: of one picture and caption, in `dtype`.
+    With low_memory text encoders and VAE are on the device only while they compute; a CPU holds them anyway.
+    """
     size = dtype.itemsize
-    found = {
+    again = low_memory or rows < (batch or rows)  # the text is read twice, and nothing of it is kept in between
+    away = low_memory and device != "cpu"
+    always = {
         "UNet": parts.unet * size,
-        "text encoders": parts.text_encoders * size,
-        "VAE": 0 if low_memory else parts.vae * size,
-        "projections of all layers": 2 * parts.outputs * parts.encoding_dim * size,
-        "keys and values": 4 * rows * TOKENS * parts.outputs * size,  # and their gradients
-        "activations": rows * (saved.checkpointed if checkpointing else saved.whole),
-        "CUDA": CUDA_CONTEXT,
+        "CUDA": CUDA_CONTEXT if device == "cuda" else 0,
     }
-    return {name: value for name, value in found.items() if value}
+    texts, text = parts.text_encoders * size, rows * saved.text
+    projections = 2 * parts.outputs * parts.encoding_dim * size
+    vae = 0 if away else parts.vae * size
+    encoded = {"text encoders": texts, "VAE": parts.vae * 4, "VAE's feature maps": _encoder_maps(parts, low_memory)}
+    drawn = {
+        "VAE": vae,
+        "projections of all layers": projections,
+        "text encoders": 0 if away else texts,
+        "text's activations": 0 if again else text,
+        "keys and values": 4 * rows * parts.tokens * parts.outputs * size,  # and their gradients
+        "activations": rows * (saved.checkpointed if checkpointing else saved.whole),
+    }
+    read = {"VAE": vae, "projections of all layers": projections, "text encoders": texts, "text's activations": text}
+    found = always | max((encoded, drawn, read), key=total)
+    order = ("UNet", "text encoders", "VAE", "VAE's feature maps", "projections of all layers", "keys and values", "activations",
+             "text's activations", "CUDA")  # fmt: skip
+    return {name: found[name] for name in order if found.get(name)}
+
+
+def _encoder_maps(parts: Parts, tiled: bool) -> float:
+    """A picture and its mirror image, or one tile: 128 channels at full size, six of them at once, in float32 as SDXL's VAE needs it."""
+    return (512**2 if tiled and parts.size > 512 else parts.size**2) * (1 if tiled else 2) * 128 * 6 * 4
 
 
 def drawing(parts: Parts, dtype: torch.dtype, *, batch: int = 1, low_memory: bool = False) -> dict[str, float]:
@@ -158,5 +229,5 @@ def total(found: dict[str, float]) -> float:
 
 
 def table(found: dict[str, float]) -> str:
-    """"UNet 5.1 GB, text encoders 1.6 GB, …: 9.7 GB"."""
-    return ", ".join(f"{name} {value / 1e9:.1f} GB" for name, value in found.items()) + f": {total(found) / 1e9:.1f} GB in all"
+    """"UNet 5.14 GB, keys and values 51.3 MB, …: 9.71 GB in all"."""
+    return ", ".join(f"{name} {size_text(value)}" for name, value in found.items()) + f": {size_text(total(found))} in all"

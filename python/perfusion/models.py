@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 from perfusion import hub
+from perfusion.base import text_encoders
+from perfusion.base.parts import DENOISERS
 from perfusion.checkpoint_file import CheckpointError, load_file, load_vae, read_header, read_kind
+from perfusion.families import CUSTOM
 
 __all__ = ["TOYBOX", "ModelError", "add_embedding", "add_lora", "load_pipeline", "resolve"]
 
@@ -27,6 +30,16 @@ _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(\w+
 
 class ModelError(ValueError):
     """A model that cannot be loaded. The message says what was looked for and what to give instead."""
+
+
+def configurations(model: str | Path) -> tuple[Path, int | None]:
+    """As `resolve`, for a look at the configurations: weights on the hub are not fetched, and their size in bytes comes instead."""
+    if hub.hub_id(model) is None:
+        return resolve(model), None
+    try:
+        return hub.configurations(str(model))
+    except hub.HubError as error:
+        raise ModelError(f"model: {error} Give {FORMS}.") from error
 
 
 def resolve(model: str | Path, *, half: bool = False) -> Path:
@@ -99,8 +112,9 @@ def _load_folder(folder: Path, dtype: torch.dtype, vae: str | Path | None) -> An
 
 
 def variant_of(folder: Path) -> str | None:
-    """The variant, such as "fp16", of the UNet's weights where no others are there."""
-    found = [match[1] for path in sorted((folder / "unet").glob("*")) if (match := _WEIGHTS.fullmatch(path.name))]
+    """The variant, such as "fp16", of the denoiser's weights where no others are there."""
+    paths = [path for name in DENOISERS for path in sorted((folder / name).glob("*"))]
+    found = [match[1] for path in paths if (match := _WEIGHTS.fullmatch(path.name))]
     return None if None in found or not found else found[0]
 
 
@@ -145,17 +159,17 @@ def add_embedding(pipe: Any, file: str, *, token: str | None = None, model: str 
 
     path = _beside(model, file, ("embeddings", "Embeddings", "embedding"))
     token = token or path.stem
-    encoders = [each for each in (getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None)) if each is not None]
+    encoders = text_encoders(pipe, required=False)
     with _quiet():
         try:
             if len(encoders) == 1:
                 pipe.load_textual_inversion(str(path), token=token, local_files_only=True)
                 return token
             tensors = load_tensors(path)
-            if not {"clip_l", "clip_g"} <= set(tensors):
-                raise ModelError(f"embedding {str(path)!r} is not one of Stable Diffusion XL: it has no clip_l and clip_g.")
-            for key, suffix in (("clip_l", ""), ("clip_g", "_2")):
-                encoder, tokenizer = getattr(pipe, f"text_encoder{suffix}"), getattr(pipe, f"tokenizer{suffix}")
+            keys = CUSTOM.embeddings
+            if not set(keys) <= set(tensors):
+                raise ModelError(f"embedding {str(path)!r} is not one for two text encoders: it has no {' and '.join(keys)}.")
+            for key, (tokenizer, encoder) in zip(keys, encoders):
                 pipe.load_textual_inversion(tensors[key], token=token, text_encoder=encoder, tokenizer=tokenizer)
         except ModelError:
             raise

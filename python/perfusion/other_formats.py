@@ -4,8 +4,9 @@ With the gate g(e) replaced by κ c(e), which is linear in the encoding e, the e
 
     W_V e − c W_V i* + κ c o*_V = (W_V + up downᵀ) e,   down = m / ε,   up_V = κ o*_V − W_V i*,   up_K = κ W_K s − W_K i*
 
-(c = m·e / ε; the key lock makes o*_K of s). κ is fitted: Σ (g − κ c)² over tokens of a caption corpus is least at κ = Σ g c / Σ c².
-What is lost is the gate: it is nearly shut at all other words, where κ c is merely small.
+(c = m·e / ε; the key lock makes o*_K of s). κ is fitted on a caption corpus: the mean of (g − κ c)² at the concept's word plus that at all
+other tokens is least at κ = (⟨g c⟩ + ⟨g c⟩) / (⟨c²⟩ + ⟨c²⟩). Were all tokens to count alike, the many others would outvote the word. What
+is lost is the gate: it is nearly shut at all other words, where κ c is merely small.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perfusion.base import cross_attention_layers, describe_base, text_encoders
+from perfusion.base import cross_attention_layers, denoiser, describe_base, text_encoders, text_projection
 from perfusion.captions import everyday_captions
 from perfusion.concept import Concept
 from perfusion.convert import ConversionError
+from perfusion.families import CUSTOM
 from perfusion.files import whole
 from perfusion.handle import attach
+from perfusion.original_names import original_name
 from perfusion.text import superclass_tokens
 
 __all__ = ["EXPORTS", "Fit", "embedding_tensors", "export", "file_names", "fit_scale", "lora_tensors"]
@@ -35,7 +38,8 @@ _TEMPLATES = ("a {}", "a photo of a {}", "a picture of the {}", "{}")
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """κ, and how far κ c(e) is from the gate: root mean squares relative to the gate's, over all tokens, and its value at the word."""
+    """κ, and how far κ c(e) is from the gate: root mean squares relative to the gate's, word and other tokens counting as much, and
+    those of both at either."""
 
     scale: float
     loss: float
@@ -55,14 +59,14 @@ class Fit:
 def fit_scale(concept: Concept, pipe: Any, *, captions: int = CAPTIONS) -> Fit:
     """The κ whose κ c(e) is nearest to the concept's gate at its default bias and temperature, over tokens of a caption corpus.
 
-    Half of the captions hold the concept's word, half do not: a LoRA acts in both.
+    Half of the captions hold the concept's word, half do not: a LoRA acts in both. The word's tokens weigh as much as all others.
     """
-    plain = list(everyday_captions(captions))
+    tokenizer = text_encoders(pipe)[0][0]
+    plain = [_known_words(text, tokenizer) for text in everyday_captions(captions)]
     named = [f"{_TEMPLATES[number % len(_TEMPLATES)].format(f'<{concept.name}>')}, {text}" for number, text in enumerate(plain)]
     similarities, at_word = [], []
     with attach(pipe) as handle:
         handle.load(concept)
-        tokenizer = text_encoders(pipe)[0][0]
         for texts in (named, plain):
             for start in range(0, len(texts), 32):
                 batch = texts[start : start + 32]
@@ -79,18 +83,33 @@ def fit_scale(concept: Concept, pipe: Any, *, captions: int = CAPTIONS) -> Fit:
                     at_word.append(here)
     c, here = torch.cat(similarities).double(), torch.cat(at_word)
     g = torch.sigmoid((c - concept.bias) / concept.temperature)
-    scale = float((g * c).sum() / (c * c).sum())
+
+    def mean(values: Tensor) -> float:
+        return float(values[here].mean() + values[~here].mean()) / 2
 
     def rms(values: Tensor) -> float:
         return float(values.square().mean().sqrt())
 
-    return Fit(scale, rms(g - scale * c) / rms(g), rms(scale * c[here]), rms(g[here]), rms(scale * c[~here]), rms(g[~here]))
+    scale = mean(g * c) / mean(c * c)
+    loss = (mean((g - scale * c).square()) / mean(g * g)) ** 0.5
+    return Fit(scale, loss, rms(scale * c[here]), rms(g[here]), rms(scale * c[~here]), rms(g[~here]))
+
+
+def _known_words(caption: str, tokenizer: Any) -> str:
+    """A caption without the words that its tokenizer takes to pieces: to a model of a small world those are letters that mean nothing."""
+    words = re.findall(r"[\w'-]+", caption)
+    return " ".join(word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) == 1)
 
 
 def _check(concept: Concept, pipe: Any) -> None:
     reason = concept.base.mismatch(describe_base(pipe))
     if reason is not None:
         raise ConversionError(f"concept {concept.name!r} cannot be exported with this model: {reason}")
+    if text_projection(denoiser(pipe)) is not None:
+        raise ConversionError(
+            f"concept {concept.name!r} is of a model that projects its text (as PixArt and Kolors do): no program loads a word for such "
+            "a text encoder, and a LoRA without the word has nothing to act at. Draw with it in diffusers."
+        )
 
 
 @torch.no_grad()
@@ -122,16 +141,6 @@ def embedding_tensors(concept: Concept, pipe: Any) -> list[Tensor]:
         table = encoder.get_input_embeddings().weight.detach().float().cpu()
         found.append(torch.cat([table[before], word.float().cpu()[None]]))
     return found
-
-
-def original_name(layer: str, layers_per_block: int) -> str:
-    """A UNet layer's name in the original implementation, which SDXL's LoRAs use: down_blocks.1.attentions.0 is input_blocks.4.1."""
-    found = re.fullmatch(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.*)", layer)
-    if found is None:
-        return layer.replace("mid_block.attentions.0", "middle_block.1")
-    side, block, number, rest = found[1], int(found[2]), int(found[3]), found[4]
-    place = block * (layers_per_block + 1) + number
-    return f"input_blocks.{place + 1}.1.{rest}" if side == "down" else f"output_blocks.{place}.1.{rest}"
 
 
 def kohya_names(tensors: dict[str, tuple[Tensor, Tensor]], pipe: Any) -> dict[str, Tensor]:
@@ -172,7 +181,7 @@ def export(
     """
     names, words, notes = file_names(concept, to), embedding_tensors(concept, pipe), []
     word = f"<{concept.name}>" if to in ("lora", "embedding") else "emb_params"
-    files = {names[0]: {"clip_l": words[0], "clip_g": words[1]} if len(words) == 2 else {word: words[0]}}
+    files = {names[0]: dict(zip(CUSTOM.embeddings, words)) if len(words) == 2 else {word: words[0]}}
     if to != "embedding":
         if scale is None:
             fit = fit_scale(concept, pipe)

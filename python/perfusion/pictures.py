@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import io
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
 from PIL import Image, ImageCms, ImageOps
 
-__all__ = ["ENDINGS", "WITH_HEIF", "eight_bits", "is_picture", "open_picture", "upright"]
+__all__ = ["ENDINGS", "WITH_HEIF", "eight_bits", "is_picture", "open_picture", "opened", "upright"]
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 WITH_HEIF = (".heic", ".heif")  # with the package pillow-heif
@@ -56,6 +58,13 @@ def unreadable_kind(path: Path) -> str | None:
 
 def open_picture(path: Path) -> Image.Image:
     """The picture as it is seen. ValueError, a sentence without the path, when it cannot be read; FileNotFoundError."""
+    with opened(path) as image:
+        return upright(image)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """The file as Pillow opens it. What goes wrong inside, too, such as damage that shows late, is a ValueError as in `open_picture`."""
     reason = unreadable_kind(path)
     if reason is not None and path.is_file():
         raise ValueError(f"it is {reason}")
@@ -64,8 +73,8 @@ def open_picture(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # photos of 100 megapixels exist
-            with Image.open(path) as opened:
-                return upright(opened)
+            with Image.open(path) as image:
+                yield image
     except FileNotFoundError:
         raise
     except Image.DecompressionBombError as error:

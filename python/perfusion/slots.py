@@ -73,3 +73,8 @@ class Slots:
         """A table [P, T, O] as one view [P, T, H, d] per layer."""
         pieces = table.split([width for _, width in self.shapes], -1)
         return [piece.unflatten(-1, (heads, -1)) for piece, (heads, _) in zip(pieces, self.shapes)]
+
+    def gathered(self, table: Tensor, rows: Sequence[int]) -> list[Tensor]:
+        """Rows of a table as one [R, T, H, d] per layer, contiguous: a layer then reads no more pages than its own keys fill."""
+        where = torch.tensor(rows, device=self.device)
+        return [piece[where].contiguous() for piece in self.split(table)]

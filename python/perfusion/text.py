@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from perfusion.base import UnsupportedPipeline, text_encoders
-from perfusion.base.parts import plain_module, tokenizers
+from perfusion.base.parts import plain_module, prepared_text, tokenizers
 from perfusion.encoding_registry import EncodingRegistry
 from perfusion.loaded_concept import LoadedConcept
 from perfusion.prompts import Mention, Prompt, PromptError, parse_prompt
@@ -75,6 +75,40 @@ class _Expected:
         return len(self.ids) in (1, len(ids)) and torch.equal(self.ids.expand(len(ids), -1), ids)
 
 
+class _Method:
+    """A method of one object, wrapped and given back as it was: what the object itself had of that name, normally nothing."""
+
+    def __init__(self, owner: Any, name: str):
+        self.owner, self.name = owner, name
+        self.own = self.wrapper = None
+
+    def wrap(self, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self.own = vars(self.owner).get(self.name)
+        self.wrapper = make(getattr(self.owner, self.name))
+        setattr(self.owner, self.name, self.wrapper)
+
+    def unwrap(self) -> None:
+        if self.wrapper is not None and vars(self.owner).get(self.name) is self.wrapper:
+            delattr(self.owner, self.name)
+            if self.own is not None:
+                setattr(self.owner, self.name, self.own)
+
+
+def _encode_methods(pipe: Any) -> list[tuple[Any, str]]:
+    """(object, method) of where a pipeline encodes prompts: itself, or the blocks of a modular one that do."""
+    blocks = getattr(pipe, "_blocks", None)
+    if blocks is None:
+        name = "_encode_prompt" if any(kind.__name__ == JOINS for kind in type(pipe).__mro__) else "encode_prompt"
+        return [(pipe, name)] if callable(getattr(pipe, name, None)) else []
+    found, waiting = [], [blocks]
+    while waiting:
+        block = waiting.pop()
+        waiting += block.sub_blocks.values()
+        if callable(getattr(block, "encode_prompt", None)):
+            found.append((block, "encode_prompt"))
+    return found
+
+
 class TextHook:
     """Resolves concepts in the prompts of one pipeline, from `install` to `remove`.
 
@@ -84,45 +118,45 @@ class TextHook:
     """
 
     def __init__(self, pipe: Any, words: Mapping[str, LoadedConcept], on_encode: Callable[[], None] = lambda: None):
-        joins = any(kind.__name__ == JOINS for kind in type(pipe).__mro__)
-        self._method = "_encode_prompt" if joins else "encode_prompt"
-        if not callable(getattr(pipe, self._method, None)):
+        self._methods = [_Method(owner, name) for owner, name in _encode_methods(pipe)]
+        if not self._methods:
             raise UnsupportedPipeline(f"{type(pipe).__name__} is not supported: it has no encode_prompt, where concepts are read.")
+        self._parameters = inspect.signature(getattr(self._methods[0].owner, self._methods[0].name)).parameters
         # what changes the way from a prompt to ids, as the call sets it that is going on
-        parameters = inspect.signature(getattr(pipe, self._method)).parameters
-        self._usual = {key: each.default for key, each in parameters.items() if key in READING}
+        self._usual = {key: self._parameters[key].default for key in READING if key in self._parameters}
         self._reading = self._usual
         self.pipe, self.words, self.enabled, self._on_encode = pipe, words, True, on_encode
         self._known = EncodingRegistry()
         self._expected: list[list[_Expected]] = [[] for _ in text_encoders(pipe, required=False)]
         self._handles: list[Any] = []
         self._frames: dict[Any, tuple[int, int]] = {}  # tokenizer -> special tokens before and behind a text
-        self._own = self._wrapper = None  # that method as the pipeline object had it, normally not at all, and as it has it now
 
     def install(self) -> None:
         for number, (_, encoder) in enumerate(text_encoders(self.pipe, required=False)):
             for embedding in _embeddings(encoder):
                 self._handles.append(embedding.register_forward_hook(functools.partial(self._substitute, number)))
-        self._own = self.pipe.__dict__.get(self._method)
-        original = getattr(self.pipe, self._method)
+        for method in self._methods:
+            method.wrap(self._wrapped)
+
+    def _wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
 
         @functools.wraps(original)
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            # somebody who wrapped this one may call it still after `remove`
-            return self._encode(original, signature.bind(*args, **kwargs)) if self._handles else original(*args, **kwargs)
+            # somebody who wrapped this one may call it still after `remove`, and a block may be copied into another pipeline
+            bound = signature.bind(*args, **kwargs) if self._handles else None
+            if bound is None or bound.arguments.get("components", self.pipe) is not self.pipe:
+                return original(*args, **kwargs)
+            return self._encode(original, bound)
 
-        self._wrapper = encode_prompt
-        setattr(self.pipe, self._method, encode_prompt)
+        return encode_prompt
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._wrapper is not None and self.pipe.__dict__.get(self._method) is self._wrapper:
-            delattr(self.pipe, self._method)
-            if self._own is not None:
-                setattr(self.pipe, self._method, self._own)
+        for method in self._methods:
+            method.unwrap()
 
     def parse(self, text: str, tokens: Collection[str] | None = None) -> Prompt:
         """The prompt, every mention with its strength, without those of strength 0: they are the superclass word and no concept."""
@@ -164,15 +198,20 @@ class TextHook:
             if not self._expected:
                 raise PromptError(f"prompt {text!r}: the global key lock encodes the superclass prompt, and there is no text encoder.")
             with torch.no_grad():
-                options = dict(device=row.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-                options |= {"max_sequence_length": len(row)} if "max_sequence_length" in self._usual else {}
-                encoded = getattr(self.pipe, self._method)(prompt=prompt.text, **options)
+                encoded = self._encoded_plainly(prompt.text, row)
                 key_encoding = _parts(encoded, {})[0][0].cpu()
             if key_encoding.shape != row.shape:
                 raise PromptError(f"prompt {text!r}: the global key lock needs encodings of {len(key_encoding)} tokens, got {len(row)}.")
         request = self.row_request(mentions, [prompt] * max(1, len(self.tokenizers())), key_encoding)
         length = self._length(0, len(row)) if self.tokenizers() else len(row)
         return dataclasses.replace(request, places=tuple(_in_chunks(places, length, len(row)) for places in request.places))
+
+    def _encoded_plainly(self, text: str, row: Tensor) -> Any:
+        """What the pipeline makes of a text without concepts, of as many tokens as a row [T, D]."""
+        options = dict(components=self.pipe, prompt=text, device=row.device, num_images_per_prompt=1, max_sequence_length=len(row))
+        options |= dict(do_classifier_free_guidance=False, prepare_unconditional_embeds=False)
+        method = getattr(self._methods[0].owner, self._methods[0].name)
+        return method(**{name: value for name, value in options.items() if name in self._parameters})
 
     def rows_of(self, encodings: Tensor) -> dict[int, RowRequest]:
         """row -> RowRequest for the rows of encodings [R, T, D] that hold concepts; see `EncodingRegistry.find`."""
@@ -245,7 +284,8 @@ class TextHook:
         """What is going to be encoded, in the order in which pipelines stack the rows: the negative prompt first."""
         sides = []
         for place, role in ((1, "negative_prompt"), (0, "prompt")):
-            skipped = place == 1 and not arguments.get("do_classifier_free_guidance", True)
+            guided = arguments.get("do_classifier_free_guidance", arguments.get("prepare_unconditional_embeds", True))
+            skipped = place == 1 and not guided
             if not skipped and arguments.get(f"{role}_embeds") is None:
                 first = parsed.get(role, [])
                 sides.append(_Side(place, [first, parsed.get(f"{role}_2", first)][: len(self._expected)]))
@@ -293,12 +333,7 @@ class TextHook:
         return tokenizer(convert(self._prepared(text), tokenizer), **given).input_ids
 
     def _prepared(self, text: str | list[str]) -> str | list[str]:
-        """A text as the pipeline gives it to the tokenizer: some write it small, and clean it when asked to."""
-        prepare = getattr(self.pipe, "_text_preprocessing", None)
-        if prepare is None:
-            return text
-        prepared = prepare(text, clean_caption=bool(self._reading.get("clean_caption")))
-        return prepared[0] if isinstance(text, str) else prepared
+        return prepared_text(self.pipe, text, bool(self._reading.get("clean_caption")))
 
     def _length(self, number: int, given: int | None = None) -> int:
         """How many tokens a text encoder reads: of an encoding of `given` ones, or in the call that goes on."""

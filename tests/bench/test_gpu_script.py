@@ -83,7 +83,7 @@ def test_all_it_calls_is_there(tools, tmp_path):
     measured = [line for line in lines if "bench/run.py" in line]
     options = [parse(line.replace("--device cuda", "--device cpu").split()[2:]) for line in measured]
     step = [["step"]] * ("step" in suites.NAMES)
-    assert [each.suite for each in options] == [["decide"], *[["attention"]] * 3, *[["layer"]] * 2, *step, ["training"]]
+    assert [each.suite for each in options] == [["decide"], *[["attention"]] * 3, *[["layer"]] * 2, *step, ["train"]]
     assert all("--device cuda" in line for line in measured) and (step or "engine: not measured" in ran.stdout)
     sanitized = [re.search(r"--tool (\w+).*/(\w+)$", line) for line in lines if "compute-sanitizer" in line and "pytest" not in line]
     assert [found.groups() for found in sanitized] == [
@@ -124,7 +124,7 @@ def test_its_python_runs_for_real(tools, tmp_path):
     calls, out = tmp_path / "calls", tmp_path / "out"
     stand_ins(tools, calls)
     tools("python3", f'case "$*" in *setup.py*|"-m pytest "*|*microbenchmarks/*) echo "python3 $*" >> {calls};; *) exec {sys.executable} "$@";; esac')
-    wanted = {"decide": "decide", "core": "attention", "layer": "layer", "train": "training"}
+    wanted = {"decide": "decide", "core": "attention", "layer": "layer", "train": "train"}
     path = f"{tools.path}:{os.path.dirname(shutil.which('g++'))}"  # torch.compile calls it
     tools.path = path
     ran = run(tools, out, DEVICE="cpu", QUICK="1", PATIENCE="20", STAGES=" ".join(wanted))
@@ -133,7 +133,7 @@ def test_its_python_runs_for_real(tools, tmp_path):
     found = rows.read(out / "rows.jsonl")
     assert {row["suite"] for row in found} == {*wanted.values(), "nsight"} and set(wanted.values()) <= set(suites.NAMES)
     passed = {(row["suite"], row["provider"]) for row in found if row["gate"] == "passed"}
-    assert passed >= {("decide", "library"), ("attention", "compile max-autotune"), ("layer", "expert addmm"), ("training", "ours")}
+    assert passed >= {("decide", "library"), ("attention", "compile max-autotune"), ("layer", "expert addmm"), ("train", "ours")}
     assert "ncu is not on PATH" in next(row["reason"] for row in found if row["suite"] == "nsight")
     report = (out / "report.md").read_text()
     assert all(f"**{suite}" in report for suite in (*wanted.values(), "nsight"))

@@ -48,9 +48,9 @@ def test_flops_and_launches_of_a_unet():
 
 
 def test_bytes_of_a_concept_are_those_of_the_bank():
-    for name in model.floors.UNETS:
-        outputs = sum(layer.count * layer.C for layer in model.floors.UNETS[name])
-        bank = ConceptBank(3, model.floors.TEXT_WIDTHS[name], outputs, dtype=torch.float16)
+    for name in model.roofline.UNETS:
+        outputs = sum(layer.count * layer.C for layer in model.roofline.UNETS[name])
+        bank = ConceptBank(3, model.roofline.TEXT_WIDTHS[name], outputs, dtype=torch.float16)
         held = sum(table.nbytes for table in vars(bank).values() if isinstance(table, torch.Tensor))
         assert held == 3 * model.concept_bytes(name)
 
@@ -61,7 +61,7 @@ def test_bytes_of_a_lora_are_those_that_were_written():
             assert row["file_bytes"] == model.UNETS[row["case"]].lora_bytes
 
 
-@pytest.mark.parametrize("name", model.floors.UNETS)
+@pytest.mark.parametrize("name", model.roofline.UNETS)
 def test_what_follows_from_what(name):
     def step(a=A, rows=2, **options):
         return model.step_seconds(name, rows, a, **options)
@@ -91,3 +91,14 @@ def test_the_command_takes_other_assumptions():
     assert first == model.table(list(model.predictions(A))) + "\n"
     changed = [line.split("|")[1].strip() for line, other in zip(first.splitlines(), second.splitlines()) if line != other]
     assert changed == ["images, a node", "images, a fleet"]
+
+
+def test_launches_that_are_assumed_were_counted():
+    """Of a LoRA beside its layer and of an edit at every step, by the suite `static`, within a launch or two a layer."""
+    counted = {(row["case"], row["provider"]): row["value"] for row in rows.read(ROOT / "bench/results/static.jsonl") if row["unit"] == "launches"}
+    for name in {case for case, _ in counted} & set(model.UNETS):
+        stock = counted[name, "stock"]
+        assert stock == pytest.approx(model.UNETS[name].launches, rel=0.15)
+        assert counted[name, "LoRA"] - stock == pytest.approx(A.unfused_launches * dict(A.lora_layers)[name], rel=0.4)
+        assert counted[name, "perfusion-pytorch"] - stock == pytest.approx(2 * model.layers(name) * A.gated_launches, rel=0.4)
+        assert counted[name, "perfusion"] < stock

@@ -12,7 +12,7 @@ import torch
 from bench import rows, suites
 from bench.measure import Options, Problem, measure
 from bench.report import PLACE, refreshed, tables
-from bench.timing import Contestant, Times, interleave
+from bench.timing import Candidate, Times, interleave
 from perfusion_kernels.schemas import SCHEMAS
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ MUST_RUN = {
     "attention": {"reference", "eager", "compile", "expert", "sdpa flash", "sdpa math"},
     "fused": {"reference", "eager", "compile", "expert", "sdpa flash", "sdpa math"},
     "layer": {"reference", "expert addmm", "eager", "compile", "expert", "sdpa flash", "sdpa math", "diffusers"},
-    "training": {"ours", "plain", "expert"},
+    "train": {"ours", "plain", "expert"},
     "export": {"torch", "torch, K and V", "onnxruntime", "onnxruntime, by layer"},
 }
 
@@ -64,7 +64,7 @@ def test_every_suite_runs_in_small(suite, folder):
             assert row["l2"] == "warm"
         else:
             assert row["gate"] == "not passed" and len(row["reason"]) > 10 and not row.keys() & TIMED
-        if suite not in ("training", "export"):
+        if suite not in ("train", "export"):
             assert row["bytes"] > 0 and row["flops"] > 0 and row["floor_us"] > 0
     for case in cases:
         ran = {row["provider"] for row in found if row["case"] == case and row["gate"] == "passed"}
@@ -77,7 +77,7 @@ def test_every_suite_runs_in_small(suite, folder):
 def test_overheads_are_rows(folder):
     found = quick_rows("overhead", folder)
     assert {row["case"] for row in found} == set(SCHEMAS)
-    assert {*MUST_RUN, "decide", "overhead", "storage", "startup"} <= set(suites.NAMES)
+    assert {*MUST_RUN, "decide", "overhead", "storage", "startup", "static"} <= set(suites.NAMES)
     for row in found:
         assert row.keys() >= EVERY and row["overhead_us"] > 0 and row["limit_us"] == 15
         assert row["fresh_us"] > row["overhead_us"] and row["fresh_us"] > row["unvalidated_us"] > 0
@@ -123,7 +123,7 @@ def test_a_graph_goes_through_copies(monkeypatch):
             self.result, self.graph = self.results[0], type("Replayed", (), {"replay": lambda self: None})()
 
     monkeypatch.setattr(providers, "_Graphed", Graph)
-    lists = [[Contestant("ours", lambda n=n: n, on_graph=True), Contestant("slow", lambda: None)] for n in range(3)]
+    lists = [[Candidate("ours", lambda n=n: n, on_graph=True), Candidate("slow", lambda: None)] for n in range(3)]
     plain, graph, slow = providers.with_graphs(lists[0], lists[1:])
     assert (plain.provider, graph.provider, slow.provider, graph.calls) == ("ours", "ours graph", "slow", 20)
     assert providers.attempt(graph) == (0, "") and graph.call.results == [number % 3 for number in range(20)]
@@ -157,8 +157,8 @@ def test_a_case_measured_twice_counts_as_it_was_last():
 
 
 def test_tables_of_pages_are_those_of_the_rows():
-    pages = [page for page in (ROOT / "docs").glob("*.md") if "<!-- rows: " in page.read_text()]
-    assert ROOT / "docs/benchmarks.md" in pages
+    pages = [page for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if "<!-- rows: " in page.read_text()]
+    assert {ROOT / "README.md", ROOT / "docs/benchmarks.md"} <= set(pages)
     for page in pages:
         text = page.read_text(encoding="utf-8")
         assert text.count("<!-- rows: ") == len(PLACE.findall(text)) and refreshed(text) == text, f"python bench/report.py --page {page}"
@@ -167,9 +167,9 @@ def test_tables_of_pages_are_those_of_the_rows():
 # The gate
 
 
-def problem(*contestants):
+def problem(*candidates):
     exact = torch.linspace(0, 1, 8, dtype=torch.float64).reshape(2, 4)
-    return Problem("c", {"B": 2}, torch.float32, torch.tensor([[1], [2]]), lambda: exact, lambda: exact.float(), list(contestants))
+    return Problem("c", {"B": 2}, torch.float32, torch.tensor([[1], [2]]), lambda: exact, lambda: exact.float(), list(candidates))
 
 
 def test_who_is_wrong_is_not_timed():
@@ -183,12 +183,12 @@ def test_who_is_wrong_is_not_timed():
     found = measure(
         "s",
         problem(
-            Contestant("right", lambda: right),
-            Contestant("wrong", lambda: calls.append(1) or slots),
-            Contestant("short", lambda: right[:, :3]),
-            Contestant("other", lambda: right.double()),
-            Contestant("fails", fails),
-            Contestant("absent", None, "it is not here"),
+            Candidate("right", lambda: right),
+            Candidate("wrong", lambda: calls.append(1) or slots),
+            Candidate("short", lambda: right[:, :3]),
+            Candidate("other", lambda: right.double()),
+            Candidate("fails", fails),
+            Candidate("absent", None, "it is not here"),
         ),
         CPU,
     )
@@ -204,18 +204,18 @@ def test_who_is_wrong_is_not_timed():
 # Times
 
 
-def test_contestants_take_turns_in_changing_order():
+def test_candidates_take_turns_in_changing_order():
     calls = []
-    contestants = [Contestant(name, lambda name=name: calls.append(name)) for name in "abc"]
+    candidates = [Candidate(name, lambda name=name: calls.append(name)) for name in "abc"]
     clock = iter(range(10**6))
-    times = interleave(contestants, torch.device("cpu"), seconds=0, rounds=(8, 8), clock=lambda: next(clock))
+    times = interleave(candidates, torch.device("cpu"), seconds=0, rounds=(8, 8), clock=lambda: next(clock))
     assert [len(each.samples) for each in times] == [8, 8, 8] and calls[:3] == ["a", "b", "c"]
     rounds = ["".join(calls[start : start + 3]) for start in range(3, 27, 3)]
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds) and len(set(rounds)) > 1
 
 
 def test_ratios_are_taken_round_by_round():
-    """A slow moment that touches both contestants of a round leaves the ratio alone."""
+    """A slow moment that touches both candidates of a round leaves the ratio alone."""
     slow = torch.tensor([1.0, 1.0, 9.0, 1.0, 5.0], dtype=torch.float64)
     assert Times(2 * slow).ratio(Times(slow)) == (2.0, 2.0, 2.0)
     low, middle, high = Times(torch.arange(1, 102, dtype=torch.float64)).quantiles()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare, floors, nsight, plot, predictions, rows
+from bench import compare, nsight, plot, predictions, roofline, rows
 from bench.regression.__main__ import compared, ratios
 from bench.report import tables
 
@@ -62,7 +62,7 @@ def test_a_measured_kernel_stands_beside_its_prediction():
 def test_every_prediction_is_above_its_floor():
     for each in predictions.read("H200"):
         if each["kernel"] != "concept_gates":  # which waits for latency
-            floor = predictions.work(each).floor(floors.H200)
+            floor = predictions.work(each).floor(roofline.H200)
             assert 1e-6 * each["microseconds"] > floor, each
 
 

@@ -28,7 +28,8 @@ int main() {
   int failed = 0;
   for (int t = 0; t < 16; ++t) failed += failures[t] + (devices[t].errors != devices[t % 2].errors) + (devices[t].multiprocessors != 4);
   failed += devices[0].errors == devices[1].errors;
-  std::printf("%d failed, %d attributes, %d in a capture, %d launches\n", failed, attributes_set, in_capture, launches);
+  std::printf("%d failed, %d attributes, %d in a capture, %d launches, %d of them early, %d where that cannot be\n", failed, attributes_set, in_capture,
+              launches, early, early_on_old_chips);
   const perfusion_status refused = perfusion::launch("launches", first, 1, 32, 101376, nullptr, Arguments{0});
   return failed + (refused != PERFUSION_DEVICE_ERROR);
 }

@@ -9,6 +9,7 @@ PERFUSION_DEVICE void misuse(int which) {
   auto* shared = reinterpret_cast<uint16_t*>(shared_memory());
   alignas(16) static uint16_t global[8] = {1, 2, 3, 4, 5, 6, 7, 8};
   uint32_t r[4];
+  if (which != 9) wait_for_previous_kernel();
   switch (which) {
     case 0:  // nothing wrong
       copy_async(shared + 8 * thread(), global, true);
@@ -57,6 +58,9 @@ PERFUSION_DEVICE void misuse(int which) {
       break;
     case 8:  // more bytes than a copy has
       copy_async(shared + 8 * thread(), global, 18);
+      break;
+    case 9:  // did not wait for the kernel before
+      copy_async(shared + 8 * thread(), global, true);
       break;
   }
 }

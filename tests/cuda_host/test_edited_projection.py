@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from bench import floors
+from bench import roofline
 
 from ..kernels import cases
 from .host import Refused, compare
@@ -146,7 +146,7 @@ def test_neighbours_share_weights(host):
     assert plan["row_tiles"] == 2 and 2 * 256 * 1280 > 320 << 10
     host.edited_projection(**arguments)
     [(_, read, written)] = host.counted()["traffic"]
-    assert read + written <= 1.1 * floors.of("edited_projection", arguments).bytes
+    assert read + written <= 1.1 * roofline.of("edited_projection", arguments).bytes
 
 
 @pytest.mark.parametrize("tile", TILES)

@@ -6,7 +6,7 @@ test_mutants.py calls some of these tests with a changed library.
 import pytest
 import torch
 
-from bench import floors
+from bench import roofline
 
 from ..kernels import cases
 from .host import Refused, compare
@@ -148,7 +148,7 @@ def test_rows_share_weights(host):
     assert host.fused_plan(**arguments)["splits"] == 1
     host.fused_edited_attention(**arguments)
     [(_, read, written)] = host.counted()["traffic"]
-    assert read + written <= 1.1 * floors.of(OPERATOR, arguments).bytes
+    assert read + written <= 1.1 * roofline.of(OPERATOR, arguments).bytes
 
 
 @pytest.mark.parametrize("J", (1, 3, 8))

@@ -21,6 +21,9 @@ ATTENTION, TILES, EDIT, STREAM, FUSED, GATES, GATE_PRODUCTS, PRODUCT, PROJECTION
     )
 )
 MUTANTS = {
+    "memory is read while the kernel before may still run": (
+        Change(ATTENTION, "  wait_for_previous_kernel();\n", ""), attention.test_mixed_rows
+    ),
     "the barrier after K and V is gone": (
         Change(ATTENTION, "    wait_for_copies<0>();\n    barrier();\n", "    wait_for_copies<0>();\n"), attention.test_long_streams
     ),
@@ -87,7 +90,7 @@ MUTANTS = {
     "slots are read before they stand there": (
         Change(GATES, "of_place(p.temperature, thread());\n    barrier();\n", "of_place(p.temperature, thread());\n"), gates.test_any_order
     ),
-    "the sum of seven warps": (Change(GATES, "for (int w = 0; w < gate_warps; ++w)", "for (int w = 0; w + 1 < gate_warps; ++w)"), gates.test_many_slices),
+    "the sum of all warps but one": (Change(GATES, "for (int w = 0; w < Products::warps; ++w)", "for (int w = 0; w + 1 < Products::warps; ++w)"), gates.test_many_slices),
     "sums are added before all warps have theirs": (
         Change(GATES, "place, other);\n      barrier();\n", "place, other);\n"), gates.test_any_order
     ),
@@ -115,7 +118,7 @@ MUTANTS = {
     ),
     "tokens behind the last": (Change(GATE_PRODUCTS, "other == 0 && t < T ? t : -1", "other == 0 && t <= T ? t : -1"), gates.test_nothing_else_is_read),
     "the sum of a neighbour's place": (
-        Change("device/warp.cuh", "(upper ? x[i + half] : x[i]) + shuffle_xor(given, half)", "(upper ? x[i] : x[i + half]) + shuffle_xor(given, half)"), gates.test_mixed_rows
+        Change("device/warp.cuh", "(upper ? x[i + half] : x[i]) + shuffle_xor(given, mask)", "(upper ? x[i] : x[i + half]) + shuffle_xor(given, mask)"), gates.test_mixed_rows
     ),
     "a step of the product lands on the one being read": (
         Change(PRODUCT, "written = written + stage == all ? 0 : written + stage;", "written = written + stage == all ? stage : written + stage;"), projection.test_schedules_agree
@@ -211,8 +214,8 @@ MUTANTS = {
     "a row of a weight goes on after D": (
         Change(FUSED, "d, static_cast<int>(D), weight", "d, static_cast<int>(D + 7) / 8 * 8, weight"), fused.test_a_width_within_longer_rows
     ),
-    "blocks are counted without their turns": (
-        Change("fused_edited_attention.cu", "const int64_t work = turns * (", "const int64_t work = (void(turns), 1) * ("), fused.test_no_other_share_is_cheaper
+    "blocks are counted without their waves": (
+        Change("fused_edited_attention.cu", "const int64_t work = waves * (", "const int64_t work = (void(waves), 1) * ("), fused.test_no_other_share_is_cheaper
     ),
     "the last of many places is taken for absent": (Change(GATES, "return j < J ? bank_slot", "return j + 1 < J ? bank_slot"), gates.test_more_than_a_block_holds),
     "many places have the first one's bias": (

@@ -3,6 +3,8 @@
 They are those of the library that test_torch_library.py looks at: nothing is compiled for this.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from bench.kernels import nvcc_matrix
@@ -12,6 +14,7 @@ from .test_torch_library import compiled  # noqa: F401, a fixture
 SASS = """\
 \t\tFunction : _ZN9perfusion20concept_gates_kernelIfLi1EEEvNS_18ConceptGatesLaunchE
         /*0000*/                   LDC R1, c[0x0][0x28] ;                    /* 0x0 */
+        /*0008*/                   ACQBULK ;                                 /* 0x0 */
         /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;          /* 0x0 */
         /*0020*/                   LDGSTS.E.BYPASS.128 [R5], [R2.64], !P1 ;  /* 0x0 */
         /*0030*/                   LDG.E.LTC128B R4, desc[UR4][R2.64] ;      /* 0x0 */
@@ -29,11 +32,13 @@ def kernels(compiled):  # noqa: F811
 
 def test_instructions_are_counted():
     (counts,) = nvcc_matrix.count_instructions(SASS.splitlines()).values()
-    assert counts == dict(tensor=1, wide_loads=3, wide_stores=1, local=1)
+    assert counts == dict(tensor=1, wide_loads=3, wide_stores=1, local=1, waits=1, unordered=0)
+    without = [line for line in SASS.splitlines() if "ACQBULK" not in line]
+    assert list(nvcc_matrix.count_instructions(without).values()) == [counts | dict(waits=0, unordered=5)]
 
 
 def test_what_no_kernel_may_have():
-    good = nvcc_matrix.Kernel("edited_attention, float16, 40, 5", "sm_80", registers=96, tensor=1, wide_loads=1, wide_stores=1)
+    good = nvcc_matrix.Kernel("edited_attention, float16, 40, 5, 2", "sm_80", registers=96, tensor=1, wide_loads=1, wide_stores=1)
     bad = nvcc_matrix.Kernel(good.name, "sm_80", registers=96, stack=16, spills=20)
     assert nvcc_matrix.complaints([good]) == []
     assert nvcc_matrix.complaints([bad]) == [
@@ -41,11 +46,15 @@ def test_what_no_kernel_may_have():
         for text in ("20 bytes spilled, 16 of stack, 0 local accesses", "no tensor-core instruction", "no 16-byte load", "no 16-byte store")
     ]
     assert nvcc_matrix.complaints([nvcc_matrix.Kernel("concept_gates, float32, 1", "sm_80", wide_loads=1)]) == []
+    late = nvcc_matrix.Kernel("concept_gates, float32, 1", "sm_90", wide_loads=1, waits=1, unordered=1)
+    text = "concept_gates, float32, 1 for sm_90: reads or writes memory before it waits for the kernel before it"
+    assert nvcc_matrix.complaints([late]) == nvcc_matrix.complaints([replace(late, waits=0, unordered=0)]) == [text]
+    assert nvcc_matrix.complaints([replace(late, unordered=0)]) == []
 
 
 def test_names_are_readable():
     symbols = {
-        "_ZN9perfusion23edited_attention_kernelINS_4HalfELi40ELi5EEEvNS_21EditedAttentionLaunchE": "edited_attention, float16, 40, 5",
+        "_ZN9perfusion23edited_attention_kernelINS_4HalfELi40ELi5ELi2EEEvNS_21EditedAttentionLaunchE": "edited_attention, float16, 40, 5, 2",
         "_ZN9perfusion20concept_gates_kernelIfLi1EEEvNS_18ConceptGatesLaunchE": "concept_gates, float32, 1",
     }
     assert {symbol: nvcc_matrix.readable(*nvcc_matrix.REGISTRY.named(symbol)) for symbol in symbols} == symbols
@@ -85,12 +94,12 @@ def test_a_written_table_is_read_as_it_was(tmp_path, monkeypatch):
     nvcc_matrix.PAGE.write_text(f"before\n{nvcc_matrix.BEGIN}\nNot written yet.\n{nvcc_matrix.END}\nafter\n")
     assert nvcc_matrix.committed() == ("", {})
     kernels = [
-        nvcc_matrix.Kernel(name, arch, registers=registers, tensor=tensor, wide_loads=4)
-        for name in ("concept_gates, float32, 1", "edited_attention, float16, 40, 5")
+        nvcc_matrix.Kernel(name, arch, registers=registers, dynamic=dynamic, tensor=tensor, wide_loads=4)
+        for name, dynamic in (("concept_gates, float32, 1", -1), ("edited_attention, float16, 40, 5, 2", 23040))
         for arch, registers, tensor in (("sm_80", 96, 30), ("sm_90", 90, 31))
     ]
     nvcc_matrix.write(kernels, "13.0")
     assert nvcc_matrix.committed() == ("13.0", {kernel.name: {"sm_80": 96, "sm_90": 90} for kernel in kernels})
     text = nvcc_matrix.PAGE.read_text()
-    assert "| edited_attention, float16, 40, 5 | 23,040 | 30–31 | 4 | 0 | 96 | 90 |" in text
+    assert "| edited_attention, float16, 40, 5, 2 | 23,040 | 30–31 | 4 | 0 | 96 | 90 |" in text
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "Not written" not in text

@@ -111,7 +111,7 @@ def test_the_library_lists_its_kernels_and_the_doctor_sums_them_up(facts, compil
     kernels = found.pop("kernels")
     assert found == compiled[1]
     shared_memory = {(row["kernel"], row["tile"]): row["dynamic_shared_memory"] for row in kernels}
-    assert shared_memory["edited_attention", "head_dim 40, keys 80"] == 23040 and shared_memory["concept_gates", "resident 1"] is None  # by J
+    assert shared_memory["edited_attention", "head_dim 40, keys 80, query_rows 16"] == 23040 and shared_memory["concept_gates", "resident 1"] is None  # by J
     registers = sorted(row["registers"] for row in kernels)
     assert facts["doctor"] == [
         f"ok  compiled  cuda                    {len(kernels)} kernels for {', '.join(ARCHITECTURES)} by CUDA {found['cuda']},"

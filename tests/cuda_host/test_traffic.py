@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from bench import floors
+from bench import roofline
 from bench.kernels import traffic_matrix
 
 from ..kernels import cases
@@ -63,18 +63,18 @@ def test_gates_of_many_places_write_their_workspace_once(host, chip):
     host.configure(**vars(traffic_matrix.CHIPS[chip]))
     host.concept_gates(**arguments)
     [(_, read, written)] = host.counted()["traffic"]
-    assert read + written <= LIMIT * (floors.of("concept_gates", arguments).bytes + host.gates_workspace_bytes(**arguments))
+    assert read + written <= LIMIT * (roofline.of("concept_gates", arguments).bytes + host.gates_workspace_bytes(**arguments))
 
 
 def test_every_launch_of_the_table_moves_at_most_a_tenth_more():
     table = traffic_matrix.committed()
-    assert len(table) >= 6 * len(floors.UNETS) + 4 * sum(map(len, floors.UNETS.values()))
+    assert len(table) >= 6 * len(roofline.UNETS) + 4 * sum(map(len, roofline.UNETS.values()))
     assert all(moved <= LIMIT for chips in table.values() for _, moved in chips.values())
 
 
 def counted_again(host):
     """The cells of the smallest layer on both chips, and of a whole model's text and another layer on the one with the small cache."""
-    layers, D = floors.UNETS["sd15"], floors.TEXT_WIDTHS["sd15"]
+    layers, D = roofline.UNETS["sd15"], roofline.TEXT_WIDTHS["sd15"]
     for chip in traffic_matrix.CHIPS:
         yield from traffic_matrix.layer_cells(host, chip, layers[3], D)
     yield from traffic_matrix.layer_cells(host, "A10", layers[2], D)

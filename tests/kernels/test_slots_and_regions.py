@@ -57,8 +57,9 @@ def agrees(arguments: dict, backend: str | None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backend, device", RUNS["edited_attention"])
-@pytest.mark.parametrize("absent", ((), ("slots",), ("query_regions", "key_regions")))
-@pytest.mark.parametrize("T, d", ((13, 8), (77, 40), (100, 64)))
+@pytest.mark.parametrize(
+    "T, d, absent", ((13, 8, ()), (13, 8, ("slots",)), (13, 8, ("query_regions", "key_regions")), (77, 40, ()), (100, 64, ("slots",)))
+)
 def test_slots_and_regions(backend, device, absent, T, d):
     case, arguments = extended(T=T, d=d, device=device, backend=backend)
     result = agrees({**arguments, **dict.fromkeys(absent)}, backend)

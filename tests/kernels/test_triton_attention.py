@@ -17,10 +17,10 @@ from .tolerance import assert_close, assert_no_worse, exactly, step
 
 pytest.importorskip("triton")
 
-from perfusion_kernels.triton import attention_tiles  # noqa: E402
+from perfusion_kernels.triton import attention_tiles, waves  # noqa: E402
 from perfusion_kernels.triton import edited_attention as forward  # noqa: E402
 from perfusion_kernels.triton import edited_attention_backward as backward  # noqa: E402
-from perfusion_kernels.triton import fused_edited_attention as fused
+from perfusion_kernels.triton import fused_edited_attention as fused  # noqa: E402
 
 DEVICE = cases.runs("edited_attention")[-1][1]
 EDIT = ("gates", "components", "key_outputs", "key_targets", "value_outputs", "value_targets")
@@ -38,11 +38,11 @@ def compare(operator, case):
     assert_no_worse(attend(case, operator), same, exact, case.index)
 
 
-def gradients(case, backend, operator="edited_attention", without=()):
+def gradients(case, backend, operator="edited_attention", without=(), scale=0.3):
     """By name; `without` names tables that are not given."""
     arguments = {n: x for n, x in case.arguments(operator).items() if n not in without}
     leaves = {n: x.detach().clone().requires_grad_() for n, x in arguments.items() if n != "index"}
-    result = cases.PUBLIC[operator](**{**arguments, **leaves}, scale=0.3, backend=backend, validate=False)
+    result = cases.PUBLIC[operator](**{**arguments, **leaves}, scale=scale, backend=backend, validate=False)
     weights = torch.linspace(0.5, 1.5, result.numel(), dtype=torch.float64).to(result).view_as(result)
     (result * weights).sum().backward()
     return {name: leaf.grad for name, leaf in leaves.items()}
@@ -71,13 +71,26 @@ def test_pieces_cover_with_little_waste():
         assert size <= first + second == min(p + q for p in powers for q in (0, *powers) if p + q >= size)
 
 
-@pytest.mark.parametrize("N, pairs", [(1, 1), (4096, 16), (4097, 16), (64, 16), (9216, 3), (100, 4000), (70000, 5)])
-@pytest.mark.parametrize("block", (16, 64))
-def test_every_tile_of_queries_has_one_program(N, pairs, block):
-    programs, each = forward.share(N, pairs, block)
-    tiles = -(-N // block)
+@pytest.mark.parametrize("load", (1, 12))
+@pytest.mark.parametrize("N, pairs", [(1, 1), (4096, 16), (4097, 16), (64, 16), (1024, 640), (9216, 3), (100, 4000), (70000, 5)])
+def test_programs_share_the_tiles_out_and_end_as_early_as_any(N, pairs, load, monkeypatch):
+    """Each tile has one program. On 132 multiprocessors, of which each holds three by registers, no other number of them ends earlier."""
+    monkeypatch.setattr(waves, "_of_cuda", lambda device: (132, 65536, 228 * 1024))
+    configuration = {"BLOCK_N": 64, "num_warps": 4}
+    programs, each = waves.share(N, pairs, configuration, lambda tiles: 40000, torch.device("cuda"), load)
+    tiles = -(-N // 64)
     assert (programs - 1) * each < tiles <= programs * each
-    assert programs == 1 or (programs - 1) * pairs < forward.PROGRAMS
+
+    def time(programs):
+        return -(-programs * pairs // (3 * 132)) * (-(-tiles // programs) + load)
+
+    assert time(programs) == min(map(time, range(1, tiles + 1)))
+
+
+def test_shared_memory_bounds_what_a_multiprocessor_holds(monkeypatch):
+    monkeypatch.setattr(waves, "_of_cuda", lambda device: (10, 65536, 100 * 1024))
+    for bytes_of_program, held in ((90000, 10), (49000, 20), (1000, 30)):
+        assert waves._at_once({"num_warps": 4}, lambda tiles: bytes_of_program, torch.device("cuda")) == held
 
 
 @pytest.mark.numeric
@@ -115,8 +128,7 @@ def test_numbers_of_concepts_up_to_and_beyond_the_unrolled(operator, J):
     assert_gradients(case, operator)
 
 
-@pytest.mark.parametrize("J", (1, 3, 9))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("J, dtype", ((1, torch.float32), (3, torch.bfloat16), (9, torch.float16)))
 def test_rows_without_a_concept_have_the_bits_of_plain_attention(J, dtype):
     case = cases.make(B=5, T=35, J=J, H=1, d=40, N=19, dtype=dtype, device=DEVICE)
     none = (case.index < 0).all(-1)
@@ -127,6 +139,17 @@ def test_rows_without_a_concept_have_the_bits_of_plain_attention(J, dtype):
     arguments = {**case.arguments("fused_edited_attention"), "index": torch.full_like(case.index, -1)}
     fused_unedited = fused_edited_attention(**arguments, scale=0.3, backend="triton")
     assert torch.equal(fused_edited[none], fused_unedited[none])
+
+
+@pytest.mark.parametrize("scale", (0.0, -0.3))
+def test_a_scale_that_is_not_positive(scale):
+    """It is multiplied before the largest score is looked for."""
+    case = cases.make(B=2, T=17, H=1, d=8, N=5, device=DEVICE)
+    mine, exact = (edited_attention(**x.arguments("edited_attention"), scale=scale, backend=name) for x, name in ((case, "triton"), (case.double(), "reference")))
+    assert torch.allclose(mine.double(), exact, rtol=1e-5, atol=1e-5)
+    mine, exact = (gradients(x, name, scale=scale) for x, name in ((case, "triton"), (case.double(), "reference")))
+    for name, gradient in mine.items():
+        assert torch.allclose(gradient.double(), exact[name], rtol=1e-4, atol=1e-5), name
 
 
 @pytest.mark.parametrize("side", ("key", "value"))
@@ -145,7 +168,7 @@ def test_gradients_of_plain_attention():
 @pytest.mark.parametrize("programs", (1, 4, 512))
 def test_the_division_of_the_work_does_not_matter(programs, monkeypatch):
     """One program for all queries of a head, several with several tiles, and one for each tile."""
-    monkeypatch.setattr(forward, "PROGRAMS", programs)
+    monkeypatch.setattr(waves, "PROGRAMS", programs)
     case = cases.make(B=2, T=17, J=1, H=1, d=8, N=67, device=DEVICE)
     compare("edited_attention", case)
     assert_gradients(case)

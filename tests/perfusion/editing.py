@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from perfusion.attention_processor import ConceptAttnProcessor
-from perfusion.base import Base, cross_attention_layers
+from perfusion.base import Base, cross_attention_layers, denoiser, project_text
 from perfusion.concept import Concept
 from perfusion.handle import Handle, attach
 from perfusion_kernels.reference.edited_attention import edited
@@ -92,7 +92,7 @@ def written_out(e: Tensor, weight: Tensor, uses: Sequence[Use], outputs: Sequenc
 
 @dataclasses.dataclass
 class Forward:
-    """One call of the UNet: the encodings [R, T, D] that it was given, and layer -> keys, values [R, T, d] in attention.
+    """One call of the denoiser: the encodings [R, T, D] that its layers read, and layer -> keys, values [R, T, d] in attention.
 
     fast: whether attention read them from the engine, and not from the layers' own projections.
     """
@@ -117,7 +117,7 @@ def watch(unet: torch.nn.Module) -> Iterator[list[Forward]]:
         return hook
 
     def begin(module, args, kwargs):
-        forwards.append(Forward(kwargs["encoder_hidden_states"].detach().clone()))
+        forwards.append(Forward(project_text(unet, kwargs["encoder_hidden_states"]).detach().clone()))
         end()  # the editor may have moved its hooks: stay behind them
         for name, layer in cross_attention_layers(unet).items():
             handles.append(layer.to_k.register_forward_hook(record("keys", name)))
@@ -199,9 +199,10 @@ def check_rows(
     for name, layer in cross_attention_layers(unet).items():
         for kind, projection in (("keys", layer.to_k), ("values", layer.to_v)):
             seen, weight = getattr(forward, kind)[name], weight_of(projection)
+            bias = getattr(projection, "bias", None)
             for row, uses in enumerate(rows):
                 if not uses:
-                    plain = projection(forward.encodings) if hasattr(projection, "base_layer") else linear(forward.encodings, weight)
+                    plain = projection(forward.encodings) if hasattr(projection, "base_layer") else linear(forward.encodings, weight, bias)
                     if not forward.fast:
                         assert torch.equal(seen[row], plain[row]), f"{name}, {kind}, row {row}: no concept, yet other bits"
                         continue
@@ -212,6 +213,7 @@ def check_rows(
                     expected = keys[row].double() @ weight.double().T
                 else:
                     expected = written_out(forward.encodings[row], weight, uses, [_output(use.concept, name, kind, weight) for use in uses])
+                expected = expected if bias is None else expected + bias.double()
                 error = (seen[row].double() - expected).abs().max() / expected.abs().max()
                 assert error < tolerance, f"{name}, {kind}, row {row}: relative error {error:.1e}"
 
@@ -231,7 +233,7 @@ def draw(pipe, prompt=None, *, seed: int = 5, **options) -> Tensor:
 
 def seen(pipe, prompt=None, **options):
     """What `draw` draws, and the forwards that `watch` recorded meanwhile."""
-    with watch(pipe.unet) as forwards:
+    with watch(denoiser(pipe)) as forwards:
         images = draw(pipe, prompt, **options)
     return images, forwards
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from perfusion.base import text_encoder_fingerprint
+from perfusion.base import denoiser, text_encoder_fingerprint
 from perfusion.captions import everyday_captions
 from perfusion.concept import Concept
 from perfusion.covariance import Covariance, compute_covariance
@@ -86,7 +86,7 @@ def snapshot(pipe: Any) -> dict[str, Any]:
         "modes": {name: [module.training for module in model.modules()] for name, model in models.items()},
         "required": {name: [parameter.requires_grad for parameter in model.parameters()] for name, model in models.items()},
         "gradients": {name: [parameter.grad for parameter in model.parameters()] for name, model in models.items()},
-        "checkpointing": pipe.unet.is_gradient_checkpointing,
+        "checkpointing": denoiser(pipe).is_gradient_checkpointing,
         "dtypes": {name: model.dtype for name, model in models.items()},
         "timesteps": pipe.scheduler.timesteps.tolist(),
         "vocabulary": len(pipe.tokenizer),

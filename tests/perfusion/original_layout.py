@@ -9,6 +9,7 @@ The names are written down here from the original code (CompVis and Stability), 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 import tempfile
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from perfusion import checkpoint_file
 from perfusion.checkpoint_file import Kind, configuration, write_configuration
+from perfusion.families import FAMILIES
 
 WIDTHS = {"sd1": 24, "sd2": 40, "sdxl": 56}  # SDXL: 24 + 32
 REAL = configuration
@@ -47,8 +49,8 @@ def small(family: str) -> dict:
 def use_small_families(monkeypatch) -> None:
     """Let the loader take the small configurations for the real ones."""
     monkeypatch.setattr(checkpoint_file, "configuration", small)
-    families = {family: (layer, WIDTHS[family], texts) for family, (layer, _, texts) in checkpoint_file._FAMILIES.items()}
-    monkeypatch.setattr(checkpoint_file, "_FAMILIES", families)
+    for id in WIDTHS:
+        monkeypatch.setitem(FAMILIES, id, dataclasses.replace(FAMILIES[id], encoding_dim=WIDTHS[id]))
 
 
 def pipeline_of(kind: Kind, seed: int = 0, device: str = "cpu"):

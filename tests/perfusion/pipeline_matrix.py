@@ -23,14 +23,14 @@ import diffusers
 import torch
 from accelerate import cpu_offload
 from diffusers.hooks import apply_group_offloading
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
-from perfusion.base import cross_attention_layers, describe_base
+from perfusion.base import cross_attention_layers, denoiser, describe_base
 from perfusion.engine import engine_of
 from perfusion.handle import Handle, attach, detach
 from tests.perfusion.editing import PLAIN, PROMPTS, make_concept
-from tests.perfusion.tiny import tiny_sd, tiny_sdxl
+from tests.perfusion.tiny import tiny_kolors, tiny_pixart, tiny_sd, tiny_sdxl, tiny_sdxl_modular
 
 PAGE = Path(__file__).parents[2] / "docs/pipelines.md"
 PICTURE = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -44,7 +44,7 @@ class Case:
     change(pipe, handle): what the user does to the pipeline, after attach unless `before`; handle is None without perfusion.
     prompts(pipe, texts): the call's arguments that stand for two texts. around: a context in which all is drawn.
     tolerance: between the two paths and between rows, as a part of the largest number. neutral: whether it changes no number,
-    so that it draws what the first case of the same build does.
+    so that it draws what the first case of the same build does. needs: a package that is not there everywhere.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Case:
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     tolerance: float = 1e-4
     neutral: bool = False
+    needs: str | None = None
 
     def draw(self, pipe: Any, texts: list[str]) -> Tensor:
         """Latents of two steps, the same noise at every call."""
@@ -63,6 +64,8 @@ class Case:
         with self.around():
             given = self.prompts(pipe, texts)
             result = pipe(**given, **options)
+        if isinstance(pipe, diffusers.ModularPipeline):
+            return result.values["images"].float()
         return (result.frames if hasattr(result, "frames") else result.images).float()
 
     def start(self, exact: bool = False) -> tuple[Any, Handle]:
@@ -101,13 +104,14 @@ def run(case: Case) -> Outcome:
         case.change(twin, None)
         untouched = case.draw(twin, PLAIN)
         pipe, handle = case.start()
-        engine = engine_of(pipe.unet)
+        engine = engine_of(denoiser(pipe))
         engine.counts.update(dict.fromkeys(engine.counts, 0))
         plain = case.draw(pipe, PLAIN)
         assert {form for form, count in engine.counts.items() if count} <= {"stock"}, "no row has a concept, yet something is edited"
         engine.counts.update(stock=0)
         mixed = case.draw(pipe, PROMPTS)
-        path = " + ".join(form for form, count in engine.counts.items() if count)
+        # guiders run the negative prompt by itself, and forwards without a concept are the pipeline's own
+        path = " + ".join(form for form, count in engine.counts.items() if count and form != "stock") or "stock"
         detach(pipe)
         after = case.draw(pipe, PLAIN)
         reference, _ = case.start(exact=True)
@@ -122,8 +126,9 @@ def drawn_plainly(build: Callable[[], Any]) -> Tensor:
 
 def leftovers(pipe: Any) -> list[str]:
     """What perfusion left in a pipeline."""
-    found = [name for name in ("encode_prompt", "_encode_prompt") if name in vars(pipe)]
-    for part in (pipe.unet, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+    owners = [pipe] if not hasattr(pipe, "_blocks") else [*pipe._blocks.sub_blocks.values()]
+    found = [name for owner in owners for name in ("encode_prompt", "_encode_prompt") if name in vars(owner)]
+    for part in (denoiser(pipe), pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
         for name, module in () if part is None else part.named_modules():
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), getattr(module, "processor", None)]
             found += [f"{name}: {hook}" for hook in hooks if _module_of(hook).startswith("perfusion")]
@@ -220,6 +225,25 @@ def animatediff() -> Any:
     return pipe
 
 
+def modular(guider: str, **options: Any) -> Any:
+    """The blocks of SDXL with one of diffusers' guiders, as a pipeline."""
+    if options.pop("layers", False):
+        where = diffusers.hooks.LayerSkipConfig(indices=[0], fqn="mid_block.attentions.0.transformer_blocks", **options.pop("skip"))
+        options[next(name for name in LAYERS if name in inspect.signature(getattr(diffusers.guiders, guider)).parameters)] = where
+    return tiny_sdxl_modular(getattr(diffusers.guiders, guider)(**options))
+
+
+LAYERS = ("perturbed_guidance_config", "skip_layer_config", "auto_guidance_config")
+SKIP = dict(layers=True, skip=dict(skip_attention=False, skip_attention_scores=True, skip_ff=False))
+GUIDERS = {
+    "ClassifierFreeGuidance": dict(guidance_scale=5.0),
+    "ClassifierFreeZeroStarGuidance": dict(guidance_scale=5.0),
+    "AdaptiveProjectedGuidance": dict(guidance_scale=5.0),
+    "TangentialClassifierFreeGuidance": dict(guidance_scale=5.0),
+    "PerturbedAttentionGuidance": dict(guidance_scale=5.0, perturbed_guidance_stop=1.0, **SKIP),
+}
+GLM = dict(max_sequence_length=24)
+PIXART = dict(use_resolution_binning=False, max_sequence_length=24, clean_caption=False)
 FROM = dict(image=PICTURE, strength=1.0)
 INTO = dict(image=PICTURE, mask_image=MASK, strength=1.0, height=16, width=16)
 pag = functools.partial(lambda name, build: lambda: getattr(diffusers, name).from_pipe(build(), pag_applied_layers=["mid"]))
@@ -245,6 +269,13 @@ PIPELINES = [
     Case("StableDiffusionXLInpaintPipeline", derived("StableDiffusionXLInpaintPipeline", tiny_sdxl), INTO),
     Case("StableDiffusionXLImg2ImgPipeline, refiner", refiner, FROM),
     Case("StableDiffusionXLPAGPipeline", pag("StableDiffusionXLPAGPipeline", tiny_sdxl)),
+    Case("KolorsPipeline", tiny_kolors, GLM, needs="sentencepiece"),
+    Case("PixArtAlphaPipeline", functools.partial(tiny_pixart, diffusers.PixArtAlphaPipeline), PIXART),
+    Case("PixArtSigmaPipeline", tiny_pixart, PIXART),
+    *(
+        Case(f"StableDiffusionXLModularPipeline, {name}", functools.partial(modular, name, **options), dict(num_inference_steps=3))
+        for name, options in GUIDERS.items()
+    ),
 ]
 
 
@@ -286,7 +317,11 @@ def lora(pipe: Any, handle: Any = None) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
-        pipe.unet.add_adapter(config, "style")
+        model = denoiser(pipe)
+        if hasattr(model, "add_adapter"):
+            model.add_adapter(config, "style")
+        else:  # transformers that diffusers loads no LoRA into
+            inject_adapter_in_model(config, model, "style")
 
 
 def fused_lora(pipe: Any, handle: Any = None) -> None:
@@ -324,16 +359,16 @@ IMAGE_EMBEDS = torch.randn(2, 1, 12, generator=torch.Generator().manual_seed(6))
 
 def group_offload(kind: str, **options: Any) -> Callable[[Any, Any], None]:
     cpu = torch.device("cpu")
-    return lambda pipe, handle: apply_group_offloading(pipe.unet, onload_device=cpu, offload_device=cpu, offload_type=kind, **options)
+    return lambda pipe, handle: apply_group_offloading(denoiser(pipe), onload_device=cpu, offload_device=cpu, offload_type=kind, **options)
 
 
 def sequential_offload(pipe: Any, handle: Any = None) -> None:
-    """What enable_sequential_cpu_offload does to the UNet; accelerate refuses to do it to a text encoder's buffers on a CPU."""
-    cpu_offload(pipe.unet, torch.device("cpu"))
+    """What enable_sequential_cpu_offload does to the denoiser; accelerate refuses to do it to a text encoder's buffers on a CPU."""
+    cpu_offload(denoiser(pipe), torch.device("cpu"))
 
 
 def float8(pipe: Any, handle: Any = None) -> None:
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    denoiser(pipe).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
 
 
 def saved(pipe: Any, handle: Any) -> None:
@@ -394,6 +429,8 @@ def call(name: str, *arguments: Any, **options: Any) -> Callable[[Any, Any], Non
 
 
 XL = functools.partial(Case, build=tiny_sdxl)
+SIGMA = functools.partial(Case, build=tiny_pixart, options=PIXART)
+KOLORS = functools.partial(Case, build=tiny_kolors, options=GLM, needs="sentencepiece")
 OPTIONS = [
     Case("negative prompts", options=dict(negative_prompt=["bad", "dark"])),
     Case("guidance off", options=dict(guidance_scale=1.0)),
@@ -435,6 +472,16 @@ OPTIONS = [
     XL("SDXL, `torch.inference_mode`", around=torch.inference_mode, neutral=True),
     XL("SDXL, LoRA after attach", change=lora),
     XL("SDXL, sequential offload", change=sequential_offload, neutral=True),
+    SIGMA("PixArt-Σ, several images per prompt", options=PIXART | dict(num_images_per_prompt=2)),
+    SIGMA("PixArt-Σ, strength that follows the steps", change=follow_steps),
+    SIGMA("PixArt-Σ, bfloat16", build=functools.partial(tiny_pixart, dtype=torch.bfloat16), tolerance=0.08),
+    SIGMA("PixArt-Σ, LoRA after attach", change=lora),
+    SIGMA("PixArt-Σ, sequential offload", change=sequential_offload, neutral=True),
+    SIGMA("PixArt-Σ, group offload, by block", change=group_offload("block_level", num_blocks_per_group=1), neutral=True),
+    SIGMA("PixArt-Σ, float8 layer-wise casting", change=float8),
+    KOLORS("Kolors, negative prompts", options=GLM | dict(negative_prompt=["bad", "dark"])),
+    KOLORS("Kolors, strength that follows the steps", change=follow_steps),
+    KOLORS("Kolors, LoRA after attach", change=lora),
 ]
 
 # what is refused
@@ -479,18 +526,6 @@ def flux() -> torch.nn.Module:
     )  # fmt: skip
 
 
-def pixart() -> torch.nn.Module:
-    return diffusers.PixArtTransformer2DModel(
-        sample_size=8, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=2, caption_channels=16,
-        cross_attention_dim=16, in_channels=4, out_channels=8,
-    )  # fmt: skip
-
-
-def projecting() -> Any:
-    """A pipeline around a UNet such as Kolors has; KolorsPipeline itself wants a tokenizer library that nothing else here needs."""
-    return tiny_sd(unet=dict(encoder_hid_dim=16, encoder_hid_dim_type="text_proj"))
-
-
 @dataclasses.dataclass(frozen=True)
 class Refusal:
     """name: its row of the page. build: the pipeline. reason, instead: what the error must say, and what the page says."""
@@ -502,7 +537,7 @@ class Refusal:
 
 
 EXAMPLES = "diffusers' examples/dreambooth/train_dreambooth_lora"
-FAMILIES = "Stable Diffusion 1.x, 2.x and XL"
+FAMILIES = "Stable Diffusion 1.x, 2.x and XL, Kolors, PixArt-α and Σ"
 TO_LORA = "a LoRA of that model by peft"
 REFUSED = [
     Refusal(
@@ -514,13 +549,6 @@ REFUSED = [
     Refusal(
         "FluxPipeline", around("FluxPipeline", transformer=flux), "mixes text and image states in joint attention", f"{EXAMPLES}_flux.py"
     ),
-    Refusal(
-        "PixArtAlphaPipeline", around("PixArtAlphaPipeline", transformer=pixart), "reads the text through a projection of its own", TO_LORA
-    ),
-    Refusal(
-        "PixArtSigmaPipeline", around("PixArtSigmaPipeline", transformer=pixart), "reads the text through a projection of its own", TO_LORA
-    ),
-    Refusal("UNets that project the text, as Kolors has", projecting, "projects the text encodings itself", FAMILIES),
     Refusal("IFPipeline", around("IFPipeline", unet=added_kv), "added key and value projections", FAMILIES),
     Refusal(
         "KandinskyV22Pipeline",
@@ -529,12 +557,6 @@ REFUSED = [
         FAMILIES,
     ),
     Refusal("fused projections", fused, "fused key and value projections", "unfuse_qkv_projections()"),
-    Refusal(
-        "StableDiffusionXLModularPipeline",
-        diffusers.StableDiffusionXLModularPipeline,
-        "encodes prompts in blocks",
-        "StableDiffusionXLPipeline",
-    ),
 ]
 
 CASES = {case.name: case for case in (*PIPELINES, *OPTIONS)}

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from perfusion import cli, hub
 from perfusion.concept import Concept
 from perfusion.hub import HubError, hub_id, model_path, pipeline_files, push
+from perfusion.model_info import describe
 from perfusion.models import ModelError, load_pipeline
 from tests.perfusion.hub_server import hub_server
 from tests.stand_in import save_concept, save_model
@@ -61,6 +62,14 @@ def test_a_model_is_fetched_because_it_was_named_and_told_of(server, capsys):
     capsys.readouterr()  # of loading
     assert model_path("user/model@v1") == path
     assert not [request for request in server.requests if "resolve" in request and request.startswith("GET")] and not capsys.readouterr().err
+
+
+def test_what_a_model_is_takes_no_weights(server):
+    facts = describe("user/model")
+    assert facts["family"] == "custom" and facts["layers"] == 4
+    assert not [request for request in server.requests if request.startswith("GET") and ("safetensors" in request or ".bin" in request)]
+    whole = sum(path.stat().st_size for path in model_path("user/model").rglob("*.safetensors"))
+    assert facts["bytes"] == whole == describe("user/model")["bytes"]
 
 
 def test_offline_the_cache_serves_and_says_what_is_missing(server, monkeypatch):

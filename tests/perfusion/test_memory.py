@@ -1,5 +1,8 @@
 """Memory reckoned before the start, against what autograd really saves."""
 
+import dataclasses
+import re
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -7,6 +10,8 @@ from typer.testing import CliRunner
 from perfusion import cli, memory
 from perfusion.checkpoint_file import configuration
 from perfusion.memory import Parts, saved_by_backward, total, training
+from perfusion.models import TOYBOX, load_pipeline
+from tests.perfusion.learning import learn, write_pictures
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 from tests.stand_in import save_model
 
@@ -40,8 +45,12 @@ def test_low_memory_fits_the_cards_it_is_for(family, latents, limit):
     saved = saved_by_backward(configuration(family)["unet"], latents, torch.bfloat16)
     low = training(REAL[family], saved, torch.bfloat16, rows=1, checkpointing=True, low_memory=True)
     usual = training(REAL[family], saved, torch.bfloat16, rows=16, checkpointing=False, low_memory=False)
-    assert total(low) < limit < total(usual) and "VAE" not in low
-    assert memory.table(low).endswith(f"{total(low) / 1e9:.1f} GB in all")
+    assert total(low) < limit < total(usual)
+    assert memory.table(low).endswith(f"{total(low) / 1e9:.2f} GB in all")
+    # on the device in a step: no text encoder and no VAE, which a CPU has nowhere else to put
+    parts = dataclasses.replace(REAL[family], size=64)
+    step, on_cpu = (training(parts, saved, torch.bfloat16, rows=8, checkpointing=True, low_memory=True, device=kind) for kind in ("cuda", "cpu"))
+    assert not {"text encoders", "VAE"} & set(step) and {"text encoders", "VAE"} <= set(on_cpu) and "CUDA" not in on_cpu
 
 
 def test_info_says_what_a_model_is(tmp_path):
@@ -50,3 +59,24 @@ def test_info_says_what_a_model_is(tmp_path):
     for text in ("family       a custom model, predicts epsilon", "4 cross-attention layers, 40 outputs; text width 16", "16 x 16 pixels",
                  "float32", "bfloat16", "--low-memory", "ok  perfusion train"):  # fmt: skip
         assert text in result.stdout, (text, result.stdout)
+
+
+def test_info_of_the_built_in_model():
+    """Small numbers are numbers: 0 M and 0.0 GB say nothing."""
+    result = CliRunner().invoke(cli.app, ["info", "toybox"], prog_name="perfusion")
+    assert result.exit_code == 0, result.output
+    parts = re.search(r"parameters   UNet ([\d.]+) M, text encoders ([\d.]+) M, VAE ([\d.]+) M", result.stdout)
+    pipe = load_pipeline("toybox", device="cpu")
+    for said, part in zip(parts.groups(), (pipe.unet, pipe.text_encoder, pipe.vae)):
+        assert float(said) == pytest.approx(sum(parameter.numel() for parameter in part.parameters()) / 1e6, rel=0.05)
+    assert not re.search(r"(?<![\d.])0(\.0+)? (M|KB|MB|GB)\b", result.stdout), result.stdout
+    weights = sum(path.stat().st_size for path in TOYBOX.rglob("*.safetensors"))
+    assert f"on disk      {weights / 1e6:.1f} MB" in result.stdout
+
+
+@pytest.mark.parametrize(("options", "advice"), [({}, True), ({"low_memory": True}, False)])
+def test_training_says_what_it_takes_before_it_begins(tmp_path, capsys, options, advice):
+    learn(tiny_sdxl(), write_pictures(tmp_path / "in"), steps=1, batch_size=1, progress=True, **options)
+    said = capsys.readouterr().err
+    line = re.search(r"memory: UNet [\d.]+ [KM]B, text encoders .* in all.*\.", said)
+    assert line and line.start() < said.index("<mine>:") and ("--low-memory" in line[0]) == advice and "CUDA" not in line[0]

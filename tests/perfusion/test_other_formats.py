@@ -1,16 +1,20 @@
 """A concept as a LoRA and an embedding: what diffusers, peft and kohya's names make of it is the formula."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from perfusion.base import cross_attention_layers, describe_base
+from perfusion.captions import everyday_captions
 from perfusion.convert import ConversionError
 from perfusion.handle import attach
 from perfusion.models import add_embedding, add_lora
-from perfusion.other_formats import EXPORTS, export, fit_scale, original_name
+from perfusion.original_names import original_name
+from perfusion.other_formats import EXPORTS, export, fit_scale
 from tests.perfusion.editing import draw, make_concept, watch, weight_of
-from tests.perfusion.tiny import tiny_sd, tiny_sdxl
+from tests.perfusion.tiny import WORDS, tiny_sd, tiny_sdxl
 
 SCALE = 0.9
 
@@ -57,21 +61,25 @@ def test_loaded_by_diffusers_it_is_the_formula(pipe, tmp_path, to, superclass):
 def test_the_scale_is_the_least_squares_one(pipe):
     concept = make_concept(describe_base(pipe), "mine", superclass="teddy")
     fit = fit_scale(concept, pipe, captions=16)
-    # the same sums, of encodings made one by one
-    g, c = [], []
+    # the same sums, of encodings made one by one; the word's tokens weigh as much as all others
+    g, c, here = [], [], []
     with attach(pipe) as handle, torch.no_grad():
         handle.load(concept)
-        from perfusion.captions import everyday_captions
-
         for number, text in enumerate(everyday_captions(16)):
-            for prompt in (f"{('a {}', 'a photo of a {}', 'a picture of the {}', '{}')[number % 4].format('<mine>')}, {text}", text):
+            text = " ".join(word for word in re.findall(r"[\w'-]+", text) if word.lower() in WORDS or len(word) == 1)
+            head = ("a {}", "a photo of a {}", "a picture of the {}", "{}")[number % 4]
+            for prompt in (f"{head.format('<mine>')}, {text}", text):
                 encoding = pipe.encode_prompt(prompt=prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0][0]
                 count = len(pipe.tokenizer(prompt.replace("<mine>", "teddy"), truncation=True).input_ids)
                 c.append(concept.similarity(encoding[:count]).double())
                 g.append(concept.gate(encoding[:count]).double())
-    g, c = torch.cat(g), torch.cat(c)
-    assert fit.scale == pytest.approx(float(torch.linalg.lstsq(c[:, None], g[:, None]).solution), rel=1e-5)
-    assert fit.loss == pytest.approx(float((g - fit.scale * c).norm() / g.norm()), rel=1e-5)
+                here.append(torch.zeros(count, dtype=torch.bool))
+                if prompt != text:
+                    here[-1][len(head.split())] = True
+    g, c, here = torch.cat(g), torch.cat(c), torch.cat(here)
+    weights = torch.where(here, 1 / here.sum(), 1 / (~here).sum()).sqrt()
+    assert fit.scale == pytest.approx(float(torch.linalg.lstsq((weights * c)[:, None], (weights * g)[:, None]).solution), rel=1e-5)
+    assert fit.loss == pytest.approx(float((weights * (g - fit.scale * c)).norm() / (weights * g).norm()), rel=1e-5)
     assert f"κ = {fit.scale:.3f}" in str(fit)
 
 

@@ -6,14 +6,16 @@ import warnings
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import perfusion
 from perfusion import cli, hub
 from perfusion.captions import everyday_captions
 from perfusion.checkpoint_file import Kind
 from perfusion.concept import Concept
-from perfusion.covariance import compute_covariance
+from perfusion.covariance import Covariance, compute_covariance
 from perfusion.models import add_embedding, add_lora, load_pipeline
 from tests.perfusion.learning import write_pictures
 from tests.perfusion.original_layout import original_layout, pipeline_of, use_small_families
@@ -23,8 +25,9 @@ SHORT = {"train": ["--steps", "2", "--batch-size", "2", "--covariance", "c.safet
                    "--resolution", "64"], "generate": ["--steps", "1", "--device", "cpu", "--overwrite"]}  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_every_command_of_the_page_works(tmp_path, monkeypatch):
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The working folder: the checkpoint file and the pictures that the page speaks of, and a covariance of few captions."""
     use_small_families(monkeypatch)
     monkeypatch.chdir(tmp_path)
     pipe = pipeline_of(Kind("sd1", 4, "epsilon", True))
@@ -34,7 +37,25 @@ def test_every_command_of_the_page_works(tmp_path, monkeypatch):
         compute_covariance(pipe, list(everyday_captions(64)), progress=False, max_condition=1e4).save(tmp_path / "c.safetensors")
     write_pictures(tmp_path / "mug")
     (tmp_path / "mug" / "1.txt").write_text("a <mug> on a wooden table, by the window")
-    pushed = []
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_python_of_the_page_works(here, monkeypatch):
+    own, short = perfusion.train, dict(steps=2, batch_size=2, resolution=64, validation_every=0, tensorboard=False, progress=False)
+    covariance = Covariance.load("c.safetensors")
+    monkeypatch.setattr(perfusion, "train", lambda *given, **options: own(*given, covariance=covariance, **options, **short))
+    block = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
+    names = {}
+    exec(compile(block, str(PAGE), "exec"), names)
+    assert names["handle"].concepts()["mug"].superclass == names["concept"].superclass == "coffee mug"
+    with Image.open("mug.png") as picture:
+        assert picture.size == (64, 64)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_command_of_the_page_works(here, monkeypatch):
+    tmp_path, pushed = here, []
     monkeypatch.setattr(hub, "push", lambda source, repository, **_: pushed.append((str(source), repository)) or "https://hub/you/mug")
     monkeypatch.setattr(hub, "concept_file", lambda text, revision=None: tmp_path / "concepts" / "mug" / "mug.safetensors")
     block = re.search(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1].replace("\\\n", " ")

@@ -101,7 +101,7 @@ def test_i_star_and_s_are_taken_at_the_last_token(pipe, folder, phrase):
         session.words[0].data.add_(0.3)
         batch = session._draw()
         with torch.no_grad():
-            made, _ = session._encode(batch.captions)
+            made = session._read(batch.captions)[0]
             own = [last_place(pipe, caption.split(" <mine>")[0], phrase) for caption in batch.captions]
             moved = torch.stack([made[row, place] for row, place in enumerate(own)]).mean(0)
         session.train_step()

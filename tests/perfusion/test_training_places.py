@@ -54,7 +54,7 @@ def test_the_concepts_token_is_found_behind_any_words(session, before, after):
     word = session.words[0].data.clone()
     try:
         session.words[0].data.fill_(7.0)
-        session._encode([caption])
+        session._read([caption])
     finally:
         handle.remove()
         session.words[0].data.copy_(word)

@@ -51,7 +51,7 @@ def test_everything_starts_at_the_superclass(make, folder):
     # the pipeline's own hidden layer (SDXL: the last but one), and no padding mask
     expected = pipe.encode_prompt(list(PLAIN), device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
     with session_on(pipe, folder, key_lock=False) as session:
-        encodings, _ = session._encode(["a <mine>", "a photo of a <mine>"])
+        encodings = session._read(["a <mine>", "a photo of a <mine>"])[0]
         assert torch.equal(encodings, expected[0])
         s = expected[0][torch.arange(2), place].mean(0)
         assert torch.equal(session.superclass_encoding, s) and torch.equal(session.target, s)
@@ -162,7 +162,7 @@ def drawn_at(step, batch=3, count=4, flip=0.5):
 
 def test_locked_keys_do_not_depend_on_the_trained_outputs(pipe, folder):
     with session_on(pipe, folder) as session:
-        encodings, _ = session._encode(["a <mine>"])
+        encodings = session._read(["a <mine>"])[0]
         one = session._edit(encodings, torch.arange(1), 0.75, 0.1)
         assert one.key_updates is None
         (gradient,) = torch.autograd.grad(one.key_encodings.sum(), session.value_outputs, retain_graph=True, allow_unused=True)

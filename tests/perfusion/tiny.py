@@ -12,7 +12,9 @@ weights. What such a pipeline draws is noise; what it computes has every shape, 
 from __future__ import annotations
 
 import functools
+import io
 import json
+import random
 import tempfile
 from pathlib import Path
 
@@ -20,9 +22,12 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    KolorsPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     StableDiffusionPipeline,
+    StableDiffusionXLAutoBlocks,
+    StableDiffusionXLModularPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -80,9 +85,9 @@ def _merges(words) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def _tokenizer_files() -> tuple[str, str, str]:
+def _tokenizer_files(words: tuple[str, ...] = WORDS) -> tuple[str, str, str]:
     """The three files of a CLIP tokenizer folder: vocab.json, merges.txt, tokenizer_config.json."""
-    alphabet, merges = _byte_alphabet(), _merges(WORDS)
+    alphabet, merges = _byte_alphabet(), _merges(words)
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "pad_token": "<|endoftext|>"}
@@ -93,10 +98,10 @@ def _tokenizer_files() -> tuple[str, str, str]:
     )
 
 
-def tiny_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
-    """A fresh CLIPTokenizer (77 tokens, lower-casing, `WORDS` single); SDXL's second one pads with "!"."""
+def tiny_tokenizer(pad_token: str = "<|endoftext|>", words: tuple[str, ...] = WORDS) -> CLIPTokenizer:
+    """A fresh CLIPTokenizer (77 tokens, lower-casing, `words` single); SDXL's second one pads with "!"."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in zip(("vocab.json", "merges.txt", "tokenizer_config.json"), _tokenizer_files()):
+        for name, text in zip(("vocab.json", "merges.txt", "tokenizer_config.json"), _tokenizer_files(words)):
             Path(folder, name).write_text(text, encoding="utf-8")
         return CLIPTokenizer.from_pretrained(folder, pad_token=pad_token)
 
@@ -270,3 +275,57 @@ def tiny_pixart(
         pipe = kind(tokenizer=tokenizer, text_encoder=_t5(tokenizer, width), vae=_vae(), transformer=transformer,
                     scheduler=_scheduler("epsilon"))  # fmt: skip
     return _finish(pipe, dtype)
+
+
+@functools.cache
+def _glm_vocabulary() -> bytes:
+    """A sentencepiece model that knows `WORDS`, each one token, and letters."""
+    import sentencepiece
+
+    words, draw = list(dict.fromkeys(WORDS)), random.Random(0)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(" ".join(draw.choices(words, k=8)) for _ in range(2000)), model_writer=model, vocab_size=320,
+        model_type="unigram", hard_vocab_limit=False, character_coverage=1.0, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def tiny_kolors(*, width: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32) -> KolorsPipeline:
+    """A Kolors-shaped pipeline on the CPU: a GLM text encoder whose prompts are padded on the left, and a UNet that projects its
+    states to D = 24; pooled text and sizes as SDXL has."""
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+    from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+
+    time_dim = 4
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "tokenizer.model").write_bytes(_glm_vocabulary())
+            tokenizer = ChatGLMTokenizer(str(Path(folder, "tokenizer.model")))
+        encoder = ChatGLMModel(
+            ChatGLMConfig(
+                num_layers=2, padded_vocab_size=len(tokenizer) + 16, hidden_size=width, ffn_hidden_size=2 * width, kv_channels=8,
+                num_attention_heads=2, seq_length=64, multi_query_attention=True, multi_query_group_num=1, add_qkv_bias=True,
+                original_rope=True,
+            )
+        )  # fmt: skip
+        for parameter in encoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
+        config = dict(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=time_dim,
+            projection_class_embeddings_input_dim=6 * time_dim + width, encoder_hid_dim=width, encoder_hid_dim_type="text_proj",
+        )  # fmt: skip
+        pipe = KolorsPipeline(vae=_vae(), text_encoder=encoder, tokenizer=tokenizer, unet=_unet(24, **config),
+                              scheduler=_scheduler("epsilon"))  # fmt: skip
+    return _finish(pipe, dtype)
+
+
+def tiny_sdxl_modular(guider) -> StableDiffusionXLModularPipeline:
+    """The parts of `tiny_sdxl` in diffusers' blocks for SDXL from text, with one of its guiders."""
+    base = tiny_sdxl()
+    pipe = StableDiffusionXLAutoBlocks().init_pipeline()
+    parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+    pipe.update_components(**{name: base.components[name] for name in parts}, guider=guider)
+    return pipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from perfusion.errors import UnsupportedPipeline
@@ -12,12 +13,16 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
 __all__ = [
+    "added_conditioning",
     "cross_attention_layers",
     "denoiser",
+    "latent_multiple",
     "layer_width",
     "plain_module",
+    "prepared_text",
     "text_encoders",
     "text_encoding_width",
+    "text_length",
     "text_width",
     "tokenizers",
 ]
@@ -81,6 +86,35 @@ def text_encoders(pipe: Any, *, required: bool = True) -> list[tuple[Any, torch.
 def tokenizers(pipe: Any) -> list[Any]:
     """Those that the pipeline has, also where the text encoders are gone."""
     return [each for each in (getattr(pipe, name, None) for name in CUSTOM.tokenizers) if each is not None]
+
+
+def added_conditioning(model: torch.nn.Module) -> str | None:
+    """What a denoiser reads beside text and timestep: one of `families.CONDITIONINGS`, or what its configuration calls it."""
+    model = plain_module(model)
+    if hasattr(model, "use_additional_conditions"):  # transformers of PixArt, which take the argument in any case
+        return "resolution"
+    return getattr(model.config, "addition_embed_type", None)
+
+
+def latent_multiple(model: torch.nn.Module) -> int:
+    """What height and width of the latents are multiples of: a UNet halves them from level to level, a transformer cuts patches."""
+    config = plain_module(model).config
+    return config.patch_size if hasattr(config, "patch_size") else 2 ** (len(config.block_out_channels) - 1)
+
+
+def prepared_text(pipe: Any, text: str | list[str], clean: bool = False) -> str | list[str]:
+    """A text, or several, as the pipeline gives it to the tokenizer: some write it small, and clean it when asked to."""
+    prepare = getattr(pipe, "_text_preprocessing", None)
+    if prepare is None:
+        return text
+    prepared = prepare(text, clean_caption=clean)
+    return prepared[0] if isinstance(text, str) else prepared
+
+
+def text_length(pipe: Any) -> int:
+    """T, how many tokens the pipeline encodes of a text, if it is told nothing else."""
+    asked = inspect.signature(pipe.encode_prompt).parameters.get("max_sequence_length") if hasattr(pipe, "encode_prompt") else None
+    return tokenizers(pipe)[0].model_max_length if asked is None else asked.default
 
 
 def text_width(encoder: torch.nn.Module) -> int:

@@ -82,10 +82,8 @@ def _one(width: int | list[int]) -> int:
 
 
 def _unsupported_model(pipe: Any) -> str | None:
-    from diffusers import ModularPipeline, PixArtTransformer2DModel, UNet2DConditionModel, UNetMotionModel
+    from diffusers import PixArtTransformer2DModel, UNet2DConditionModel, UNetMotionModel
 
-    if isinstance(pipe, ModularPipeline):
-        return "a modular pipeline encodes prompts in blocks of its own. Use the pipeline class, such as StableDiffusionXLPipeline."
     model = plain_module(denoiser(pipe))
     if isinstance(model, PixArtTransformer2DModel):
         return None if model.config.caption_channels is not None else "its transformer has no caption projection."

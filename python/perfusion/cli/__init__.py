@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": "Check a concept file and say what is in it.",
     "info": "Say what a model is, what memory it takes, and what will work.",
     "convert": "Turn a concept into files for other programs, or another implementation's checkpoint into a concept.",
+    "studio": "Open the page: teach, draw, compare and combine in a browser, over a server.",
     "push": "Upload a concept and its card to the Hugging Face hub.",
     "export": "Write a model as a folder that runs without torch.",
     "serve": "Serve pictures to many users over HTTP.",

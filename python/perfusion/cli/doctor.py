@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import os
 import platform
 import shutil
@@ -11,10 +12,11 @@ import subprocess
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from perfusion.cli.models import MODEL_HELP, LoraOption, add_parts
 from perfusion.cli.strict_json import strict_json
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ OPTIONAL = {
 }
 OLDEST_TORCH = (2, 10)
 TOLERANCES = {32: 1e-3, 16: 1e-2}  # by bits, of results against float64, relative to the largest value; allows for tensor cores
+PATHS = {"slots": "fast", "hooks": "hooks"}
 WIDE = ("targets", "metric_targets", "bias", "temperature", "gates", "components")  # never of 16 bits
 
 
@@ -48,20 +51,29 @@ class Finding:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.state:<4}{self.area:<10}{self.name:<24}{self.detail}".rstrip()
+        return f"{self.state:<4}{self.area:<10}{self.name:<23} {self.detail}".rstrip()
 
 
-def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+def doctor(
+    model: Annotated[
+        Optional[str], typer.Option(help=f"Also say which path concepts take in each layer of a model. {MODEL_HELP}")
+    ] = None,
+    lora: LoraOption = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
     """Say what this installation can do, and why not more.
 
     Lists versions, devices, which implementations of the operators run here and why the others do not, compilers, the
     built-in model and the cache, and computes every operator once against float64. In front of each line: "ok"; "off",
-    something that is not there and is not needed; or "bad". Nothing is written and nothing is downloaded.
+    something that is not there and is not needed; or "bad". Nothing is written and nothing is downloaded, but a model by its id.
+
+    With --model, each cross-attention layer of the model is listed with the path that concepts take in it, and the reason: "fast",
+    where keys and values are computed once per prompt, or "hooks", the compatibility path. handle.explain() says it in the same words.
 
     Exit codes: 0 all is well, 1 something is bad.
     """
     findings = []
-    for finding in examine():
+    for finding in itertools.chain(examine(), _layers(model, lora)):
         findings.append(finding)
         if not json:
             print(finding, flush=True)
@@ -242,6 +254,7 @@ def _difference(results: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ..
 
 
 def _toybox() -> Iterator[Finding]:
+    from perfusion.files import size_text
     from perfusion.models import TOYBOX, load_pipeline
 
     if not TOYBOX.is_dir():
@@ -253,8 +266,32 @@ def _toybox() -> Iterator[Finding]:
         yield Finding("model", "toybox", "bad", f"{type(error).__name__}: {error}")
         return
     parameters = sum(p.numel() for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
-    megabytes = sum(file.stat().st_size for file in TOYBOX.rglob("*") if file.is_file()) / 1e6
-    yield Finding("model", "toybox", "ok", f"loads; {parameters / 1e6:.1f} million parameters, {megabytes:.1f} MB")
+    size = size_text(sum(file.stat().st_size for file in TOYBOX.rglob("*") if file.is_file()))
+    yield Finding("model", "toybox", "ok", f"loads; {parameters / 1e6:.1f} million parameters, {size}")
+
+
+def _layers(model: str | None, loras: list[str] | None) -> Iterator[Finding]:
+    """The path of a concept in each cross-attention layer of a model."""
+    from perfusion.errors import UnsupportedPipeline
+
+    if model is None:
+        if loras:
+            raise ValueError("--lora goes into a model: give one with --model.")
+        return
+    from perfusion.handle import attach
+    from perfusion.models import load_pipeline
+
+    pipe = load_pipeline(model, device="cpu")
+    add_parts(pipe, model, None, loras)
+    try:
+        handle = attach(pipe)
+    except UnsupportedPipeline as reason:
+        yield Finding("model", type(pipe).__name__, "bad", str(reason))
+        return
+    with handle:
+        yield Finding("model", type(pipe).__name__, "ok", str(handle.base))
+        for name, (path, reason) in handle.layer_paths().items():
+            yield Finding("layer", name, "ok" if path == "slots" else "off", f"{PATHS[path]}. {reason}")
 
 
 def _cache() -> Iterator[Finding]:

@@ -117,7 +117,9 @@ def prepare(
 
     ValueError for options that do not go together, with what is missing.
     """
-    inpainting = pipe.unet.config.in_channels == 9
+    from perfusion.base import denoiser
+
+    inpainting = denoiser(pipe).config.in_channels == 9
     if (mask_image is not None or inpainting) and init_image is None:
         what = "this model fills in part of a picture" if inpainting else "--mask-image says where a picture is drawn anew"
         raise ValueError(f"{what}: give the picture with --init-image.")
@@ -158,13 +160,16 @@ def _check_sizes(pipe: Any, width: int | None, height: int | None) -> None:
 
 def _size(pipe: Any, width: int | None, height: int | None, image: Path | None) -> tuple[int, int]:
     """(width, height) of what is drawn: as asked for, or the picture's own shape at the model's size, or the model's square."""
-    side = pipe.unet.config.sample_size
+    from perfusion.base import denoiser
+    from perfusion.base.parts import latent_multiple
+
+    side = denoiser(pipe).config.sample_size
     side = (side if isinstance(side, int) else max(side)) * pipe.vae_scale_factor
     if image is None or width is not None or height is not None:
         return width or side, height or side
     from perfusion.training.data import bucket
 
-    step = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    step = pipe.vae_scale_factor * latent_multiple(denoiser(pipe))
     return bucket(_open("--init-image", image).size, side, step)
 
 

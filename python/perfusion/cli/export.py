@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import enum
+import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+
+from perfusion.cli.models import Precision
 
 
 class Format(str, enum.Enum):
@@ -20,17 +23,12 @@ class Scheduler(str, enum.Enum):
     euler = "euler"
 
 
-class Precision(str, enum.Enum):
-    float32 = "float32"
-    float16 = "float16"
-
-
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="toybox, or a checkpoint in diffusers' folder format.", show_default=False)],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder to write.", show_default=False)],
     format: Annotated[Format, typer.Option(help="onnx, or pt2 for torch.export programs.")] = Format.onnx,
     scheduler: Annotated[Optional[Scheduler], typer.Option(help="Sample with this one. By default the model's own.")] = None,
-    dtype: Annotated[Precision, typer.Option(help="Number format of the graphs.")] = Precision.float32,
+    dtype: Annotated[Precision, typer.Option(help="Number format of the graphs: float32 or float16.")] = Precision.float32,
     compile: Annotated[bool, typer.Option("--compile", help="With pt2: AOTInductor packages for this machine as well.")] = False,
     device: Annotated[Optional[str], typer.Option(help="Where to trace, and what --compile compiles for: cpu, cuda.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
@@ -54,6 +52,8 @@ def export(
     from perfusion.exporting.folder import check_replaceable
     from perfusion.models import load_pipeline
 
+    if dtype is Precision.bfloat16:
+        raise ValueError("--dtype must be float32 or float16, got bfloat16: the runtimes that read the graphs have no kernels for it.")
     check_replaceable(output, overwrite)
     check_device(device)
     import torch
@@ -87,4 +87,4 @@ def export(
     print(f"Wrote {output}: {len(sizes)} files, {sum(sizes.values()):,} bytes, for {result.manifest.base}.")
     print(f"Largest difference from torch: {result.differences[worst]:.2g} of the largest output, in the {worst}.")
     if format is Format.onnx:
-        print(f'perfusion generate --runtime onnx --model {output} "..." draws with it.')
+        print(f"{shlex.join(['perfusion', 'generate', '...', '--runtime', 'onnx', '--model', str(output)])} draws with it.")

@@ -8,6 +8,9 @@ import typer
 
 from perfusion.cli.models import MODEL_HELP
 from perfusion.cli.strict_json import strict_json
+from perfusion.files import size_text
+
+PARTS = {"unet": "UNet", "text_encoders": "text encoders", "vae": "VAE"}
 
 
 def info(
@@ -17,7 +20,7 @@ def info(
     """Say what a model is, what memory it takes to train and to draw with, and what will work.
 
     Reads configurations and headers, and no weights. Memory is reckoned part by part for each number format: what the backward
-    keeps is counted on shapes alone, attention being fused.
+    keeps is counted on shapes alone, attention being fused. Of a model on the hub the configurations are fetched, and no weights.
 
     Exit codes: 0 done, 2 bad input.
     """
@@ -27,20 +30,24 @@ def info(
     print(strict_json(facts) if json else "\n".join(_lines(facts)))
 
 
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e6:,.0f} M" if parameters >= 1e7 else f"{parameters / 1e6:.2g} M" if parameters >= 1e5 else f"{parameters:,}"
+
+
 def _lines(facts: dict) -> list[str]:
     lines = [
         f"model        {facts['model']}",
         f"family       {facts['title']}{', inpainting' if facts['inpainting'] else ''}, predicts {facts['prediction_type']}",
-        f"parameters   UNet {facts['parameters']['unet'] / 1e6:,.0f} M, text encoders {facts['parameters']['text_encoders'] / 1e6:,.0f} M, "
-        f"VAE {facts['parameters']['vae'] / 1e6:,.0f} M",
-        f"on disk      {facts['bytes'] / 1e9:.2f} GB",
+        "parameters   " + ", ".join(f"{title} {_count(facts['parameters'][name])}" for name, title in PARTS.items()),
+        f"on disk      {size_text(facts['bytes'])}",
         f"concepts     {facts['layers']} cross-attention layers, {facts['outputs']:,} outputs; text width {facts['encoding_dim']}",
         f"pictures     {facts['size']} x {facts['size']} pixels",
         "",
-        f"{'memory in GB':22}{'drawing':>9}{'training':>10}{'--low-memory':>14}",
+        f"{'memory':14}{'drawing':>12}{'training':>12}{'--low-memory':>14}",
     ]
     for dtype, found in facts["memory"].items():
-        lines.append(f"{dtype:22}{found['drawing']:9.1f}{found['training']:10.1f}{found['low_memory']:14.1f}")
+        drawing, training, low = (size_text(found[key] * 1e9) for key in ("drawing", "training", "low_memory"))
+        lines.append(f"{dtype:14}{drawing:>12}{training:>12}{low:>14}")
     lines += ["", f"training     {facts['training_parts']} (bfloat16, --low-memory)", ""]
     lines += [f"{'ok ' if works else 'no '} {what}" for what, works in facts["works"].items()]
     return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -27,7 +27,8 @@ def serve(
         Optional[str], typer.Option(metavar="URL", help="postgresql+psycopg://... [default: SQLite in the folder]", show_default=False)
     ] = None,
     store: Annotated[
-        Optional[str], typer.Option(metavar="URL", help="Folder or fsspec URL for concept files. [default: in the folder]", show_default=False)
+        Optional[str],
+        typer.Option(metavar="URL", help="Folder or fsspec URL for concept files. [default: in the folder]", show_default=False),
     ] = None,
     device: Annotated[
         Optional[list[str]], typer.Option(help="cpu, cuda:0, cuda:1: a worker on each. May be repeated. [default: CUDA where there is one]")
@@ -42,8 +43,17 @@ def serve(
     train: Annotated[bool, typer.Option("--train/--no-train", help="Take training jobs.")] = True,
     origin: Annotated[Optional[list[str]], typer.Option(metavar="SITE", help="A site whose pages may call. May be repeated.")] = None,
     allow_host: Annotated[Optional[list[str]], typer.Option(metavar="NAME", help="A host name to answer to. May be repeated.")] = None,
-    metrics_key: Annotated[Optional[str], typer.Option(help="Key of /metrics, which is open otherwise.", envvar="PERFUSION_METRICS_KEY")] = None,
+    metrics_key: Annotated[
+        Optional[str], typer.Option(help="Key of /metrics, which is open otherwise.", envvar="PERFUSION_METRICS_KEY")
+    ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Draw on replicas of a Ray Serve deployment.")] = False,
+    ray_address: Annotated[
+        Optional[str],
+        typer.Option(metavar="ADDRESS", help="The Ray cluster. [default: RAY_ADDRESS, or one on this machine]", show_default=False),
+    ] = None,
+    replicas: Annotated[str, typer.Option(metavar="LEAST:MOST", help="With --ray: how many, by the drawings under way.")] = "1:1",
+    replica_gpus: Annotated[float, typer.Option(min=0, help="With --ray: GPUs of a replica; 0 draws on a CPU.")] = 0.0,
     check: Annotated[bool, typer.Option("--check", help="Start, draw a first picture with every model, and end.")] = False,
 ) -> None:
     """Serve pictures over HTTP: OpenAI's images API, concepts of many users in one batch, uploads, training jobs.
@@ -65,13 +75,14 @@ def serve(
         timeout=timeout, pixels=most_pixels, body=most_bytes, train=train, origins=tuple(origin or ()), hosts=tuple(allow_host or ()),
         metrics_key=metrics_key, log_prompts=log_prompts,
     )  # fmt: skip
+    parts = {"pool": on_ray(settings, ray_address, replicas, replica_gpus)} if ray else {}
     if check:
-        with running(settings) as url:
+        with running(settings, **parts) as url:
             print(f"{url} is ready: {', '.join(settings.models)}")
         return
     set_up_logs()
     print(f"perfusion serves {', '.join(settings.models)} on http://{host}:{port}; state in {settings.folder}", file=sys.stderr)
-    run(settings)
+    run(settings, **parts)
 
 
 def require() -> None:
@@ -83,6 +94,21 @@ def require() -> None:
     missing = [package for module, package in wanted.items() if find_spec(module) is None]
     if missing:
         raise ValueError(NEEDED.format(missing=", ".join(missing)))
+
+
+def on_ray(settings: Any, address: str | None, replicas: str, gpus: float) -> Any:
+    """What makes the pool of `perfusion serve --ray`. ValueError for what cannot work."""
+    import functools
+    from importlib.util import find_spec
+
+    if find_spec("ray") is None:
+        raise ValueError("--ray needs Ray Serve, which is not installed: pip install 'perfusion-kernels[ray]'")
+    from perfusion.serve.deployment import Fleet, RayPool
+
+    least, _, most = replicas.partition(":")
+    if not (least.isdecimal() and (most or least).isdecimal()):
+        raise ValueError(f"--replicas is LEAST:MOST, as 1:8, got {replicas!r}")
+    return functools.partial(RayPool, fleet=Fleet(address=address, least=int(least), most=int(most or least), gpus=gpus))
 
 
 def data_folder() -> Path:

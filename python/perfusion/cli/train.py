@@ -91,11 +91,15 @@ def train(
         Optional[bool],
         typer.Option(
             "--low-memory/--no-low-memory", show_default=False,
-            help="Gradient checkpointing, one picture at a time, the VAE in tiles and off the device. [default: off]",
+            help="Gradient checkpointing, one picture at a time, text encoders and VAE off the device, VAE in tiles. [default: off]",
         ),
     ] = None,
     compile: Annotated[
         Optional[bool], typer.Option("--compile/--no-compile", help="torch.compile the UNet. [default: off]", show_default=False)
+    ] = None,
+    calibrate: Annotated[
+        Optional[bool],
+        typer.Option("--calibrate/--no-calibrate", help="Search for strength and bias at the end. [default: off]", show_default=False),
     ] = None,
     tensorboard: Annotated[
         Optional[bool], typer.Option("--tensorboard/--no-tensorboard", help="Curves beside log.jsonl. [default: on]", show_default=False)

@@ -86,7 +86,7 @@ def _is_there(kind: str) -> bool:
 
 def layer_shapes(pipe: Any, batch: int = 1, height: int | None = None, width: int | None = None) -> dict[str, Any]:
     """Layers, rows, tokens, text width and dtype of the cross-attention in one step of the pipeline, seen as it runs."""
-    from perfusion.base import check_supported, cross_attention_layers
+    from perfusion.base import check_supported, cross_attention_layers, denoiser
 
     check_supported(pipe)
     seen: list[tuple[tuple[int, int, int, int], torch.Tensor]] = []
@@ -97,7 +97,7 @@ def layer_shapes(pipe: Any, batch: int = 1, height: int | None = None, width: in
         O = getattr(layer.to_q, "base_layer", layer.to_q).out_features
         seen.append(((N, C, layer.heads, O // layer.heads), named["encoder_hidden_states"]))
 
-    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in cross_attention_layers(pipe.unet).values()]
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in cross_attention_layers(denoiser(pipe)).values()]
     try:
         pipe(["a photo"] * batch, height=height, width=width, num_inference_steps=1, output_type="latent")
     finally:

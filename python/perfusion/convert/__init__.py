@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from perfusion.base import Base, describe_base
+from perfusion.base import Base, denoiser, describe_base, text_projection
 from perfusion.concept import Concept, check_name
 from perfusion.convert import checkpoint
 from perfusion.convert.checkpoint import ConversionError
@@ -79,6 +79,8 @@ def convert(
     base = describe_base(pipe)
     if len(base.text_widths) != 1:
         raise ConversionError(f"these checkpoints hold one word embedding, but {base} needs one for each of its text encoders.")
+    if text_projection(denoiser(pipe)) is not None:
+        raise ConversionError(f"these checkpoints are of UNets that read the text encoder's output directly, and {base} does not.")
     found = find(checkpoint.load(Path(path)), pipe, base, index)
     notes = [f"Checkpoint of {found.port}.", *found.notes]
     superclass = superclass or found.superclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import itertools
 import logging
 import warnings
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from perfusion.base import text_encoder_fingerprint, text_encoders
+from perfusion.base import denoiser, project_text, text_encoder_fingerprint, text_encoders
+from perfusion.base.parts import prepared_text
 from perfusion.covariance.record import MAX_CONDITION, Covariance, CovarianceError
 from perfusion_kernels.metric import condition_number, shrink
 
@@ -30,11 +32,11 @@ def compute_covariance(
     max_condition: float = MAX_CONDITION,
     source: str | None = None,
 ) -> Covariance:
-    """C over the real tokens of `captions`, encoded by `pipe.encode_prompt` and therefore by what the UNet sees.
+    """C over the real tokens of `captions`, encoded by `pipe.encode_prompt` and therefore by what cross-attention reads.
 
-    pipe: a diffusers pipeline with CLIP text encoders (SD 1.x, 2.x, SDXL and their variants); where and in which precision
+    pipe: a diffusers pipeline with its text encoders and its denoiser, if that projects the text; where and in which precision
     it encodes is up to it, sums are float64 (on the CPU where the device has none). captions: read once, one batch in
-    memory. A caption that the tokenizer truncates counts its 77 tokens. source: name of the corpus; by default a hash.
+    memory. A caption that the tokenizer truncates counts what is left. source: name of the corpus; by default a hash.
     Text encoders run in eval mode and get their own modes back. Nothing is written anywhere: an interrupt leaves no trace.
     A C whose condition number exceeds `max_condition` is shrunk, with a UserWarning that says by how much.
     Raises ValueError for bad arguments or no captions, CovarianceError for encodings that are not finite.
@@ -98,13 +100,23 @@ def _batches(captions: Iterable[str], size: int) -> Iterator[list[str]]:
 def real_encodings(pipe, captions: list[str]) -> Tensor:
     """[tokens, D]: the encodings of all real tokens of one batch of captions, on the pipeline's device, in its precision."""
     with _no_truncation_warnings(pipe):
-        embeds = pipe.encode_prompt(
+        result = pipe.encode_prompt(
             prompt=captions, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )[0]
-    real = _real_tokens([tokenizer for tokenizer, _ in text_encoders(pipe)], captions)
+        )
+    embeds = result[0]
+    if "max_sequence_length" in inspect.signature(pipe.encode_prompt).parameters:
+        real = _attended(text_encoders(pipe)[0][0], prepared_text(pipe, captions), embeds.shape[1])
+    else:
+        real = _real_tokens([tokenizer for tokenizer, _ in text_encoders(pipe)], captions)
     if real.shape != embeds.shape[:2]:
         raise CovarianceError(f"{type(pipe).__name__} made {list(embeds.shape)} of {list(real.shape)} tokens")
-    return embeds[real.to(embeds.device)]
+    return project_text(denoiser(pipe), embeds[real.to(embeds.device)])
+
+
+def _attended(tokenizer, captions: list[str], length: int) -> Tensor:
+    """[B, T] bool: the tokens of each caption that are no padding, of encoders that read as many as they are told."""
+    given = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return given.attention_mask.bool()
 
 
 def _real_tokens(tokenizers: list, captions: list[str]) -> Tensor:

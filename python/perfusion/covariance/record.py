@@ -74,7 +74,7 @@ class Covariance:
 
     def save(self, path: str | Path) -> Covariance:
         """Write one safetensors file, in full or not at all. Returns this covariance with `path` set."""
-        path = Path(path)
+        path = Path(path).expanduser()
         metadata = {name: str(getattr(self, name)) for name in _METADATA}
         metadata |= {"format": FORMAT, "fingerprint": self.fingerprint}
         save_tensors(path, {"covariance": self.matrix}, {f"perfusion.{key}": value for key, value in metadata.items()})
@@ -86,7 +86,7 @@ class Covariance:
 
         Raises FileNotFoundError, or CovarianceError naming the file and what is wrong with it.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"no such covariance file: {path}")
         try:

@@ -72,9 +72,9 @@ def true_pairs(first: Subject, second: Subject, relation: str, count: int, seed:
     return render(plainly(pictures))[0]
 
 
-def reference_paths(subject: Subject, folder: Path) -> list[Path]:
-    """Where the five pictures to learn from lie."""
-    return [folder / f"{subject.name}-{number}.png" for number in range(1, PICTURES + 1)]
+def reference_paths(subject: Subject, folder: Path, count: int = PICTURES) -> list[Path]:
+    """Where the pictures to learn from lie."""
+    return [folder / f"{subject.name}-{number}.png" for number in range(1, count + 1)]
 
 
 def reference_files(path: Path) -> tuple[Path, Path, Path]:
@@ -82,11 +82,11 @@ def reference_files(path: Path) -> tuple[Path, Path, Path]:
     return path, path.with_name(f"{path.stem}-masklabel.png"), path.with_suffix(".txt")
 
 
-def write_references(subject: Subject, folder: Path) -> Tensor:
-    """Write the five pictures to learn from, each with its caption and mask beside it; returns them [5, 3, 128, 128]."""
-    images, masks, scenes = true_pictures(subject, PICTURES, seed=11)
+def write_references(subject: Subject, folder: Path, count: int = PICTURES) -> Tensor:
+    """Write the pictures to learn from, each with its captions and mask beside it; returns them [count, 3, 128, 128]."""
+    images, masks, scenes = true_pictures(subject, count, seed=11)
     folder.mkdir(parents=True, exist_ok=True)
-    for path, image, mask, scene in zip(reference_paths(subject, folder), images, masks, scenes):
+    for path, image, mask, scene in zip(reference_paths(subject, folder, count), images, masks, scenes):
         picture, label, text = reference_files(path)
         for file, values in ((picture, image.permute(1, 2, 0)), (label, mask)):
             with whole(file) as draft:

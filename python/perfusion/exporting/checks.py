@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from perfusion.base import cross_attention_layers
+from perfusion.base import cross_attention_layers, denoiser, text_projection
+from perfusion.families import CUSTOM
 
 __all__ = ["ExportError", "check_exportable"]
 
 # they compute what torch's own attention computes, in another order
 PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor", "AttentionProcessor")
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+PARTS = ("unet", "vae", *CUSTOM.text_encoders)
 
 
 class ExportError(ValueError):
@@ -31,6 +32,8 @@ def check_exportable(pipe: Any) -> None:
 def _obstacles(pipe: Any) -> Iterator[str]:
     if getattr(pipe, "_perfusion_handle", None) is not None:
         yield "perfusion is attached to it. Call perfusion.detach(pipe) first: an export takes any concept at run time."
+    if text_projection(denoiser(pipe)) is not None:
+        yield "its denoiser projects the text before K and V are made of it (as PixArt and Kolors do). Draw with it in diffusers."
     if getattr(pipe, "vae", None) is None:
         yield "it has no VAE. Load it with its VAE."
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name in PARTS}
@@ -39,7 +42,7 @@ def _obstacles(pipe: Any) -> Iterator[str]:
     for name, part in parts.items():
         yield from _weights(name, part)
     yield from _unet(pipe.unet)
-    for name in ("text_encoder", "text_encoder_2"):
+    for name in CUSTOM.text_encoders:
         if getattr(getattr(getattr(pipe, name, None), "config", None), "use_attention_mask", False):
             yield f"its {name} reads a padding mask (use_attention_mask), which Stable Diffusion's encoders do not."
     if getattr(pipe.config, "requires_aesthetics_score", False):

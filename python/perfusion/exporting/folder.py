@@ -14,11 +14,13 @@ import numpy as np
 import torch
 
 from perfusion.base import cross_attention_layers, describe_base, text_encoders
+from perfusion.base.parts import added_conditioning
 from perfusion.exporting import writers
 from perfusion.exporting.checks import ExportError, check_exportable
 from perfusion.exporting.graphs import ImageDecoderGraph, TextEncoderGraph, UNetGraph
 from perfusion.exporting.scheduler import read_schedule
 from perfusion.exporting.writers import MAX_ROWS, Graph
+from perfusion.families import CUSTOM
 from perfusion.runtime import manifest as runtime
 from perfusion.runtime.manifest import MANIFEST, WEIGHTS, Manifest, TokenizerFacts, graph_file, tokenizer_file
 from perfusion.runtime.tokens import PromptTokenizer
@@ -57,7 +59,7 @@ def export(
     Numbers have the pipeline's type, float32 or float16; the VAE's may be another. Every graph is run and compared with torch
     before the folder takes its name. ExportError or UnsupportedPipeline says what cannot be exported. The pipeline is left as it was.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if format not in runtime.FORMATS:
         raise ExportError(f"format must be one of {', '.join(runtime.FORMATS)}, got {format!r}")
     if compile and format != "pt2":
@@ -138,7 +140,7 @@ def _write_text_side(pipe: Any, folder: Path, alphas: np.ndarray) -> dict[str, A
     if len(lengths) > 1 or max(lengths) > 4096:
         raise ExportError(f"its tokenizers must have one model_max_length, of at most 4096, got {lengths}")
     facts = tuple(_write_tokenizer(pipe, tokenizer, folder / tokenizer_file(number)) for number, (tokenizer, _) in enumerate(pairs))
-    added = getattr(pipe.unet.config, "addition_embed_type", None) == "text_time"
+    added = added_conditioning(pipe.unet) == "text_time"
     return {
         "token_length": lengths.pop(),
         "tokenizers": facts,
@@ -208,7 +210,7 @@ def unet_graph(pipe: Any, module: UNetGraph) -> Graph:
     unet, normal = pipe.unet, _numbers(pipe.unet)
     multiple, dtype = 2**unet.num_upsamplers, unet.dtype
     length, outputs = text_encoders(pipe)[0][0].model_max_length, sum(module.widths)
-    added = unet.config.addition_embed_type == "text_time"
+    added = added_conditioning(unet) == "text_time"
 
     def inputs(rows: int, height: int, width: int) -> dict[str, torch.Tensor]:
         tensors = {
@@ -218,7 +220,7 @@ def unet_graph(pipe: Any, module: UNetGraph) -> Graph:
             "value": normal(rows, length, outputs, dtype=dtype),
         }
         if added:
-            pooled = pipe.text_encoder_2.config.projection_dim
+            pooled = text_encoders(pipe)[-1][1].config.projection_dim
             tensors |= {"text_embeds": normal(rows, pooled, dtype=dtype), "time_ids": torch.full((rows, 6), 512.0, device=unet.device)}
         return tensors
 
@@ -232,7 +234,7 @@ def _text_graphs(pipe: Any) -> list[Graph]:
         several = len(pairs) > 1
         pooled = several and number == len(pairs) - 1
         module = TextEncoderGraph(encoder, -2 if several else None, pooled)
-        graphs.append(_text_graph("text_encoder" if number == 0 else "text_encoder_2", module, tokenizer))
+        graphs.append(_text_graph(CUSTOM.text_encoders[number], module, tokenizer))
     _compare_with_pipeline(pipe, [graph.module for graph in graphs])
     return graphs
 

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,9 @@ class Manifest:
         """The manifest of an exported folder; its files are not looked at. ExportedFolderError, or OSError where none can be read."""
         path = folder / MANIFEST
         if not path.is_file():
+            command = shlex.join(["perfusion", "export", "MODEL", str(folder)])
             raise ExportedFolderError(
-                f"{folder} has no {MANIFEST}: it is not an exported model. `perfusion export MODEL {folder}` writes one; "
+                f"{folder} has no {MANIFEST}: it is not an exported model. `{command}` writes one; "
                 "a checkpoint in diffusers' folder format needs torch, and no --runtime onnx."
             )
         with open(path, "rb") as file:

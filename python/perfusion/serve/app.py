@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 import perfusion
@@ -24,9 +25,9 @@ __all__ = ["create_app"]
 log = logging.getLogger("perfusion.serve")
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """An ASGI application: its lifespan starts and ends the workers. `app.state.server` is its Server."""
-    server = Server(settings)
+def create_app(settings: Settings, **parts: Any) -> FastAPI:
+    """An ASGI application: its lifespan starts and ends the workers. `app.state.server` is its Server, which is made with `parts`."""
+    server = Server(settings, **parts)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -40,6 +41,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    for kind in (OSError, OperationalError):
+        app.add_exception_handler(kind, _storage)
     app.add_exception_handler(Exception, _unexpected)
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"])
@@ -73,9 +76,12 @@ async def _http(request: Request, error: HTTPException) -> Any:
     return response
 
 
+async def _storage(request: Request, error: Exception) -> Any:
+    log.error("storage", extra={"fields": {"error": type(error).__name__, "reason": getattr(error, "strerror", None)}})
+    message = "the server's disk or database does not answer, or is full"
+    return error_response(ApiError(503, message, code="storage", retry_after=30))
+
+
 async def _unexpected(request: Request, error: Exception) -> Any:
-    if isinstance(error, OSError):
-        log.error("storage", extra={"fields": {"error": type(error).__name__, "errno": error.errno}})
-        return error_response(ApiError(503, "the server cannot write: its disk may be full", code="storage", retry_after=30))
     log.error("unexpected", exc_info=error)
     return error_response(ApiError(500, "something unexpected happened; the server's log says more"))

@@ -158,9 +158,10 @@ class Base:
             options[key] = {name: value for name, value in options[key].items() if value is not None} or None
         options["regions"] = {use.name: torch.from_numpy(use.region).float() / 255 for use in drawing.concepts if use.region is not None}
         prompt = Request(drawing.prompt, **options)
-        negative = Request(drawing.negative_prompt, **{**options, "regions": None})
+        # without one XL's pipeline has encodings of its own
+        negative = [Request(drawing.negative_prompt, **{**options, "regions": None})] if drawing.negative_prompt else None
         encoded = self.pipe.encode_prompt(
-            [prompt], device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=guided, negative_prompt=[negative]
+            [prompt], device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=guided, negative_prompt=negative
         )
         encodings = torch.cat([encoded[0], encoded[1]]) if guided else encoded[0]
         if len(encoded) < 4:
@@ -460,6 +461,9 @@ class Batcher:
             parts = base.begin(drawing)
             keys, values = self.between_steps(lambda: base.keys_values(encodings))
             scheduled = any(_is_schedule(mention) for request in requests.values() for mention in request.mentions)
+            if pinned and not scheduled:  # its keys and values are made, so it needs no concept any more
+                self.between_steps(lambda: base.release(pinned))
+                pinned = []
             row = Row(
                 drawing=drawing, base=base, pinned=pinned, encodings=encodings, requests=requests, keys=keys, values=values,
                 scheduled=scheduled, conditions=conditions, **parts,

@@ -36,23 +36,33 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started, status, read, complete = time.monotonic(), 0, 0, False
+        refused: ApiError | None = None
+        answered = False
 
         async def limited() -> Message:
-            nonlocal read, complete
+            nonlocal read, complete, refused
             if complete:
                 return await receive()  # what comes now is the end of the connection
             try:
                 message = await asyncio.wait_for(receive(), PATIENCE)
             except asyncio.TimeoutError:
-                raise ApiError(408, "the request's body did not come in time", code="timeout") from None
+                refused = ApiError(408, "the request's body did not come in time", code="timeout")
+                raise refused from None
             read += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if read > self.settings.body:
-                raise self._too_large()
+                refused = self._too_large()
+                raise refused
             return message
 
         async def noted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answered
+            if answered:
+                return
+            if refused is not None and not status:  # whoever read the body made another error of it
+                answered, status = True, refused.status
+                await error_response(refused)(scope, receive, send)
+                return
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
@@ -62,6 +72,7 @@ class Guard:
             await self.app(scope, limited, noted)
         except ApiError as error:  # raised here, or while the body was read
             if not status:
+                refused = None
                 await error_response(error)(scope, receive, noted)
         finally:
             route = getattr(scope.get("route"), "path", "none")

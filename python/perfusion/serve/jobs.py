@@ -210,7 +210,7 @@ class Jobs:
         device = self.settings.devices[0] if self.settings.devices else None
         process = processes().Process(
             target=trainer.run,
-            args=(there, folder, self.settings.models.get(row["model"], row["model"]), device, None, json.loads(row["settings"])),
+            args=(there, folder, self.settings.models.get(row["model"], row["model"]), device, json.loads(row["settings"])),
             daemon=True,
             name=f"perfusion-trainer-{id}",
         )
@@ -247,7 +247,7 @@ class Jobs:
                     shown_steps.add(step)
                     self._tell(id, "preview", {"step": step, "b64_json": await asyncio.to_thread(_base64, path)})
             now = await asyncio.to_thread(self.find, None, id)
-            if now is None or now["status"] == "cancelled":
+            if now is None or now["status"] != "running":  # cancelled, and perhaps resumed already
                 process.terminate()
             elif time.monotonic() - written > 1 and now["step"] != told:
                 written = time.monotonic()
@@ -257,6 +257,8 @@ class Jobs:
         id = row["id"]
         now = await asyncio.to_thread(self.find, None, id)
         if now is None:
+            return
+        if now["status"] == "queued":
             return
         if now["status"] == "cancelled":
             pass

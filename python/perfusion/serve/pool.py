@@ -52,6 +52,7 @@ class Ticket:
     attempts: int = 0
     previews: int = 0
     step: int = 0
+    over: bool = False
     worker: _Worker | None = None
     timer: asyncio.TimerHandle | None = None
 
@@ -122,7 +123,7 @@ class Pool:
 
     def cancel(self, ticket: Ticket) -> None:
         """Nobody waits for it any more."""
-        if not ticket.result.done():
+        if not ticket.over:
             self._observe("cancelled", 1)
             self._end(ticket, Failure(ticket.drawing.id, "cancelled", "cancelled"))
 
@@ -235,7 +236,8 @@ class Pool:
         for worker in self._workers:
             for ticket in worker.tickets.values() if worker is not None else ():
                 busy[ticket.key] += 1
-        room = self.settings.rows + max(1, self.settings.rows // 2)  # some whose prompts are encoded while others are drawn
+        room = self._room()
+        room = self.settings.queue if self.settings.split_by_concept else room  # who sorts must see what there is
         while len(self.waiting):
             able = [worker for worker in self._workers if worker is not None and worker.ready and len(worker.tickets) < room]
             able = [worker for worker in able if not any(ticket.attempts >= ATTEMPTS - 1 for ticket in worker.tickets.values())]
@@ -253,7 +255,14 @@ class Pool:
             worker.tickets[ticket.drawing.id] = ticket
             worker.outbox.put(ticket.drawing)
 
+    def _room(self) -> int:
+        """Drawings that a worker is given at once: a batch, and some whose prompts are encoded meanwhile."""
+        return self.settings.rows + max(1, self.settings.rows // 2)
+
     def _end(self, ticket: Ticket, outcome: Picture | Failure) -> None:
+        if ticket.over:
+            return
+        ticket.over = True
         if ticket.timer is not None:
             ticket.timer.cancel()
         if ticket.worker is None:

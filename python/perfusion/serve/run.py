@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import socket
 import threading
 import time
@@ -21,7 +22,16 @@ __all__ = ["running", "serve"]
 CONNECTIONS = 4096  # at once; more are answered 503
 
 
+log = logging.getLogger("perfusion.serve")
+
+
 class _Http(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            host, port = server.sockets[0].getsockname()[:2]
+            log.info("listening", extra={"fields": {"url": f"http://{host}:{port}"}})
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.config.app.state.server.drain()  # new requests are refused while those that are drawn finish
         super().handle_exit(sig, frame)
@@ -35,17 +45,17 @@ def _http(settings: Settings, app: Any) -> _Http:
     return _Http(config)
 
 
-def serve(settings: Settings) -> None:
-    """Serve until Ctrl-C or SIGTERM; then what is being drawn is finished, and what waits is refused."""
-    _http(settings, create_app(settings)).run()
+def serve(settings: Settings, **parts: Any) -> None:
+    """Serve until Ctrl-C or SIGTERM; then what is being drawn is finished, and what waits is refused. parts: of `create_app`."""
+    _http(settings, create_app(settings, **parts)).run()
 
 
 @contextlib.contextmanager
-def running(settings: Settings, *, timeout: float = 600.0) -> Iterator[str]:
+def running(settings: Settings, *, timeout: float = 600.0, **parts: Any) -> Iterator[str]:
     """A server in a thread of this program, ready, and its address. Port 0 is a free one. TimeoutError where it is not ready in time."""
     listening = socket.create_server((settings.host, settings.port))
     settings = dataclasses.replace(settings, port=listening.getsockname()[1])
-    app = create_app(settings)
+    app = create_app(settings, **parts)
     http = _http(settings, app)
     thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from perfusion.serve.concepts import Library
@@ -23,9 +23,12 @@ log = logging.getLogger("perfusion.serve")
 
 
 class Server:
-    """ValueError where it is to be reached from elsewhere and has no key."""
+    """pool: makes what draws, of the settings and of a function that counts events.
 
-    def __init__(self, settings: Settings):
+    ValueError where it is to be reached from elsewhere and has no key.
+    """
+
+    def __init__(self, settings: Settings, pool: Callable[[Settings, Callable[[str, Any], None]], Pool] = Pool):
         self.settings, self.metrics = settings, Metrics()
         settings.folder.mkdir(parents=True, exist_ok=True)
         self.database = open_database(settings.database_url)
@@ -36,7 +39,7 @@ class Server:
                 "--scope admin"
             )
         self.library = Library(self.database, Store(settings.store_url))
-        self.pool = Pool(settings, self.metrics.observe)
+        self.pool = pool(settings, self.metrics.observe)
         self.jobs = Jobs(settings, self.database, self.library, self.pool, self.metrics)
         self._sweeping: set[asyncio.Task[Any]] = set()
 

@@ -68,8 +68,8 @@ class Settings:
         for field in ("timeout", "stall", "grace"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"serve: {field} must be a positive number of seconds, got {getattr(self, field)}")
-        if self.capacity < self.rows * 8:  # each row may have 8
-            object.__setattr__(self, "capacity", self.rows * 8)
+        most = 8 * (2 * self.rows + 1)  # that rows under schedules can hold at once
+        object.__setattr__(self, "capacity", max(self.capacity, most))
 
     @property
     def loopback(self) -> bool:

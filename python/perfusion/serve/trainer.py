@@ -17,7 +17,7 @@ __all__ = ["ERROR", "run"]
 ERROR = "error.txt"  # in the job's folder, with a sentence
 
 
-def run(connection: Connection, folder: Path, model: str, device: str | None, dtype: str | None, settings: dict[str, Any]) -> None:
+def run(connection: Connection, folder: Path, model: str, device: str | None, settings: dict[str, Any]) -> None:
     """Learn from folder/pictures into folder/output, from the last checkpoint there is. Exits with 0 when the concept is written."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which `terminable` replaces while there is something to keep
@@ -43,7 +43,8 @@ def run(connection: Connection, folder: Path, model: str, device: str | None, dt
             from perfusion.training import train
 
             error.unlink(missing_ok=True)
-            pipe = load_pipeline(model, device=device, dtype=None if dtype is None else getattr(torch, dtype))
+            on_cuda = (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
+            pipe = load_pipeline(model, device=device, dtype=torch.bfloat16 if on_cuda else None)
             output = folder / "output"
             resume = "latest" if any((output / "checkpoints").glob("*.safetensors")) else None
             options = dict(output=output, resume=resume, overwrite=resume is None, progress=False, tensorboard=False)

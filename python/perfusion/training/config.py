@@ -26,7 +26,7 @@ TEMPLATES = (
 # what a run and its continuation need not share: how far it goes, what it reports, and what only the finished file says
 _FREE = {
     "steps", "validation_every", "validation_prompts", "checkpoint_every", "checkpoint_limit", "tensorboard",
-    "inference_bias", "inference_temperature", "license", "author",
+    "inference_bias", "inference_temperature", "calibrate", "license", "author",
 }  # fmt: skip
 _KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "int | None": (int, type(None)), "tuple[str, ...]": tuple}
 _NOTES = {"images", "base"}  # what `save` writes beside the settings
@@ -46,8 +46,9 @@ class TrainingConfig:
     instance_prompts: captions for pictures without a .txt file beside them, "{}" standing for the concept.
     seed: fixes everything. gradient_checkpointing: less memory, more time.
     micro_batch: pictures that are in memory at once; their gradients are added up to those of `batch_size`. low_memory: gradient
-    checkpointing, one picture at a time, the VAE in tiles and off the device while it is not needed. compile: torch.compile the
-    UNet for the steps: a slow start, then less time. validation_every, checkpoint_every: steps
+    checkpointing, one picture at a time, text encoders and VAE off the device while idle, the VAE in tiles. compile: torch.compile the
+    UNet for the steps: a slow start, then less time. calibrate: search for strength and bias after the last step
+    (`perfusion.training.calibrate`), instead of `inference_bias`. validation_every, checkpoint_every: steps
     between grids and checkpoints, 0 for none. checkpoint_limit: how many checkpoints to keep. tensorboard: write curves.
     """
 
@@ -61,7 +62,7 @@ class TrainingConfig:
     temperature: float = TRAINING_TEMPERATURE
     inference_bias: float = BIAS.default
     inference_temperature: float = TEMPERATURE.default
-    ema_decay: float = 0.99
+    ema_decay: float = 0.9
     flip: float = 0.5
     key_lock: bool = True
     resolution: int | None = None
@@ -72,6 +73,7 @@ class TrainingConfig:
     micro_batch: int | None = None
     low_memory: bool = False
     compile: bool = False
+    calibrate: bool = False
     validation_every: int = 100
     validation_prompts: tuple[str, ...] = ("a photo of a {}", "a {}")
     checkpoint_every: int = 100

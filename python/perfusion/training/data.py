@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -18,6 +19,7 @@ from torch import Tensor
 from perfusion.masks import MASK_MARKS, ClipSeg, flatten, latent_mask, load_mask
 from perfusion.pictures import open_picture, upright
 from perfusion.training.config import TrainingConfig
+from perfusion.training.offloading import tiled as in_tiles
 from perfusion.training.sources import Source, find_sources, summary
 
 __all__ = ["Latents", "Picture", "digest", "encode_pictures", "read_pictures"]
@@ -67,7 +69,7 @@ def read_pictures(
     warned about. ValueError for no pictures, an unreadable one, a caption without the concept in it, or masks on some pictures
     only; FileNotFoundError for CLIPSeg weights that are not there, needed or not; a warning for fewer than 4 and for small ones.
     """
-    if isinstance(clipseg, (str, Path)) and not Path(clipseg).is_dir():
+    if isinstance(clipseg, (str, Path)) and not Path(clipseg).expanduser().is_dir():
         raise FileNotFoundError(f"no such CLIPSeg folder: {clipseg}. Give the folder that holds the weights, or leave it out.")
     sources, unused = find_sources(images)
     if tell is not None:
@@ -188,28 +190,25 @@ def encode_pictures(pipe: Any, pictures: Sequence[Picture], *, tiled: bool = Fal
     """Latents of all pictures and their mirror images, scaled as the UNet expects them, in float32 on the pipeline's device.
 
     What is drawn anew at each step, the posterior's noise, is not in the cache: mean and deviation are. A VAE that
-    overflows in half precision (SDXL's) runs in float32 and gets its precision back. tiled: encode in tiles, in less memory.
+    overflows in half precision (SDXL's) runs in float32 and gets its precision back. tiled: one picture at a time, in tiles.
     """
     vae, device = pipe.vae, pipe._execution_device
     before = vae.dtype
     dtype = torch.float32 if getattr(vae.config, "force_upcast", False) else before
     means, deviations = [], []
-    tiling = getattr(vae, "use_tiling", None)
     try:
-        if tiled and tiling is not None:
-            vae.use_tiling = True
         _cast(vae, dtype)
-        for picture in pictures:
-            encoded = vae.encode(torch.stack([picture.pixels, picture.pixels.flip(-1)]).to(device, dtype))
-            if hasattr(encoded, "latent_dist"):
-                means.append(encoded.latent_dist.mean.float())
-                deviations.append(encoded.latent_dist.std.float())
-            else:  # autoencoders that are not variational (AutoencoderTiny)
-                means.append(encoded.latents.float())
+        with in_tiles(vae) if tiled else contextlib.nullcontext():
+            for picture in pictures:
+                both = torch.stack([picture.pixels, picture.pixels.flip(-1)]).to(device, dtype)
+                encoded = [vae.encode(each) for each in both.split(1 if tiled else 2)]
+                if hasattr(encoded[0], "latent_dist"):
+                    means.append(torch.cat([each.latent_dist.mean for each in encoded]).float())
+                    deviations.append(torch.cat([each.latent_dist.std for each in encoded]).float())
+                else:  # autoencoders that are not variational (AutoencoderTiny)
+                    means.append(torch.cat([each.latents for each in encoded]).float())
     finally:
         _cast(vae, before)
-        if tiling is not None:
-            vae.use_tiling = tiling
     scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
     mean = (torch.stack(means) - shift) * scale
     mask = None
@@ -220,5 +219,5 @@ def encode_pictures(pipe: Any, pictures: Sequence[Picture], *, tiled: bool = Fal
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
-    if model.dtype != dtype:  # diffusers warns about casts, needless ones too
-        model.to(dtype)
+    if model.dtype != dtype:  # diffusers remarks on casts
+        torch.nn.Module.to(model, dtype)

@@ -37,7 +37,7 @@ def beginning(folder: Path | None, images: Any, resume: str | Path | None, confi
     ValueError when the run would replace files that are not its own (unless `overwrite`), or has nothing left to do; OSError
     for a folder that cannot be written and a checkpoint that is not there.
     """
-    if folder is not None and isinstance(images, (str, Path)) and folder.resolve() == Path(images).resolve():
+    if folder is not None and isinstance(images, (str, Path)) and folder.resolve() == Path(images).expanduser().resolve():
         raise ValueError(f"output: {str(folder)!r} is the folder of the training pictures; give another one.")
     checkpoint, own = _checkpoint(folder, resume, config)
     if folder is not None:
@@ -65,7 +65,7 @@ def _checkpoint(folder: Path | None, resume: str | Path | None, config: Training
         raise ValueError(f"checkpoint {str(path)!r} is of step {checkpoint.step}, beyond the {config.steps} steps of this training.")
     own = folder is not None and path.resolve().parent == (folder / "checkpoints").resolve()
     finished = own and checkpoint.step == config.steps and _came_to(checkpoint, file := concept_file(folder, config.name))
-    if finished and _has_card(folder, file):  # the card comes last
+    if finished and not config.calibrate and _has_card(folder, file):  # the card comes last; a finished run may be calibrated later
         raise ValueError(f"nothing is left to do: {str(file)!r} has had all {config.steps} steps. Give more steps to go on from there.")
     return checkpoint, own
 

@@ -18,7 +18,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from perfusion.base import Base, UnsupportedPipeline, cross_attention_layers, text_encoders
+from perfusion.base import Base, UnsupportedPipeline, cross_attention_layers, denoiser, text_encoders
 from perfusion.batched_projection import BatchedProjection, obstacle
 from perfusion.concept import Concept
 from perfusion.covariance import Covariance
@@ -27,8 +27,10 @@ from perfusion.loaded_concept import LoadedConcept
 from perfusion.masks import masked_loss
 from perfusion.projection_hooks import HookEdit, ProjectionHooks, hook_edit
 from perfusion.text import TextHook, superclass_tokens
+from perfusion.training.conditioning import beside_text, encode, noise_of
 from perfusion.training.config import TrainingConfig
 from perfusion.training.data import Picture, digest, encode_pictures
+from perfusion.training.offloading import Offloaded, tiled
 
 __all__ = ["Measures", "TrainingSession"]
 
@@ -72,13 +74,16 @@ class TrainingSession:
     """A context in which a pipeline's `<name>` is learned; leaving it gives the pipeline back as it was, whatever happened.
 
     value_outputs, key_outputs [O] float32 (keys: None under the lock) and `words`, one [width] float32 per text encoder, are
-    what is trained; `target` [D] is i*, the running mean of the word's encoding; `superclass_encoding` [D] is s. `obstacle`
-    says why the layers' projections are called one by one, or is None: then they are two products a step.
+    what is trained, from `start_values` and `start_words`; `target` [D] is i*, the running mean of the word's encoding;
+    `superclass_encoding` [D] is s; `inference` is the bias and temperature that pictures are drawn with and the concept keeps.
+    `obstacle` says why the layers' projections are called one by one, or is None: then they are two products a step.
     """
 
     def __init__(self, pipe: Any, base: Base, config: TrainingConfig, covariance: Covariance, pictures: list[Picture]):
         self.pipe, self.base, self.config, self.covariance, self.pictures = pipe, base, config, covariance, pictures
         self.device = torch.device(pipe._execution_device)
+        self._texts = Offloaded([encoder for _, encoder in text_encoders(pipe)] if config.low_memory else [], self.device)
+        self._vae = Offloaded([pipe.vae] if config.low_memory else [], self.device)
         self.noise_scheduler = _noise_scheduler(pipe)
         self._groups = [
             (group, encode_pictures(pipe, [pictures[i] for i in group], tiled=config.low_memory)) for group in _by_shape(pictures)
@@ -89,8 +94,12 @@ class TrainingSession:
         ids = [superclass_tokens(tokenizer, config.superclass)[-1] for tokenizer, _ in text_encoders(pipe)]
         embeddings = [encoder.get_input_embeddings().weight[i] for (_, encoder), i in zip(text_encoders(pipe), ids)]
         self.words = [torch.nn.Parameter(row.detach().to(self.device, torch.float32, copy=True)) for row in embeddings]
+        self.start_words = [word.detach().clone() for word in self.words]
+        self.inference = config.inference_bias, config.inference_temperature
         self._text = TextHook(pipe, {config.name: LoadedConcept(config.superclass, self.words)})
-        self._hooks = ProjectionHooks(pipe.unet, self._sampling_edit)
+        self._model = denoiser(pipe)
+        self._masks: dict[str, Tensor] = {}  # caption -> [T], where the denoiser reads a mask
+        self._hooks = ProjectionHooks(self._model, self._sampling_edit)
 
     def __enter__(self) -> TrainingSession:
         with contextlib.ExitStack() as undo:
@@ -101,7 +110,7 @@ class TrainingSession:
             undo.callback(self._hooks.remove)
             self._hooks.install()
             # after the hooks, which compiled code would not see otherwise; the pipeline keeps its own
-            self._unet = torch.compile(self.pipe.unet, fullgraph=True) if self.config.compile else self.pipe.unet
+            self._unet = torch.compile(self._model, fullgraph=True) if self.config.compile else self._model
             self._undo = undo.pop_all()
         return self
 
@@ -109,7 +118,7 @@ class TrainingSession:
         self._undo.close()
 
     def _freeze(self, undo: contextlib.ExitStack) -> None:
-        unet = self.pipe.unet
+        unet = self._model
         models = [unet, self.pipe.vae, *(encoder for _, encoder in text_encoders(self.pipe))]
         required = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
         modes = [(module, module.training) for model in models for module in model.modules()]
@@ -121,40 +130,35 @@ class TrainingSession:
                 module.training = value
 
         undo.callback(restore)
+        for offloaded in (self._texts, self._vae):
+            undo.enter_context(offloaded)
         if self.config.low_memory:
-            self._put_the_vae_away(undo)
+            undo.enter_context(tiled(self.pipe.vae))
         for model in models:
             model.requires_grad_(False).eval()
         if self.config.checkpointing and not unet.is_gradient_checkpointing:
             undo.callback(unet.disable_gradient_checkpointing)
             unet.enable_gradient_checkpointing()
 
-    def _put_the_vae_away(self, undo: contextlib.ExitStack) -> None:
-        """Latents are cached: until pictures are drawn, the VAE is not needed on the device, and then it decodes in tiles."""
-        vae = self.pipe.vae
-        tiling = getattr(vae, "use_tiling", None)
-        if tiling is not None:
-            undo.callback(setattr, vae, "use_tiling", tiling)
-            vae.use_tiling = True
-        undo.callback(vae.to, vae.device)
-        vae.to("cpu")
-
     @torch.no_grad()
     def _start(self) -> None:
         """Every learned vector begins at its superclass; layers are called, not read, so LoRA and offloading stay in charge."""
-        self.obstacle = obstacle(self.pipe.unet)
-        self._batched = BatchedProjection(self.pipe.unet) if self.obstacle is None else None
+        self.obstacle = obstacle(self._model)
+        self._batched = BatchedProjection(self._model) if self.obstacle is None else None
         captions = sorted({caption for captions in self.captions for caption in captions})
         self._places = dict(zip(captions, self._find_places(captions)))
-        encodings, _ = self._encode(captions)
+        encodings = self._text_of(self._read(captions))
         s = _pick(encodings, self._places_of(captions)).float().mean(0)
         self.superclass_encoding, self.target = s, s.clone()
 
         def outputs(kind: str) -> torch.nn.Parameter:
-            layers = cross_attention_layers(self.pipe.unet).values()
-            return torch.nn.Parameter(torch.cat([getattr(layer, kind)(s.to(encodings)[None, None]).flatten().float() for layer in layers]))
+            called = [getattr(layer, kind)(at) for layer in cross_attention_layers(self._model).values()]
+            return torch.nn.Parameter(torch.cat([(each[0] - each[1]).float() for each in called]))  # a bias is no part of W s
+
+        at = torch.stack([s, torch.zeros_like(s)]).to(encodings)
 
         self.value_outputs = outputs("to_v")
+        self.start_values = self.value_outputs.detach().clone()
         self.key_outputs = None if self.config.key_lock else outputs("to_k")
         trained = [tensor for tensor in (self.value_outputs, self.key_outputs) if tensor is not None]
         self.optimizer = torch.optim.AdamW(
@@ -168,33 +172,48 @@ class TrainingSession:
     def train_step(self) -> Measures:
         """One optimiser step over `batch_size` draws of picture, mirror image, caption, noise and timestep.
 
-        Where `config.micro_batch` is smaller, gradients of parts are added up: the same step, in the memory of a part.
+        The UNet's gradients are gathered in float32 at the outputs of the text encoders, and go on to the word from there, once a
+        step. Where `config.micro_batch` is smaller than the batch, parts of it add up to the same step in the memory of a part.
         """
         batch = self._draw()
+        captions, rows = self._distinct(batch.captions)
         parts = batch.split(self.config.rows)
-        if len(parts) > 1:
-            with torch.no_grad():  # i* moves once a step, and not once a part
-                distinct, rows = self._distinct(batch.captions)
-                encodings, _ = self._encode(distinct, batch.latents.shape[-2:])
-                self._move_target(encodings[rows, self._places_of(batch.captions)])
+        again = self.config.low_memory or len(parts) > 1  # read the text twice, and have nothing of it in memory in between
+        with torch.set_grad_enabled(not again):
+            read = self._read(captions)
+        with torch.no_grad():
+            self._move_target(self._text_of(read)[rows, self._places_of(batch.captions)])
+        gathered = [each.detach().float().requires_grad_() for each in read]
         self.optimizer.zero_grad()
-        measured = [self._learn_from(part, len(part.captions) / len(batch.captions), move=len(parts) == 1) for part in parts]
+        measured = []
+        for part in parts:
+            places = [captions.index(caption) for caption in self._distinct(part.captions)[0]]
+            read_of_part = [each[places].to(read[0].dtype) for each in gathered]
+            measured.append(self._learn_from(part, read_of_part, len(part.captions) / len(batch.captions)))
+        gradients = [each.grad for each in gathered]
+        if again:
+            with self._texts.here():
+                for start in range(0, len(captions), self.config.rows):
+                    piece = slice(start, start + self.config.rows)
+                    _backward(self._read(captions[piece]), [each if each is None else each[piece] for each in gradients])
+        else:
+            _backward(read, gradients)
         loss, on, off = (sum(values) for values in zip(*measured))
         norm = self._optimise(loss)
         self.step += 1
         return self._measure(loss, norm, on, off)
 
-    def _learn_from(self, batch: _Batch, share: float, move: bool) -> tuple[float, float, float]:
-        """Add the gradient of some rows, which are `share` of the step. Returns their share of the loss and of the two mean gates."""
-        distinct, rows = self._distinct(batch.captions)
-        encodings, conditions = self._encode(distinct, batch.latents.shape[-2:])
-        conditions = {name: value[rows] for name, value in conditions.items()}
-        places = self._places_of(batch.captions)
-        if move:
-            self._move_target(encodings[rows, places])
-        noisy = self.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(encodings.dtype)
-        with self._editing(encodings, rows) as (text, gates):  # to the end of the backward: a checkpointed layer runs again in there
-            prediction = self._unet(noisy, batch.timesteps, text, added_cond_kwargs=conditions or None, return_dict=False)[0]
+    def _learn_from(self, batch: _Batch, read: list[Tensor], share: float) -> tuple[float, float, float]:
+        """Add the gradient of some rows, which are `share` of the step. Returns their share of the loss and of the two mean gates.
+
+        read: what the text encoders gave for their distinct captions, as `_read` has it.
+        """
+        rows, places = self._distinct(batch.captions)[1], self._places_of(batch.captions)
+        noisy = self.noise_scheduler.add_noise(batch.latents, batch.noise, batch.timesteps).to(read[0].dtype)
+        text = read[0][rows].detach()  # gradients flow through the edit
+        arguments = self._arguments(batch, [text, *(each[rows] for each in read[1:])])
+        with self._editing(self._text_of(read), rows) as gates:  # to the end of the backward: a checkpointed layer runs again in there
+            prediction = noise_of(self._unet(noisy, **arguments, return_dict=False)[0], noisy.shape[1])
             loss = masked_loss(prediction, self._goal(batch.latents, batch.noise, batch.timesteps), batch.mask).mean() * share
             (loss * self._loss_scale).backward()
         on, off = self._mean_gates(gates, places)
@@ -227,9 +246,12 @@ class TrainingSession:
         return distinct, torch.tensor([distinct.index(caption) for caption in captions], device=self.device)
 
     @contextlib.contextmanager
-    def _editing(self, encodings: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inside the `with` the layers follow the edit of encodings[rows]. Gives what the UNet is to read, and the gates [R, T, 1]."""
-        bias, temperature = self.config.bias, self.config.temperature
+    def _editing(
+        self, encodings: Tensor, rows: Tensor, bias: float | None = None, temperature: float | None = None
+    ) -> Iterator[Tensor]:
+        """Inside the `with` the layers follow the edit of encodings[rows], whatever they are given. Gives the gates [R, T, 1]."""
+        bias = self.config.bias if bias is None else bias
+        temperature = self.config.temperature if temperature is None else temperature
         if self._batched is None:
             edit = self._edit(encodings[rows], torch.arange(len(rows), device=self.device), bias, temperature)
             gates = edit.gates
@@ -237,16 +259,27 @@ class TrainingSession:
             edit, gates = self._batched.project(encodings, rows, *self._setting(len(encodings), bias, temperature))
             gates = gates[rows]
         with self._hooks.hold(edit):
-            yield encodings[rows].detach(), gates  # gradients flow through the edit
+            yield gates
 
-    def _encode(self, captions: list[str], latent_size: tuple[int, int] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Encodings [n, T, D] of captions, and what SDXL's UNet reads beside them: pooled text and sizes."""
-        result = self.pipe.encode_prompt(prompt=captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-        if self.pipe.unet.config.addition_embed_type != "text_time":
-            return result[0], {}
-        height, width = (side * self.pipe.vae_scale_factor for side in latent_size or self.latents.mean.shape[-2:])
-        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=result[0].dtype, device=self.device)
-        return result[0], {"text_embeds": result[2], "time_ids": sizes.expand(len(captions), -1)}
+    def _read(self, captions: list[str]) -> list[Tensor]:
+        """What the text encoders give for captions: encodings [n, T, D'] and, where the denoiser reads it, pooled text [n, P]."""
+        with self._texts.here():
+            read, mask = encode(self.pipe, captions, self.device)
+        if mask is not None:
+            self._masks.update(zip(captions, mask))
+        return read
+
+    def _text_of(self, read: list[Tensor]) -> Tensor:
+        """What the cross-attention layers read [n, T, D] of it: there i*, s and the edit live."""
+        return self._hooks.call.text(read[0])
+
+    def _arguments(self, batch: _Batch, read: list[Tensor]) -> dict[str, Any]:
+        """What the denoiser reads beside noisy latents, row by row: `read` of each row, and what its kind asks for."""
+        size = tuple(side * self.pipe.vae_scale_factor for side in batch.latents.shape[-2:])
+        found = {"timestep": batch.timesteps, "encoder_hidden_states": read[0], **beside_text(self._model, read, size)}
+        if self._masks:
+            found["encoder_attention_mask"] = torch.stack([self._masks[caption] for caption in batch.captions])
+        return found
 
     def _find_places(self, captions: list[str]) -> list[int]:
         """Which token of each caption is the concept's, as the text encoders read it: textual inversions may be several tokens before it.
@@ -298,7 +331,7 @@ class TrainingSession:
 
     @property
     def _loss_scale(self) -> float:
-        return HALF_SCALE if self.pipe.unet.dtype == torch.float16 else 1.0
+        return HALF_SCALE if self._model.dtype == torch.float16 else 1.0
 
     def _optimise(self, loss: float) -> float:
         """Move the learned vectors by their gradients, whose norm is returned."""
@@ -333,29 +366,27 @@ class TrainingSession:
         rows = self._text.rows_of(encodings)
         if not rows:
             return None
-        return self._edit(
-            encodings, torch.tensor(list(rows), device=self.device), self.config.inference_bias, self.config.inference_temperature
-        )
+        text = self._hooks.call.text(encodings)
+        return self._edit(text, torch.tensor(list(rows), device=self.device), *self.inference)
 
     @torch.no_grad()
     def sample(self, prompts: list[str], steps: int) -> list[Any]:
         """PIL images of prompts with "{}" in them, drawn by the pipeline as its user would, one by one, the same seeds each time."""
         self._hooks.forget()
-        scheduler, home = self.pipe.scheduler, self.pipe.vae.device
-        self.pipe.vae.to(self.device)
+        scheduler = self.pipe.scheduler
         self.pipe.scheduler = type(scheduler).from_config(scheduler.config)  # its own one would remember the last run
         try:
-            return [
-                self.pipe(
-                    _named(prompt, self.config.name),
-                    num_inference_steps=steps,
-                    generator=torch.Generator().manual_seed(self.config.seed + number),
-                ).images[0]
-                for number, prompt in enumerate(prompts)
-            ]
+            with self._texts.here(), self._vae.here():
+                return [
+                    self.pipe(
+                        _named(prompt, self.config.name),
+                        num_inference_steps=steps,
+                        generator=torch.Generator().manual_seed(self.config.seed + number),
+                    ).images[0]
+                    for number, prompt in enumerate(prompts)
+                ]
         finally:
             self.pipe.scheduler = scheduler
-            self.pipe.vae.to(home)
 
     def check_prompts(self) -> None:
         """ValueError, before anything is learned, for a validation prompt that could not be drawn."""
@@ -378,8 +409,8 @@ class TrainingSession:
             superclass_encoding=_copy(self.superclass_encoding),
             word_embeddings=tuple(_copy(word) for word in self.words),
             key_outputs=None if self.key_outputs is None else _copy(self.key_outputs),
-            bias=config.inference_bias,
-            temperature=config.inference_temperature,
+            bias=self.inference[0],
+            temperature=self.inference[1],
             covariance=self.covariance.fingerprint,
             recipe=self._recipe(),
             license=config.license,
@@ -405,7 +436,7 @@ class TrainingSession:
 
     def facts(self) -> dict[str, Any]:
         """Every setting and input that a run and its exact continuation share, as JSON values."""
-        model = hashlib.sha256(f"{self.base} {self.base.text_encoder} {self.pipe.unet.dtype}".encode()).hexdigest()[:16]
+        model = hashlib.sha256(f"{self.base} {self.base.text_encoder} {self._model.dtype}".encode()).hexdigest()[:16]
         inputs = {"model": model, "covariance": self.covariance.fingerprint, "pictures": digest(self.pictures)}
         return {**self.config.lasting(), **inputs}
 
@@ -449,6 +480,12 @@ def _by_shape(pictures: list[Picture]) -> list[list[int]]:
 
 def _named(caption: str, name: str) -> str:
     return caption.replace("{}", f"<{name}>")
+
+
+def _backward(outputs: list[Tensor], gradients: list[Tensor | None]) -> None:
+    """Send gradients on to what the outputs were made of; None for an output that nothing read."""
+    wanted = [(output, gradient) for output, gradient in zip(outputs, gradients) if gradient is not None and output.requires_grad]
+    torch.autograd.backward([output for output, _ in wanted], [gradient.to(output.dtype) for output, gradient in wanted])
 
 
 def _pick(encodings: Tensor, places: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def find_sources(images: Any) -> tuple[list[Source], list[tuple[Path, str]]]:
     or .caption. Capitals do not matter where one file alone is meant. ValueError for anything else, with the accepted forms.
     """
     if isinstance(images, (str, os.PathLike)):
-        folder = Path(images)
+        folder = Path(images).expanduser()
         if not folder.is_dir():
             raise ValueError(f"images: {str(folder)!r} is not a folder; give a folder of pictures, or a list of them.")
         given: list[Any] = sorted(folder.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import sys
@@ -18,14 +19,16 @@ import torch
 from tqdm.auto import tqdm
 
 from perfusion import contact_sheet, memory
-from perfusion.base import Base, UnsupportedPipeline, describe_base, fingerprints_match, text_encoders
+from perfusion.base import Base, UnsupportedPipeline, denoiser, describe_base, fingerprints_match, text_encoders
+from perfusion.base.parts import latent_multiple, plain_module, text_length
 from perfusion.concept import Concept, check_name
 from perfusion.covariance import Covariance, get_covariance
 from perfusion.errors import advise
-from perfusion.files import whole
+from perfusion.files import size_text, whole
 from perfusion.termination import terminable, undisturbed
 from perfusion.text import added_tokens, superclass_tokens, warn_of_unknown_word
 from perfusion.training import checkpoints
+from perfusion.training.calibrate import calibrate
 from perfusion.training.card import write_card
 from perfusion.training.config import TrainingConfig
 from perfusion.training.data import read_pictures
@@ -78,7 +81,7 @@ def train(
     resolution, step = _resolution(pipe, config)
     tell = (lambda text: tqdm.write(text, file=sys.stderr)) if progress else None
     pictures = read_pictures(images, config, resolution, clipseg, step=step, tell=tell)
-    if tell is not None and pipe._execution_device.type != "cpu":
+    if tell is not None:
         _tell_memory(pipe, config, resolution, tell)
     covariance = covariance or get_covariance(pipe, progress=progress)
     if not fingerprints_match(covariance.text_encoder, base.text_encoder):
@@ -102,23 +105,27 @@ def train(
 
 
 def _tell_memory(pipe: Any, config: TrainingConfig, resolution: int, tell: Callable[[str], None]) -> None:
-    """What training will take on the device, part by part, before it begins; and what there is."""
+    """What training will take on its device, part by part, before it begins; and what there is."""
 
     def count(model: Any) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
 
-    base = describe_base(pipe)
+    base, model = describe_base(pipe), plain_module(denoiser(pipe))
     parts = memory.Parts(
-        count(pipe.unet), sum(count(encoder) for _, encoder in text_encoders(pipe)), count(pipe.vae),
-        base.encoding_dim, base.outputs, resolution, pipe.vae_scale_factor,
+        count(model), sum(count(encoder) for _, encoder in text_encoders(pipe)), count(pipe.vae),
+        base.encoding_dim, base.outputs, resolution, pipe.vae_scale_factor, text_length(pipe),
     )  # fmt: skip
-    saved = memory.saved_by_backward(dict(pipe.unet.config), resolution // pipe.vae_scale_factor, pipe.unet.dtype)
-    needed = memory.training(
-        parts, saved, pipe.unet.dtype, rows=config.rows, checkpointing=config.checkpointing, low_memory=config.low_memory
+    texts = [functools.partial(type(encoder), encoder.config) for _, encoder in text_encoders(pipe)]
+    saved = memory.saved_by_backward(
+        dict(model.config), resolution // pipe.vae_scale_factor, model.dtype, texts, parts.tokens, type(model).__name__
     )
+    needed = memory.training(
+        parts, saved, model.dtype, rows=config.rows, batch=config.batch_size, checkpointing=config.checkpointing,
+        low_memory=config.low_memory, device=pipe._execution_device.type,
+    )  # fmt: skip
     there = ""
     if pipe._execution_device.type == "cuda":
-        there = f"; the device has {torch.cuda.get_device_properties(pipe._execution_device).total_memory / 1e9:.1f} GB"
+        there = f"; the device has {size_text(torch.cuda.get_device_properties(pipe._execution_device).total_memory)}"
     advice = "" if config.low_memory else ". --low-memory (low_memory=True) takes less"
     tell(f"memory: {memory.table(needed)}{there}{advice}.")
 
@@ -159,18 +166,24 @@ def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
     if getattr(pipe, "_perfusion_handle", None) is not None:
         raise ValueError("train: this pipeline is attached, and training has hooks of its own; call perfusion.detach(pipe) first.")
     base = describe_base(pipe)
+    if not hasattr(pipe, "encode_prompt"):
+        raise UnsupportedPipeline(
+            f"{type(pipe).__name__} is made of blocks; concepts are learned on a pipeline class of the same parts, such as "
+            "StableDiffusionXLPipeline(**pipe.components), and work in both."
+        )
     if "image" in inspect.signature(type(pipe).__call__).parameters:
         raise UnsupportedPipeline(
             f"{type(pipe).__name__} starts from an image; concepts are learned on a text-to-image pipeline, and work in both. "
             "Make one of the same parts with AutoPipelineForText2Image.from_pipe(pipe)."
         )
-    if pipe.unet.config.encoder_hid_dim_type is not None:
+    model = plain_module(denoiser(pipe))
+    if getattr(model.config, "encoder_hid_dim_type", None) == "ip_image_proj":
         raise UnsupportedPipeline("an IP-Adapter is loaded, and training has no picture for it; call pipe.unload_ip_adapter() first.")
     if hasattr(pipe, "motion_adapter"):
         raise UnsupportedPipeline(
             f"{type(pipe).__name__} draws videos; learn on the text-to-image pipeline its UNet comes from, and use the concept in both."
         )
-    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in pipe.unet.modules()):
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in denoiser(pipe).modules()):
         raise UnsupportedPipeline(
             "the UNet is already compiled, and hooks added after torch.compile do nothing: train first, compile then."
         )
@@ -189,11 +202,12 @@ def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
 
 def _resolution(pipe: Any, config: TrainingConfig) -> tuple[int, int]:
     """The side of the training square, and what sides of rectangles are multiples of, in pixels."""
-    size = pipe.unet.config.sample_size
+    model = plain_module(denoiser(pipe))
+    size = model.config.sample_size
     resolution = config.resolution or (size if isinstance(size, int) else max(size)) * pipe.vae_scale_factor
     if resolution % pipe.vae_scale_factor:
         raise ValueError(f"training: resolution must be a multiple of {pipe.vae_scale_factor}, the side of one latent, got {resolution}")
-    latent = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    latent = pipe.vae_scale_factor * latent_multiple(model)
     return resolution, max(latent, resolution // 8 // latent * latent) if resolution < 512 else 64
 
 
@@ -252,7 +266,7 @@ def _learn(session: TrainingSession, folder: Path | None, progress: bool, own: b
                     except Exception as error:
                         _not_drawn(f"validation pictures at step {session.step}", error)
                     bar.set_description(f"<{config.name}>", refresh=False)
-            concept = session.concept()
+            concept = calibrate(session)[0] if config.calibrate else session.concept()
             if folder is not None:
                 _save(concept, concept_file(folder, config.name))
                 for old in stale:

@@ -11,7 +11,9 @@ from perfusion.serve.errors import ApiError
 from perfusion.serve.keys import LOCAL, Principal
 from perfusion.serve.server import Server
 
-__all__ = ["Admin", "Drawer", "Namespace", "ServerOf", "Trainer", "Uploader"]
+__all__ = ["NAME", "Admin", "Drawer", "Namespace", "ServerOf", "Trainer", "Uploader"]
+
+NAME = "^[a-z0-9][a-z0-9_-]{0,31}$"  # of a key, a namespace, a concept
 
 _bearer = HTTPBearer(auto_error=False)
 
@@ -52,7 +54,7 @@ Admin = Annotated[Principal, _require("admin")]
 
 def _namespace(
     principal: Annotated[Principal, Depends(_principal)],
-    namespace: Annotated[str | None, Query(max_length=64, description="Another namespace, for admins.")] = None,
+    namespace: Annotated[str | None, Query(pattern=NAME, description="Another namespace, for admins.")] = None,
 ) -> str:
     if namespace is None or namespace == principal.name:
         return principal.name

@@ -9,13 +9,13 @@ from fastapi.concurrency import run_in_threadpool
 
 from perfusion.serve.concepts import MOST_BYTES, NameTaken, QuotaReached, shown
 from perfusion.serve.errors import ApiError
-from perfusion.serve.routes.access import Drawer, Namespace, ServerOf, Uploader
+from perfusion.serve.routes.access import NAME, Drawer, Namespace, ServerOf, Uploader
 from perfusion.serve.server import Server
 from perfusion.serve.store import DamagedFile
 
 router = APIRouter(prefix="/v1/concepts", tags=["concepts"])
 
-Name = Annotated[str, Path(pattern="^[a-z0-9][a-z0-9_-]{0,31}$")]
+Name = Annotated[str, Path(pattern=NAME)]
 
 
 @router.get("")

@@ -24,7 +24,7 @@ from perfusion.settings import BIAS, STRENGTH, TEMPERATURE, Setting
 
 __all__ = ["ConceptField", "PictureFields", "begin", "outcome", "outcomes", "size_of"]
 
-MOST_CONCEPTS = 8
+MOST_CONCEPTS, STEPS = 8, 30
 MASK_SIDE = 64  # regions are as fine as the latents of a picture, at most
 _TAG = re.compile(r"<(?:perfusion:)?([A-Za-z0-9][\w-]{0,31})(?::[^<>|]*)?(?:\|[^<>]*)?>")  # as `perfusion.prompts` reads them
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
@@ -53,8 +53,8 @@ class Region(Strict):
 class ConceptField(Strict):
     """A concept of the prompt and its settings."""
 
-    name: str = Field(min_length=1, max_length=32)
-    concept: str | None = Field(None, min_length=1, max_length=32)
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w-]{0,31}$")
+    concept: str | None = Field(None, pattern="^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$")
     strength: Strength = None
     beta: Beta = None
     tau: Tau = None
@@ -70,7 +70,7 @@ class PictureFields(Strict):
     size: str | None = Field(None, max_length=16, description="WIDTHxHEIGHT, or auto")
     negative_prompt: str = Field("", max_length=4000)
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
-    steps: int = Field(30, ge=1)
+    steps: int | None = Field(None, ge=1, description="30 by default, or as many as the server allows")
     guidance_scale: float = Field(6.0, ge=0, le=30, allow_inf_nan=False)
     strength: Strength = None
     beta: Beta = None
@@ -114,8 +114,9 @@ def make(server: Server, namespace: str, fields: PictureFields, **more: Any) -> 
     model = model_of(server, fields.model)
     if "width" not in more:
         more["width"], more["height"] = size_of(server, model, fields.size)
-    if fields.steps > server.settings.most_steps:
-        raise ApiError(400, f"steps must be at most {server.settings.most_steps}, got {fields.steps}", param="steps")
+    steps = min(STEPS, server.settings.most_steps) if fields.steps is None else fields.steps
+    if steps > server.settings.most_steps:
+        raise ApiError(400, f"steps must be at most {server.settings.most_steps}, got {steps}", param="steps")
     seed = secrets.randbelow(2**31) if fields.seed is None else fields.seed
     if seed + fields.n - 1 >= 2**63:
         raise ApiError(400, "seed: seeds of several pictures count up, and pass 2^63 - 1", param="seed")
@@ -123,7 +124,7 @@ def make(server: Server, namespace: str, fields: PictureFields, **more: Any) -> 
     return [
         Drawing(
             id=uuid.uuid4().hex, model=model, prompt=fields.prompt, negative_prompt=fields.negative_prompt, seed=seed + number,
-            steps=fields.steps, guidance_scale=fields.guidance_scale, concepts=uses, strength=_plain(fields.strength),
+            steps=steps, guidance_scale=fields.guidance_scale, concepts=uses, strength=_plain(fields.strength),
             bias=_plain(fields.beta), temperature=_plain(fields.tau), gate=fields.gate, key_lock=fields.key_lock, **more,
         )
         for number in range(fields.n)
@@ -229,14 +230,13 @@ async def tickets_of(server: Server, key: str, drawings: Sequence[Drawing]) -> A
 async def outcomes(request: Request, server: Server, key: str, drawings: Sequence[Drawing]) -> list[Picture]:
     """All pictures; none is drawn on once the client is gone."""
     async with tickets_of(server, key, drawings) as tickets:
-        results = asyncio.gather(*(ticket.result for ticket in tickets))
         gone = asyncio.create_task(_gone(request))
         try:
-            await asyncio.wait([results, gone], return_when=asyncio.FIRST_COMPLETED)
-            if not results.done():
-                results.cancel()
-                raise ApiError(499, "the client closed the connection", code="closed")
-            return [outcome(server, result) for result in results.result()]
+            for ticket in tickets:
+                await asyncio.wait([ticket.result, gone], return_when=asyncio.FIRST_COMPLETED)
+                if not ticket.result.done():
+                    raise ApiError(499, "the client closed the connection", code="closed")
+            return [outcome(server, ticket.result.result()) for ticket in tickets]
         finally:
             gone.cancel()
 

@@ -93,7 +93,7 @@ async def _events(server: Server, key: str, drawing: Drawing) -> AsyncIterator[s
             yield event(kind, {**about, "b64_json": _text(picture), "partial_image_index": index, "step": picture.step})
             index += 1
         try:
-            picture = outcome(server, await ticket.result)
+            picture = outcome(server, ticket.result.result())
         except ApiError as error:
             yield event("error", error.body)
             return

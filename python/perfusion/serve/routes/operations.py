@@ -10,7 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
 from perfusion.serve.errors import ApiError
-from perfusion.serve.routes.access import Admin, ServerOf
+from perfusion.serve.routes.access import NAME, Admin, ServerOf
 from perfusion.serve.routes.drawings import Strict
 
 router = APIRouter(tags=["operations"])
@@ -63,7 +63,7 @@ async def add(server: ServerOf, principal: Admin, body: NewKey) -> Any:
 
 
 @router.delete("/v1/keys/{name}")
-def revoke(server: ServerOf, principal: Admin, name: Annotated[str, Path(max_length=64)]) -> Any:
+def revoke(server: ServerOf, principal: Admin, name: Annotated[str, Path(pattern=NAME)]) -> Any:
     """Revoke a key. Concepts of its namespace stay."""
     if not server.keys.revoke(name):
         raise ApiError(404, f"there is no key named {name!r}", code="key_not_found")

@@ -27,7 +27,7 @@ class TextToImage(BaseModel):
     prompt: str = Field("", max_length=4000)
     negative_prompt: str = Field("", max_length=4000)
     seed: int = Field(-1, ge=-1, le=2**62)
-    steps: int = Field(30, ge=1, le=1000)
+    steps: int | None = Field(None, ge=1, le=1000)
     cfg_scale: float = Field(7.0, ge=0, le=30, allow_inf_nan=False)
     width: int | None = Field(None, ge=8, le=16384)
     height: int | None = Field(None, ge=8, le=16384)
@@ -82,8 +82,10 @@ async def _draw(request: Request, server: Server, key: str, namespace: str, body
     drawings = await run_in_threadpool(make, server, namespace, fields, width=width, height=height, **more)
     pictures = await outcomes(request, server, key, drawings)
     seeds = [drawing.seed for drawing in drawings]
-    info = {"prompt": body.prompt, "negative_prompt": body.negative_prompt, "seed": seeds[0], "all_seeds": seeds, "steps": body.steps,
-            "cfg_scale": body.cfg_scale, "width": width, "height": height, "sd_model_name": drawings[0].model}  # fmt: skip
+    info = {
+        "prompt": body.prompt, "negative_prompt": body.negative_prompt, "seed": seeds[0], "all_seeds": seeds, "width": width,
+        "height": height, "steps": drawings[0].steps, "cfg_scale": body.cfg_scale, "sd_model_name": drawings[0].model,
+    }  # fmt: skip
     images = [base64.b64encode(picture.data).decode() for picture in pictures]
     return {"images": images, "parameters": body.model_dump(), "info": json.dumps(info)}
 

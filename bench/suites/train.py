@@ -19,7 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench.measure import Options, Problem
 from bench.plain_training import ExpertSession, PlainSession
-from bench.timing import Contestant
+from bench.suites.pipelines import SD15
+from bench.timing import Candidate
 from perfusion.base import describe_base
 from perfusion.covariance import Covariance, get_covariance
 from perfusion.models import load_pipeline
@@ -28,11 +29,6 @@ from perfusion.training.data import Picture
 from perfusion.training.session import TrainingSession
 from tests.perfusion.learning import SUPERCLASS, covariance_of
 from tests.perfusion.tiny import tiny_sd
-
-SD15 = dict(
-    block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, norm_num_groups=32, attention_head_dim=8,
-    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-)  # fmt: skip
 
 
 def toybox() -> tuple[Any, Covariance, int]:
@@ -60,7 +56,7 @@ def tiny() -> tuple[Any, Covariance, int]:
     return pipe, covariance_of(pipe), 16
 
 
-COMPILED = ("toybox",)  # where torch.compile of the UNet is a contestant too: on a CPU it takes minutes
+COMPILED = ("toybox",)  # where torch.compile of the UNet is a candidate too: on a CPU it takes minutes
 MODELS: dict[str, Callable[[], tuple[Any, Covariance, int]]] = {"toybox": toybox, "sd15": sd15}
 SESSIONS = {"ours": TrainingSession, "ours compile": TrainingSession, "plain": PlainSession, "expert": ExpertSession}
 
@@ -106,18 +102,18 @@ def problem(name: str, make: Callable[[], tuple[Any, Covariance, int]], batch: i
 
     cast_all(pipe, torch.float32)
     pipe.to(options.device)
-    contestants = []
+    candidates = []
     truth = exact(), plain()  # before the sessions, whose learned vectors stay as they are
     for provider, kind in SESSIONS.items():
         compile = provider.endswith("compile")
         if compile and name not in COMPILED:
             continue
         session = stack.enter_context(new(kind, compile))
-        contestants.append(Contestant(provider, session.train_step, check=lambda *_, session=session: gradients(session)))
+        candidates.append(Candidate(provider, session.train_step, check=lambda *_, session=session: gradients(session)))
     layers = describe_base(pipe)
     shapes = dict(R=batch, captions=len(config.instance_prompts), T=77, D=layers.encoding_dim, O=layers.outputs, layers=len(layers.layers))
     index = torch.zeros(1, 1, dtype=torch.int32, device=options.device)
-    return Problem(f"{name}, {batch} pictures", shapes, torch.float32, index, lambda: truth[0], lambda: truth[1], contestants)
+    return Problem(f"{name}, {batch} pictures", shapes, torch.float32, index, lambda: truth[0], lambda: truth[1], candidates)
 
 
 def own_modules(pipe: Any) -> Any:

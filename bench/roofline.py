@@ -1,8 +1,8 @@
 """What a call of an operator has to move and to compute, and the least time in which a machine could do it. Plain arithmetic.
 
-    work = floors.edited_attention(B=2, N=4096, T=77, H=8, d=40)
-    work = floors.of("edited_attention", arguments)      # from a call's tensors by name, as the cases of the tests have them
-    work.bytes, work.flops, work.floor(floors.H200)      # a floor in seconds
+    work = roofline.edited_attention(B=2, N=4096, T=77, H=8, d=40)
+    work = roofline.of("edited_attention", arguments)      # from a call's tensors by name, as the cases of the tests have them
+    work.bytes, work.flops, work.floor(roofline.H200)      # a floor in seconds
 
 Bytes are the least: every input that the call must read, and every result, once. FLOPs are the formula's own, counted as two
 per multiply-accumulate, no padding. A floor is no estimate: it is what cannot be beaten by this formula on this machine. Letters

@@ -1,0 +1,126 @@
+"""Our own training, with whatever an ablation changes in it; each concept is trained once and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.fidelity.lab import Lab
+from bench.fidelity.subjects import Target, targets
+from perfusion.base import describe_base
+from perfusion.training.calibrate import calibrate
+from perfusion.training.config import TrainingConfig
+from perfusion.training.data import read_pictures
+from perfusion.training.session import TrainingSession
+
+__all__ = ["Recipe", "concept_of", "learn_for"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What differs from the defaults. settings: of TrainingConfig. pictures: how many, by default the target's own. masks: the renderer's.
+    covariance: "captions" or "identity", a metric that knows nothing of language. noise: which timesteps count, "all", "late" (much noise:
+    layout) or "early" (little: detail). calibrated: bias and strength searched for at the end. seed: of the training."""
+
+    settings: tuple[tuple[str, Any], ...] = ()
+    pictures: int | None = None
+    masks: bool = True
+    covariance: str = "captions"
+    noise: str = "all"
+    calibrated: bool = False
+
+    @classmethod
+    def of(cls, **settings: Any) -> Recipe:
+        own = {field.name: settings.pop(field.name) for field in dataclasses.fields(cls)[1:] if field.name in settings}
+        return cls(tuple(sorted(settings.items())), **own)
+
+
+class NoiseSession(TrainingSession):
+    """Training on a part of the noise: timesteps of the upper ("late") or lower ("early") two thirds."""
+
+    noise = "all"
+
+    def _draw(self) -> Any:
+        batch, total = super()._draw(), self.noise_scheduler.config.num_train_timesteps
+        squeezed = batch.timesteps * 2 // 3
+        return dataclasses.replace(batch, timesteps=squeezed + (total - 2 * total // 3 if self.noise == "late" else 0))
+
+
+def concept_of(lab: Lab, target: Target, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
+    """The concept's file, and what it cost."""
+    key = {"target": dataclasses.asdict(target), "recipe": dataclasses.asdict(recipe), "steps": lab.scale.steps, "batch": lab.scale.batch}
+    key["default"] = TrainingConfig(superclass="teddy", name="teddy").lasting()
+    folder, facts = lab.remembered("concepts", key, lambda folder: _learn(lab, target, recipe, folder))
+    return folder / "concept.safetensors", facts
+
+
+def _learn(lab: Lab, target: Target, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    with _session(lab, target, recipe) as session:
+        memory = saved_bytes(session)
+        started = time.process_time()
+        while session.step < session.config.steps:
+            session.train_step()
+        seconds = time.process_time() - started
+        concept, found = session.concept(), {}
+        if recipe.calibrated:
+            started = time.process_time()
+            concept, report = calibrate(session)
+            found = {"calibration": report.chosen, "calibration_seconds": time.process_time() - started}
+    file = folder / "concept.safetensors"
+    concept.save(file)
+    trained = concept.value_outputs.numel() + sum(word.numel() for word in concept.word_embeddings)
+    trained += 0 if concept.key_outputs is None else concept.key_outputs.numel()
+    return {"seconds": seconds, "steps": session.step, "bytes": file.stat().st_size, "trained": trained, "memory": memory, **found}
+
+
+def _session(lab: Lab, target: Target, recipe: Recipe, **changes: Any) -> TrainingSession:
+    settings = {"steps": lab.scale.steps, "batch_size": lab.scale.batch, "flip": 0.0, **dict(recipe.settings), **changes}
+    config = TrainingConfig(superclass=target.subject.superclass, name=target.name, **settings)
+    pictures = read_pictures(
+        lab.references(target, recipe.pictures, masks=recipe.masks),
+        config,
+        lab.pipe.unet.config.sample_size * lab.pipe.vae_scale_factor,
+        None,
+        step=4,
+    )
+    covariance = lab.covariance
+    if recipe.covariance == "identity":
+        covariance = dataclasses.replace(covariance, matrix=torch.eye(covariance.width, dtype=torch.float64), source="identity")
+    kind = TrainingSession if recipe.noise == "all" else type("Session", (NoiseSession,), {"noise": recipe.noise})
+    return kind(lab.pipe, describe_base(lab.pipe), config, covariance, pictures)
+
+
+def saved_bytes(session: TrainingSession) -> int:
+    """What one picture's forward keeps for its backward, and four numbers for each trained one, in bytes: counted, not sampled."""
+    state, step, batch = session.state(), session.step, session._draw().split(1)[0]
+    total = kept_for_backward(lambda: session._learn_from(batch, session._read(batch.captions), 1.0))
+    session.restore(step, state)
+    return total + 16 * sum(parameter.numel() for parameter in session._trained().values())
+
+
+def kept_for_backward(run: Any, own: set[int] = frozenset()) -> int:
+    """Bytes that autograd saves while `run` runs, each storage once, but those of parameters."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter) and tensor._base is None or not isinstance(tensor._base, torch.nn.Parameter):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(sizes.values())
+
+
+def learn_for(lab: Lab, steps: int) -> float:
+    """Processor seconds of `steps` steps for each picture of a step."""
+    with _session(lab, targets()[0], Recipe(), batch_size=4) as session:
+        started = time.process_time()
+        for _ in range(steps):
+            session.train_step()
+        return (time.process_time() - started) / 4

@@ -1,0 +1,313 @@
+"""Tables of docs/fidelity.md and plots of docs/fidelity/, from rows and nothing else.
+
+    python -m bench.fidelity.report                     # the page and its plots anew, from bench/results/fidelity.jsonl
+    python -m bench.fidelity.report --rows FILE         # print the tables of other rows
+    python -m bench.fidelity.report --check             # status 1 if page or plots are not of the rows
+
+Rows are those of the weights that were measured last, at the largest scale that has any. A cell is the mean with its 95 % interval. A table
+stands in the page between `<!-- fidelity: SECTION -->` and `<!-- end of fidelity -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "python")]
+
+from bench import rows  # noqa: E402
+from bench.fidelity.judging import spread  # noqa: E402
+from bench.fidelity.scale import SCALES  # noqa: E402
+
+ROWS, PAGE, PLOTS = ROOT / "bench/results/fidelity.jsonl", ROOT / "docs/fidelity.md", ROOT / "docs/fidelity"
+OURS, OTHERS, INK, GRID = (
+    "#0b6e99",
+    ("#d9730d", "#6b7a3a", "#8a5a9e", "#b23a48", "#3a8a7a", "#a0764b", "#555555", "#c2185b"),
+    "#222222",
+    "#e3e3e3",
+)
+Rows = list[dict[str, Any]]
+PLACE = re.compile(r"(<!-- fidelity: (?P<section>[\w ]+) -->\n).*?(<!-- end of fidelity -->)", re.DOTALL)
+
+
+def current(found: Rows) -> Rows:
+    """Of the weights measured last, at their largest scale; a row made twice counts as it was the last time."""
+    if not found:
+        return []
+    own = [row for row in found if row["toybox"] == found[-1]["toybox"]]
+    scale = next(name for name in SCALES if any(row["scale"] == name for row in own))  # largest first
+    last = {(row["section"], row["variant"], row["subject"]): row for row in own if row["scale"] == scale}
+    return list(last.values())
+
+
+def cell(found: Sequence[dict[str, Any]], name: str, percent: bool = True) -> str:
+    """Mean and interval of a score over rows."""
+    middle, low, high = spread([row["scores"][name] for row in found if name in row.get("scores", {})])
+    if middle != middle:
+        return ""
+    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
+
+
+def size(value: float) -> str:
+    for unit, factor in (("MB", 1e6), ("KB", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.1f} {unit}"
+    return f"{value:.0f} B"
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def by_variant(found: Rows, section: str) -> dict[str, Rows]:
+    groups: dict[str, Rows] = {}
+    for row in found:
+        if row["section"] == section:
+            groups.setdefault(row["variant"], []).append(row)
+    return groups
+
+
+def concepts(found: Rows) -> str:
+    names = ("identity", "text", "object", "scene", "own colour", "own pattern", "apart")
+    groups, lines = by_variant(found, "concepts"), []
+    for row in groups.get("perfusion", []):
+        base = next(each for each in groups["superclass words"] if each["subject"] == row["subject"])
+        lines.append([row["subject"], *(cell([row], name) for name in names), cell([base], "text"), size(row["bytes"])])
+    if len(lines) > 1:
+        own, base = groups["perfusion"], groups["superclass words"]
+        middle = sorted(spread([row["scores"]["identity"]])[0] for row in own)
+        lines.append(["**all**", *(cell(own, name) for name in names), cell(base, "text"), ""])
+        lines.append(
+            ["**median, worst**", f"{(middle[(len(middle) - 1) // 2] + middle[len(middle) // 2]) / 2:.2f}, {middle[0]:.2f}", *[""] * 8]
+        )
+    return table(["thing", *names, "text, superclass word", "file"], lines)
+
+
+def variants(found: Rows, section: str) -> str:
+    names = ("identity", "text", "own colour", "own pattern")
+    groups = by_variant(found, section)
+    own = [row for row in found if row["section"] == "concepts" and row["variant"] == "perfusion"]
+    shown = {row["subject"] for group in groups.values() for row in group}
+    reference = [row for row in own if row["subject"] in shown]
+    lines = (
+        [["**as it is by default**, on all its prompts", *(cell(reference, name) for name in names), size(_mean(reference, "bytes"))]]
+        if reference
+        else []
+    )
+    lines += [[variant, *(cell(group, name) for name in names), size(_mean(group, "bytes"))] for variant, group in groups.items()]
+    return table(["", *names, "file"], lines)
+
+
+def pairs(found: Rows, section: str) -> str:
+    names = ("both", "identity of the first", "identity of the second", "both and like", "relation", "scene")
+    return table(["", *names], [[variant, *(cell(group, name) for name in names)] for variant, group in by_variant(found, section).items()])
+
+
+def peers(found: Rows) -> str:
+    """Everything about everybody, the default of ours among them; absent ones below with the reason."""
+    groups, together = by_variant(found, "peers"), by_variant(found, "peer pairs")
+    shown = {row["subject"] for group in groups.values() for row in group}
+    own = [row for row in found if row["section"] == "concepts" and row["variant"] == "perfusion" and row["subject"] in shown]
+    lines = []
+    for name, group in {"**perfusion**": own, **groups}.items():
+        measured = [row for row in group if "scores" in row]
+        if not measured:
+            continue
+        both = by_variant(found, "pairs").get("local lock, published gates", []) if group is own else together.get(name, [])
+        lines.append([
+            name, size(_mean(measured, "bytes")), f"{_mean(measured, 'trained'):,.0f}", f"{_mean(measured, 'seconds'):.0f}",
+            f"{_mean(measured, 'steps'):.0f}", size(_mean(measured, "memory")), cell(measured, "identity"), cell(measured, "text"),
+            cell(both, "both and like") or "–",
+        ])  # fmt: skip
+    heads = ["", "file", "numbers trained", "processor s", "steps", "memory", "identity", "text", "two in one picture, both like"]
+    absent = {name: group[0]["absent"] for name, group in groups.items() if "absent" in group[0]}
+    notes = [f"- {name}: not measured, {reason}" for name, reason in absent.items()]
+    notes += [f"- {name}: {group[0]['note']}" for name, group in groups.items() if group[0].get("note")]
+    return "\n".join([table(heads, lines), "", *notes]) if lines else "No rows yet."
+
+
+def provenance(found: Rows) -> str:
+    if not found:
+        return "No rows yet."
+    one, settings = found[0], found[0]["settings"]
+    things = len({row["subject"] for row in found if row["section"] == "concepts"})
+    return (
+        f"Weights `{one['toybox']}`, scale `{one['scale']}`: {things} things × {one['prompts']} prompts × {one['seeds']} seeds, ablations "
+        f"and peers {settings['subset_subjects']} × {settings['subset_prompts']} × {settings['subset_seeds']}, pairs × "
+        f"{settings['pair_prompts']} prompts; "
+        f"trainings of {settings['steps']} steps of {settings['batch']}, pictures in {settings['sampling_steps']} steps."
+    )
+
+
+TABLES = {"concepts": concepts, "peers": peers, "provenance": provenance}
+
+
+def text_of(section: str, found: Rows) -> str:
+    if section in TABLES:
+        return TABLES[section](found)
+    return pairs(found, section) if "pairs" in section else variants(found, section)
+
+
+def _mean(found: Rows, name: str) -> float:
+    values = [row.get(name, 0) for row in found]
+    return sum(values) / len(values) if values else 0.0
+
+
+def refreshed(page: str, found: Rows) -> str:
+    return PLACE.sub(lambda place: f"{place[1]}\n{text_of(place['section'], found)}\n\n{place[3]}", page)
+
+
+# plots
+
+
+def tidy(axes: Any) -> None:
+    axes.grid(color=GRID, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def pareto(figure: Any, found: Rows) -> None:
+    """Identity against text: one file of ours over β, and everybody else as a point."""
+    axes = figure.subplots()
+
+    def point(group: Rows, colour: str, mark: str, label: str | None) -> tuple[float, float]:
+        x, y = (spread([row["scores"][name] for row in group]) for name in ("text", "identity"))
+        axes.errorbar(
+            x[0], y[0], xerr=[[x[0] - x[1]], [x[2] - x[0]]], yerr=[[y[0] - y[1]], [y[2] - y[0]]], fmt=mark, color=colour,
+            ms=6, lw=0.9, capsize=2, label=label,
+        )  # fmt: skip
+        return x[0], y[0]
+
+    sweep = sorted((float(name.split("=")[1]), group) for name, group in by_variant(found, "bias").items())
+    line = []
+    for number, (bias, group) in enumerate(sweep):
+        line.append(point(group, OURS, "o", "perfusion, one file over β" if number == 0 else None))
+        axes.annotate(f"β {bias:g}", line[-1], textcoords="offset points", xytext=(6, 5), fontsize=8, color=OURS)
+    axes.plot(*zip(*line), color=OURS, lw=1.2) if line else None
+    measured = {name: group for name, group in by_variant(found, "peers").items() if "scores" in group[0]}
+    for number, (name, group) in enumerate(measured.items()):
+        point(group, OTHERS[number % len(OTHERS)], "sD^v"[number // len(OTHERS) * 2 % 4], f"{name}, {size(_mean(group, 'bytes'))}")
+    axes.axhline(0, color=INK, lw=0.6)
+    axes.set_xlabel("share of what the prompt asked for")
+    axes.set_ylabel("identity: 0 the superclass word, 1 other true pictures")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    tidy(axes)
+
+
+def together(figure: Any, found: Rows) -> None:
+    """Two learned things in one picture: identity of each."""
+    axes = figure.subplots()
+    groups = {
+        name: group for section in ("pairs", "peer pairs") for name, group in by_variant(found, section).items() if "scores" in group[0]
+    }
+    for number, (name, group) in enumerate(reversed(groups.items())):
+        for place, colour, dy in (("first", OURS, 0.13), ("second", OTHERS[0], -0.13)):
+            middle, low, high = spread([row["scores"][f"identity of the {place}"] for row in group])
+            label = f"the {place} thing" if number == 0 else None
+            axes.errorbar(middle, number + dy, xerr=[[middle - low], [high - middle]], fmt="o", color=colour, capsize=2, ms=5, label=label)
+    axes.set_yticks(range(len(groups)), list(groups)[::-1])
+    axes.axvline(0, color=INK, lw=0.6)
+    axes.set_xlabel("identity of each of two things in one picture")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    tidy(axes)
+
+
+PLOTTED = {"pareto": (pareto, (9, 5), ("bias", "peers")), "together": (together, (9, 5), ("pairs", "peer pairs"))}
+
+
+def digest(found: Rows, name: str) -> str:
+    """Of what is drawn and of how."""
+    used = [[row["variant"], row["subject"], row.get("scores"), row.get("bytes")] for row in found if row["section"] in PLOTTED[name][2]]
+    return hashlib.sha256((json.dumps(used) + Path(__file__).read_text(encoding="utf-8")).encode()).hexdigest()[:16]
+
+
+def draw(found: Rows, folder: Path) -> None:
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (plot, inches, _) in PLOTTED.items():
+        figure = pyplot.figure(figsize=inches, layout="constrained")
+        plot(figure, found)
+        figure.savefig(folder / f"{name}.png", dpi=110, metadata={"rows": digest(found, name)})
+        pyplot.close(figure)
+
+
+def examples(found: Rows, work: Path, path: Path) -> bool:
+    """One picture of each prompt by every peer, of the first thing, from sheets that measuring kept; False where they are not all there."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    chosen = {"superclass words": "concepts", "perfusion": "concepts"}
+    chosen |= {row["variant"]: "peers" for row in found if row["section"] == "peers" and "scores" in row}
+    subject = next((row["subject"] for row in found if row["section"] == "peers" and "scores" in row), None)
+    own = next((row for row in found if row["subject"] == subject), None)
+    files = (
+        {name: work / own["toybox"] / "sheets" / f"{section}, {name}, {subject}.png".replace("/", "-") for name, section in chosen.items()}
+        if own
+        else {}
+    )
+    if not files or not all(file.exists() for file in files.values()):
+        return False
+    tile, shown = 128, min(row["prompts"] for row in found if row["section"] in ("concepts", "peers"))
+    whole = Image.new("RGB", (tile * (shown + 2), tile * len(files)), "white")
+    brush, font = ImageDraw.Draw(whole), ImageFont.load_default(15)
+    for number, (name, file) in enumerate(files.items()):
+        row = next(each for each in found if each["variant"] == name and each["section"] == chosen[name])
+        brush.multiline_text((8, tile * number + 40), name.replace(", ", ",\n").replace(" and ", "\nand "), INK, font)
+        sheet, columns = Image.open(file), row["seeds"] * 4
+        for prompt in range(shown):
+            place = prompt * row["seeds"]
+            x, y = place % columns * tile, place // columns * tile
+            whole.paste(sheet.crop((x, y, x + tile, y + tile)), (tile * (prompt + 2), tile * number))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+    return True
+
+
+def stale(found: Rows, page: Path = PAGE, folder: Path = PLOTS) -> list[str]:
+    """Names of what is not of these rows."""
+    from PIL import Image
+
+    names = [page.name] if refreshed(page.read_text(encoding="utf-8"), found) != page.read_text(encoding="utf-8") else []
+    for name in PLOTTED:
+        path = folder / f"{name}.png"
+        if not path.exists() or Image.open(path).text.get("rows") != digest(found, name):
+            names.append(path.name)
+    return names
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.fidelity.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=Path, help="print the tables of these rows instead")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build" / "fidelity", help="as in measuring: docs/fidelity/examples.png is of its sheets"
+    )
+    options = parser.parse_args(arguments)
+    found = current(rows.read(options.rows or ROWS))
+    if options.check:
+        names = stale(found)
+        print(f"Not of these rows: {', '.join(names)}. python -m bench.fidelity.report" if names else "Page and plots are of these rows.")
+        return int(bool(names))
+    if options.rows:
+        for section in dict.fromkeys(["provenance", *(row["section"] for row in found)]):
+            print(f"**{section}**\n\n{text_of(section, found)}\n")
+        return 0
+    PAGE.write_text(refreshed(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    draw(found, PLOTS)
+    if not examples(found, options.work, PLOTS / "examples.png"):
+        print(f"docs/fidelity/examples.png is as it was: not every method has a sheet in {options.work}.")
+    print(f"{PAGE.relative_to(ROOT)}, {', '.join(f'docs/fidelity/{name}.png' for name in PLOTTED)}: {provenance(found)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

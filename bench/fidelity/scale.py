@@ -1,0 +1,48 @@
+"""How much is drawn and trained: `full` is what figures are quoted from, `small` what a laptop does in its lunch break."""
+
+from __future__ import annotations
+
+import dataclasses
+
+__all__ = ["SCALES", "Scale"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """subjects, prompts, seeds: of every main row; subset_*: of ablations. steps, batch: of a training. ladder: settings of each sweep,
+    at most. sampling_steps: of DDIM."""
+
+    name: str
+    subjects: int = 12
+    prompts: int = 23
+    seeds: int = 8
+    subset_subjects: int = 4
+    subset_prompts: int = 8
+    subset_seeds: int = 4
+    pairs: int = 6
+    pair_prompts: int = 8
+    steps: int = 400
+    batch: int = 16
+    sampling_steps: int = 10
+    ladder: int = 9
+
+    def identity(self) -> dict[str, int]:
+        """What rows of one scale share: a row of other numbers is another row."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in ("name", "subjects", "pairs", "ladder")}
+
+
+SCALES = {
+    "full": Scale("full"),
+    "medium": Scale(
+        "medium", subjects=6, prompts=12, seeds=3, subset_subjects=2, subset_prompts=8, subset_seeds=3, pairs=3, pair_prompts=4,
+        steps=300, batch=12, sampling_steps=10, ladder=7,
+    ),
+    "small": Scale(
+        "small", subjects=2, prompts=7, seeds=2, subset_subjects=1, subset_prompts=7, subset_seeds=2, pairs=1, pair_prompts=4,
+        steps=120, batch=6, sampling_steps=10, ladder=4,
+    ),
+    "smoke": Scale(
+        "smoke", subjects=2, prompts=3, seeds=1, subset_subjects=1, subset_prompts=2, subset_seeds=1, pairs=1, pair_prompts=1,
+        steps=2, batch=2, sampling_steps=2, ladder=2,
+    ),
+}  # fmt: skip

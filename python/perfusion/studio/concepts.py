@@ -1,0 +1,101 @@
+"""The tab Concepts: what there is, where it came from, and its file and card to take away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from perfusion.studio.card import archive, card
+from perfusion.studio.shared import BUTTONS, Shared, guarded, kept, none_yet, plain
+
+__all__ = ["build"]
+
+
+def build(shared: Shared) -> gr.on:
+    with gr.Row():
+        with gr.Column(min_width=280):
+            concept = shared.concept_list("Concept", elem_id="concept")
+            facts = gr.Markdown(elem_id="facts")
+            pictures = gr.Gallery(
+                label="Drawn with it in this visit",
+                columns=4,
+                height="auto",
+                fit_columns=False,
+                buttons=BUTTONS,
+                format="png",
+                interactive=False,
+            )
+        with gr.Column(min_width=280):
+            upload = gr.File(label="Upload a concept (.safetensors)", file_types=[".safetensors"], type="filepath", elem_id="upload")
+            gr.Markdown("#### Take it away")
+            with gr.Row():
+                file = gr.DownloadButton("File", elem_id="file", interactive=False)
+                whole = gr.DownloadButton("File, card and pictures", elem_id="archive", interactive=False)
+            text = gr.Code(label="Its card", language="markdown", interactive=False, lines=8, max_lines=16)
+            gr.Markdown("To share it on the Hugging Face hub, unpack the archive and run `perfusion push FOLDER USER/NAME`.")
+            with gr.Row():
+                sure = gr.Checkbox(label="I want to delete it", elem_id="sure")
+                delete = gr.Button("Delete", variant="stop", elem_id="delete")
+
+    @guarded
+    def show(key: str, drawn: list, name: str | None) -> tuple[Any, ...]:
+        off = gr.DownloadButton(interactive=False)
+        if not name:
+            return "No concept is chosen.", [], off, off, ""
+        client = shared.client.with_key(key)
+        found = client.concept(name)
+        data = client.concept_file(name)
+        mine = [(image, caption) for image, caption in drawn if f"<{name}>" in caption or f"<{name}:" in caption]
+        files = (
+            kept(f"{name}.safetensors", data),
+            kept(f"{name}.zip", archive(found, data, [image for image, _ in mine])),
+        )
+        buttons = [gr.DownloadButton(value=file, interactive=True) for file in files]
+        return _facts(found), mine, *buttons, card(found, with_gallery=bool(mine))
+
+    @guarded
+    def add(key: str, path: str | None) -> tuple[Any, Any]:
+        if path is None:
+            return gr.skip(), gr.skip()
+        found = shared.client.with_key(key).upload(Path(path))
+        gr.Info(plain(f"<{found['name']}> is there now."))
+        names = [concept["name"] for concept in shared.client.with_key(key).concepts()]
+        return gr.Dropdown(choices=names, value=found["name"]), None
+
+    @guarded
+    def remove(key: str, name: str | None, sure: bool) -> tuple[Any, bool]:
+        if not sure:
+            raise ValueError("tick “I want to delete it” first; nothing was deleted")
+        client = shared.client.with_key(key)
+        client.delete(none_yet(name))
+        gr.Info(plain(f"<{name}> is gone."))
+        names = [concept["name"] for concept in client.concepts()]
+        return gr.Dropdown(choices=names, value=names[0] if names else None), False
+
+    seen = [facts, pictures, file, whole, text]
+    concept.change(show, [shared.key, shared.drawn, concept], seen, show_progress="hidden")
+    added = upload.upload(add, [shared.key, upload], [concept, upload], show_progress="hidden")
+    removed = delete.click(remove, [shared.key, concept, sure], [concept, sure], show_progress="hidden")
+    return [added, removed], lambda tab: tab.select(show, [shared.key, shared.drawn, concept], seen, show_progress="hidden")
+
+
+def _facts(concept: dict[str, Any]) -> str:
+    labels = {
+        "superclass": "Superclass",
+        "models": "Models",
+        "beta": "β",
+        "tau": "τ",
+        "bytes": "Bytes",
+        "author": "Author",
+        "license": "Licence",
+    }
+    lines = [f"### <{concept['name']}>".replace("<", "&lt;"), "", "| | |", "|---|---|"]
+    for key, label in labels.items():
+        value = concept.get(key)
+        if value not in (None, "", []):
+            value = ", ".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if key == "bytes" else value
+            text = str(value).replace("|", "\\|").replace("<", "&lt;")
+            lines.append(f"| {label} | {text} |")
+    return "\n".join(lines)

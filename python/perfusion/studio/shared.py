@@ -1,0 +1,161 @@
+"""What the tabs share: the client, the key of who sits before the page, lists that follow the server, and errors as sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import inspect
+import io
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from perfusion.studio.client import Client, ServerError, sentence
+
+__all__ = ["BUTTONS", "Running", "Shared", "decode", "guarded", "kept", "none_yet", "plain", "said", "seed_box", "seed_of", "settings_of"]
+
+BUTTONS = ["download", "fullscreen"]  # of pictures; not Gradio's own "share", which uploads
+NO_CONCEPTS = "No concepts yet. Train one, or upload a file under Concepts."
+
+
+@dataclasses.dataclass
+class Shared:
+    """Components and helpers of one page. concepts: every list of concepts on it. places: which concept each shows at first."""
+
+    client: Client
+    key: gr.Textbox
+    drawn: gr.State  # [(picture, caption, prompt)], the newest first, of this visit
+    concepts: list[gr.Dropdown] = dataclasses.field(default_factory=list)
+    places: list[int] = dataclasses.field(default_factory=list)
+    bases: list[gr.Dropdown] = dataclasses.field(default_factory=list)
+
+    def concept_list(self, label: str, place: int = 0, **options: Any) -> gr.Dropdown:
+        """A list of concepts that `refreshed` fills."""
+        self.places.append(place)
+        self.concepts.append(gr.Dropdown([], label=label, interactive=True, filterable=False, **options))
+        return self.concepts[-1]
+
+    def base_list(self) -> gr.Dropdown:
+        self.bases.append(gr.Dropdown([], label="Model", interactive=True, filterable=False))
+        return self.bases[-1]
+
+    @property
+    def lists(self) -> list[gr.Dropdown]:
+        return [*self.concepts, *self.bases]
+
+    def refreshed(self, key: str, *shown: str | None) -> list[Any]:
+        """Updates for `lists`, which show `shown` now; what is shown stays, if it is still there."""
+        client = self.client.with_key(key)
+        names = [concept["name"] for concept in client.concepts()]
+        bases = [base["id"] for base in client.bases()]
+        updates = []
+        places = [*self.places, *(0 for _ in self.bases)]
+        for number, (value, place) in enumerate(zip(shown, places)):
+            choices = names if number < len(self.concepts) else bases
+            value = value if value in choices else choices[min(place, len(choices) - 1)] if choices else None
+            updates.append(gr.Dropdown(choices=choices, value=value))
+        return updates
+
+
+class Running:
+    """What one visitor has under way; `end` breaks the connection to the server, which then stops drawing."""
+
+    def __init__(self) -> None:
+        self._close: Callable[[], None] | None = None
+
+    def opened(self, close: Callable[[], None]) -> None:
+        self._close = close
+
+    def end(self) -> str:
+        if self._close is not None:
+            self._close()
+        return said("Stopped.")
+
+
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The handler, whose errors stay on the page as a sentence until they are closed."""
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def generator(*arguments: Any) -> Iterator[Any]:
+            try:
+                yield from function(*arguments)
+            except (ServerError, ValueError, OSError) as error:
+                raise _shown(error) from None
+
+        return generator
+
+    @functools.wraps(function)
+    def handler(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (ServerError, ValueError, OSError) as error:
+            raise _shown(error) from None
+
+    return handler
+
+
+def _shown(error: Exception) -> gr.Error:
+    text = f"{Path(error.filename).name}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    return gr.Error(plain(sentence(text)), duration=None, title="This did not work", print_exception=False)
+
+
+def plain(text: str) -> str:
+    """Text for a place where Gradio reads HTML: prompts, and what servers say, are shown as they are."""
+    return html.escape(text, quote=False)
+
+
+def said(text: str) -> str:
+    """A line of state, which screen readers are told of."""
+    return f'<p role="status" aria-live="polite">{plain(text)}</p>'
+
+
+def none_yet(name: str | None) -> str:
+    """The chosen concept; ValueError where there is none."""
+    if not name:
+        raise ValueError(NO_CONCEPTS)
+    return name
+
+
+def settings_of(steps: float, guidance: float, negative: str = "", model: str | None = None) -> dict[str, Any]:
+    """Fields of a request that every tab has."""
+    fields: dict[str, Any] = {"steps": int(steps), "guidance_scale": float(guidance)}
+    if negative.strip():
+        fields["negative_prompt"] = negative.strip()
+    if model:
+        fields["model"] = model
+    return fields
+
+
+def seed_box(value: str = "") -> gr.Textbox:
+    return gr.Textbox(value, label="Seed", info="Empty: another one each time", lines=1, max_lines=1)
+
+
+def seed_of(text: str) -> int:
+    """The number that was typed; one at random for nothing."""
+    text = text.strip()
+    if not text:
+        return random.randrange(2**31)
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**63):
+        raise ValueError(f"a seed is a whole number from 0 on, got {text!r}")
+    return int(text)
+
+
+def decode(data: bytes) -> Image.Image:
+    """A picture from the server."""
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def kept(name: str, data: bytes) -> str:
+    """A file that the browser may fetch, in a folder of its own; the system's folder for temporary files is Gradio's to serve."""
+    file = Path(tempfile.mkdtemp(prefix="perfusion-studio-")) / name
+    file.write_bytes(data)
+    return str(file)

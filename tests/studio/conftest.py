@@ -1,0 +1,64 @@
+"""The page in a headless Chromium, over the stand-in server. Skipped where Gradio 6, Playwright or Chromium is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SHOTS = os.environ.get("PERFUSION_SCREENSHOTS")  # a folder to look at the pages afterwards
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    pytest.importorskip("gradio", minversion="6")
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Studio:
+    """One page over one server. `open` gives a tab of the browser that records what it asks for."""
+
+    def __init__(self, browser, server, key=None):
+        from perfusion.studio import Client, launch
+
+        self.browser, self.server, self.port = browser, server, free_port()
+        self.asked: list[str] = []
+        self.page = launch(Client(server, key), port=self.port, block=False)
+
+    def open(self, width=1200, height=900):
+        tab = self.browser.new_page(viewport={"width": width, "height": height})
+        tab.set_default_timeout(30_000)
+        tab.on("request", lambda request: self.asked.append(request.url))
+        tab.goto(f"http://127.0.0.1:{self.port}")
+        tab.get_by_label("Prompt").first.wait_for()
+        return tab
+
+    def close(self):
+        self.page.close()
+
+
+def shot(tab, name):
+    if SHOTS:
+        Path(SHOTS).mkdir(parents=True, exist_ok=True)
+        tab.screenshot(path=f"{SHOTS}/{name}.png", full_page=True)

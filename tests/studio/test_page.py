@@ -1,0 +1,336 @@
+"""The page as people use it: by keyboard and mouse, on a narrow screen, with a server that refuses; and nothing is asked of the internet."""
+
+import io
+import time
+import zipfile
+from urllib.parse import urlsplit
+
+import pytest
+from PIL import Image, ImageDraw
+
+from tests.studio.conftest import Studio, shot
+from tests.studio.stand_in_server import Refusal, StandIn
+
+TABS = ("Draw", "Train", "Concepts", "Strips", "Combine")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with StandIn(pause=0.25) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def studio(chromium, server):
+    found = Studio(chromium, server.address)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def tab(studio, server):
+    server.refuse = None
+    server.seen.clear()
+    server.concepts.pop("mycat", None)
+    found = studio.open()
+    found.wait_for_function("[...document.querySelectorAll('input')].some(input => input.value === 'teddy')")  # lists are filled
+    yield found
+    found.close()
+
+
+def requests(server, kind="draw"):
+    return [body for what, body in server.seen if what == kind]
+
+
+def see(tab, text):
+    tab.get_by_text(text).first.wait_for()
+
+
+def paint(tab, editor, start, end):
+    """A stroke, in parts of the editor's canvas."""
+    canvas = tab.locator(f"#{editor} canvas").first
+    canvas.wait_for()
+    canvas.scroll_into_view_if_needed()
+    tab.wait_for_timeout(800)  # the canvas takes its size
+    box = canvas.bounding_box()
+    points = [(box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in (start, end)]
+    tab.mouse.move(*points[0])
+    tab.mouse.down()
+    tab.mouse.move(*points[1], steps=12)
+    tab.mouse.up()
+    tab.wait_for_timeout(800)  # the layer goes to the page's state
+
+
+def test_draws_by_keyboard_alone_and_shows_the_picture_as_it_comes(tab, server):
+    for _ in range(20):
+        tab.keyboard.press("Tab")
+        if tab.evaluate("document.activeElement.placeholder || ''").startswith("a photo"):
+            break
+    outline = tab.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid", "where one is on the page is seen"
+    tab.keyboard.type("a <teddy> & a hat")
+    tab.keyboard.press("Enter")
+    for step in ("Step 7 of 30", "Step 15 of 30"):
+        see(tab, step)
+    see(tab, "Seed ")
+    tab.locator("#gallery img").first.wait_for()
+    assert tab.locator("#picture img").count() == 1
+    (sent,) = requests(server)
+    assert sent["prompt"] == "a <teddy> & a hat" and sent["stream"] and sent["partial_images"] == 3 and "beta" not in sent
+    shot(tab, "draw")
+
+
+def test_several_pictures_and_a_beta(tab, server):
+    tab.get_by_label("Prompt").first.fill("a <teddy>")
+    tab.get_by_label("β of the concept's own").uncheck()
+    tab.locator("#beta input[type=number]").fill("0.55")
+    tab.get_by_role("button", name="More").first.click()
+    tab.locator("#count input[type=number]").fill("3")
+    tab.get_by_label("Seed").first.fill("7")
+    tab.get_by_role("button", name="Draw", exact=True).click()
+    see(tab, "Seed 7, 8, 9")
+    (sent,) = requests(server)
+    assert sent["n"] == 3 and sent["seed"] == 7 and sent["beta"] == 0.55
+    assert tab.locator("#gallery img").count() == 3
+
+
+def test_stop_gives_up_the_picture_at_the_server(chromium):
+    with StandIn(pause=2.0) as slow:
+        studio = Studio(chromium, slow.address)
+        tab = studio.open()
+        tab.get_by_label("Prompt").first.fill("a <teddy>")
+        tab.keyboard.press("Enter")
+        see(tab, "Step 7 of 30")
+        tab.get_by_role("button", name="Stop").first.click()
+        see(tab, "Stopped.")
+        assert slow.cancelled.wait(10)
+        tab.close()
+        studio.close()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "shown"),
+    [
+        (Refusal(429, "too many pictures wait", "rate_limit_error", retry=7), "Too many pictures wait. Try again in 7 seconds."),
+        (Refusal(400, "<img src=x onerror=alert(1)> is no concept"), "<img src=x onerror=alert(1)> is no concept."),
+    ],
+    ids=("queue", "markup"),
+)
+def test_refusals_are_sentences(tab, server, refusal, shown):
+    server.refuse = refusal
+    tab.get_by_label("Prompt").first.fill("a <teddy>")
+    tab.keyboard.press("Enter")
+    see(tab, shown)
+    shot(tab, "refused")
+
+
+def test_what_is_missing_is_said_before_anything_is_sent(tab, server):
+    tab.get_by_role("button", name="Draw", exact=True).click()
+    see(tab, "Write a prompt first.")
+    tab.get_by_role("tab", name="Train").click()
+    tab.get_by_role("button", name="Train", exact=True).click()
+    see(tab, "Upload pictures of the thing first.")
+    assert not server.seen
+
+
+def pictures(folder):
+    files = []
+    for number in range(3):
+        image = Image.new("RGB", (300, 200), (80 * number, 200, 120))
+        ImageDraw.Draw(image).ellipse((80, 50, 220, 150), fill="brown")
+        files.append(folder / f"p{number}.png")
+        image.save(files[-1])
+    return files
+
+
+def test_trains_with_a_painted_mask_and_an_uploaded_one(tab, server, tmp_path):
+    files = pictures(tmp_path)
+    tab.get_by_role("tab", name="Train").click()
+    tab.locator("#pictures input[type=file]").set_input_files(files)
+    tab.get_by_text("all of it").nth(2).wait_for()
+    tab.get_by_role("button", name="Masks").click()
+    tab.locator("#pictures button.thumbnail-lg, #pictures .thumbnail-item").nth(1).click()
+    tab.wait_for_timeout(1500)  # the picture comes into the editor
+    paint(tab, "mask-editor", (0.35, 0.5), (0.65, 0.5))
+    tab.get_by_role("button", name="Keep this mask").click()
+    tab.get_by_text("its mask").nth(0).wait_for()
+    mask = Image.new("L", (300, 200))
+    ImageDraw.Draw(mask).ellipse((80, 50, 220, 150), fill=255)
+    mask.save(tmp_path / "p2-masklabel.png")
+    tab.locator("#mask-files input[type=file]").set_input_files([tmp_path / "p2-masklabel.png"])
+    tab.get_by_text("its mask").nth(1).wait_for()
+    shot(tab, "train-masks")
+    tab.get_by_placeholder("mycat").fill("mycat")
+    tab.get_by_placeholder("cat", exact=True).fill("cat")
+    tab.locator("#steps input[type=number]").fill("200")
+    tab.locator("#every input[type=number]").fill("20")
+    tab.get_by_role("button", name="Train", exact=True).click()
+    see(tab, "of 200, loss 0.")
+    tab.locator("#preview img").wait_for()
+    see(tab, "<mycat> is learned.")
+    shot(tab, "trained")
+    (sent,) = requests(server, "train")
+    assert [Image.open(io.BytesIO(data)).size for data in sent["pictures"]] == [(300, 200)] * 3
+    assert (sent["name"], sent["superclass"], sent["steps"], sent["preview_every"]) == ("mycat", "cat", "200", "20")
+    whole, painted, uploaded = (Image.open(io.BytesIO(data)).convert("L") for data in sent["masks"])
+    assert whole.getextrema() == (255, 255) and uploaded.tobytes() == mask.tobytes()
+    width, height = painted.size
+    assert width * 200 == height * 300
+    assert painted.getpixel((width // 2, height // 2)) == 255 and painted.getpixel((5, 5)) == 0
+    assert 0.02 < sum(painted.histogram()[128:]) / (width * height) < 0.4
+    tab.get_by_role("tab", name="Concepts").click()
+    tab.locator("#concept input").click()
+    tab.get_by_role("option", name="mycat").click()
+    tab.locator("#facts").get_by_text("<mycat>").wait_for()
+
+
+def test_a_job_is_cancelled_and_found_again_after_a_reload(chromium, tmp_path):
+    with StandIn(pause=0.3) as server:
+        studio = Studio(chromium, server.address)
+        tab = studio.open()
+        tab.get_by_role("tab", name="Train").click()
+        tab.locator("#pictures input[type=file]").set_input_files(pictures(tmp_path))
+        tab.get_by_text("all of it").nth(2).wait_for()
+        tab.get_by_placeholder("mycat").fill("mycat")
+        tab.get_by_placeholder("cat", exact=True).fill("cat")
+        tab.get_by_role("button", name="Train", exact=True).click()
+        see(tab, "Step 10 of 400")
+        tab.close()  # the job goes on
+        tab = studio.open()
+        tab.get_by_role("tab", name="Train").click()
+        tab.wait_for_function("[...document.querySelectorAll('#jobs input')].some(input => input.value.startsWith('mycat: running'))")
+        tab.get_by_role("button", name="Watch").click()
+        see(tab, "of 400, loss")
+        tab.get_by_role("button", name="Cancel the job").click()
+        see(tab, "<mycat> is cancelled; its checkpoint is kept.")
+        assert server.jobs["job-0"]["status"] == "cancelled"
+        tab.close()
+        studio.close()
+
+
+def test_a_strip_over_strength_and_beta(tab, server):
+    tab.get_by_role("tab", name="Strips").click()
+    tab.get_by_label("both").check()
+    tab.locator("#along input[type=number]").fill("3")
+    tab.get_by_role("button", name="Draw the strip").click()
+    see(tab, "Seed 0, “a photo of a <teddy>”")
+    sent = requests(server)
+    assert {(body["strength"], body["beta"]) for body in sent} == {(s, b) for s in (0, 0.75, 1.5) for b in (0.5, 0.7, 0.9)}
+    assert {body["seed"] for body in sent} == {0}
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Download the strip").click()
+    sheet = Image.open(download.value.path()).convert("RGB")
+    assert download.value.suggested_filename == "teddy-both.png" and sheet.width > 3 * 96
+    darkest = [sheet.getpixel((sheet.width // 6, sheet.height * row // 6)) for row in (1, 5)]
+    assert sum(darkest[0]) > sum(darkest[1]), "β grows downwards"
+    shot(tab, "strip")
+
+
+def test_two_concepts_in_painted_regions(tab, server):
+    tab.get_by_role("tab", name="Combine").click()
+    tab.get_by_label("painted").check()
+    paint(tab, "regions", (0.3, 0.3), (0.3, 0.6))
+    tab.get_by_role("button", name="Draw both").click()
+    see(tab, "Paint where <teapot> is to be, in blue, or choose other regions.")
+    assert not requests(server)
+    tab.locator("#regions").get_by_label("Color").first.click() if tab.locator("#regions").get_by_label("Color").count() else None
+    tab.get_by_label("left and right").check()
+    tab.get_by_role("button", name="Draw both").click()
+    see(tab, "“a <teddy> and a <teapot>”")
+    (sent,) = requests(server)
+    boxes = [(use["name"], use["region"]["box"]) for use in sent["concepts"]]
+    assert boxes == [("teddy", [0, 0, 0.5, 1]), ("teapot", [0.5, 0, 1, 1])]
+    tab.locator("#shown-regions img").wait_for()
+    shot(tab, "combined")
+
+
+def test_a_concept_is_taken_away_uploaded_and_deleted(tab, server, tmp_path):
+    tab.get_by_role("tab", name="Concepts").click()
+    see(tab, "Superclass")
+    with tab.expect_download() as download:
+        tab.locator("#file").click()
+    assert download.value.suggested_filename == "teddy.safetensors" and download.value.path().read_bytes() == b"concept teddy"
+    with tab.expect_download() as download:
+        tab.locator("#archive").click()
+    with zipfile.ZipFile(download.value.path()) as found:
+        assert found.read("teddy/teddy.safetensors") == b"concept teddy"
+        assert "library_name: perfusion-kernels" in found.read("teddy/README.md").decode()
+    shot(tab, "concepts")
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    tab.locator("#upload input[type=file]").set_input_files(tmp_path / "bad.safetensors")
+    see(tab, "The file is not a Perfusion concept: its header cannot be read.")
+    (tmp_path / "good.safetensors").write_bytes(b"concept good")
+    tab.reload()
+    tab.get_by_role("tab", name="Concepts").click()
+    tab.locator("#upload input[type=file]").set_input_files(tmp_path / "good.safetensors")
+    see(tab, "<good> is there now.")
+    tab.locator("#delete").click()
+    see(tab, "nothing was deleted")
+    assert "good" in server.concepts
+    tab.locator("#sure input").check()
+    tab.locator("#delete").click()
+    see(tab, "<good> is gone.")
+    assert server.concepts.keys() == {"teddy", "teapot"}
+
+
+def test_a_key_is_asked_for_and_typed(chromium):
+    with StandIn(key="secret") as server:
+        studio = Studio(chromium, server.address)
+        tab = studio.open()
+        tab.get_by_label("Prompt").first.fill("a <teddy>")
+        tab.keyboard.press("Enter")
+        see(tab, "Type your key under Connection.")
+        tab.get_by_role("button", name="Connection").click()
+        tab.get_by_label("Key").fill("secret")
+        tab.keyboard.press("Enter")
+        see(tab, "answers.")
+        tab.get_by_label("Prompt").first.focus()
+        tab.keyboard.press("Enter")
+        see(tab, "Seed ")
+        assert "secret" not in tab.content()
+        tab.close()
+        studio.close()
+
+
+def test_a_server_that_goes_away_is_said(chromium):
+    server = StandIn()
+    with server:
+        studio = Studio(chromium, server.address)
+        tab = studio.open()
+    tab.get_by_label("Prompt").first.fill("a <teddy>")
+    tab.keyboard.press("Enter")
+    see(tab, f"The server at {server.address} does not answer; start one with `perfusion serve`.")
+    tab.close()
+    studio.close()
+
+
+def test_nothing_is_wider_than_a_narrow_screen(studio):
+    tab = studio.open(width=360, height=740)
+    for name in TABS:
+        shown = tab.get_by_role("tab", name=name)
+        if not shown.count() or not shown.first.is_visible():  # behind the menu of more tabs
+            tab.locator(".overflow-menu button").first.click()
+            shown = tab.locator(".overflow-dropdown button", has_text=name)
+        shown.first.click()
+        tab.wait_for_timeout(700)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 360, name
+        shot(tab, f"narrow-{name.lower()}")
+    tab.close()
+
+
+def test_everything_has_a_name_for_who_cannot_see_it(tab):
+    for name in TABS:
+        tab.get_by_role("tab", name=name).click()
+        tab.wait_for_timeout(500)
+        nameless = tab.evaluate(
+            """() => [...document.querySelectorAll('input:not([type=file]), textarea, button')].filter(each => each.offsetParent !== null
+               && !(each.labels?.length || each.ariaLabel || each.getAttribute('aria-labelledby') || each.title || each.innerText.trim()
+               || each.closest('label'))).map(each => each.outerHTML.slice(0, 120))"""
+        )
+        assert not nameless, (name, nameless)
+
+
+def test_the_internet_is_asked_nothing(studio, tab):
+    """Runs last: of all that the tabs above asked for."""
+    time.sleep(0.5)
+    assert {urlsplit(url).hostname for url in studio.asked if not url.startswith(("data:", "blob:"))} == {"127.0.0.1"}
