@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 
+from perfusion.batch_plan import Plan
 from perfusion.base import describe_base
 from perfusion.handle import attach
 from perfusion.prompts import PromptError
@@ -112,17 +113,16 @@ def test_prompt_embeds_changed_in_place_between_calls_under_inference_mode(attac
         check_rows(sd.unet, seen(sd, prompt_embeds=embeds, guidance_scale=1.0)[1][0], [[]])
 
 
-def test_nothing_is_kept_of_a_prompt_but_its_digest(attached, sd):
+def test_nothing_is_kept_of_a_prompt_but_its_digest(attached, sd, monkeypatch):
     plans = []
-    own = attached._engine._describe
+    own = Plan.describe
 
-    def describe(plan, encodings):
+    def describe(plan, encodings, *rest):
         plans.append((weakref.ref(plan), weakref.ref(encodings)))
-        own(plan, encodings)
+        own(plan, encodings, *rest)
 
-    attached._engine._describe = describe
+    monkeypatch.setattr(Plan, "describe", describe)
     draw(sd, PROMPTS)
-    attached._engine.__dict__.pop("_describe")
     attached.load(make_concept(attached.base, "teapot"))  # what is shown to the layers is let go with the next prompt or change
     attached.set("teapot", bias=0.5)
     gc.collect()
