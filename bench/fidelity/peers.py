@@ -269,8 +269,9 @@ def custom_diffusion(rate: float, token_rate: float) -> Peer:
             if cross is not None:
                 own.load_state_dict({f"{kind}_custom_diffusion.weight": getattr(layer, kind).weight for kind in ("to_k", "to_v")})
             processors[f"{name}.processor"] = own
-        pipe.unet.set_attn_processor(processors)
-        return [{"params": [parameter for own in processors.values() for parameter in own.parameters()], "lr": rate}]
+        trained = [parameter for own in processors.values() for parameter in own.parameters()]
+        pipe.unet.set_attn_processor(processors)  # which empties the dict
+        return [{"params": trained, "lr": rate}]
 
     def weights(pipe: Any) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in pipe.unet.state_dict().items() if "custom_diffusion" in name}
@@ -338,8 +339,9 @@ class PerfusionPytorch(Method):
     def _module(self) -> Any:
         try:
             importlib.import_module("open_clip")
-        except ImportError:  # it names a class of it in an annotation, and nothing here calls that
+        except ImportError:  # for its text encoder alone, which is not used here
             sys.modules["open_clip"] = types.ModuleType("open_clip")
+            sys.modules["open_clip"].tokenizer = None
         try:
             return importlib.import_module("perfusion_pytorch.perfusion")
         except ImportError as error:

@@ -152,6 +152,8 @@ TABLES = {"concepts": concepts, "peers": peers, "provenance": provenance}
 def text_of(section: str, found: Rows) -> str:
     if section in TABLES:
         return TABLES[section](found)
+    if not by_variant(found, section):
+        return "Not measured yet at this scale."
     return pairs(found, section) if "pairs" in section else variants(found, section)
 
 
@@ -189,7 +191,7 @@ def pareto(figure: Any, found: Rows) -> None:
     line = []
     for number, (bias, group) in enumerate(sweep):
         line.append(point(group, OURS, "o", "perfusion, one file over β" if number == 0 else None))
-        axes.annotate(f"β {bias:g}", line[-1], textcoords="offset points", xytext=(6, 5), fontsize=8, color=OURS)
+        axes.annotate(f"β {bias:g}", line[-1], textcoords="offset points", xytext=(-30, 6 - 13 * (len(line) % 2)), fontsize=8, color=OURS)
     axes.plot(*zip(*line), color=OURS, lw=1.2) if line else None
     measured = {name: group for name, group in by_variant(found, "peers").items() if "scores" in group[0]}
     for number, (name, group) in enumerate(measured.items()):

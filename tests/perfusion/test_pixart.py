@@ -195,7 +195,7 @@ def test_learned_saved_combined_and_drawn(kind, folder, tmp_path):
     pipe = tiny_pixart(kind)
     before = snapshot(pipe)
     teddy = learn(pipe, folder, name="mine", superclass="teddy bear", output=tmp_path / "out")
-    assert_unchanged(before, pipe)
+    assert_unchanged(pipe, before)
     assert teddy.base == describe_base(pipe) and teddy.target.shape == (16,) and [len(word) for word in teddy.word_embeddings] == [24]
     pot = learn(pipe, folder, name="pot", superclass="teapot", learning_rate=0.1)
     again = Concept.load(tmp_path / "out/mine.safetensors")

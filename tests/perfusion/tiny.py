@@ -278,8 +278,8 @@ def tiny_pixart(
 
 
 @functools.cache
-def _glm_vocabulary() -> bytes:
-    """A sentencepiece model that knows `WORDS`, each one token, and letters."""
+def _glm_vocabulary() -> tempfile.TemporaryDirectory:
+    """A folder, as long as the process lives, with a sentencepiece model that knows `WORDS`, each one token, and letters."""
     import sentencepiece
 
     words, draw = list(dict.fromkeys(WORDS)), random.Random(0)
@@ -288,7 +288,9 @@ def _glm_vocabulary() -> bytes:
         sentence_iterator=(" ".join(draw.choices(words, k=8)) for _ in range(2000)), model_writer=model, vocab_size=320,
         model_type="unigram", hard_vocab_limit=False, character_coverage=1.0, minloglevel=2, num_threads=1,
     )  # fmt: skip
-    return model.getvalue()
+    folder = tempfile.TemporaryDirectory()
+    Path(folder.name, "tokenizer.model").write_bytes(model.getvalue())
+    return folder
 
 
 def tiny_kolors(*, width: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32) -> KolorsPipeline:
@@ -300,9 +302,7 @@ def tiny_kolors(*, width: int = 16, seed: int = 0, dtype: torch.dtype = torch.fl
     time_dim = 4
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "tokenizer.model").write_bytes(_glm_vocabulary())
-            tokenizer = ChatGLMTokenizer(str(Path(folder, "tokenizer.model")))
+        tokenizer = ChatGLMTokenizer(str(Path(_glm_vocabulary().name, "tokenizer.model")))  # it reads the file again to save it
         encoder = ChatGLMModel(
             ChatGLMConfig(
                 num_layers=2, padded_vocab_size=len(tokenizer) + 16, hidden_size=width, ffn_hidden_size=2 * width, kv_channels=8,

@@ -15,7 +15,7 @@ psutil = pytest.importorskip("psutil")
 from perfusion.serve import Settings, running  # noqa: E402
 from perfusion.serve.deployment import Fleet, RayPool, deployment  # noqa: E402
 
-PICTURES = 6
+PICTURES = 4
 
 
 def test_the_deployment_scales_by_ongoing_drawings_and_never_by_concept(tmp_path):
@@ -32,7 +32,7 @@ def test_the_deployment_scales_by_ongoing_drawings_and_never_by_concept(tmp_path
 
 
 def draw(url, seed, found):
-    request = {"prompt": "a red circle", "seed": seed, "steps": 40, "size": "auto"}
+    request = {"prompt": "a red circle", "seed": seed, "steps": 30, "size": "auto"}
     answer = httpx.post(f"{url}/v1/images/generations", json=request, timeout=300)
     found[seed] = (answer.status_code, answer.json()["data"][0]["b64_json"] if answer.status_code == 200 else answer.text)
 

@@ -113,7 +113,7 @@ def test_a_picture_that_takes_too_long_is_given_up(settings_of, tmp_path):
 def test_sigterm_under_load_finishes_what_is_drawn_and_refuses_what_waits(world, tmp_path):
     """The whole program, as it is started."""
     code = "import sys; from perfusion.cli import main; sys.argv[0] = 'perfusion'; main()"
-    command = [sys.executable, "-c", code, "serve", "--model", f"toybox={world / 'model'}", "--port", "0", "--folder", str(tmp_path / "state"), "--rows", "2"]
+    command = [sys.executable, "-c", code, "serve", "--model", f"toybox={world / 'model'}", "--port", "0", "--folder", str(tmp_path / "state"), "--rows", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server, contextlib.ExitStack() as stack:
         lines = []
         for line in server.stderr:
@@ -124,11 +124,13 @@ def test_sigterm_under_load_finishes_what_is_drawn_and_refuses_what_waits(world,
         with httpx.Client(base_url=url, timeout=300) as http:
             until(lambda: http.get("/ready").status_code == 200, 300)
             clients = stack.enter_context(concurrent.futures.ThreadPoolExecutor(8))
-            answers = [clients.submit(ask, url, seed, "a cat", steps=100) for seed in range(8)]
-            until(lambda: gauge(http, "drawing_pictures") + gauge(http, "queue_pictures") == 8)
+            stack.callback(server.kill)  # whatever comes, nobody waits for it for ever
+            answers = [clients.submit(ask, url, seed, "a cat", steps=150, size="64x64") for seed in range(8)]
+            until(lambda: gauge(http, "queue_pictures") >= 4)
             server.send_signal(signal.SIGTERM)
             answers = [answer.result() for answer in answers]
-        rest = server.stderr.read()
+            server.wait(120)
+            rest = server.stderr.read()
     assert server.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM), rest
     codes = sorted({answer.status_code for answer in answers})
     assert codes == [200, 503], [answer.text[:200] for answer in answers]

@@ -128,7 +128,7 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
             {path: masks.get(path) or Image.new("L", open_picture(Path(path)).size, 255) for path in paths} if _any(masks, paths) else {}
         )
         fields = {"name": name.strip(), "superclass": superclass.strip(), "steps": int(steps), "preview_every": int(every)}
-        fields |= {"seed": seed_of(seed), "batch_size": int(batch), "flip": str(flip).lower()}
+        fields |= {"seed": seed_of(seed), "batch_size": int(batch), "flip": 0.5 if flip else 0.0}
         fields |= {field: value for field, value in (("model", model), ("author", author.strip()), ("license", licence.strip())) if value}
         client = shared.client.with_key(key)
         made = client.train(sent, [png(mask) for mask in whole.values()], **fields)

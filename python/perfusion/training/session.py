@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import math
 import zlib
 from collections.abc import Iterator
@@ -374,6 +375,9 @@ class TrainingSession:
         """PIL images of prompts with "{}" in them, drawn by the pipeline as its user would, one by one, the same seeds each time."""
         self._hooks.forget()
         scheduler = self.pipe.scheduler
+        # PixArt draws in one of the shapes it knows for its own sizes, and the model's square is one of these
+        binned = "use_resolution_binning" in inspect.signature(type(self.pipe).__call__).parameters
+        unbinned = {"use_resolution_binning": False} if binned else {}
         self.pipe.scheduler = type(scheduler).from_config(scheduler.config)  # its own one would remember the last run
         try:
             with self._texts.here(), self._vae.here():
@@ -382,6 +386,7 @@ class TrainingSession:
                         _named(prompt, self.config.name),
                         num_inference_steps=steps,
                         generator=torch.Generator().manual_seed(self.config.seed + number),
+                        **unbinned,
                     ).images[0]
                     for number, prompt in enumerate(prompts)
                 ]
