@@ -7,8 +7,8 @@ import weakref
 import pytest
 import torch
 
-from perfusion.batch_plan import Plan
 from perfusion.base import describe_base
+from perfusion.batch_plan import Plan
 from perfusion.handle import attach
 from perfusion.prompts import PromptError
 from tests.perfusion.editing import PROMPTS, check_rows, draw, guided, make_concept, seen, unguided, use, watch
