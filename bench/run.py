@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from bench import roofline, rows, suites  # noqa: E402
 from bench.measure import Options  # noqa: E402
 
-MODELS = ("toybox", *roofline.UNETS)
+MODELS = ("toybox", *roofline.UNETS, "sd15-thin", "sdxl-thin")  # thin: the blocks at a tenth of the width
 
 
 def main() -> None:

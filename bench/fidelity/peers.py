@@ -341,7 +341,7 @@ class PerfusionPytorch(Method):
             importlib.import_module("open_clip")
         except ImportError:  # for its text encoder alone, which is not used here
             sys.modules["open_clip"] = types.ModuleType("open_clip")
-            sys.modules["open_clip"].tokenizer = None
+            sys.modules["open_clip"].tokenizer = types.SimpleNamespace(tokenize=None)
         try:
             return importlib.import_module("perfusion_pytorch.perfusion")
         except ImportError as error:

@@ -14,6 +14,7 @@ struct Issue {
 };
 
 PERFUSION_KERNEL(ISSUE_THREADS) issue_kernel(PERFUSION_CONSTANT Issue p) {
+  wait_for_previous_kernel();
   const uint32_t a[4] = {p.ones, p.ones, p.ones, p.ones};
   float c[CHAINS][4] = {};
   for (int repeat = 0; repeat < p.repeats; ++repeat) {
@@ -56,6 +57,7 @@ PERFUSION_DEVICE void fetch(const Product& p, BFloat16* shared, int64_t row, int
 
 template <int ROWS, int COLUMNS>
 PERFUSION_KERNEL((Tile<ROWS, COLUMNS>::threads)) product_kernel(PERFUSION_CONSTANT Product p) {
+  wait_for_previous_kernel();
   auto* const shared = reinterpret_cast<BFloat16*>(shared_memory());
   const int64_t row = block() % p.row_tiles * ROWS, column = block() / p.row_tiles * COLUMNS;
   const int warp_row = warp() % (ROWS / WARP_ROWS) * WARP_ROWS, warp_column = warp() / (ROWS / WARP_ROWS) * WARP_COLUMNS;

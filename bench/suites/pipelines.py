@@ -75,6 +75,10 @@ MODELS = {
     "sd15": Model(lambda: _filled(tiny_sd, SD15, width=768), 8, 3.6e9, "SD 1.5's UNet, latents of 8 x 8"),
     "sdxl": Model(lambda: _filled(tiny_sdxl, SDXL, widths=(768, 1280)), 8, 10.6e9, "SDXL's UNet, latents of 8 x 8"),
 }
+MODELS |= {  # all blocks at a tenth of the width: what launches and Python cost, of which wide layers show little
+    "sd15-thin": Model(lambda: tiny_sd(width=64, unet=THIN_SD15), 8, 0.0, "SD 1.5's blocks at a tenth of its width"),
+    "sdxl-thin": Model(lambda: tiny_sdxl(widths=(64, 96), unet=THIN_SDXL), 8, 0.0, "SDXL's blocks at a tenth of its width"),
+}
 TINY = Model(tiny_sd, 8, 0.0, "a tiny one")
 
 

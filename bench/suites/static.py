@@ -24,7 +24,7 @@ from perfusion.handle import attach
 from perfusion.slots import Slots
 from perfusion_kernels import ConceptBank
 from tests.perfusion.editing import make_concept
-from tests.perfusion.tiny import tiny_sd, tiny_sdxl
+from tests.perfusion.tiny import tiny_sd
 
 FREE = (
     "_local_scalar_dense", "_nnpack_available", "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "conj",
@@ -35,8 +35,8 @@ FREE = (
 )  # fmt: skip
 MODELS: dict[str, Callable[[], Any]] = {
     "toybox": pipelines.MODELS["toybox"].make,
-    "sd15": lambda: tiny_sd(width=64, unet=pipelines.THIN_SD15),
-    "sdxl": lambda: tiny_sdxl(widths=(64, 96), unet=pipelines.THIN_SDXL),
+    "sd15": pipelines.MODELS["sd15-thin"].make,
+    "sdxl": pipelines.MODELS["sdxl-thin"].make,
 }
 
 

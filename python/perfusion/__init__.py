@@ -9,6 +9,7 @@
     train                       learns one from a few pictures
     attach, detach              teach one pipeline object to read <name> in prompts, and undo it
     Request                     a prompt with what its row wants beside the text: settings, schedules, regions
+    ConceptStore                any number of concepts by id, of which a device holds the few in use
     export                      a model as a folder that runs without torch; perfusion.runtime draws with it
     load_pipeline               the built-in model, or a checkpoint in diffusers' folder format
     Covariance, get_covariance  the metric in which text encodings are compared
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from perfusion.concept import Concept
+    from perfusion.concept_store import ConceptStore
     from perfusion.covariance import Covariance, get_covariance
     from perfusion.exporting import export
     from perfusion.handle import attach, detach
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Concept",
+    "ConceptStore",
     "Covariance",
     "Request",
     "__version__",
@@ -47,6 +50,7 @@ __all__ = [
 
 _MODULES = {
     "Concept": "concept",
+    "ConceptStore": "concept_store",
     "Covariance": "covariance",
     "Request": "requests",
     "attach": "handle",

@@ -9,18 +9,14 @@ The edit of a layer is (arXiv 2305.01644, eq. 3 and 4; DESIGN.md, "What the hook
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 import perfusion_kernels
 
-if TYPE_CHECKING:
-    from perfusion.concept import Concept
-
-__all__ = ["EditedText", "RowSettings", "Tables", "edit_encodings", "gates_of", "spread", "tables_of"]
+__all__ = ["BankPlace", "EditedText", "RowSettings", "Tables", "edit_encodings", "gates_of", "spread", "tables_of"]
 
 
 @dataclasses.dataclass
@@ -39,13 +35,27 @@ class Tables:
     unlocked: Tensor | None = None
 
 
-def tables_of(
-    bank: perfusion_kernels.ConceptBank, concepts: Mapping[str, Concept], names: Sequence[str], device: torch.device
-) -> Tables:
-    """The tables of the named concepts alone, in that order: a bank may hold many that a prompt does not use."""
-    slots = [bank.slot(name) for name in names]
-    tables = Tables(*(table[slots].to(device) for table in (bank.targets, bank.metric_targets, bank.superclasses, bank.value_outputs)))
-    keys = [concepts[name].key_outputs for name in names]
+@dataclasses.dataclass(frozen=True, eq=False)
+class BankPlace:
+    """Where a concept's vectors are: a slot of a bank. key_outputs [O]: of keys that were trained without the lock, or None."""
+
+    bank: perfusion_kernels.ConceptBank
+    slot: int
+    key_outputs: Tensor | None = None
+
+
+def tables_of(places: Sequence[BankPlace], device: torch.device) -> Tables:
+    """The tables of some concepts alone, in that order, as copies: banks may hold many that a prompt does not use."""
+
+    def table(name: str) -> Tensor:
+        rows = [getattr(place.bank, name)[place.slot] for place in places]
+        if len({(row.device, row.dtype) for row in rows}) > 1:
+            rows = [row.to(device, torch.float32) for row in rows]
+        rows = torch.stack(rows).to(device)
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+    tables = Tables(*map(table, ("targets", "metric_targets", "superclasses", "value_outputs")))
+    keys = [place.key_outputs for place in places]
     if any(key is not None for key in keys):
         tables.unlocked = torch.tensor([key is not None for key in keys], device=device)
         tables.key_outputs = torch.zeros_like(tables.value_outputs)
@@ -61,7 +71,7 @@ class RowSettings:
 
     index [n, J] int32 into the tables, -1 for none; bias, temperature, strength [n, J] float32. Strength scales the whole
     edit of a concept: 0 leaves the row as it is. places [n, J, P] int32 and floor [n, J]: gates by word, see `concept_gates`.
-    The concepts of a row must be independent; `ConceptBank.index` refuses others.
+    The concepts of a row must be independent; `ClientConcepts.require_independent` refuses others.
     """
 
     index: Tensor

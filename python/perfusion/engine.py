@@ -13,13 +13,11 @@ and `explain` says in a sentence per reason why a faster one was not taken.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,16 +25,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from perfusion.attention_processor import FUSED, SCHEDULE, SLOTS, STOCK, AttentionState, ConceptAttnProcessor
 from perfusion.base import UnsupportedPipeline, cross_attention_layers, layer_width
+from perfusion.batch_plan import Client, GivenRows, Plan
 from perfusion.batched_projection import BatchedProjection, layer_obstacle, obstacle
 from perfusion.denoiser_call import DenoiserCall, load
-from perfusion.edit import RowSettings, Tables, edit_encodings, gates_of, spread
+from perfusion.edit import edit_encodings, gates_of, spread
 from perfusion.layer_state import offloaded_block, projection_stamp
-from perfusion.loaded_concept import LoadedConcept, Schedule, value_at
 from perfusion.projection_hooks import HookEdit, ProjectionHooks, hook_edit
 from perfusion.regions import key_regions, query_regions
-from perfusion.requests import RowRequest
-from perfusion.settings import WORD_GATE_FLOOR
 from perfusion.slots import Slots
+from perfusion.unet_graphs import CudaRecorder, Recorder, UNetGraphs
 
 __all__ = ["Client", "Engine", "GivenRows", "engine_of"]
 
@@ -45,62 +42,6 @@ REPLACED = ("AttnProcessor", "AttnProcessor2_0")
 CHANGING = 3  # forwards in a row with new encodings, after which they are taken to change at every step
 
 _ENGINES: Any = weakref.WeakKeyDictionary()
-
-
-class Client(Protocol):
-    """Who has concepts in a UNet."""
-
-    exact: bool
-
-    def rows_of(self, encodings: Tensor) -> dict[int, RowRequest]:
-        """row -> what it wants, for the rows of encodings [R, T, D] that hold concepts of this client."""
-
-    def concept(self, name: str) -> LoadedConcept:
-        """A concept by the name that requests use."""
-
-    def tables(self, names: list[str], device: torch.device) -> Tables:
-        """The tables of the named concepts, in that order."""
-
-    def has_concepts(self) -> bool:
-        """Whether any concept is loaded and enabled."""
-
-    def doubt(self, encodings: Tensor, rows: Sequence[int]) -> None:
-        """Rows of encodings that no client knows."""
-
-    def compiled(self) -> bool:
-        """Whether code that was compiled runs the UNet, which hooks that come later do not reach."""
-
-
-@dataclasses.dataclass(eq=False)
-class _Plan:
-    """What one tensor of encodings needs."""
-
-    stamp: int | Tensor
-    number: int  # of all plans: an id() may be that of another, once it is gone
-    client: Client | None
-    rows: dict[int, RowRequest]
-    contents: list[int] = dataclasses.field(default_factory=list)  # for each row the first row of equal content and request
-    names: list[str] = dataclasses.field(default_factory=list)
-    scheduled: bool = False
-    locked: bool = False  # whether a row takes its keys from another encoding
-    regional: bool = False
-    tables: Tables | None = None
-    slots: list[int] = dataclasses.field(default_factory=list)
-    shown: Any = None  # keys and values as the layers read them, where rows do not read slots by index
-    regions: tuple[Any, ...] = ()
-
-
-@dataclasses.dataclass(eq=False)
-class GivenRows:
-    """Keys and values of a batch that somebody else keeps, row by row: see `Engine.give`.
-
-    keys, values [R, T, O] of all layers side by side; query_regions and key_regions as `perfusion.regions` makes them, or None.
-    """
-
-    keys: Tensor
-    values: Tensor
-    query_regions: dict[int, Tensor] | None = None
-    key_regions: Tensor | None = None
 
 
 def engine_of(unet: torch.nn.Module) -> Engine:
@@ -129,17 +70,19 @@ class Engine:
         self._stamp: tuple[Any, ...] = ()
         self._text_stamp: tuple[Any, ...] = ()
         self._plans: Any = WeakTensorKeyDictionary()
+        self._held: Any = WeakTensorKeyDictionary()  # encodings -> their concepts, which stay where they are whatever is computed anew
         self._numbers = itertools.count()
         self._index: dict[int, Tensor] = {}
         self._changed = 0
         self._timestep: float | None = None
         self._shown: Any = None  # (plan, kind) of the keys and values that the layers read
         self._gates_of: Any = None  # (plan, step) of the gates
-        self._tables_of: _Plan | None = None
+        self._tables_of: Plan | None = None
         self._closed: str | None = None
         self._lock, self._depth = threading.RLock(), 0
         self._handles: list[Any] = []
         self._given: GivenRows | None = None
+        self._graphs: UNetGraphs | None = None
         self._recent = threading.local()
         self._warned: set[str] = set()
 
@@ -172,6 +115,9 @@ class Engine:
             for handle in self._handles:
                 handle.remove()
             self._handles = []
+            if self._graphs is not None:
+                self._graphs.remove()
+                self._graphs = None
             self.slots = self._batched = None
             self._stamp = ()
             self.state.__init__()
@@ -200,11 +146,15 @@ class Engine:
         """Steps count from 0 again."""
         self._changed, self._timestep, self.step = 0, None, -1
 
-    def use_graphs(self) -> None:
-        """Without CUDA it says so, and the UNet runs as it is. With CUDA, UnsupportedPipeline: no graph is recorded in this version."""
-        if next(self.unet.parameters()).device.type == "cuda":
-            raise UnsupportedPipeline("graphs=True: replaying the UNet as a CUDA graph is not there yet. Attach without it.")
-        warnings.warn("graphs=True needs the UNet on a CUDA device; it runs without graphs.", stacklevel=4)
+    def use_graphs(self, recorder: Recorder | None = None) -> None:
+        """Record the UNet's forward as graphs and replay them. Without CUDA it says so, and the UNet runs as it is until it is there."""
+        recorder = CudaRecorder() if recorder is None else recorder
+        device = next(self.unet.parameters()).device
+        if device.type != recorder.kind:
+            warnings.warn(f"graphs=True needs the UNet on a CUDA device, and it is on {device}: it runs without graphs.", stacklevel=4)
+        if self._graphs is None:
+            self._graphs = UNetGraphs(self.unet, self.state, lambda: [own for _, own in self._processors], recorder)
+            self._graphs.install()
 
     def forget(self) -> None:
         """Compute everything anew: concepts or settings have changed."""
@@ -222,11 +172,12 @@ class Engine:
             self.slots.clear()
 
     def memory(self) -> dict[str, int]:
-        """Bytes that are held: slots, and the layers' weights as one matrix."""
+        """Bytes that are held: slots, the layers' weights as one matrix, edits, recorded graphs."""
         batched = self._batched
         weights = 0 if batched is None else batched.key_weight.nbytes + batched.value_weight.nbytes
         tables = sum(each.nbytes for each in (self.state.gates, self.state.components) if each is not None)
-        return {"slots": 0 if self.slots is None else self.slots.nbytes, "weights": weights, "edit": tables}
+        graphs = 0 if self._graphs is None else self._graphs.nbytes
+        return {"slots": 0 if self.slots is None else self.slots.nbytes, "weights": weights, "edit": tables, "graphs": graphs}
 
     def keys_values(self, encodings: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
         """Edited K and V [R, T, O] of all layers, side by side, of encodings [R, T, D] at a step; no forward is run.
@@ -302,7 +253,7 @@ class Engine:
         else:
             self._compatible(plan, encodings, reason)
 
-    def _compatible(self, plan: _Plan, encodings: Tensor, reason: str) -> None:
+    def _compatible(self, plan: Plan, encodings: Tensor, reason: str) -> None:
         if plan.regional:
             raise ValueError(f"regions need the fast path, and it is closed: {reason}. Remove what closes it, or leave the regions out.")
         if not self._hooks.installed:
@@ -336,6 +287,10 @@ class Engine:
     def _count(self, form: str, reason: str) -> None:
         self.form, self.reason = form, reason
         self.counts[form] += 1
+        if self._graphs is not None:
+            compiled = "the UNet is compiled" if any(client.compiled() for client in self.clients) else None
+            given = "keys and values were given" if self._given is not None else None
+            self._graphs.closed = compiled or given or (f"the form is {form}" if form in (FUSED, "hooks") else None)
 
     def _count_step(self, timestep: Any) -> None:
         """Steps are the timesteps of a run, which go down. Only schedules count them: reading one may wait for the device."""
@@ -346,19 +301,19 @@ class Engine:
             self.step += 1
         self._timestep = value
 
-    def _plan(self, encodings: Tensor) -> _Plan:
+    def _plan(self, encodings: Tensor) -> Plan:
         known = self._plans.get(encodings)
-        if known is not None and _unchanged(encodings, known.stamp):
+        if known is not None and known.is_of(encodings):
             self._changed = 0
             return known
         self._changed += 1
-        plan = _Plan(_stamp(encodings), next(self._numbers), None, {})
+        plan = Plan(encodings, next(self._numbers))
         recent = getattr(self._recent, "client", None)
         for client in sorted(self.clients, key=lambda client: client is not recent):
             rows = client.rows_of(encodings) if client.has_concepts() else {}
             if rows:
-                plan.client, plan.rows = client, rows
-                self._describe(plan, encodings)
+                plan.describe(encodings, client, rows)
+                self._held[encodings] = plan.held
                 break
         unknown = [row for row in range(len(encodings)) if row not in plan.rows]
         for client in [plan.client] if plan.client is not None else [client for client in self.clients if client.has_concepts()]:
@@ -366,22 +321,6 @@ class Engine:
                 client.doubt(encodings, unknown)
         self._plans[encodings] = plan
         return plan
-
-    def _describe(self, plan: _Plan, encodings: Tensor) -> None:
-        mentions = [mention for request in plan.rows.values() for mention in request.mentions]
-        plan.names = list(dict.fromkeys(mention.name for mention in mentions))
-        content = [row.float().numpy().tobytes() for row in encodings.detach().cpu()]
-        first: dict[Any, int] = {}
-        plan.contents = [first.setdefault((each, id(plan.rows.get(row))), row) for row, each in enumerate(content)]
-        plan.locked = any(request.key_encoding is not None for request in plan.rows.values())
-        plan.regional = any(region is not None for request in plan.rows.values() for region in request.regions)
-        plan.scheduled = any(
-            _is_schedule(self._setting(plan, mention, field)) for mention in mentions for field in ("strength", "bias", "temperature")
-        )
-
-    def _setting(self, plan: _Plan, mention: Any, field: str) -> Schedule:
-        own = getattr(mention, field)
-        return getattr(plan.client.concept(mention.name), field) if own is None else own
 
     # which path
 
@@ -395,7 +334,11 @@ class Engine:
             "hooks": "The compatibility path ran: hooks on to_k and to_v",
         }
         sentences = [f"{path[self.form]}: {self.reason}."]
-        return [*sentences, self._outlook(self._blocked(), obstacle(self.unet, frozen=False))]
+        sentences.append(self._outlook(self._blocked(), obstacle(self.unet, frozen=False)))
+        if self._graphs is not None:
+            why = self._graphs.reason
+            sentences.append("The UNet was replayed as a graph." if why is None else f"The UNet ran without a graph: {why}.")
+        return sentences
 
     def layer_paths(self) -> dict[str, tuple[str, str]]:
         """layer -> the path that a concept takes in it, "slots" or "hooks", and why, in the sentences of `explain`."""
@@ -438,7 +381,7 @@ class Engine:
         block = offloaded_block(self.unet)
         return None if block is None else f"{block} is offloaded as a block"
 
-    def _obstacle(self, plan: _Plan, encodings: Tensor) -> str | None:
+    def _obstacle(self, plan: Plan, encodings: Tensor) -> str | None:
         """Why a batch takes the compatibility path, or None."""
         if not self._processors:
             self.follow()
@@ -464,7 +407,7 @@ class Engine:
 
     # the fast path
 
-    def _fast(self, plan: _Plan, encodings: Tensor, size: tuple[int, int], padding: Tensor | None) -> None:
+    def _fast(self, plan: Plan, encodings: Tensor, size: tuple[int, int], padding: Tensor | None) -> None:
         with torch.no_grad():
             masked = plan.regional or padding is not None
             fusable = self._batched is not None and not self._batched.biased and not (masked or plan.locked)
@@ -490,61 +433,14 @@ class Engine:
         for _, own in self._processors:
             own.follow()
 
-    def _rows(self, plan: _Plan, rows: Sequence[int], device: torch.device) -> RowSettings:
-        """The settings of some rows of a batch at the present step."""
-        requests = [plan.rows.get(row) for row in rows]
-        width = max([1, *(len(request.mentions) for request in requests if request is not None)])
-        width = 1 << (width - 1).bit_length()  # few different shapes, so few compiled graphs
-
-        def table(value_of: Any, empty: float, dtype: torch.dtype = torch.float32) -> Tensor:
-            counts = [0 if request is None else len(request.mentions) for request in requests]
-            values = [[value_of(request, number) for number in range(count)] for request, count in zip(requests, counts)]
-            return torch.tensor([each + [empty] * (width - len(each)) for each in values], dtype=dtype, device=device)
-
-        def setting(field: str) -> Any:
-            step = max(self.step, 0)
-            return lambda request, number: value_at(self._setting(plan, request.mentions[number], field), step)
-
-        settings = RowSettings(
-            table(lambda request, number: plan.names.index(request.mentions[number].name), -1, torch.int32),
-            table(setting("bias"), 0.0),
-            table(setting("temperature"), 1.0),
-            table(setting("strength"), 0.0),
-        )
-        settings.places, settings.floor = self._places(plan, requests, width, device)
-        return settings
-
-    def _places(
-        self, plan: _Plan, requests: list[RowRequest | None], width: int, device: torch.device
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The concepts' words, in rows whose gates go by them."""
-        by_word = [
-            request is not None
-            and (request.gate or plan.client.concept(request.mentions[0].name).gate) == "word"
-            and all(request.places)
-            for request in requests
-        ]
-        if not any(by_word):
-            return None, None
-        places = [request.places if word else () for word, request in zip(by_word, requests)]
-        longest = max(len(each) for row in places for each in row)
-        filled = [[list(each) + [-1] * (longest - len(each)) for each in row] + [[-1] * longest] * (width - len(row)) for row in places]
-        floor = [[WORD_GATE_FLOOR] * len(row) + [0.0] * (width - len(row)) for row in places]
-        return torch.tensor(filled, dtype=torch.int32, device=device), torch.tensor(floor, device=device)
-
-    def _tables(self, plan: _Plan, device: torch.device) -> Tables:
-        if plan.tables is None:
-            plan.tables = plan.client.tables(plan.names, device)
-        return plan.tables
-
-    def _write(self, plan: _Plan, encodings: Tensor) -> None:
+    def _write(self, plan: Plan, encodings: Tensor) -> None:
         """Edited keys and values of the batch into slots, unless they are there."""
         step = max(self.step, 0) if plan.scheduled else 0
         self._fill(plan, encodings, ("edited", step), self._edited)
 
-    def _edited(self, plan: _Plan, encodings: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
+    def _edited(self, plan: Plan, encodings: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Edited K and V [n, T, O] of some rows."""
-        settings, tables = self._rows(plan, rows, encodings.device), self._tables(plan, encodings.device)
+        settings, tables = plan.settings(rows, self.step, encodings.device), plan.tables_on(encodings.device)
         text = self._call.text(encodings)
         edited = edit_encodings(text[rows].detach(), tables, settings)
         for place, row in enumerate(rows):
@@ -561,11 +457,11 @@ class Engine:
             keys = keys + spread(edited.key_gates, tables.key_outputs, settings.index).to(keys)
         return keys, values
 
-    def _unedited(self, plan: _Plan, encodings: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
+    def _unedited(self, plan: Plan, encodings: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
         chosen = self._call.text(encodings)[rows].detach()
         return self._project(chosen, chosen)
 
-    def _fill(self, plan: _Plan, encodings: Tensor, kind: tuple[str, int], compute: Any) -> None:
+    def _fill(self, plan: Plan, encodings: Tensor, kind: tuple[str, int], compute: Any) -> None:
         """Each row's keys and values into a slot, computed for the distinct rows that are in none, and shown to the layers."""
         if self._shown == (plan, kind):
             return
@@ -585,7 +481,7 @@ class Engine:
         self._show(plan)
         self._shown = (plan, kind)
 
-    def _show(self, plan: _Plan) -> None:
+    def _show(self, plan: Plan) -> None:
         state, slots = self.state, self.slots
         if self._uses_index(slots.device):
             state.keys, state.values = slots.split(slots.keys), slots.split(slots.values)
@@ -601,11 +497,11 @@ class Engine:
                 plan.shown = tuple(slots.gathered(table, plan.slots) for table in (slots.keys, slots.values))
             (state.keys, state.values), state.slots = plan.shown, None
 
-    def _show_tables(self, plan: _Plan, encodings: Tensor) -> None:
+    def _show_tables(self, plan: Plan, encodings: Tensor) -> None:
         """W i* and o* of the plan's concepts for every layer."""
         if self._tables_of is plan:
             return
-        tables = self._tables(plan, encodings.device)
+        tables = plan.tables_on(encodings.device)
         dtype = self._call.text(encodings).dtype
         targets, superclasses = (table[None].to(dtype) for table in (tables.targets, tables.superclasses))
         zero = torch.zeros_like(targets[:, :1])  # what a bias adds is no part of W i* and W s
@@ -626,7 +522,7 @@ class Engine:
         state.value_outputs, state.value_targets = split(tables.value_outputs.to(outputs)), split(values[0])
         self._tables_of = plan
 
-    def _edit_step(self, plan: _Plan, encodings: Tensor) -> None:
+    def _edit_step(self, plan: Plan, encodings: Tensor) -> None:
         """Gates and components of this step, row by row as the layers read keys and values."""
         self._show_tables(plan, encodings)
         if self._gates_of == (plan, self.step):
@@ -638,9 +534,9 @@ class Engine:
         else:
             chosen = list(range(len(plan.contents)))
             count, where = len(chosen), chosen
-        settings = self._rows(plan, chosen, encodings.device)
+        settings = plan.settings(chosen, self.step, encodings.device)
         with torch.autocast(encodings.device.type, enabled=False):
-            gates, components = gates_of(self._call.text(encodings)[chosen].detach(), self._tables(plan, encodings.device), settings)
+            gates, components = gates_of(self._call.text(encodings)[chosen].detach(), plan.tables_on(encodings.device), settings)
         state, shape, at = self.state, (count, *gates.shape[1:]), torch.tensor(where, device=gates.device)
         if state.gates is None or state.gates.shape != shape or state.gates.device != gates.device:
             with torch.inference_mode(False):
@@ -650,12 +546,12 @@ class Engine:
             table.index_copy_(0, at, new)
         self._gates_of = (plan, self.step)
 
-    def _fuse(self, plan: _Plan, encodings: Tensor) -> None:
+    def _fuse(self, plan: Plan, encodings: Tensor) -> None:
         """Gates and components of encodings that are new at this step; no row is projected here."""
         self._show_tables(plan, encodings)
-        settings = self._rows(plan, range(len(encodings)), encodings.device)
+        settings = plan.settings(range(len(encodings)), self.step, encodings.device)
         with torch.autocast(encodings.device.type, enabled=False):
-            gates, components = gates_of(self._call.text(encodings).detach(), self._tables(plan, encodings.device), settings)
+            gates, components = gates_of(self._call.text(encodings).detach(), plan.tables_on(encodings.device), settings)
         self.state.gates, self.state.components, self.state.index = gates, components, settings.index
         self._gates_of = self._shown = None
 
@@ -679,8 +575,8 @@ class Engine:
         rows = list(plan.rows)
         locked = {row: request.key_encoding for row, request in plan.rows.items() if request.key_encoding is not None}
         key_rows = {row: self._call.row(encoding, encodings) for row, encoding in locked.items()}
-        tables = self._tables(plan, encodings.device)
-        settings = self._rows(plan, rows, encodings.device)
+        tables = plan.tables_on(encodings.device)
+        settings = plan.settings(rows, self.step, encodings.device)
         return hook_edit(self._call.text(encodings), torch.tensor(rows, device=encodings.device), tables, settings, key_rows)
 
 
@@ -694,16 +590,3 @@ def _processor_obstacle(name: str, layer: torch.nn.Module) -> str | None:
     if any(getattr(layer, part, None) is not None for part in ("spatial_norm", "group_norm", "norm_q", "norm_k")):
         return f"layer {name} normalises"
     return None
-
-
-def _is_schedule(value: Schedule) -> bool:
-    return callable(value) or isinstance(value, Sequence)
-
-
-def _stamp(tensor: Tensor) -> int | Tensor:
-    """What a later change in place is noticed by: an inference tensor counts no versions, so a copy."""
-    return tensor.clone() if tensor.is_inference() else tensor._version
-
-
-def _unchanged(tensor: Tensor, stamp: int | Tensor) -> bool:
-    return torch.equal(tensor, stamp) if isinstance(stamp, Tensor) else tensor._version == stamp

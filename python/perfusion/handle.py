@@ -8,21 +8,19 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from perfusion.base import Base, denoiser, describe_base, project_text, text_encoders
 from perfusion.base.parts import plain_module
-from perfusion.concept import Concept, check_name
-from perfusion.edit import Tables, tables_of
+from perfusion.client_concepts import ClientConcepts, HeldConcepts
+from perfusion.concept import Concept
+from perfusion.concept_store import ConceptStore
 from perfusion.engine import engine_of
 from perfusion.errors import UnsupportedPipeline, advise
 from perfusion.loaded_concept import LoadedConcept, Schedule
-from perfusion.prompts import Mention
 from perfusion.requests import RowRequest, check_schedule
 from perfusion.settings import GATES, KEY_LOCKS, one_of
 from perfusion.text import TextHook, added_tokens, superclass_tokens
-from perfusion_kernels import ConceptBank
 
 __all__ = ["Handle", "LoadedConcept", "attach", "detach"]
 
@@ -31,21 +29,24 @@ DOUBT = 0.6  # of a concept's similarity to some token; plain superclass words o
 _MARK = "_perfusion_handle"
 
 
-def attach(pipe: Any, *, capacity: int = 64, exact: bool = False, graphs: bool = False) -> Handle:
+def attach(
+    pipe: Any, *, capacity: int = 64, exact: bool = False, graphs: bool = False, store: ConceptStore | None = None
+) -> Handle:
     """Let a diffusers pipeline use concepts; returns the Handle that loads and sets them.
 
     pipe: any pipeline that docs/pipelines.md lists, or one of that shape. capacity: how many concepts can be loaded at once.
     Batches without concepts give bit-identical images. In a batch with concepts, rows without one agree with the plain pipeline
-    up to rounding; exact=True keeps their bits, by a slower path. graphs: for the UNet as CUDA graphs, which this version cannot
-    record yet. UnsupportedPipeline names what cannot be edited; RuntimeError refuses a second attach to the same pipeline. A
-    failed attach changes nothing.
+    up to rounding; exact=True keeps their bits, by a slower path. graphs: the UNet's forward is recorded as a CUDA graph per
+    form and shapes of its arguments, replayed for all prompts and concepts; without CUDA it says so, and the UNet runs as it is.
+    store: concepts that `Request.names` reach by id, see `ConceptStore`. UnsupportedPipeline names what cannot be edited;
+    RuntimeError refuses a second attach to the same pipeline. A failed attach changes nothing.
 
     Pipelines that share a UNet (`from_pipe`) are attached one by one: each reads the concepts of its own handle. A pipeline
     without text encoders is given encodings, which `Handle.bind` explains. Threads that share a UNet wait for each other.
     """
     if getattr(pipe, _MARK, None) is not None:
         raise RuntimeError("perfusion is already attached to this pipeline; use that handle, or perfusion.detach(pipe) first.")
-    return Handle(pipe, capacity, exact=exact, graphs=graphs)
+    return Handle(pipe, capacity, exact=exact, graphs=graphs, store=store)
 
 
 def detach(pipe: Any) -> None:
@@ -62,21 +63,22 @@ class Handle:
     pipe: the pipeline; base: its Base; enabled: see `disable`; exact: see `attach`.
     """
 
-    def __init__(self, pipe: Any, capacity: int, *, exact: bool = False, graphs: bool = False):
+    def __init__(
+        self, pipe: Any, capacity: int, *, exact: bool = False, graphs: bool = False, store: ConceptStore | None = None
+    ):
         self.base: Base = describe_base(pipe, text_required=False)
         self.pipe, self.exact = pipe, exact
         if exact and self.compiled():
             raise UnsupportedPipeline("the UNet is compiled already, and exact=True needs hooks in it: attach first, compile then.")
-        self._bank = ConceptBank(capacity, self.base.encoding_dim, self.base.outputs)
-        self._loaded: dict[str, LoadedConcept] = {}
+        self._concepts = ClientConcepts(self.base, capacity, store)
         self._doubted: set[str] = set()
-        self._text = TextHook(pipe, self._loaded, self._begin_prompt)
+        self._text = TextHook(pipe, self._concepts, self._begin_prompt)
         self._encoders = text_encoders(pipe, required=False)
         self._engine = engine_of(plain_module(denoiser(pipe)))
-        if graphs:
-            self._engine.use_graphs()
         self._text.install()
         self._engine.add(self)
+        if graphs:
+            self._engine.use_graphs()
         setattr(pipe, _MARK, self)
 
     def __deepcopy__(self, memo: Any) -> Handle:
@@ -94,7 +96,7 @@ class Handle:
 
     def __repr__(self) -> str:
         state = "" if self._attached else "detached "
-        return f"<{state}perfusion handle of {type(self.pipe).__name__}: {', '.join(map('<{}>'.format, self._loaded)) or 'no concepts'}>"
+        return f"<{state}perfusion handle of {type(self.pipe).__name__}: {', '.join(map('<{}>'.format, self._concepts)) or 'no concepts'}>"
 
     def detach(self) -> None:
         """Remove every hook from the pipeline. The handle cannot be used again."""
@@ -111,13 +113,14 @@ class Handle:
         taken, when no place is free, or when the file cannot be trusted (ConceptFileError). A failed load changes nothing.
         """
         self._require_attached()
-        concept = concept if isinstance(concept, Concept) else Concept.load(concept)
-        name = concept.name if name is None else name
-        check_name(name)
-        reason = concept.base.mismatch(self.base)
-        if reason is not None:
-            raise ValueError(f"concept {concept.name!r} cannot be used with this pipeline: {reason}")
-        if name in self._loaded:
+        name = self._concepts.load(concept, name, "pipeline", self._check)
+        self._doubted.discard(name)
+        self._engine.follow()
+        return name
+
+    def _check(self, name: str, concept: Concept) -> None:
+        """What a concept must pass beside what every client asks of it."""
+        if self._concepts.is_loaded(name):
             raise advise(
                 ValueError(f"a concept <{name}> is loaded already."),
                 python="Unload it, or load this one under another name=.",
@@ -132,26 +135,12 @@ class Handle:
         for tokenizer in self._text.tokenizers():
             superclass_tokens(tokenizer, concept.superclass)
         self._warn_about_covariance(name, concept)
-        self._bank.add(
-            name,
-            target=concept.target,
-            metric_target=concept.metric_target,
-            superclass=concept.superclass_encoding,
-            value_output=concept.value_outputs,
-        )
-        self._loaded[name] = LoadedConcept(
-            concept.superclass, concept.word_embeddings, concept, bias=concept.bias, temperature=concept.temperature
-        )
-        self._doubted.discard(name)
-        self._engine.follow()
-        return name
 
     def unload(self, name: str) -> None:
         """Forget a concept and free its place. Encodings that were made with it are no longer edited."""
         self._require(name)
-        self._bank.remove(name)
+        self._concepts.unload(name)
         self._text.forget(name)
-        del self._loaded[name]
         self._engine.forget()
         self._engine.follow()
 
@@ -191,14 +180,16 @@ class Handle:
 
     def concepts(self) -> dict[str, LoadedConcept]:
         """What is loaded, by name. A copy: change settings by `set`."""
-        return {name: dataclasses.replace(loaded) for name, loaded in self._loaded.items()}
+        return {name: dataclasses.replace(loaded) for name, loaded in self._concepts.items()}
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raises what drawing any of the prompts would raise for its concepts, their settings and their places; draws nothing."""
         self._require_attached()
         tokens = added_tokens(self.pipe)
         for prompt in prompts:
-            self._require_apart([self._text.check(prompt, tokens)])
+            self._concepts.begin_prompt()
+            names = [mention.name for mention in self._text.check(prompt, tokens)]
+            self.hold(names).require_independent([names])
 
     @property
     def enabled(self) -> bool:
@@ -234,6 +225,7 @@ class Handle:
                 f"bind: encodings must be [R, T, {width}] with one prompt for each of R rows, got "
                 f"{list(encodings.shape)} and {len(texts)} prompts"
             )
+        self._concepts.begin_prompt()
         self._text.bind(encodings, texts)
         self._engine.forget()
 
@@ -250,9 +242,7 @@ class Handle:
     def memory(self) -> dict[str, int]:
         """Bytes that are held for concepts: the bank, slots of keys and values, stacked weights, edits."""
         self._require_attached()
-        bank = self._bank
-        tables = (bank.targets, bank.metric_targets, bank.superclasses, bank.value_outputs, bank.value_targets)
-        return {"bank": sum(table.nbytes for table in tables), **self._engine.memory()}
+        return {"bank": self._concepts.nbytes(), **self._engine.memory()}
 
     def _begin_prompt(self) -> None:
         """A prompt is going to be encoded: nothing may have been exchanged since attach."""
@@ -262,6 +252,7 @@ class Handle:
         for tokenizer, encoder in text_encoders(self.pipe, required=False):
             if not any(tokenizer is old and plain_module(encoder) is plain_module(before) for old, before in self._encoders):
                 raise RuntimeError("a text encoder or tokenizer was exchanged after attach: perfusion.detach(pipe), and attach anew.")
+        self._concepts.begin_prompt()
         self._engine.begin_prompt(self)
 
     @property
@@ -274,47 +265,35 @@ class Handle:
 
     def _require(self, name: str) -> LoadedConcept:
         self._require_attached()
-        if name not in self._loaded:
-            known = ", ".join(sorted(self._loaded)) or "none"
-            raise ValueError(f"no concept named {name!r} is loaded; loaded are: {known}")
-        return self._loaded[name]
+        return self._concepts.loaded(name)
 
     def _warn_about_covariance(self, name: str, concept: Concept) -> None:
-        others = [other for other, loaded in self._loaded.items() if "" != loaded.concept.covariance != concept.covariance != ""]
+        others = [other for other, loaded in self._concepts.items() if "" != loaded.concept.covariance != concept.covariance != ""]
         if others:
             warnings.warn(
                 f"<{name}> was learned with another covariance than {', '.join(map('<{}>'.format, others))}: "
                 "in one prompt they combine only approximately.",
-                stacklevel=3,
+                stacklevel=5,
             )
-
-    def _require_apart(self, rows: Sequence[Sequence[Mention]]) -> None:
-        """Refuses concepts that cannot share a prompt."""
-        try:
-            self._bank.index([[mention.name for mention in row] for row in rows])
-        except ValueError as error:
-            raise ValueError(f"{str(error).removeprefix('ConceptBank: ')}. Write only one of them in a prompt.") from None
 
     # what the engine asks
 
     def has_concepts(self) -> bool:
-        return bool(self._loaded) and self.enabled
+        return bool(self._concepts) and self.enabled
 
     def compiled(self) -> bool:
         return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in denoiser(self.pipe).modules())
 
-    def concept(self, name: str) -> LoadedConcept:
-        return self._loaded[name]
+    def hold(self, names: Sequence[str]) -> HeldConcepts:
+        return self._concepts.hold(names)
 
     def rows_of(self, encodings: Tensor) -> dict[int, RowRequest]:
-        rows = self._text.rows_of(encodings)
-        self._require_apart([request.mentions for request in rows.values()])
-        return rows
+        return self._text.rows_of(encodings)
 
     def doubt(self, encodings: Tensor, rows: Collection[int]) -> None:
         """Warn of rows that look as if they held a concept and are not known. Similarity alone cannot decide: it only warns."""
         unknown = [row for row in rows if not self._text.knows(encodings[row])]
-        for name, loaded in self._loaded.items():
+        for name, loaded in self._concepts.items():
             if name in self._doubted or not unknown:
                 continue
             words = project_text(self._engine.unet, encodings[unknown].detach())[:, 1:]  # most begin with a token that is always the same
@@ -326,6 +305,3 @@ class Handle:
                     "without the concept. Say with handle.bind(embeds, prompt) how it was made.",
                     stacklevel=2,
                 )
-
-    def tables(self, names: list[str], device: torch.device) -> Tables:
-        return tables_of(self._bank, {name: self._loaded[name].concept for name in names}, names, device)

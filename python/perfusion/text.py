@@ -131,6 +131,12 @@ class TextHook:
         self._handles: list[Any] = []
         self._frames: dict[Any, tuple[int, int]] = {}  # tokenizer -> special tokens before and behind a text
 
+    def __deepcopy__(self, memo: Any) -> TextHook:
+        raise RuntimeError("a pipeline with perfusion attached cannot be copied: detach, copy, and attach to both.")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError("a pipeline with perfusion attached cannot be pickled: detach first.")
+
     def install(self) -> None:
         for number, (_, encoder) in enumerate(text_encoders(self.pipe, required=False)):
             for embedding in _embeddings(encoder):

@@ -21,16 +21,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from perfusion.base import Base, cross_attention_layers, layer_width, text_input_width, text_projection
 from perfusion.base.parts import plain_module
-from perfusion.concept import Concept, check_name
-from perfusion.edit import Tables, tables_of
+from perfusion.client_concepts import ClientConcepts, HeldConcepts
+from perfusion.concept import Concept
+from perfusion.concept_store import ConceptStore
 from perfusion.engine import engine_of
 from perfusion.errors import UnsupportedPipeline
 from perfusion.families import family_by_encoding_dim
-from perfusion.loaded_concept import LoadedConcept
 from perfusion.prompts import Mention
 from perfusion.requests import RowRequest, check_schedule
 from perfusion.settings import SETTINGS
-from perfusion_kernels import ConceptBank
 
 __all__ = ["Mention", "RowRequest", "UNetConcepts"]
 
@@ -39,16 +38,16 @@ class UNetConcepts:
     """The concepts of one UNet, from creation to `detach`. A context manager: leaving it detaches.
 
     unet: a module that is called with `encoder_hidden_states` [R, T, D], whose cross-attention layers are diffusers' `Attention`
-    or have its `is_cross_attention`, `to_q`, `to_k`, `to_v`, `to_out`, `heads` and `processor`. capacity, exact: as in
-    `perfusion.attach`. UnsupportedPipeline when there is no such layer, or the layers read encodings of several widths.
+    or have its `is_cross_attention`, `to_q`, `to_k`, `to_v`, `to_out`, `heads` and `processor`. capacity, exact, store: as in
+    `perfusion.attach`; a Mention names a concept of the store by its id. UnsupportedPipeline when there is no such layer, or the
+    layers read encodings of several widths.
     """
 
-    def __init__(self, unet: torch.nn.Module, *, capacity: int = 64, exact: bool = False):
+    def __init__(self, unet: torch.nn.Module, *, capacity: int = 64, exact: bool = False, store: ConceptStore | None = None):
         self.unet, self.exact = plain_module(unet), exact
         self.base = _base(self.unet)
         self._width = text_input_width(self.unet) if text_projection(self.unet) else self.base.encoding_dim
-        self._bank = ConceptBank(capacity, self.base.encoding_dim, self.base.outputs)
-        self._loaded: dict[str, LoadedConcept] = {}
+        self._concepts = ClientConcepts(self.base, capacity, store)
         self._requests: Any = WeakTensorKeyDictionary()  # encodings -> row -> RowRequest
         self._attached = True
         self._engine = engine_of(self.unet)
@@ -70,27 +69,18 @@ class UNetConcepts:
     def load(self, concept: str | os.PathLike[str] | Concept, name: str | None = None) -> str:
         """Make a concept known under a name, by default its own; returns the name. ValueError as `Handle.load`."""
         self._require_attached()
-        concept = concept if isinstance(concept, Concept) else Concept.load(concept)
-        name = concept.name if name is None else name
-        check_name(name)
-        reason = concept.base.mismatch(self.base)
-        if reason is not None:
-            raise ValueError(f"concept {concept.name!r} cannot be used with this UNet: {reason}")
-        if name in self._loaded:
-            raise ValueError(f"a concept {name!r} is loaded already. Unload it, or load this one under another name=.")
-        vectors = {"target": concept.target, "metric_target": concept.metric_target, "superclass": concept.superclass_encoding}
-        self._bank.add(name, **vectors, value_output=concept.value_outputs)
-        self._loaded[name] = LoadedConcept(
-            concept.superclass, concept.word_embeddings, concept, bias=concept.bias, temperature=concept.temperature
-        )
+        name = self._concepts.load(concept, name, "UNet", self._check_name)
         self._engine.follow()
         return name
 
+    def _check_name(self, name: str, concept: Concept) -> None:
+        if self._concepts.is_loaded(name):
+            raise ValueError(f"a concept {name!r} is loaded already. Unload it, or load this one under another name=.")
+
     def unload(self, name: str) -> None:
         """Forget a concept. Encodings whose requests name it are no longer edited."""
-        self._require(name)
-        self._bank.remove(name)
-        del self._loaded[name]
+        self._require_attached()
+        self._concepts.unload(name)
         for encodings, rows in list(self._requests.items()):
             if any(mention.name == name for request in rows.values() for mention in request.mentions):
                 del self._requests[encodings]
@@ -120,7 +110,8 @@ class UNetConcepts:
 
     def _check(self, where: str, request: RowRequest, encodings: Tensor) -> None:
         for mention in request.mentions:
-            self._require(mention.name)
+            if mention.name not in self._concepts:
+                self._concepts.loaded(mention.name)  # says that it is not, and what is
             for key in SETTINGS:
                 if getattr(mention, key) is not None:
                     check_schedule(f"{where}, {mention.name!r}", key, getattr(mention, key))
@@ -128,10 +119,11 @@ class UNetConcepts:
             raise ValueError(f"{where}: places must lie within the {encodings.shape[1]} positions of an encoding, got {request.places}")
         if request.key_encoding is not None and request.key_encoding.shape != encodings.shape[1:]:
             raise ValueError(f"{where}: key_encoding must be {list(encodings.shape[1:])}, got {list(request.key_encoding.shape)}")
+        names = [mention.name for mention in request.mentions]
         try:
-            self._bank.index([[mention.name for mention in request.mentions]])
+            self.hold(names).require_independent([names])
         except ValueError as error:
-            raise ValueError(f"{where}: {str(error).removeprefix('ConceptBank: ')}") from None
+            raise ValueError(f"{where}: {error}") from error
 
     def keys_values(self, encodings: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
         """Edited K and V [R, T, O] of all layers at a step, side by side, for a UNet that takes them as inputs."""
@@ -152,31 +144,22 @@ class UNetConcepts:
         if not self._attached:
             raise RuntimeError("these concepts are detached from their UNet; UNetConcepts(unet) makes new ones.")
 
-    def _require(self, name: str) -> LoadedConcept:
-        self._require_attached()
-        if name not in self._loaded:
-            raise ValueError(f"no concept named {name!r} is loaded; loaded are: {', '.join(sorted(self._loaded)) or 'none'}")
-        return self._loaded[name]
-
     # what the engine asks
 
     def has_concepts(self) -> bool:
-        return bool(self._loaded)
+        return bool(self._concepts)
 
     def compiled(self) -> bool:
         return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in self.unet.modules())
 
-    def concept(self, name: str) -> LoadedConcept:
-        return self._loaded[name]
+    def hold(self, names: Sequence[str]) -> HeldConcepts:
+        return self._concepts.hold(names)
 
     def rows_of(self, encodings: Tensor) -> dict[int, RowRequest]:
         return self._requests.get(encodings, {})
 
     def doubt(self, encodings: Tensor, rows: Sequence[int]) -> None:
         """Nothing: who makes the encodings knows what is in them."""
-
-    def tables(self, names: list[str], device: torch.device) -> Tables:
-        return tables_of(self._bank, {name: self._loaded[name].concept for name in names}, names, device)
 
 
 def _base(unet: torch.nn.Module) -> Base:

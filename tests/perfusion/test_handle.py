@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from perfusion.base import UnsupportedPipeline, describe_base
+from perfusion.client_concepts import HeldConcepts
 from perfusion.concept_file import ConceptFileError
 from perfusion.handle import attach, detach
 from perfusion.prompts import PromptError
@@ -355,8 +356,8 @@ def test_many_concepts_in_many_rows(pipe, teddy):
 
 def test_the_tables_hold_only_what_the_prompt_uses(handle, pipe, teapot, monkeypatch):
     handle.load(teapot)
-    sizes, own = [], handle.tables
-    monkeypatch.setattr(handle, "tables", lambda names, device: sizes.append(len(names)) or own(names, device))
+    sizes, own = [], HeldConcepts.tables
+    monkeypatch.setattr(HeldConcepts, "tables", lambda self, device: sizes.append(len(own(self, device).targets)) or own(self, device))
     draw(pipe, PROMPT)
     assert sizes == [1]
 

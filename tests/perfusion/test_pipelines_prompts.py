@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from perfusion.base import describe_base
+from perfusion.batch_plan import Plan
 from perfusion.handle import attach
 from perfusion.prompts import PromptError
 from tests.perfusion.editing import PROMPTS, check_rows, draw, guided, make_concept, seen, unguided, use, watch
@@ -112,17 +113,16 @@ def test_prompt_embeds_changed_in_place_between_calls_under_inference_mode(attac
         check_rows(sd.unet, seen(sd, prompt_embeds=embeds, guidance_scale=1.0)[1][0], [[]])
 
 
-def test_nothing_is_kept_of_a_prompt_but_its_digest(attached, sd):
+def test_nothing_is_kept_of_a_prompt_but_its_digest(attached, sd, monkeypatch):
     plans = []
-    own = attached._engine._describe
+    own = Plan.describe
 
-    def describe(plan, encodings):
+    def describe(plan, encodings, *rest):
         plans.append((weakref.ref(plan), weakref.ref(encodings)))
-        own(plan, encodings)
+        own(plan, encodings, *rest)
 
-    attached._engine._describe = describe
+    monkeypatch.setattr(Plan, "describe", describe)
     draw(sd, PROMPTS)
-    attached._engine.__dict__.pop("_describe")
     attached.load(make_concept(attached.base, "teapot"))  # what is shown to the layers is let go with the next prompt or change
     attached.set("teapot", bias=0.5)
     gc.collect()

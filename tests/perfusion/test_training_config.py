@@ -11,7 +11,7 @@ def test_the_defaults_are_the_recipe():
     config = TrainingConfig(**WORDS)
     assert (config.steps, config.batch_size, config.learning_rate, config.word_learning_rate) == (400, 16, 0.03, 0.006)
     assert (config.bias, config.temperature, config.inference_temperature) == (0.75, 0.1, 0.15)
-    assert (config.ema_decay, config.flip, config.key_lock) == (0.99, 0.5, True)
+    assert (config.ema_decay, config.flip, config.key_lock) == (0.9, 0.5, True)
     assert 0.6 <= config.inference_bias <= 0.75
 
 

@@ -131,7 +131,8 @@ def test_gradients_are_those_of_equation_3(folder, monkeypatch, prediction_type,
             layer.to_k.register_forward_hook(lambda module, args, output: keys.append(output.detach()))
         measures = session.train_step()
         gradients = [p.grad.double() for p in session._trained().values()]
-    assert conditions == [{"added_cond_kwargs": None, "return_dict": False}]  # no mask on the text
+    (given,) = conditions
+    assert set(given) == {"timestep", "encoder_hidden_states", "return_dict"} and given["return_dict"] is False  # no mask on the text
 
     ((latents, noise, timesteps),) = drawn
     pictures, mirrored = drawn_at(step=1)

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import io
 import random
+import threading
 import zlib
 
 import numpy
@@ -285,3 +286,14 @@ def test_prompts_are_encoded_beside_the_steps(concepts, draw):
     alone = Bench(concepts).run([draw(number, seed=number) for number in range(6)])
     for id, outcome in alone.items():
         assert abs(pixels(outcome) - pixels(bench.outcomes[id])).max() <= CLOSE
+
+
+def test_who_waits_for_the_only_place_gets_it(concepts, draw):
+    """As a worker waits: without an end. `submit` is the only thing that would wake it."""
+    bench = Bench(concepts, rows=1)
+    for drawing in [draw(0), draw(1)]:
+        bench.batcher.submit(drawing)
+    steps = threading.Thread(target=lambda: [bench.batcher.step(timeout=None) for _ in range(12)], daemon=True)
+    steps.start()
+    steps.join(60)
+    assert not steps.is_alive() and set(bench.outcomes) == {"0", "1"}

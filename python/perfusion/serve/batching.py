@@ -345,7 +345,7 @@ class Batcher:
     def step(self, timeout: float | None = 0.0) -> bool:
         """What is to be done between steps, then one step, if there is a row: whether there was. timeout: how long to wait for work."""
         self._stepping = threading.get_ident()
-        self._do_between(0.0 if self._groups else timeout)
+        self._do_between(0.0 if self._groups or self._waiting else timeout)
         self._leave()
         self._join()
         if not self._groups:

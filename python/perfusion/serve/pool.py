@@ -80,6 +80,7 @@ class Pool:
         self.waiting: FairQueue[Ticket] = FairQueue(settings.queue, settings.queue_per_key)
         self.closing = False
         self.restarts = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._workers: list[_Worker | None] = []
         self._failures: collections.Counter[int] = collections.Counter()  # starts of a worker that came to nothing, one after another
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -141,18 +142,35 @@ class Pool:
             await self._start(number, device)
         self._spawn(self._watch())
 
+    def drain(self) -> None:
+        """Take nothing new, refuse what waits, and what is still being drawn after the grace. From any thread, or from a signal."""
+        if not self.closing:
+            self.closing = True
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._refuse_waiting)
+
+    def _refuse_waiting(self) -> None:
+        while len(self.waiting):
+            _, ticket = self.waiting.pop({})
+            self._refuse(ticket)
+        self._loop.call_later(self.settings.grace, self._refuse_drawn)
+
+    def _refuse_drawn(self) -> None:
+        for worker in self._workers:
+            for ticket in list(worker.tickets.values()) if worker is not None else ():
+                self._refuse(ticket)
+
+    def _refuse(self, ticket: Ticket) -> None:
+        self._end(ticket, Failure(ticket.drawing.id, "closing", "the server is shutting down; try again"))
+
     async def stop(self) -> None:
         """Finish what is being drawn, within the grace, refuse what waits, and end the workers."""
-        self.closing = True
-        while len(self.waiting):
-            key, ticket = self.waiting.pop({})
-            self._end(ticket, Failure(ticket.drawing.id, "closing", "the server is shutting down; try again"))
+        self.drain()
+        await asyncio.sleep(0)  # the refusals come first
         pending = [ticket.result for worker in self._workers if worker is not None for ticket in worker.tickets.values()]
         if pending:
             await asyncio.wait(pending, timeout=self.settings.grace)
-        for worker in self._workers:
-            for ticket in list(worker.tickets.values()) if worker is not None else ():
-                self._end(ticket, Failure(ticket.drawing.id, "closing", "the server is shutting down; try again"))
+        self._refuse_drawn()
         for task in self._tasks:
             task.cancel()
         found = [worker for worker in self._workers if worker is not None]
@@ -286,7 +304,7 @@ class Pool:
         worker.outbox.put(None)
         if self.closing:
             for ticket in list(worker.tickets.values()):
-                self._end(ticket, Failure(ticket.drawing.id, "closing", "the server is shutting down; try again"))
+                self._refuse(ticket)
             return
         self.restarts += 1
         self._observe("restarted", 1)

@@ -33,7 +33,7 @@ class _Http(uvicorn.Server):
             log.info("listening", extra={"fields": {"url": f"http://{host}:{port}"}})
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.config.app.state.server.drain()  # new requests are refused while those that are drawn finish
+        self.config.app.state.server.drain()  # uvicorn waits until every request is answered
         super().handle_exit(sig, frame)
 
 
@@ -67,6 +67,7 @@ def running(settings: Settings, *, timeout: float = 600.0, **parts: Any) -> Iter
             time.sleep(0.02)
         yield f"http://{settings.host}:{settings.port}"
     finally:
+        app.state.server.drain()
         http.should_exit = True
         thread.join(settings.grace + 10)
         listening.close()

@@ -62,8 +62,8 @@ class Server:
             self.database.dispose()
 
     def drain(self) -> None:
-        """Take nothing new: the server is about to end."""
-        self.pool.closing = True
+        """Take nothing new and refuse what waits: the server is about to end. HTTP ends once all is answered."""
+        self.pool.drain()
 
     def sweep_later(self, digest: str) -> None:
         """Remove a concept's file when nothing that was asked for before can want it any more. From the event loop."""
