@@ -2,7 +2,7 @@
 
     python bench/serve_sim.py                                   # a table, of the step times in bench/results/serving.jsonl
     python bench/serve_sim.py --out bench/results/serve_sim.jsonl   # the same as rows, which the plot and the page read
-    python bench/serve_sim.py --plot docs/plots/serving.png     # drawn from those rows
+    python bench/serve_sim.py --plot docs/serving.png     # drawn from those rows
     python bench/serve_sim.py --predicted sd15                  # step times of an H200 by bench/model.py instead: predicted ones
     python bench/serve_sim.py --replicas 64 --zipf 0.8 --loads 0.9      # other assumptions; --help lists them
 
@@ -36,7 +36,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-RESULTS, PLOT = ROOT / "bench" / "results", ROOT / "docs" / "plots" / "serving.png"
+RESULTS, PLOT = ROOT / "bench" / "results", ROOT / "docs" / "serving.png"
 POLICIES = ("mixed", "split")
 
 
