@@ -9,10 +9,13 @@ import threading
 import time
 import zlib
 
+import httpx
 import numpy
 import openai
 import pytest
 from PIL import Image
+
+from perfusion.serve.run import running
 
 
 @pytest.fixture
@@ -241,3 +244,13 @@ def until(condition, seconds=60):
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+def test_prompts_are_logged_when_asked_and_never_else(settings_of, tmp_path, caplog):
+    for number, asked in enumerate((False, True)):
+        caplog.clear()
+        with caplog.at_level("INFO", "perfusion.serve"), running(settings_of(tmp_path / str(number), log_prompts=asked)) as url:
+            body = {"prompt": "a purple cat", "size": "16x16", "steps": 1}
+            assert httpx.post(f"{url}/v1/images/generations", json=body, timeout=120).status_code == 200
+        logged = [getattr(record, "fields", {}).get("prompt") for record in caplog.records]
+        assert ("a purple cat" in logged) == asked

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import random
 import threading
+import types
 import zlib
 
 import numpy
@@ -15,6 +16,7 @@ from PIL import Image
 
 import perfusion
 from perfusion.concept import Concept
+from perfusion.errors import UnsupportedPipeline
 from perfusion.serve.batching import Batcher, ConceptUnreadable, StepReport
 from perfusion.serve.drawing import ConceptUse, Drawing, Failure, Picture
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
@@ -297,3 +299,8 @@ def test_who_waits_for_the_only_place_gets_it(concepts, draw):
     steps.start()
     steps.join(60)
     assert not steps.is_alive() and set(bench.outcomes) == {"0", "1"}
+
+
+def test_a_model_without_a_unet_is_refused_by_name(concepts):
+    with pytest.raises(UnsupportedPipeline, match="model 'toybox' is a SimpleNamespace; the server steps models around a UNet"):
+        Bench(concepts, pipe=types.SimpleNamespace(transformer=object()))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from perfusion.concept import Concept
 from perfusion.engine import GivenRows, engine_of
+from perfusion.errors import UnsupportedPipeline
 from perfusion.handle import attach
 from perfusion.prompts import Mention
 from perfusion.regions import key_regions, query_regions
@@ -92,6 +93,11 @@ class Base:
     """A base model: its pipeline, the concepts that are loaded in it, and what makes rows of drawings."""
 
     def __init__(self, name: str, pipe: Any, capacity: int):
+        if getattr(pipe, "unet", None) is None:
+            raise UnsupportedPipeline(
+                f"serve: model {name!r} is a {type(pipe).__name__}; the server steps models around a UNet (Stable Diffusion 1.x, 2.x, XL). "
+                "Draw with others through perfusion.attach."
+            )
         self.name, self.pipe, self.capacity = name, pipe, capacity
         pipe.safety_checker = None
         self.handle = attach(pipe, capacity=capacity)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
 import secrets
 import uuid
@@ -24,6 +25,8 @@ from perfusion.serve.server import Server
 from perfusion.settings import BIAS, STRENGTH, TEMPERATURE, Setting
 
 __all__ = ["ConceptField", "PictureFields", "begin", "outcome", "outcomes", "size_of"]
+
+log = logging.getLogger("perfusion.serve")
 
 MOST_CONCEPTS = 8
 MASK_SIDE = 64  # regions are as fine as the latents of a picture, at most
@@ -124,6 +127,9 @@ def make(server: Server, namespace: str, fields: PictureFields, **more: Any) -> 
     if seed + fields.n - 1 >= 2**63:
         raise ApiError(400, "seed: seeds of several pictures count up, and pass 2^63 - 1", param="seed")
     uses = _concepts(server, namespace, fields)
+    if server.settings.log_prompts:
+        asked = {"namespace": namespace, "prompt": fields.prompt, "negative_prompt": fields.negative_prompt, "seed": seed}
+        log.info("drawing", extra={"fields": asked})
     return [
         Drawing(
             id=uuid.uuid4().hex, model=model, prompt=fields.prompt, negative_prompt=fields.negative_prompt, seed=seed + number,
