@@ -394,7 +394,7 @@ def put(*keys):
         (put("height", 18), "height must be a multiple of 4 pixels"),
         (put("base", "layers", {"a": -1}), "layers must be an object of at most 1024 layer names and widths"),
         (put("base", "text_encoder", "x"), "not a text encoder fingerprint"),
-        (put("base", "family", "sdxl"), "family must be 'toybox'"),
+        (put("base", "family", "sdxl"), "family must be 'custom'"),
         (put("tokenizers", []), "tokenizers must be 1 objects"),
         (put("schedule", "kind", "unipc"), "kind must be one of ddim, pndm, euler, got 'unipc'"),
         (put("schedule", "final_alpha", 2), "final_alpha must be a number from 0 to 1"),
