@@ -1,6 +1,7 @@
 """Plots, comparisons, regressions and counters: read from rows, and wrong by name where they cannot."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -105,7 +106,8 @@ def test_the_regression_runs_saves_and_compares(tmp_path):
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "bench.regression", "--saved", tmp_path / "saved.json", "--limit", "1000"]
     command += ["--benchmark-max-time=0.05", "--benchmark-min-rounds=3"]
-    first, second = (subprocess.run(command, cwd=ROOT, capture_output=True, text=True) for _ in range(2))
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}  # no worker of ours
+    first, second = (subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == 0 and "saved in" in first.stdout, first.stderr
     assert second.returncode == 0 and "now/saved" in second.stdout, second.stderr
     found = json.loads((tmp_path / "saved.json").read_text())
