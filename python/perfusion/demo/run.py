@@ -76,7 +76,7 @@ class Result:
 
 
 def run_demo(
-    output: str | Path, *, steps: int = 400, samples: int = SAMPLES, device: str | None = None, overwrite: bool = False
+    output: str | Path, *, steps: int = 250, samples: int = SAMPLES, device: str | None = None, overwrite: bool = False
 ) -> Result:
     """Run the demo into a folder. steps, samples: of each training and each score.
 

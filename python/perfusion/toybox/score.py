@@ -18,7 +18,7 @@ from .words import COLOURS, OBJECTS, PATTERNS, RELATIONS, SCENES, SIZES, STYLE_F
 from .world import Phrase, Pictures, caption, sample_pictures, with_article
 
 WEIGHTS = Path(__file__).parent / "weights"
-STEPS, GUIDANCE = 25, 4.0  # what toybox pictures are drawn with
+STEPS, GUIDANCE = 25, 2.5  # what toybox pictures are drawn with
 
 
 def draw(pipe: Any, prompts: list[str], *, seed: int | Sequence[int] = 0, batch: int = 16, progress: Any = None) -> Tensor:
