@@ -8,8 +8,9 @@ import torch
 
 from bench import rows
 from bench.fidelity import judging, report, running
+from bench.fidelity.extensions import Extended, Extension
 from bench.fidelity.lab import Lab, folder_of
-from bench.fidelity.learning import Recipe
+from bench.fidelity.learning import Recipe, squeezed
 from bench.fidelity.methods import Base, Learned, Ours, overlaps_ignored
 from bench.fidelity.prompts import Prompt, pair_prompts, prompts
 from bench.fidelity.real import LISTING, Scorer, ceiling, main, read_listing
@@ -145,6 +146,47 @@ def test_scaled_layers_are_drawn(lab):
         with method.applied(lab, [method.learn(lab, target)]) as applied:
             images.append(lab.draw([applied.prompt("a {} on the beach", 0)], [1]))
     assert torch.equal(images[0], images[1]) and not torch.allclose(images[0], images[2], atol=1e-2)
+
+
+def test_extensions_are_learned_and_drawn(lab):
+    """Nothing extended is our concept as the engine draws it; each extension trains more, or draws otherwise."""
+    target, texts = targets()[0], ["a {} on the beach", "a {} at night"]
+
+    def drawn(method):
+        learned = method.learn(lab, target)
+        with method.applied(lab, [learned]) as applied:
+            return lab.draw([applied.prompt(text, 0) for text in texts], [1, 2], applied.pipe), learned.facts
+
+    own, facts = drawn(Ours("perfusion"))
+    for more, changes in (
+        (0, {}), (0, {"biases": (0.7, 0.7)}), (0, {"biases": (0.2, 1.0)}), (96, {"words": 2}), (896, {"rank": 2}), (0, {"value_noise": "late"}),
+    ):  # fmt: skip
+        images, found = drawn(Extended("extended", Extension(**changes)))
+        away = (images - own).abs().max()
+        if changes in ({}, {"biases": (0.7, 0.7)}):
+            plain = away
+            assert plain < 4e-3  # the half precision of a file
+        else:
+            assert away > plain, changes
+        assert found["trained"] == facts["trained"] + more
+        assert found["bytes"] == facts["bytes"] + 2 * more
+
+
+def test_noise_of_a_training_is_drawn_as_it_says():
+    scheduler = lab_scheduler()
+    even = torch.arange(1000)
+    assert squeezed(even, scheduler, "late").min() >= 333 and squeezed(even, scheduler, "early").max() <= 666
+    counted = torch.bincount(squeezed(even.repeat(200), scheduler, "snr"), minlength=1000).double()
+    ratio = scheduler.alphas_cumprod.double() / (1 - scheduler.alphas_cumprod.double())
+    weight = ratio.clamp(max=5) / (ratio + 1)
+    share = (weight / weight.sum()).view(10, 100).sum(1)
+    assert torch.allclose(counted.view(10, 100).sum(1) / counted.sum(), share, atol=0.01)
+
+
+def lab_scheduler():
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
 
 
 def test_every_peer_learns_draws_and_says_what_it_costs(lab):
