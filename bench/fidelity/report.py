@@ -1,6 +1,6 @@
-"""Tables of docs/fidelity.md and plots of docs/fidelity/, from rows and nothing else.
+"""Tables of docs/fidelity.md and of README.md, and plots of docs/fidelity/, from rows and nothing else.
 
-    python -m bench.fidelity.report                     # the page and its plots anew, from bench/results/fidelity.jsonl
+    python -m bench.fidelity.report                     # the pages and plots anew, from bench/results/fidelity.jsonl
     python -m bench.fidelity.report --rows FILE         # print the tables of other rows
     python -m bench.fidelity.report --check             # status 1 if page or plots are not of the rows
 
@@ -30,7 +30,7 @@ from bench.fidelity.scale import SCALES  # noqa: E402
 from bench.fidelity.sections import SECTIONS  # noqa: E402
 
 STORAGE = ROOT / "bench/results/storage.jsonl"
-ROWS, PAGE, PLOTS = ROOT / "bench/results/fidelity.jsonl", ROOT / "docs/fidelity.md", ROOT / "docs/fidelity"
+ROWS, PAGES, PLOTS = ROOT / "bench/results/fidelity.jsonl", (ROOT / "docs/fidelity.md", ROOT / "README.md"), ROOT / "docs/fidelity"
 OURS, OTHERS, INK, GRID = (
     "#0b6e99",
     ("#d9730d", "#6b7a3a", "#8a5a9e", "#b23a48", "#3a8a7a", "#a0764b", "#555555", "#c2185b"),
@@ -124,7 +124,7 @@ def _line(group: Rows, names: Sequence[str]) -> list[str]:
 
 def default_rows(found: Rows, groups: dict[str, Rows]) -> Rows:
     """Ours as it is by default on the things of some methods, and where they were measured on the same prompts and seeds."""
-    shown = {row["subject"] for group in groups.values() for row in group}
+    shown = {row["subject"] for name, group in groups.items() if name != "perfusion" for row in group}
     for section in ("peers", "concepts"):
         own = [row for row in found if (row["section"], row["variant"]) == (section, "perfusion") and row["subject"] in shown]
         if own:
@@ -143,10 +143,9 @@ def pairs(found: Rows, section: str) -> str:
 def peers(found: Rows) -> str:
     """Everything about everybody, the default of ours among them; absent ones below with the reason."""
     groups, together = by_variant(found, "peers"), by_variant(found, "peer pairs")
-    groups.pop("perfusion", None)
     own = default_rows(found, groups)
     lines = []
-    for name, group in {"**perfusion**": own, **groups}.items():
+    for name, group in {"**perfusion**": own, **{name: group for name, group in groups.items() if name != "perfusion"}}.items():
         measured = [row for row in group if "scores" in row]
         if not measured:
             continue
@@ -162,6 +161,24 @@ def peers(found: Rows) -> str:
     notes = [f"- {name}: not measured, {reason}" for name, reason in absent.items()]
     notes += [f"- {name}: {group[0]['note']}" for name, group in groups.items() if group[0].get("note")]
     return "\n".join([table(heads, lines), "", *notes]) if lines else "No rows yet."
+
+
+SHORT = (
+    "Textual Inversion", "LoRA, rank 4", "LoRA, rank 4, and a word (pivotal tuning)", "Custom Diffusion, K and V",
+    "DreamBooth, the whole UNet",
+)  # fmt: skip
+
+
+def in_short(found: Rows) -> str:
+    """Ours and those that everybody knows."""
+    groups, together = by_variant(found, "peers"), by_variant(found, "peer pairs")
+    chosen = {"**perfusion**": default_rows(found, groups), **{name: groups[name] for name in SHORT if name in groups}}
+    lines = []
+    for name, group in chosen.items():
+        both = by_variant(found, "pairs").get("local lock, published gates", []) if "**" in name else together.get(name, [])
+        like = cell(both, "both and like")
+        lines.append([name, amount(group), size(_mean(group, "bytes")), cell(group, "identity"), cell(group, "text"), like or "–"])
+    return table(["", "n", "file", "identity", "text", "two in one picture, both like"], lines)
 
 
 def provenance(found: Rows) -> str:
@@ -228,7 +245,7 @@ def _file_sizes() -> list[str]:
     return [f"{size(ours)} against {size(lora)}, 1/{lora / ours:.0f}", "yes" if lora >= 30 * ours else "**no**", "files"]
 
 
-TABLES = {"concepts": concepts, "peers": peers, "provenance": provenance, "goals": goals}
+TABLES = {"concepts": concepts, "peers": peers, "provenance": provenance, "goals": goals, "in short": in_short}
 
 
 def text_of(section: str, found: Rows) -> str:
@@ -354,11 +371,11 @@ def examples(found: Rows, work: Path, path: Path) -> bool:
     return True
 
 
-def stale(found: Rows, page: Path = PAGE, folder: Path = PLOTS) -> list[str]:
+def stale(found: Rows, pages: Sequence[Path] = PAGES, folder: Path = PLOTS) -> list[str]:
     """Names of what is not of these rows."""
     from PIL import Image
 
-    names = [page.name] if refreshed(page.read_text(encoding="utf-8"), found) != page.read_text(encoding="utf-8") else []
+    names = [page.name for page in pages if refreshed(page.read_text(encoding="utf-8"), found) != page.read_text(encoding="utf-8")]
     for name in PLOTTED:
         path = folder / f"{name}.png"
         if not path.exists() or Image.open(path).text.get("rows") != digest(found, name):
@@ -385,11 +402,12 @@ def main(arguments: list[str] | None = None) -> int:
         for section in dict.fromkeys(["provenance", *(row["section"] for row in found)]):
             print(f"**{section}**\n\n{text_of(section, found)}\n")
         return 0
-    PAGE.write_text(refreshed(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(refreshed(page.read_text(encoding="utf-8"), found), encoding="utf-8")
     draw(found, PLOTS)
     if not examples(found, options.work, PLOTS / "examples.png"):
         print(f"docs/fidelity/examples.png is as it was: not every method has a sheet in {options.work}.")
-    print(f"{PAGE.relative_to(ROOT)}, {', '.join(f'docs/fidelity/{name}.png' for name in PLOTTED)}: {provenance(found)}")
+    print(f"{', '.join(page.name for page in PAGES)}, {', '.join(f'docs/fidelity/{name}.png' for name in PLOTTED)}: {provenance(found)}")
     return 0
 
 

@@ -12,7 +12,7 @@ from bench.fidelity.extensions import Extended, Extension
 from bench.fidelity.lab import Lab, folder_of
 from bench.fidelity.learning import Recipe, squeezed
 from bench.fidelity.methods import Base, Learned, Ours, overlaps_ignored
-from bench.fidelity.prompts import Prompt, pair_prompts, prompts
+from bench.fidelity.prompts import Prompt, pair_prompts, prompts, triple_prompts
 from bench.fidelity.real import LISTING, Scorer, ceiling, main, read_listing
 from bench.fidelity.scale import SCALES
 from bench.fidelity.sections import SECTIONS, Job, jobs, pairs
@@ -57,6 +57,7 @@ def test_a_prompt_asks_for_what_it_says(target):
         if "pattern" in prompt.asked:
             assert PATTERNS[prompt.asked["pattern"]] in words and PATTERNS[prompt.asked["pattern"]] != target.subject.pattern
     assert all(each.text.count("{}") == 2 and each.asked["relation"] for each in pair_prompts(8))
+    assert all(each.text.count("{}") == 3 and "relation" not in each.asked for each in triple_prompts(8))
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,27 @@ def test_rows_are_made_once_and_resume(lab, tmp_path):
     assert {"both", "identity of the first", "identity of the second", "both and like"} <= lines[4]["scores"].keys()
     tables = report.refreshed("<!-- fidelity: concepts -->\n<!-- end of fidelity -->", report.current(lines))
     assert "| teapot |" in tables and "| **all** |" in tables
+
+
+def test_tables_say_how_much_each_row_rests_on():
+    """Each method at its largest scale; other weights and another guidance are left out; of a row made twice the last counts."""
+
+    def row(variant, scale, identity, *, subject="teddy", guidance=2.5, toybox="new"):
+        scores = {"identity": [identity] * 2, "text": [1.0] * 2}
+        kept = {"steps": 1, "batch": 1, "sampling_steps": 1, "guidance": guidance}
+        facts = {"subject": subject, "prompts": 2, "seeds": 1, "bytes": 9, "settings": kept}
+        return {"section": "peers", "variant": variant, "scale": scale, "toybox": toybox, "scores": scores, **facts}
+
+    found = report.current([
+        row("perfusion", "full", 0.1, toybox="old"), row("perfusion", "full", 0.2, guidance=4.0), row("LoRA, rank 4", "small", 0.3),
+        row("perfusion", "small", 0.4), row("perfusion", "full", 0.5), row("perfusion", "full", 0.6),
+        row("perfusion", "full", 0.6, subject="teapot"),
+    ])  # fmt: skip
+    assert [(each["variant"], each["scores"]["identity"][0]) for each in found] == [("LoRA, rank 4", 0.3), ("perfusion", 0.6), ("perfusion", 0.6)]
+    short = report.text_of("in short", found)
+    assert "| **perfusion** | 1 × 2 × 1 |" in short and "| LoRA, rank 4 | 1 × 2 × 1, small |" in short  # on the things that they share
+    held = report.text_of("goals", found)
+    assert "| ahead of LoRA, rank 4 in identity and text | 0.60, 1.00 against 0.30, 1.00 | yes |" in held
 
 
 def test_a_picture_does_not_depend_on_what_shares_its_batch(lab):
