@@ -5,5 +5,6 @@
     model.py                the pipeline's parts
     recipe/, train.py       how each was trained, and `python -m perfusion.toybox.train`, which made weights/
     judge.py, score.py      the judge, and `python -m perfusion.toybox.score`
+    sheets.py               sheets of pictures: `python -m perfusion.toybox.sheets`
     ablate.py               what the choices of the recipe are worth
 """
