@@ -48,4 +48,5 @@ def measured(options: Options) -> Iterator[dict[str, Any]]:
 def _timed(steps: dict[str, Callable[[], Tensor]], options: Options) -> tuple[dict, dict[str, str]]:
     first, *others = (step() for step in steps.values())
     wrong = [name for name, result in zip(list(steps)[1:], others) if not torch.allclose(result, first, atol=1e-5)]
-    return timed({name: step for name, step in steps.items() if name not in wrong}, options, turn=TURN), dict.fromkeys(wrong, "its step is another")
+    right = {name: step for name, step in steps.items() if name not in wrong}
+    return timed(right, options, turn=TURN), dict.fromkeys(wrong, "its step is another")
