@@ -36,6 +36,11 @@ def edited_attention(query: Tensor, key: Tensor, value: Tensor, *rest) -> Tensor
     return result.masked_fill(alone[..., None, None], 0)
 
 
+def plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention without slots, edit and regions."""
+    return _attend(query, key, value, None, scale)
+
+
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(1, 2).contiguous()
+    attended = scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, scale=scale)
+    return attended.transpose(1, 2).contiguous()

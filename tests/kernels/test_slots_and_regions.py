@@ -191,7 +191,7 @@ def test_a_call_without_a_backend_is_torch_s_on_a_cpu(monkeypatch):
     from perfusion_kernels import sdpa
 
     calls = []
-    monkeypatch.setattr(sdpa, "edited_attention", lambda *a, run=sdpa.edited_attention: calls.append(1) or run(*a))
+    monkeypatch.setattr(sdpa, "_attend", lambda *a, run=sdpa._attend: calls.append(1) or run(*a))
     case = cases.make()
     tensors = case.query, case.key, case.value
     edited_attention(*tensors)
