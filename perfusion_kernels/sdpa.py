@@ -15,10 +15,10 @@ from .reference.edited_attention import allowed, edited, of_rows
 from .shape_checks import autocasts
 
 
-def preferred(arguments: tuple) -> bool:
-    """Whether a call of `edited_attention` that names no backend runs here."""
+def preferred(arguments: tuple, name: str | None) -> bool:
+    """Whether a call of `edited_attention` runs here. name: its argument `backend`."""
     query = arguments[0]
-    if not query.is_cpu or backend.requested() is not None or autocasts(query) or backend.differentiated(arguments):
+    if not query.is_cpu or backend.requested(name) is not None or autocasts(query) or backend.differentiated(arguments):
         return False
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
 
