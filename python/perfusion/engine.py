@@ -538,9 +538,10 @@ class Engine:
         with torch.autocast(encodings.device.type, enabled=False):
             gates, components = gates_of(self._call.text(encodings)[chosen].detach(), plan.tables_on(encodings.device), settings)
         state, shape, at = self.state, (count, *gates.shape[1:]), torch.tensor(where, device=gates.device)
-        if state.gates is None or state.gates.shape != shape or state.gates.device != gates.device:
+        held = state.gates
+        if held is None or (held.shape, held.dtype, held.device) != (shape, gates.dtype, gates.device):
             with torch.inference_mode(False):
-                state.gates, state.components = torch.zeros(shape, device=gates.device), torch.zeros(shape, device=gates.device)
+                state.gates, state.components = (torch.zeros(shape, dtype=gates.dtype, device=gates.device) for _ in range(2))
                 state.index = torch.full((count, shape[-1]), -1, dtype=torch.int32, device=gates.device)
         for table, new in ((state.gates, gates), (state.components, components), (state.index, settings.index)):
             table.index_copy_(0, at, new)
