@@ -31,6 +31,7 @@ from perfusion.toybox.model import IMAGE_SIZE
 from perfusion.toybox.score import draw
 from perfusion.toybox.words import SCENES
 from perfusion.training import train
+from perfusion.training_config import TrainingConfig
 from perfusion.writable import check_writable
 
 __all__ = ["Learned", "run_demo"]
@@ -76,7 +77,7 @@ class Result:
 
 
 def run_demo(
-    output: str | Path, *, steps: int = 400, samples: int = SAMPLES, device: str | None = None, overwrite: bool = False
+    output: str | Path, *, steps: int = TrainingConfig.steps, samples: int = SAMPLES, device: str | None = None, overwrite: bool = False
 ) -> Result:
     """Run the demo into a folder. steps, samples: of each training and each score.
 
