@@ -132,6 +132,17 @@ def step_with(unet: Any, encodings: Tensor, conditions: dict[str, Tensor] | None
     return step
 
 
+def tried(steps: dict[str, Callable[[], Tensor]], absent: dict[str, str]) -> dict[str, Tensor]:
+    """What each step gives; of those that fail, the reason into `absent`."""
+    results = {}
+    for provider, step in steps.items():
+        try:
+            results[provider] = step()
+        except Exception as error:
+            absent[provider] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return results
+
+
 def common(suite: str, case: str, base: Base | None, options: Options, **shapes: Any) -> dict[str, Any]:
     """What every row of a case says."""
     if base is not None:
