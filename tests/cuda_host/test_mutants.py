@@ -68,7 +68,7 @@ MUTANTS = {
         Change(EDIT, "          load_places(place);\n          barrier();\n", "          load_places(place);\n"), attention.test_schedules_agree
     ),
     "concepts give way before they are edited": (
-        Change(EDIT, "          barrier();  // those before have been read\n", ""), attention.test_schedules_agree
+        Change(EDIT, "          barrier();  // the group before has been read\n", ""), attention.test_schedules_agree
     ),
     "queries land on an edit that is being read": (
         Change(ATTENTION, "      edit.apply(keys, values);\n      barrier();\n", "      edit.apply(keys, values);\n"), attention.test_long_streams
@@ -193,7 +193,7 @@ MUTANTS = {
     ),
     "words of other concepts keep their gates": (Change(GATES, "if (!own) return other ? 0.0f : gate;", "if (!own) return gate;"), gates.test_words),
     "the floor of the neighbour": (Change(GATES, "+ j * p.floor.strides[1])", "+ (j ? j - 1 : j) * p.floor.strides[1])"), gates.test_words),
-    "the edit does not wait for the projection": (Change(FUSED, "    barrier();  // all of K and V stands\n", ""), fused.test_mixed_rows),
+    "the edit does not wait for the projection": (Change(FUSED, "    barrier();  // all warps have written K and V\n", ""), fused.test_mixed_rows),
     "rows that share a head's weights run apart": (
         Change(
             FUSED,
