@@ -3,10 +3,12 @@
 test_mutants.py calls some of these tests with a changed library.
 """
 
+import json
+
 import pytest
 import torch
 
-from bench import plans
+from bench import plans, predictions
 from perfusion_kernels import edited_attention
 
 from ..kernels import cases
@@ -97,6 +99,11 @@ def test_one_even_wave(host, chip):
             assert [first for first, _ in stretches[1:]] == [end for _, end in stretches[:-1]]
             assert stretches[0][0] == 0 and stretches[-1][1] == plan.tiles
             assert plan.rounds == 1 or plan.fill() >= 0.7, plan
+
+
+def test_the_committed_predictions_are_of_these_plans(host):
+    """The remedy: python bench/plans.py."""
+    assert predictions.FILE.read_text().splitlines() == [json.dumps(row) for row in plans.predictions(host)]
 
 
 def test_stretches(host):
