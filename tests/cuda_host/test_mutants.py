@@ -169,6 +169,10 @@ MUTANTS = {
     "a gate's derivative is of the next slot": (
         Change(RANK_ONE, "load_columns(o, side.table, slot, x,", "load_columns(o, side.table, slot + 1 < p.S ? slot + 1 : slot, x,"), projection_backward.test_mixed_rows
     ),
+    "a derivative looks an index out of range up": (
+        Change(RANK_ONE, "bank_slot(index + (place + j) * p.index.strides[1], p.S, p.errors)", "load(index + (place + j) * p.index.strides[1])"),
+        projection_backward.test_an_index_out_of_range_is_absent,
+    ),
     "sides that share a gradient run apart": (
         Change(
             RANK_ONE,
