@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from perfusion.toybox import train
+from perfusion.toybox import ablate, train
 from perfusion.toybox.model import LATENT_CHANNELS, build_tokenizer, vocabulary
 from perfusion.toybox.render import render
 from perfusion.toybox.vae import PatchAutoencoder
@@ -116,3 +116,20 @@ def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
     after = weights("more")
     assert after.keys() == before.keys()
     assert {str(path.parent) for path in after if after[path] != before[path]} == {"unet"}
+
+
+@pytest.mark.proof
+def test_ablations_run_and_resume(tmp_path):
+    """Of the shipped model: a row for each choice, and a second run trains nothing again."""
+    options = ["--pictures", "256", "--steps", "4", "--autoencoder-steps", "2", "--samples", "2"]
+    for name in ("first", "second"):
+        ablate.main(["--work", str(tmp_path / "work"), "--output", str(tmp_path / name), *options])
+    rows, again = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("first", "second"))
+    assert [(row["choice"], row["variant"], row["steps"]) for row in rows] == [
+        ("latents", "16×16×4", 2), ("latents", "16×16×8", 2), ("steps", "as shipped", 1), ("steps", "as shipped", 2),
+        ("captions and pictures", "as shipped", 4), ("captions and pictures", "mirrored", 4),
+        ("captions and pictures", "patterns unsaid in 30 %", 4),
+    ]  # fmt: skip
+    assert [row["psnr"] for row in again[:2]] == [row["psnr"] for row in rows[:2]]
+    log = [json.loads(line)["step"] for line in (tmp_path / "work" / "ablation-as" / "log.jsonl").read_text().splitlines()]
+    assert log == [1, 2, 4]

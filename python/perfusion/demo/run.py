@@ -76,7 +76,7 @@ class Result:
 
 
 def run_demo(
-    output: str | Path, *, steps: int = 400, samples: int = SAMPLES, device: str | None = None, overwrite: bool = False
+    output: str | Path, *, steps: int = 250, samples: int = SAMPLES, device: str | None = None, overwrite: bool = False
 ) -> Result:
     """Run the demo into a folder. steps, samples: of each training and each score.
 
@@ -187,8 +187,8 @@ def _draw_pictures(pipe: Any, learned: list[Learned]) -> dict[str, list[Image.Im
             pictures[f"scenes {name}"] = _pil(draw(pipe, [f"a <{name}> {scene}" for scene in scenes], seed=70, progress=bar))
             pictures[f"styles {name}"] = _pil(draw(pipe, [text.format(f"<{name}>") for text in STYLED], seed=75, progress=bar))
             # the same noise in every column: what changes is the gate's bias alone
-            strip = [draw(pipe, [f"a <{name}|bias={bias}> {scenes[0]}"], seed=80, progress=bar) for bias in BIASES]
-            pictures[f"bias {name}"] = _pil(torch.cat(strip))
+            strip = [f"a <{name}|bias={bias}> {scenes[0]}" for bias in BIASES]
+            pictures[f"bias {name}"] = _pil(draw(pipe, strip, seed=[80] * len(strip), progress=bar))
         for number, prompt in enumerate(TOGETHER.values(), start=1):
             images = draw(pipe, [f"{prompt} {scene}" for scene in scenes], seed=90, progress=bar)
             pictures[f"together {number}"] = _pil(images)
