@@ -21,8 +21,10 @@ from perfusion.models import load_pipeline
 
 from .judge import load_judge
 from .model import LATENT_CHANNELS, build_pipeline
+from .recipe.autoencoder import train_autoencoder
+from .recipe.denoiser import train_denoiser
+from .recipe.pictures import PICTURES_SEED, make_latents, make_pictures
 from .score import WEIGHTS, score_base
-from .train import PICTURES_SEED, make_latents, make_pictures, train_autoencoder, train_denoiser
 from .words import PATTERNS
 
 CHANNELS = (4, LATENT_CHANNELS)
