@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from perfusion import attach
-from perfusion.base import describe_base
+from perfusion.base import describe_base, text_encoders
 from perfusion.checkpoint_file import Kind
 from tests.integrations import comfyui as stand_in
 from tests.integrations import real_comfyui
@@ -182,3 +182,29 @@ def test_the_nodes_follow_the_conventions(comfyui, monkeypatch, tmp_path):
         assert set(inputs) <= {"required", "optional"} and callable(getattr(node, node.FUNCTION)) and node.CATEGORY == "perfusion"
         assert all(isinstance(each, tuple) for part in inputs.values() for each in part.values()) and isinstance(node.RETURN_TYPES, tuple)
         assert pack.NODE_DISPLAY_NAME_MAPPINGS[key] in readme
+
+
+@pytest.mark.parametrize("comfyui", ["real"], indirect=True)
+def test_comfyui_itself_draws_what_the_pipelines_draw(comfyui, pipe, run, concept_file, tmp_path):
+    if len(text_encoders(pipe)) == 2:
+        pytest.skip("a narrow XL model has no place for ComfyUI's size embeddings; its blocks are compared above")
+    from comfy.sample import sample
+
+    positive = run("TextEncode", clip=(clip := comfyui.CLIP(pipe)), concepts=concept_file(), text=PROMPT)
+    negative = clip.encode_from_tokens_scheduled(clip.tokenize("blurry"))
+    model = comfyui.ModelPatcher(pipe)
+    patched = run("Apply", model=model, conditioning=positive)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    time = torch.tensor([500])
+    with attach(pipe) as handle, torch.no_grad():
+        handle.load(tmp_path / "perfusion" / "mine.safetensors")
+        encoding = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]
+        expected = pipe.unet(noise, time, encoder_hidden_states=encoding).sample
+        options = patched.model_options["transformer_options"].copy()
+        whole = patched.model.diffusion_model(noise, time, context=positive[0][0], transformer_options=options)
+    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    drawn, plain = (
+        sample(each, noise, 2, 3.0, "euler", "normal", positive, negative, torch.zeros_like(noise), seed=0, disable_pbar=True)
+        for each in (patched, model)
+    )
+    assert drawn.isfinite().all() and (drawn - plain).abs().max() > 1e-3 * plain.abs().max()
