@@ -117,6 +117,7 @@ def CLIP(pipe):
     clip = comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(*kinds), model_options={**options, "dtype": torch.float32})
     for key, (_, encoder) in zip("lg", encoders):
         weights = {name if name.startswith("text_") else f"text_model.{name}": value for name, value in encoder.state_dict().items()}
+        weights.pop("text_projection.weight", None)  # of the pooled output, narrow here; ComfyUI's is square
         missing, unknown = getattr(clip.cond_stage_model, f"clip_{key}").load_sd(weights)
         assert not [name for name in (*missing, *unknown) if name not in ("text_projection.weight", "text_model.embeddings.position_ids")]
     clip.parts = dict(zip("lg", encoders))
