@@ -13,7 +13,7 @@ from perfusion.cli.checks import check_device
 def demo(
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("perfusion-demo"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the folder holds of an earlier demo.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each concept.")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each concept.")] = 250,
     samples: Annotated[int, typer.Option(min=6, help="Pictures that each score is taken over.")] = 24,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; by default CUDA where there is one.")] = None,
 ) -> None:
