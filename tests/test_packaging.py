@@ -10,6 +10,7 @@ import pytest
 import setuptools
 import torch
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import perfusion
 from perfusion import cli
@@ -54,6 +55,17 @@ def test_the_built_in_model_is_there_and_small(files):
     weights = [file for file in files if file.startswith("python/perfusion/toybox/weights/")]
     assert "python/perfusion/toybox/weights/model_index.json" in weights
     assert sum((ROOT / file).stat().st_size for file in weights) <= 16 * 2**20
+
+
+def test_badges_say_what_the_package_asks_for(distribution):
+    badges = re.findall(r"img\.shields\.io/badge/([^)]+?)-[0-9a-f]+\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    lowest = {each.name: next(iter(each.specifier)).version for each in map(Requirement, distribution.install_requires)}
+    lowest["Python"] = next(iter(SpecifierSet(str(distribution.python_requires)))).version
+    shown = dict(badge.replace("--", "\0").split("-", 1) for badge in badges)
+    for name in ("Python", "torch", "diffusers"):
+        assert shown.pop(name) == f"{lowest[name]}%2B"
+    assert shown.pop("license").replace("\0", "-") == distribution.metadata.license_expression
+    assert shown == {"paper": "arXiv_2305.01644"}
 
 
 def test_one_version(distribution):

@@ -18,14 +18,13 @@ from bench.fidelity.scale import Scale
 from bench.fidelity.subjects import Target
 from perfusion.covariance import Covariance, get_covariance
 from perfusion.demo.instances import write_references
-from perfusion.demo.run import weights_digest
 from perfusion.models import TOYBOX, load_pipeline, resolve
 from perfusion.toybox.judge import Judge, load_judge
+from perfusion.toybox.sheets import weights_digest
 
 __all__ = ["Lab"]
 
 BATCH = 32  # pictures drawn at once, of whatever prompts and concepts
-GUIDANCE = 4.0
 
 
 class Lab:
@@ -63,14 +62,17 @@ class Lab:
         pipe, images = pipe or self.pipe, []
         for start in range(0, len(prompts), BATCH):
             chunk = list(prompts[start : start + BATCH])
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + BATCH]]
-            drawn = pipe(
-                chunk, num_inference_steps=self.scale.sampling_steps, guidance_scale=GUIDANCE, generator=generators, output_type="pt"
-            ).images
-            images.append(drawn.float().cpu())
+            images.append(self._sampled(pipe, chunk, seeds[start : start + BATCH], self.scale.sampling_steps))
             if tell is not None:
                 tell(len(chunk))
         return torch.cat(images)
+
+    def _sampled(self, pipe: Any, prompts: list[str], seeds: Sequence[int], steps: int) -> Tensor:
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+        dtype = getattr(torch, self.scale.drawn_in)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            drawn = pipe(prompts, num_inference_steps=steps, guidance_scale=self.scale.guidance, generator=noise, output_type="pt")
+        return drawn.images.float().cpu()
 
     def remembered(self, kind: str, key: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
         """The folder and facts of something made by `key`; made now unless it is there."""
@@ -94,12 +96,9 @@ class Lab:
         """Processor seconds of one picture, and of one picture in one training step: measured now, in a few seconds."""
         from bench.fidelity.learning import learn_for
 
-        steps, count = 2, 4
+        steps, count = 2, BATCH
         started = time.process_time()
-        generators = [torch.Generator().manual_seed(n) for n in range(count)]
-        self.pipe(
-            ["a teddy on the beach"] * count, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generators, output_type="pt"
-        )
+        self._sampled(self.pipe, ["a teddy on the beach"] * count, range(count), steps)
         drawn = (time.process_time() - started) / count / steps * self.scale.sampling_steps
         return drawn, learn_for(self, steps=2) / 2
 

@@ -18,14 +18,15 @@ from perfusion.training.data import read_pictures
 from perfusion.training.session import TrainingSession
 from perfusion.training_config import TrainingConfig
 
-__all__ = ["Recipe", "concept_of", "learn_for"]
+__all__ = ["Recipe", "concept_of", "learn_for", "saved_bytes", "session_of"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """What differs from the defaults. settings: of TrainingConfig. pictures: how many, by default the target's own. masks: the renderer's.
-    covariance: "captions" or "identity", a metric that knows nothing of language. noise: which timesteps count, "all", "late" (much noise:
-    layout) or "early" (little: detail). calibrated: bias and strength searched for at the end. seed: of the training."""
+    covariance: "captions" or "identity", a metric that knows nothing of language. noise: how timesteps are drawn: "all" alike, "late"
+    (much noise: layout), "early" (little: detail), or "snr", as often as min-SNR (arXiv 2303.09556, γ = 5) weighs them. calibrated: bias
+    and strength searched for at the end."""
 
     settings: tuple[tuple[str, Any], ...] = ()
     pictures: int | None = None
@@ -41,14 +42,25 @@ class Recipe:
 
 
 class NoiseSession(TrainingSession):
-    """Training on a part of the noise: timesteps of the upper ("late") or lower ("early") two thirds."""
+    """Training on the upper ("late") or lower ("early") two thirds of the timesteps, or on each as often as min-SNR weighs it ("snr")."""
 
     noise = "all"
 
     def _draw(self) -> Any:
-        batch, total = super()._draw(), self.noise_scheduler.config.num_train_timesteps
-        squeezed = batch.timesteps * 2 // 3
-        return dataclasses.replace(batch, timesteps=squeezed + (total - 2 * total // 3 if self.noise == "late" else 0))
+        batch = super()._draw()
+        return dataclasses.replace(batch, timesteps=squeezed(batch.timesteps, self.noise_scheduler, self.noise))
+
+
+def squeezed(timesteps: Tensor, scheduler: Any, noise: str) -> Tensor:
+    """Timesteps that were drawn alike, as `noise` would draw them."""
+    total = scheduler.config.num_train_timesteps
+    if noise != "snr":
+        return timesteps * 2 // 3 + (total - 2 * total // 3 if noise == "late" else 0)
+    kept = scheduler.alphas_cumprod.double()
+    ratio = kept / (1 - kept)
+    weight = ratio.clamp(max=5) / (ratio + 1 if scheduler.config.prediction_type == "v_prediction" else ratio)
+    cumulative = (weight / weight.sum()).cumsum(0)
+    return torch.searchsorted(cumulative, (timesteps.cpu().double() + 0.5) / total).clamp(max=total - 1).to(timesteps)
 
 
 def concept_of(lab: Lab, target: Target, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
@@ -60,7 +72,7 @@ def concept_of(lab: Lab, target: Target, recipe: Recipe) -> tuple[Path, dict[str
 
 
 def _learn(lab: Lab, target: Target, recipe: Recipe, folder: Path) -> dict[str, Any]:
-    with _session(lab, target, recipe) as session:
+    with session_of(lab, target, recipe) as session:
         memory = saved_bytes(session)
         started = time.process_time()
         while session.step < session.config.steps:
@@ -78,21 +90,26 @@ def _learn(lab: Lab, target: Target, recipe: Recipe, folder: Path) -> dict[str, 
     return {"seconds": seconds, "steps": session.step, "bytes": file.stat().st_size, "trained": trained, "memory": memory, **found}
 
 
-def _session(lab: Lab, target: Target, recipe: Recipe, **changes: Any) -> TrainingSession:
+def session_of(
+    lab: Lab, target: Target, recipe: Recipe, kind: type[TrainingSession] = TrainingSession, *, pipe: Any = None, **changes: Any
+) -> TrainingSession:
+    """A training that is about to begin, of the lab's pipeline or of a copy. changes: of settings, beside the recipe's."""
+    pipe = pipe or lab.pipe
     settings = {"steps": lab.scale.steps, "batch_size": lab.scale.batch, "flip": 0.0, **dict(recipe.settings), **changes}
     config = TrainingConfig(superclass=target.subject.superclass, name=target.name, **settings)
     pictures = read_pictures(
         lab.references(target, recipe.pictures, masks=recipe.masks),
         config,
-        lab.pipe.unet.config.sample_size * lab.pipe.vae_scale_factor,
+        pipe.unet.config.sample_size * pipe.vae_scale_factor,
         None,
         step=4,
     )
     covariance = lab.covariance
     if recipe.covariance == "identity":
         covariance = dataclasses.replace(covariance, matrix=torch.eye(covariance.width, dtype=torch.float64), source="identity")
-    kind = TrainingSession if recipe.noise == "all" else type("Session", (NoiseSession,), {"noise": recipe.noise})
-    return kind(lab.pipe, describe_base(lab.pipe), config, covariance, pictures)
+    if recipe.noise != "all":
+        kind = type("Session", (NoiseSession,), {"noise": recipe.noise})
+    return kind(pipe, describe_base(pipe), config, covariance, pictures)
 
 
 def saved_bytes(session: TrainingSession) -> int:
@@ -119,7 +136,7 @@ def kept_for_backward(run: Any, own: set[int] = frozenset()) -> int:
 
 def learn_for(lab: Lab, steps: int) -> float:
     """Processor seconds of `steps` steps for each picture of a step."""
-    with _session(lab, targets()[0], Recipe(), batch_size=4) as session:
+    with session_of(lab, targets()[0], Recipe(), batch_size=4) as session:
         started = time.process_time()
         for _ in range(steps):
             session.train_step()

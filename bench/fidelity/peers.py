@@ -427,7 +427,7 @@ class Missing(Method):
 
 
 def peers() -> list[Method]:
-    """Everybody. What a recipe's rate is multiplied by for toybox stands beside it."""
+    """Everybody, those that are asked for most first. What a recipe's rate is multiplied by for toybox stands beside it."""
 
     def loha() -> Any:
         from peft import LoHaConfig
@@ -443,12 +443,12 @@ def peers() -> list[Method]:
     return [
         Peer("Textual Inversion", nothing, nothing, nothing, token=True, token_rate=word, combines=True, note=f"AdamW at {word:g}"),
         lora(1e-3),
+        whole(2e-4),
+        custom_diffusion(3e-4, word),
         lora(1e-3, token_rate=word),
         Converted(),
-        custom_diffusion(3e-4, word),
-        whole(2e-4),
-        adapter("LoHa, rank 4", loha, 1e-3),
         adapter("OFT, blocks of 16", oft, 1e-3),
+        adapter("LoHa, rank 4", loha, 1e-3),
         PerfusionPytorch(),
         Missing("SVDiff", "no library of it is published on PyPI"),
     ]

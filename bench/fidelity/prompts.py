@@ -1,4 +1,4 @@
-"""What is asked of a learned word: 23 prompts for one, 8 for two, each with what its picture must show."""
+"""What is asked of a learned word: 23 prompts for one, 8 for two, 8 for three, each with what its picture must show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 from perfusion.demo.instances import Subject
 from perfusion.toybox.words import COLOURS, CONTAINERS, OBJECTS, PATTERNS, RELATIONS, SCENES, STYLES
 
-__all__ = ["Prompt", "pair_prompts", "prompts"]
+__all__ = ["Prompt", "pair_prompts", "prompts", "triple_prompts"]
 
 # kind, text; {} is the learned word, [other] a class that is not the concept's, [colour] and [pattern] what it has not
 SINGLE = (
@@ -44,6 +44,16 @@ PAIRS = (
     "a {} on a {} in a room",
     "a {} next to a {} in a room",
     "a {} on a {} on the beach",
+)
+TRIPLES = (
+    "a {} next to a {} next to a {} on the beach",
+    "a {} on a {} next to a {} in the city",
+    "a {} next to a {} next to a {} at night",
+    "a {} on a {} next to a {} in the snow",
+    "a {} next to a {} next to a {} in a room",
+    "a {} next to a {} on a {} in the forest",
+    "a {} next to a {} next to a {} in the snow",
+    "a {} next to a {} on a {} on the beach",
 )
 
 
@@ -86,6 +96,12 @@ def prompts(subject: Subject, count: int) -> list[Prompt]:
 def pair_prompts(count: int) -> list[Prompt]:
     """The first `count` prompts for two things; {} stands twice."""
     return [Prompt(text, "pair", _surroundings(text)) for text in PAIRS[:count]]
+
+
+def triple_prompts(count: int) -> list[Prompt]:
+    """The first `count` prompts for three things, which the model has never seen in one picture; no relation is asked of three."""
+    asked = [{key: value for key, value in _surroundings(text).items() if key != "relation"} for text in TRIPLES[:count]]
+    return [Prompt(text, "pair", each) for text, each in zip(TRIPLES, asked)]
 
 
 def _surroundings(text: str) -> dict[str, int]:

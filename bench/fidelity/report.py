@@ -1,10 +1,11 @@
-"""Tables of docs/fidelity.md and plots of docs/fidelity/, from rows and nothing else.
+"""Tables of docs/fidelity.md and of README.md, and plots of docs/fidelity/, from rows and nothing else.
 
-    python -m bench.fidelity.report                     # the page and its plots anew, from bench/results/fidelity.jsonl
+    python -m bench.fidelity.report                     # the pages and plots anew, from bench/results/fidelity.jsonl
     python -m bench.fidelity.report --rows FILE         # print the tables of other rows
     python -m bench.fidelity.report --check             # status 1 if page or plots are not of the rows
 
-Rows are those of the weights that were measured last, at the largest scale that has any. A cell is the mean with its 95 % interval. A table
+Rows are those of the weights that were measured last, drawn at the same guidance; each method of a section at the largest scale that
+it was measured at, which stands beside its figures as things × prompts × seeds. A cell is the mean with its 95 % interval. A table
 stands in the page between `<!-- fidelity: SECTION -->` and `<!-- end of fidelity -->`.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import hashlib
 import json
 import re
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +27,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 from bench import rows  # noqa: E402
 from bench.fidelity.judging import spread  # noqa: E402
 from bench.fidelity.scale import SCALES  # noqa: E402
+from bench.fidelity.sections import SECTIONS  # noqa: E402
 
-ROWS, PAGE, PLOTS = ROOT / "bench/results/fidelity.jsonl", ROOT / "docs/fidelity.md", ROOT / "docs/fidelity"
+STORAGE = ROOT / "bench/results/storage.jsonl"
+ROWS, PAGES, PLOTS = ROOT / "bench/results/fidelity.jsonl", (ROOT / "docs/fidelity.md", ROOT / "README.md"), ROOT / "docs/fidelity"
 OURS, OTHERS, INK, GRID = (
     "#0b6e99",
     ("#d9730d", "#6b7a3a", "#8a5a9e", "#b23a48", "#3a8a7a", "#a0764b", "#555555", "#c2185b"),
@@ -38,13 +42,28 @@ PLACE = re.compile(r"(<!-- fidelity: (?P<section>[\w ]+) -->\n).*?(<!-- end of f
 
 
 def current(found: Rows) -> Rows:
-    """Of the weights measured last, at their largest scale; a row made twice counts as it was the last time."""
+    """Of the weights and guidance measured last; of each method and section those of its largest scale; of a row made twice the last."""
+    own = [row for row in found if _weights(row) == _weights(found[-1])]
+    order, best = list(SCALES), {}
+    for row in own:
+        key = row["section"], row["variant"]
+        best[key] = min(best.get(key, len(order)), order.index(row["scale"]))
+    kept = [row for row in own if row["scale"] == order[best[row["section"], row["variant"]]]]
+    sections = {name: number for number, name in enumerate(SECTIONS)}
+    last = {(row["section"], row["variant"], row["subject"]): row for row in kept}
+    return sorted(last.values(), key=lambda row: sections[row["section"]])
+
+
+def _weights(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["toybox"], row["settings"].get("guidance", 4.0)  # rows of before it was kept were drawn at 4
+
+
+def amount(found: Rows) -> str:
+    """How much a row of a table rests on: things (or pairs) × prompts × seeds, and its scale where that is not the page's."""
     if not found:
-        return []
-    own = [row for row in found if row["toybox"] == found[-1]["toybox"]]
-    scale = next(name for name in SCALES if any(row["scale"] == name for row in own))  # largest first
-    last = {(row["section"], row["variant"], row["subject"]): row for row in own if row["scale"] == scale}
-    return list(last.values())
+        return ""
+    said = f"{len(found)} × {found[0]['prompts']} × {found[0]['seeds']}"
+    return said if found[0]["scale"] == "full" else f"{said}, {found[0]['scale']}"
 
 
 def cell(found: Sequence[dict[str, Any]], name: str, percent: bool = True) -> str:
@@ -79,74 +98,154 @@ def concepts(found: Rows) -> str:
     groups, lines = by_variant(found, "concepts"), []
     for row in groups.get("perfusion", []):
         base = next(each for each in groups["superclass words"] if each["subject"] == row["subject"])
-        lines.append([row["subject"], *(cell([row], name) for name in names), cell([base], "text"), size(row["bytes"])])
+        lines.append([row["subject"], amount([row]), *(cell([row], name) for name in names), cell([base], "text"), size(row["bytes"])])
     if len(lines) > 1:
         own, base = groups["perfusion"], groups["superclass words"]
         middle = sorted(spread([row["scores"]["identity"]])[0] for row in own)
-        lines.append(["**all**", *(cell(own, name) for name in names), cell(base, "text"), ""])
+        lines.append(["**all**", amount(own), *(cell(own, name) for name in names), cell(base, "text"), ""])
         lines.append(
-            ["**median, worst**", f"{(middle[(len(middle) - 1) // 2] + middle[len(middle) // 2]) / 2:.2f}, {middle[0]:.2f}", *[""] * 8]
+            ["**median, worst**", "", f"{(middle[(len(middle) - 1) // 2] + middle[len(middle) // 2]) / 2:.2f}, {middle[0]:.2f}", *[""] * 8]
         )
-    return table(["thing", *names, "text, superclass word", "file"], lines)
+    return table(["thing", "n", *names, "text, superclass word", "file"], lines)
 
 
 def variants(found: Rows, section: str) -> str:
     names = ("identity", "text", "own colour", "own pattern")
     groups = by_variant(found, section)
-    own = [row for row in found if row["section"] == "concepts" and row["variant"] == "perfusion"]
-    shown = {row["subject"] for group in groups.values() for row in group}
-    reference = [row for row in own if row["subject"] in shown]
-    lines = (
-        [["**as it is by default**, on all its prompts", *(cell(reference, name) for name in names), size(_mean(reference, "bytes"))]]
-        if reference
-        else []
-    )
-    lines += [[variant, *(cell(group, name) for name in names), size(_mean(group, "bytes"))] for variant, group in groups.items()]
-    return table(["", *names, "file"], lines)
+    reference = default_rows(found, groups)
+    lines = [["**as it is by default**", *_line(reference, names)]] if reference else []
+    lines += [[variant, *_line(group, names)] for variant, group in groups.items()]
+    return table(["", "n", *names, "file"], lines)
+
+
+def _line(group: Rows, names: Sequence[str]) -> list[str]:
+    return [amount(group), *(cell(group, name) for name in names), size(_mean(group, "bytes"))]
+
+
+def default_rows(found: Rows, groups: dict[str, Rows]) -> Rows:
+    """Ours as it is by default on the things of some methods, and where they were measured on the same prompts and seeds."""
+    shown = {row["subject"] for name, group in groups.items() if name != "perfusion" for row in group}
+    for section in ("peers", "concepts"):
+        own = [row for row in found if (row["section"], row["variant"]) == (section, "perfusion") and row["subject"] in shown]
+        if own:
+            return own
+    return []
 
 
 def pairs(found: Rows, section: str) -> str:
-    names = ("both", "identity of the first", "identity of the second", "both and like", "relation", "scene")
-    return table(["", *names], [[variant, *(cell(group, name) for name in names)] for variant, group in by_variant(found, section).items()])
+    groups = by_variant(found, section)
+    names = ("both", "identity of the first", "identity of the second", "identity of the third", "both and like", "relation", "scene")
+    names = [name for name in names if any(name in row["scores"] for group in groups.values() for row in group)]
+    heads = [name.replace("both", "all") if section == "triples" else name for name in names]
+    return table(["", "n", *heads], [[variant, amount(group), *(cell(group, name) for name in names)] for variant, group in groups.items()])
 
 
 def peers(found: Rows) -> str:
     """Everything about everybody, the default of ours among them; absent ones below with the reason."""
     groups, together = by_variant(found, "peers"), by_variant(found, "peer pairs")
-    shown = {row["subject"] for group in groups.values() for row in group}
-    own = [row for row in found if row["section"] == "concepts" and row["variant"] == "perfusion" and row["subject"] in shown]
+    own = default_rows(found, groups)
     lines = []
-    for name, group in {"**perfusion**": own, **groups}.items():
+    for name, group in {"**perfusion**": own, **{name: group for name, group in groups.items() if name != "perfusion"}}.items():
         measured = [row for row in group if "scores" in row]
         if not measured:
             continue
         both = by_variant(found, "pairs").get("local lock, published gates", []) if group is own else together.get(name, [])
         lines.append([
-            name, size(_mean(measured, "bytes")), f"{_mean(measured, 'trained'):,.0f}", f"{_mean(measured, 'seconds'):.0f}",
+            name, amount(measured), size(_mean(measured, "bytes")), f"{_mean(measured, 'trained'):,.0f}",
+            f"{_mean(measured, 'seconds'):.0f}",
             f"{_mean(measured, 'steps'):.0f}", size(_mean(measured, "memory")), cell(measured, "identity"), cell(measured, "text"),
             cell(both, "both and like") or "–",
         ])  # fmt: skip
-    heads = ["", "file", "numbers trained", "processor s", "steps", "memory", "identity", "text", "two in one picture, both like"]
+    heads = ["", "n", "file", "numbers trained", "processor s", "steps", "memory", "identity", "text", "two in one picture, both like"]
     absent = {name: group[0]["absent"] for name, group in groups.items() if "absent" in group[0]}
     notes = [f"- {name}: not measured, {reason}" for name, reason in absent.items()]
     notes += [f"- {name}: {group[0]['note']}" for name, group in groups.items() if group[0].get("note")]
     return "\n".join([table(heads, lines), "", *notes]) if lines else "No rows yet."
 
 
+SHORT = (
+    "Textual Inversion", "LoRA, rank 4", "LoRA, rank 4, and a word (pivotal tuning)", "Custom Diffusion, K and V",
+    "DreamBooth, the whole UNet",
+)  # fmt: skip
+
+
+def in_short(found: Rows) -> str:
+    """Ours and those that everybody knows."""
+    groups, together = by_variant(found, "peers"), by_variant(found, "peer pairs")
+    chosen = {"**perfusion**": default_rows(found, groups), **{name: groups[name] for name in SHORT if name in groups}}
+    lines = []
+    for name, group in chosen.items():
+        both = by_variant(found, "pairs").get("local lock, published gates", []) if "**" in name else together.get(name, [])
+        like = cell(both, "both and like")
+        lines.append([name, amount(group), size(_mean(group, "bytes")), cell(group, "identity"), cell(group, "text"), like or "–"])
+    return table(["", "n", "file", "identity", "text", "two in one picture, both like"], lines)
+
+
 def provenance(found: Rows) -> str:
     if not found:
         return "No rows yet."
-    one, settings = found[0], found[0]["settings"]
-    things = len({row["subject"] for row in found if row["section"] == "concepts"})
+    lines = []
+    for scale in (name for name in SCALES if any(row["scale"] == name for row in found)):
+        one = next(row["settings"] for row in found if row["scale"] == scale)
+        lines.append(
+            f"`{scale}`: trainings of {one['steps']} steps of {one['batch']}, pictures in {one['sampling_steps']} steps at guidance "
+            f"{one.get('guidance', 4.0):g}, in {one.get('drawn_in', 'float32')}"
+        )
+    pictures = sum(row["prompts"] * row["seeds"] for row in found if "scores" in row)
     return (
-        f"Weights `{one['toybox']}`, scale `{one['scale']}`: {things} things × {one['prompts']} prompts × {one['seeds']} seeds, ablations "
-        f"and peers {settings['subset_subjects']} × {settings['subset_prompts']} × {settings['subset_seeds']}, pairs × "
-        f"{settings['pair_prompts']} prompts; "
-        f"trainings of {settings['steps']} steps of {settings['batch']}, pictures in {settings['sampling_steps']} steps."
+        f"Weights `{found[0]['toybox']}`; {'; '.join(lines)}. {pictures:,} pictures. *n* is things (or pairs) × prompts × seeds of each "
+        f"row{', at scale `full` where it names no other' if len(lines) > 1 else ''}."
     )
 
 
-TABLES = {"concepts": concepts, "peers": peers, "provenance": provenance}
+def goals(found: Rows) -> str:
+    """What was to be reached, what was measured, and on how much; a goal counts as held by the mean, the interval stands beside it."""
+    lines = []
+    own, base = (by_variant(found, "concepts").get(name, []) for name in ("perfusion", "superclass words"))
+    base = [row for row in base if row["subject"] in {each["subject"] for each in own}]
+
+    def goal(text: str, figure: str, held: bool, group: Rows) -> None:
+        lines.append([text, figure, "yes" if held else "**no**", amount(group)])
+
+    if own and base:
+        each = sorted((spread([row["scores"]["identity"]])[0], row["subject"]) for row in own)
+        middle = statistics.median(value for value, _ in each)
+        goal("identity of the median thing ≥ 0.75", f"{middle:.2f}", middle >= 0.75, own)
+        goal("identity of the worst thing ≥ 0.6", f"{each[0][0]:.2f} ({each[0][1]})", each[0][0] >= 0.6, own)
+        for name in ("object", "scene"):
+            plain = {row["subject"]: spread([row["scores"][name]])[0] for row in base}
+            shares = [spread([row["scores"][name]])[0] / plain[row["subject"]] for row in own]
+            share = statistics.median(shares)
+            goal(f"{name} ≥ 0.95 of the superclass word's, median thing", f"{share:.2f} (worst {min(shares):.2f})", share >= 0.95, own)
+    two = by_variant(found, "pairs").get("local lock, published gates", [])
+    if two:
+        both = spread([row["scores"]["both"] for row in two])[0]
+        goal("two in one picture: both seen ≥ 0.9", cell(two, "both"), both >= 0.9, two)
+        likes = [(spread([row["scores"][f"identity of the {place}"]])[0]) for row in two for place in ("first", "second")]
+        means = [spread([row["scores"][f"identity of the {place}"] for row in two])[0] for place in ("first", "second")]
+        figure = f"{means[0]:.2f} and {means[1]:.2f} (lowest of any thing in a pair {min(likes):.2f})"
+        goal("two in one picture: identity of each ≥ 0.6", figure, min(means) >= 0.6, two)
+    groups = by_variant(found, "peers")
+    ours = default_rows(found, groups)
+    for name in ("LoRA, rank 4", "Textual Inversion"):
+        if ours and name in groups:
+            (a, b), (c, d) = (
+                [spread([row["scores"][kind] for row in group])[0] for kind in ("identity", "text")] for group in (ours, groups[name])
+            )
+            held = a >= c and b >= d and (a > c or b > d)
+            goal(f"ahead of {name} in identity and text", f"{a:.2f}, {b:.2f} against {c:.2f}, {d:.2f}", held, groups[name])
+    lines.append(["file ≤ 1/30 of a LoRA's of rank 4 at Stable Diffusion 1.5's shapes", *_file_sizes()])
+    return table(["goal", "measured", "held", "n"], lines)
+
+
+def _file_sizes() -> list[str]:
+    """Of bench/results/storage.jsonl, which the real libraries wrote."""
+    kept = {row["provider"]: row["file_bytes"] for row in rows.read(STORAGE) if row["case"] == "sd15"}
+    ours, lora = kept["perfusion"], kept["LoRA, rank 4"]
+    return [f"{size(ours)} against {size(lora)}, 1/{lora / ours:.0f}", "yes" if lora >= 30 * ours else "**no**", "files"]
+
+
+TABLES = {"concepts": concepts, "peers": peers, "provenance": provenance, "goals": goals, "in short": in_short}
 
 
 def text_of(section: str, found: Rows) -> str:
@@ -154,7 +253,7 @@ def text_of(section: str, found: Rows) -> str:
         return TABLES[section](found)
     if not by_variant(found, section):
         return "Not measured yet at this scale."
-    return pairs(found, section) if "pairs" in section else variants(found, section)
+    return pairs(found, section) if "pairs" in section or section == "triples" else variants(found, section)
 
 
 def _mean(found: Rows, name: str) -> float:
@@ -272,11 +371,11 @@ def examples(found: Rows, work: Path, path: Path) -> bool:
     return True
 
 
-def stale(found: Rows, page: Path = PAGE, folder: Path = PLOTS) -> list[str]:
+def stale(found: Rows, pages: Sequence[Path] = PAGES, folder: Path = PLOTS) -> list[str]:
     """Names of what is not of these rows."""
     from PIL import Image
 
-    names = [page.name] if refreshed(page.read_text(encoding="utf-8"), found) != page.read_text(encoding="utf-8") else []
+    names = [page.name for page in pages if refreshed(page.read_text(encoding="utf-8"), found) != page.read_text(encoding="utf-8")]
     for name in PLOTTED:
         path = folder / f"{name}.png"
         if not path.exists() or Image.open(path).text.get("rows") != digest(found, name):
@@ -303,11 +402,12 @@ def main(arguments: list[str] | None = None) -> int:
         for section in dict.fromkeys(["provenance", *(row["section"] for row in found)]):
             print(f"**{section}**\n\n{text_of(section, found)}\n")
         return 0
-    PAGE.write_text(refreshed(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(refreshed(page.read_text(encoding="utf-8"), found), encoding="utf-8")
     draw(found, PLOTS)
     if not examples(found, options.work, PLOTS / "examples.png"):
         print(f"docs/fidelity/examples.png is as it was: not every method has a sheet in {options.work}.")
-    print(f"{PAGE.relative_to(ROOT)}, {', '.join(f'docs/fidelity/{name}.png' for name in PLOTTED)}: {provenance(found)}")
+    print(f"{', '.join(page.name for page in PAGES)}, {', '.join(f'docs/fidelity/{name}.png' for name in PLOTTED)}: {provenance(found)}")
     return 0
 
 

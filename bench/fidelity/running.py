@@ -16,7 +16,7 @@ from bench.fidelity import judging
 from bench.fidelity.lab import Lab
 from bench.fidelity.methods import Base, Learned, Method
 from bench.fidelity.peers import Absent
-from bench.fidelity.prompts import Prompt, pair_prompts, prompts
+from bench.fidelity.prompts import Prompt, pair_prompts, prompts, triple_prompts
 from bench.fidelity.sections import Job
 from bench.fidelity.subjects import targets
 
@@ -104,7 +104,7 @@ def _each(lab: Lab, method: Method, learned: Sequence[Learned], texts: list[tupl
 
 def base_pictures(lab: Lab, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
     """Pictures of the model as it is, each drawn once and kept."""
-    folder = lab.work / "base" / f"{lab.scale.sampling_steps}"
+    folder = lab.work / "base" / f"{lab.scale.sampling_steps}-{lab.scale.guidance:g}-{lab.scale.drawn_in}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{zlib.crc32(text.encode()):08x}-{seed:08x}.pt" for text, seed in zip(texts, seeds)]
     needed = [number for number, path in enumerate(paths) if not path.exists()]
@@ -134,23 +134,23 @@ def _alone(lab: Lab, job: Job) -> list[dict[str, Any]]:
 
 
 def _pair(lab: Lab, job: Job) -> list[dict[str, Any]]:
-    asked, seeds = _grid(pair_prompts(job.prompts), job.seeds)
+    asked, seeds = _grid((pair_prompts if len(job.targets) == 2 else triple_prompts)(job.prompts), job.seeds)
     words = [target.subject.superclass for target in job.targets]
     base = base_pictures(lab, [prompt.text.format(*words) for prompt in asked], seeds)
     learned = [job.method.learn(lab, target) for target in job.targets]
     images = base
     if not isinstance(job.method, Base):
         with job.method.applied(lab, learned) as applied:
-            images = lab.draw([applied.prompt(prompt.text, 0, 1) for prompt in asked], seeds, applied.pipe)
+            images = lab.draw([applied.prompt(prompt.text, *range(len(learned))) for prompt in asked], seeds, applied.pipe)
     scores = {}
-    for place, one in zip(("first", "second"), learned):
+    for place, one in zip(("first", "second", "third"), learned):
         own, low = (judging.similarities(lab.judge, one.target.subject, asked, pictures) for pictures in (images, base))
         scores[f"identity of the {place}"] = judging.identities(lab.judge, one.target.subject, asked, own, low)
     scores |= judging.check(lab.judge, words, asked, images)
     scores["both"] = scores.pop("object")
-    each = zip(scores["both"], scores["identity of the first"], scores["identity of the second"])
-    scores["both and like"] = [float(bool(seen) and min(first, second) >= 0.5) for seen, first, second in each]
-    lab.sheet(f"{job.section}, {job.method.name}, {words[0]} + {words[1]}".replace("/", "-"), images, job.seeds * 4)
+    each = zip(scores["both"], *(values for name, values in scores.items() if name.startswith("identity of")))
+    scores["both and like"] = [float(bool(seen) and min(like) >= 0.5) for seen, *like in each]
+    lab.sheet(f"{job.section}, {job.method.name}, {names_of(job)[0]}".replace("/", "-"), images, job.seeds * 4)
     facts = {name: sum(one.facts[name] for one in learned) for name in ("seconds", "bytes")}
     return [{"subject": names_of(job)[0], "scores": judging.rounded(scores), **_facts(facts)}]
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from bench.fidelity.extensions import Extended, Extension
 from bench.fidelity.learning import Recipe
 from bench.fidelity.methods import Base, Method, Ours
 from bench.fidelity.peers import peers
@@ -14,13 +15,17 @@ from bench.fidelity.subjects import Target, targets
 
 __all__ = ["SECTIONS", "Job", "jobs"]
 
+NOISE = {"late": "the upper two thirds", "early": "the lower two thirds", "snr": "min-SNR's weights, γ = 5"}
 BIASES = (0.7, 0.9, 0.3, 0.5, 0.8, 0.6, 0.4, 1.0, 0.2)  # in the order in which a smaller scale takes them
-SECTIONS = ("concepts", "bias", "pairs", "peers", "peer pairs", "training", "lag", "layers", "pictures")
+SECTIONS = (  # in the order in which they are worth most
+    "concepts", "peers", "pairs", "peer pairs", "bias", "layers", "training", "pictures", "lag", "extensions", "triples",
+)  # fmt: skip
+
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One method on things, each alone, or on one pair of them. Makes one row a thing, or one of the pair."""
+    """One method on things, each alone, or on two or three of them in one picture (`pair`). Makes one row a thing, or one of all."""
 
     section: str
     method: Method
@@ -50,16 +55,34 @@ def variants(scale: Scale) -> dict[str, list[Method]]:
             train("i* a moving mean, 0.9 a step", ema_decay=0.9),
         ],
         "training": [
-            train("keys trained", key_lock=False),
             Ours("global key lock", settings={"key_lock": "global"}),
+            Ours("gates by word", settings={"gate": "word"}),
+            *([] if few else [Ours("by hand: strength 0.85, β 0.8, τ 0.2", settings={"strength": 0.85, "bias": 0.8, "temperature": 0.2})]),
+            train("keys trained", key_lock=False),
             train("no masks", masks=False),
             train("C the identity", covariance="identity"),
             train("calibrated", calibrated=True),
-            train("the word at 0.02 instead of 0.006", word_learning_rate=0.02),
+            *([] if few else [train("400 steps of 16, the default of `perfusion train`", steps=400, batch_size=16)]),
             *([] if few else [train(f"trained at β = {bias:g}", bias=bias) for bias in (0.5, 0.6, 0.9)]),
             *([] if few else [train(f"trained at τ = {value:g}", temperature=value) for value in (0.05, 0.15, 0.3)]),
-            *([] if few else [train(f"timesteps: {noise} two thirds", noise=noise) for noise in ("late", "early")]),
-            *([] if few else [Ours("by hand: strength 0.85, β 0.8, τ 0.2", settings={"strength": 0.85, "bias": 0.8, "temperature": 0.2})]),
+            train("the word at 0.02 instead of 0.006", word_learning_rate=0.02),
+            *([] if few else [train(f"timesteps: {NOISE[noise]}", noise=noise) for noise in NOISE]),
+        ],
+        "extensions": [
+            Extended("values of rank 2", Extension(rank=2)),
+            Extended("values of rank 4", Extension(rank=4)),
+            Extended("two vectors a word", Extension(words=2)),
+            Extended("four vectors a word", Extension(words=4)),
+            Extended("values learn from late timesteps only", Extension(value_noise="late")),
+            Extended("values learn from early timesteps only", Extension(value_noise="early")),
+            Extended("β of coarse layers 0.5, of fine ones 0.7", Extension(biases=(0.5, 0.7))),
+            Extended("β of coarse layers 0.7, of fine ones 0.5", Extension(biases=(0.7, 0.5))),
+        ],
+        "triples": [
+            Ours("local lock, published gates"),
+            Ours("gates by word", settings={"gate": "word"}),
+            Ours("global lock", settings={"key_lock": "global"}),
+            Ours("approximate composition", approximate=True),
         ],
         "pictures": [train(f"{count} picture{'s' * (count > 1)}", pictures=count) for count in (1, 5, 3, 7, 2, 4, 6)[:ladder]],
         "layers": [
@@ -88,23 +111,27 @@ def pairs(scale: Scale) -> list[tuple[Target, Target]]:
     return found[: scale.pairs]
 
 
+def triples(scale: Scale) -> list[tuple[Target, ...]]:
+    """Threes of things of different classes, for each of `pairs` that has a third within reach."""
+    every = targets()[: max(scale.subjects, 3)]
+    found = [each for each in zip(every, every[1:], every[2:]) if len({one.subject.superclass for one in each}) == 3]
+    return found[: max(1, scale.pairs // 2)]
+
+
 def jobs(scale: Scale, sections: tuple[str, ...] = SECTIONS) -> Iterator[Job]:
-    """In the order in which they are worth most."""
+    """One row each, in the order of SECTIONS: whatever stops the lab, what is worth most is there."""
     everything, subset = targets()[: scale.subjects], targets()[: scale.subset_subjects]
-    many, some = (scale.prompts, scale.seeds), (scale.subset_prompts, scale.subset_seeds)
     ours = variants(scale)
-    for section in sections:
-        if section == "concepts":
-            yield Job(section, Base(), everything, *many)
-            yield Job(section, Ours("perfusion"), everything, *many)
-        elif section in ("pairs", "peer pairs"):
-            rivals = [method for method in peers() if method.combines] if section == "peer pairs" else [Base(), *ours["pairs"]]
+    for section in sorted(sections, key=SECTIONS.index):
+        if section in ("pairs", "peer pairs", "triples"):
+            rivals = [method for method in peers() if method.combines] if section == "peer pairs" else [Base(), *ours[section]]
             for method in rivals:
-                for pair in pairs(scale):
-                    yield Job(section, method, pair, scale.pair_prompts, scale.subset_seeds, pair=True)
-        elif section == "peers":
-            for method in peers():
-                yield Job(section, method, subset, *some)
-        else:
-            for method in ours[section]:
-                yield Job(section, method, subset, *some)
+                for several in triples(scale) if section == "triples" else pairs(scale):
+                    yield Job(section, method, several, scale.pair_prompts, scale.subset_seeds, pair=True)
+            continue
+        own = section == "concepts"
+        rivals = [Base(), Ours("perfusion")] if own else [Ours("perfusion"), *peers()] if section == "peers" else ours[section]
+        amount = (scale.prompts, scale.seeds) if own else (scale.subset_prompts, scale.subset_seeds)
+        for method in rivals:
+            for target in everything if own else subset:
+                yield Job(section, method, (target,), *amount)

@@ -139,7 +139,7 @@ register(
 # ChatGLM3-6B's states, projected to the width that XL's layers read
 register(Family("kolors", "Kolors", (4096,), _ONE, 2048, "text_time", 1024, "kolors", 3 * 2**16, guidance_scale=5.0))
 # the model that comes with the package; its colours burn out at the guidance of the large ones
-register(Family("toybox", "toybox", (96,), _ONE, 96, None, 128, "toybox", 2**12, steps=25, guidance_scale=4.0))
+register(Family("toybox", "toybox", (96,), _ONE, 96, None, 128, "toybox", 2**12, steps=25, guidance_scale=2.5))
 
 CUSTOM = Family("custom", "a custom model", (), _TWO, None, None, None, "custom", None, embeddings=FAMILIES["sdxl"].embeddings)
 

@@ -8,10 +8,11 @@ import torch
 
 from bench import rows
 from bench.fidelity import judging, report, running
+from bench.fidelity.extensions import Extended, Extension
 from bench.fidelity.lab import Lab, folder_of
-from bench.fidelity.learning import Recipe
+from bench.fidelity.learning import Recipe, squeezed
 from bench.fidelity.methods import Base, Learned, Ours, overlaps_ignored
-from bench.fidelity.prompts import Prompt, pair_prompts, prompts
+from bench.fidelity.prompts import Prompt, pair_prompts, prompts, triple_prompts
 from bench.fidelity.real import LISTING, Scorer, ceiling, main, read_listing
 from bench.fidelity.scale import SCALES
 from bench.fidelity.sections import SECTIONS, Job, jobs, pairs
@@ -56,6 +57,7 @@ def test_a_prompt_asks_for_what_it_says(target):
         if "pattern" in prompt.asked:
             assert PATTERNS[prompt.asked["pattern"]] in words and PATTERNS[prompt.asked["pattern"]] != target.subject.pattern
     assert all(each.text.count("{}") == 2 and each.asked["relation"] for each in pair_prompts(8))
+    assert all(each.text.count("{}") == 3 and "relation" not in each.asked for each in triple_prompts(8))
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,27 @@ def test_rows_are_made_once_and_resume(lab, tmp_path):
     assert "| teapot |" in tables and "| **all** |" in tables
 
 
+def test_tables_say_how_much_each_row_rests_on():
+    """Each method at its largest scale; other weights and another guidance are left out; of a row made twice the last counts."""
+
+    def row(variant, scale, identity, *, subject="teddy", guidance=2.5, toybox="new"):
+        scores = {"identity": [identity] * 2, "text": [1.0] * 2}
+        kept = {"steps": 1, "batch": 1, "sampling_steps": 1, "guidance": guidance}
+        facts = {"subject": subject, "prompts": 2, "seeds": 1, "bytes": 9, "settings": kept}
+        return {"section": "peers", "variant": variant, "scale": scale, "toybox": toybox, "scores": scores, **facts}
+
+    found = report.current([
+        row("perfusion", "full", 0.1, toybox="old"), row("perfusion", "full", 0.2, guidance=4.0), row("LoRA, rank 4", "small", 0.3),
+        row("perfusion", "small", 0.4), row("perfusion", "full", 0.5), row("perfusion", "full", 0.6),
+        row("perfusion", "full", 0.6, subject="teapot"),
+    ])  # fmt: skip
+    assert [(each["variant"], each["scores"]["identity"][0]) for each in found] == [("LoRA, rank 4", 0.3), ("perfusion", 0.6), ("perfusion", 0.6)]
+    short = report.text_of("in short", found)
+    assert "| **perfusion** | 1 × 2 × 1 |" in short and "| LoRA, rank 4 | 1 × 2 × 1, small |" in short  # on the things that they share
+    held = report.text_of("goals", found)
+    assert "| ahead of LoRA, rank 4 in identity and text | 0.60, 1.00 against 0.30, 1.00 | yes |" in held
+
+
 def test_a_picture_does_not_depend_on_what_shares_its_batch(lab):
     texts, seeds = ["a teddy on the beach", "a red car at night", "a mug in a room"], [5, 6, 7]
     together = lab.draw(texts, seeds)
@@ -145,6 +168,47 @@ def test_scaled_layers_are_drawn(lab):
         with method.applied(lab, [method.learn(lab, target)]) as applied:
             images.append(lab.draw([applied.prompt("a {} on the beach", 0)], [1]))
     assert torch.equal(images[0], images[1]) and not torch.allclose(images[0], images[2], atol=1e-2)
+
+
+def test_extensions_are_learned_and_drawn(lab):
+    """Nothing extended is our concept as the engine draws it; each extension trains more, or draws otherwise."""
+    target, texts = targets()[0], ["a {} on the beach", "a {} at night"]
+
+    def drawn(method):
+        learned = method.learn(lab, target)
+        with method.applied(lab, [learned]) as applied:
+            return lab.draw([applied.prompt(text, 0) for text in texts], [1, 2], applied.pipe), learned.facts
+
+    own, facts = drawn(Ours("perfusion"))
+    for more, changes in (
+        (0, {}), (0, {"biases": (0.7, 0.7)}), (0, {"biases": (0.2, 1.0)}), (96, {"words": 2}), (896, {"rank": 2}), (0, {"value_noise": "late"}),
+    ):  # fmt: skip
+        images, found = drawn(Extended("extended", Extension(**changes)))
+        away = (images - own).abs().max()
+        if changes in ({}, {"biases": (0.7, 0.7)}):
+            plain = away
+            assert plain < 4e-3  # the half precision of a file
+        else:
+            assert away > plain, changes
+        assert found["trained"] == facts["trained"] + more
+        assert found["bytes"] == facts["bytes"] + 2 * more
+
+
+def test_noise_of_a_training_is_drawn_as_it_says():
+    scheduler = lab_scheduler()
+    even = torch.arange(1000)
+    assert squeezed(even, scheduler, "late").min() >= 333 and squeezed(even, scheduler, "early").max() <= 666
+    counted = torch.bincount(squeezed(even.repeat(200), scheduler, "snr"), minlength=1000).double()
+    ratio = scheduler.alphas_cumprod.double() / (1 - scheduler.alphas_cumprod.double())
+    weight = ratio.clamp(max=5) / (ratio + 1)
+    share = (weight / weight.sum()).view(10, 100).sum(1)
+    assert torch.allclose(counted.view(10, 100).sum(1) / counted.sum(), share, atol=0.01)
+
+
+def lab_scheduler():
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
 
 
 def test_every_peer_learns_draws_and_says_what_it_costs(lab):

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from perfusion_kernels import BackendUnavailable, check_device, concept_gates, e
 from perfusion_kernels.schemas import SCHEMAS
 
 from . import cases, cuda_on_host, plain
+from .test_floor import gradients
 from .tolerance import assert_no_worse, exactly
 
 NOT_YET = ()
@@ -140,6 +142,19 @@ def test_a_device_reports_an_index_out_of_range(operator, backend, device):
         with pytest.raises(RuntimeError, match="^kernels on .* out of range: index: a row named a concept outside of the bank"):
             check_device(device)
         check_device(device)  # said once
+
+
+@pytest.mark.parametrize("operator, backend, device", KERNELS)
+def test_gradients_of_an_index_out_of_range(operator, backend, device):
+    """Those of an absent place."""
+    case = cases.make(J=2, S=5, T=5, D=6, H=1, N=3, device=device, backend=backend)
+    found = []
+    for slot in (5, -2, -1):
+        index = case.index.clone()
+        index[1, 0] = slot
+        found.append(gradients(operator, replace(case, index=index), backend))
+    forget(device)
+    assert all(map(torch.equal, found[0], found[2])) and all(map(torch.equal, found[1], found[2]))
 
 
 @pytest.mark.parametrize("backend, device", [run for run in RUNS["edited_attention"] if run[0] not in (None, "reference")])

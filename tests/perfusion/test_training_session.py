@@ -1,6 +1,7 @@
 """perfusion.training.session: the start, one step against eq. 3 of arXiv 2305.01644 written out, and the known mistakes."""
 
 import contextlib
+import dataclasses
 import zlib
 
 import pytest
@@ -227,8 +228,26 @@ def test_half_precision_trains_in_float32_with_an_exact_metric(folder, dtype):
         assert measures.gradient_norm > 0 and 0 < measures.gate_off_word < measures.gate_on_word < 1
         assert all(tensor.dtype == torch.float32 for tensor in session.state().values())
         concept = session.concept()
-    exact = torch.linalg.solve(session.covariance.matrix, session.target.double())
+    exact = torch.linalg.solve(session.covariance.matrix, concept.target.double())
     torch.testing.assert_close(concept.metric_target.double(), exact / exact.abs().max(), rtol=1e-6, atol=1e-7)
+
+
+def test_the_target_of_a_concept_does_not_lag_behind_its_word(folder):
+    """Its component at its own word is 1, in the mean of the captions, however far the running mean is behind."""
+    with session_on(tiny_sd(), folder, word_learning_rate=0.05, ema_decay=0.99) as session:
+        for _ in range(8):
+            session.train_step()
+        behind = dataclasses.replace(
+            session.concept(), target=session.target.clone(), metric_target=session.covariance.metric_targets(session.target)
+        )
+        captions = sorted(session._places)
+        with torch.no_grad():
+            at_word = session._read(captions)[0][torch.arange(len(captions)), session._places_of(captions)]
+        before = session.target.clone()
+        concept = session.concept()
+        assert torch.equal(session.target, before)  # the training goes on as it would have
+    assert concept.similarity(at_word).mean().item() == pytest.approx(1, abs=1e-4)
+    assert abs(behind.similarity(at_word).mean().item() - 1) > 0.02
 
 
 def test_training_uses_the_noise_of_the_model_not_of_the_sampler(folder):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from perfusion.toybox import train
+from perfusion.toybox import ablate, train
 from perfusion.toybox.model import LATENT_CHANNELS, build_tokenizer, vocabulary
+from perfusion.toybox.recipe import stage
 from perfusion.toybox.render import render
 from perfusion.toybox.vae import PatchAutoencoder
 from perfusion.toybox.world import sample_pictures
@@ -62,17 +63,17 @@ RECIPE += ["--denoiser-steps", "4", "--annealing-steps", "2"]
 
 def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
     """Interrupted between two checkpoints and run again, it goes on from the first and ends where it would have ended."""
-    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    monkeypatch.setattr(stage, "SAVE_EVERY", 2)
     monkeypatch.setattr(train, "COVARIANCE_CAPTIONS", 200)
-    average, steps = train.Stage._average, []
+    average, steps = stage.Stage._average, []
 
-    def counting(stage):
-        steps.append((stage.name, stage.step))
+    def counting(self):
+        steps.append((self.name, self.step))
         if len(steps) == stop_at:
             raise InterruptedError
-        average(stage)
+        average(self)
 
-    monkeypatch.setattr(train.Stage, "_average", counting)
+    monkeypatch.setattr(stage.Stage, "_average", counting)
 
     def run(name):
         steps.clear()
@@ -87,7 +88,7 @@ def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
         files = {path.relative_to(folder): load_file(path) for path in folder.rglob("*.safetensors")}
         return {path: {name: tensor.numpy().tobytes() for name, tensor in tensors.items()} for path, tensors in files.items()}
 
-    whole = [(stage, step) for stage in ("autoencoder", "text", "judge") for step in (1, 2)]
+    whole = [(part, step) for part in ("autoencoder", "text", "judge") for step in (1, 2)]
     whole += [("denoiser", step) for step in (1, 2, 3, 4)] + [("denoiser-annealed-2", step) for step in (1, 2)]
     stop_at = None
     run("whole")
@@ -116,3 +117,20 @@ def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
     after = weights("more")
     assert after.keys() == before.keys()
     assert {str(path.parent) for path in after if after[path] != before[path]} == {"unet"}
+
+
+@pytest.mark.proof
+def test_ablations_run_and_resume(tmp_path):
+    """Of the shipped model: a row for each choice, and a second run trains nothing again."""
+    options = ["--pictures", "256", "--steps", "4", "--autoencoder-steps", "2", "--samples", "2"]
+    for name in ("first", "second"):
+        ablate.main(["--work", str(tmp_path / "work"), "--output", str(tmp_path / name), *options])
+    rows, again = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("first", "second"))
+    assert [(row["choice"], row["variant"], row["steps"]) for row in rows] == [
+        ("latents", "16×16×4", 2), ("latents", "16×16×8", 2), ("steps", "as shipped", 1), ("steps", "as shipped", 2),
+        ("captions and pictures", "as shipped", 4), ("captions and pictures", "mirrored", 4),
+        ("captions and pictures", "patterns unsaid in 30 %", 4),
+    ]  # fmt: skip
+    assert [row["psnr"] for row in again[:2]] == [row["psnr"] for row in rows[:2]]
+    log = [json.loads(line)["step"] for line in (tmp_path / "work" / "ablation-as" / "log.jsonl").read_text().splitlines()]
+    assert log == [1, 2, 4]

@@ -8,13 +8,12 @@ from typing import Annotated, Optional
 import typer
 
 from perfusion.cli.checks import check_device
-from perfusion.training_config import TrainingConfig
 
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("perfusion-demo"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the folder holds of an earlier demo.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each concept.")] = TrainingConfig.steps,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each concept.")] = 250,
     samples: Annotated[int, typer.Option(min=6, help="Pictures that each score is taken over.")] = 24,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, mps; by default CUDA where there is one.")] = None,
 ) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from perfusion.pictures import open_picture
 from perfusion.studio.painting import overlay, painted_mask, png
-from perfusion.studio.shared import BUTTONS, Shared, decode, guarded, seed_box, seed_of
+from perfusion.studio.shared import BUTTONS, Shared, decode, guarded, seed_box, seed_of, shown_gallery, shown_picture
 from perfusion.training_config import TrainingConfig
 
 __all__ = ["build"]
@@ -49,16 +49,7 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
                 files = gr.File(
                     label="Upload masks", elem_id="mask-files", file_count="multiple", file_types=["image"], type="filepath", height=120
                 )
-            checked = gr.Gallery(
-                label="What is learned",
-                columns=4,
-                height="auto",
-                fit_columns=False,
-                buttons=BUTTONS,
-                format="png",
-                interactive=False,
-                elem_id="checked",
-            )
+            checked = shown_gallery("What is learned", elem_id="checked")
         with gr.Column(min_width=280):
             with gr.Row():
                 steps = gr.Slider(10, 5000, TrainingConfig.steps, step=10, label="Steps", elem_id="steps")
@@ -77,7 +68,7 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
                 job = gr.Dropdown([], label="Jobs", interactive=True, filterable=False, elem_id="jobs", scale=3)
                 watch, resume = gr.Button("Watch", size="sm", min_width=70), gr.Button("Go on", size="sm", min_width=70)
             progress = gr.HTML(elem_id="progress")
-            preview = gr.Image(label="Preview", type="pil", format="png", interactive=False, elem_id="preview", buttons=BUTTONS)
+            preview = shown_picture("Preview", "preview")
 
     @guarded
     def choose(items: list | None, masks: dict, event: gr.SelectData) -> tuple[Any, str]:

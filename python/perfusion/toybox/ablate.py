@@ -1,7 +1,7 @@
 """What the choices of the recipe are worth: `python -m perfusion.toybox.ablate --work DIR --output ROWS.jsonl`.
 
-Short trainings with one choice undone, scored by the finished model's judge. `--work` is the folder of a finished recipe, whose pictures,
-autoencoder, text encoder and judge are read; each training has a folder of its own inside it and is resumed when run again.
+Short trainings with one choice undone, scored by the finished model's judge; autoencoder and text encoder are the finished model's too. The
+recipe's pictures are in `--work`, or rendered into it; each training has a folder of its own there and is resumed when run again.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perfusion.models import load_pipeline
+
 from .judge import load_judge
 from .model import LATENT_CHANNELS, build_pipeline
-from .score import score_base
-from .train import PICTURES_SEED, make_latents, make_pictures, train_autoencoder, train_denoiser, train_text_encoder
+from .recipe.autoencoder import train_autoencoder
+from .recipe.denoiser import train_denoiser
+from .recipe.pictures import PICTURES_SEED, make_latents, make_pictures
+from .score import GUIDANCE, WEIGHTS, score_base
 from .words import PATTERNS
 
 CHANNELS = (4, LATENT_CHANNELS)
@@ -70,14 +74,16 @@ def _seconds(started: float) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m perfusion.toybox.ablate", description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="the folder of a finished recipe")
+    parser.add_argument("--work", type=Path, required=True, help="the recipe's pictures, and what is trained; run again to resume")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the finished model, a pipeline's folder with its judge")
     parser.add_argument("--output", type=Path, required=True, help="rows are added here, one JSON object a line")
     parser.add_argument("--pictures", type=int, default=61_440, help="as many as the recipe had")
-    parser.add_argument("--steps", type=int, default=1500, help="of the UNet, 32 pictures each")
+    parser.add_argument("--steps", type=int, default=1000, help="of the UNet, 32 pictures each")
     parser.add_argument("--autoencoder-steps", type=int, default=900, help="16 pictures each")
-    parser.add_argument("--samples", type=int, default=96, help="pictures of each kind in a score")
+    parser.add_argument("--samples", type=int, default=64, help="pictures of each kind in a score")
     options = parser.parse_args(arguments)
     work = options.work
+    work.mkdir(parents=True, exist_ok=True)
     paths = make_pictures(work, options.pictures, PICTURES_SEED)
 
     def keep(row: dict[str, Any]) -> None:
@@ -92,15 +98,23 @@ def main(arguments: list[str] | None = None) -> None:
         vae = train_autoencoder(folder, "cpu", options.autoencoder_steps, paths[:40], channels=channels)
         row = {"choice": "latents", "variant": f"16×16×{channels}", "steps": options.autoencoder_steps, "seconds": _seconds(started)}
         keep(row | restoration(vae, held_out["images"], held_out["masks"]))
-    vae = train_autoencoder(work, "cpu", 0, [])
-    tokenizer, encoder = train_text_encoder(work, "cpu", 0)
-    judge, data = load_judge(work / "judge.safetensors"), make_latents(work, "cpu", vae, paths)
+    pipe, judge = load_pipeline(options.weights, device="cpu", dtype=torch.float32), load_judge(options.weights / "judge.safetensors")
+    vae, tokenizer, encoder = pipe.vae, pipe.tokenizer, pipe.text_encoder
+    data = make_latents(work, "cpu", vae, paths)
     for name, change in VARIANTS.items():
         folder, started = work / f"ablation-{name.split()[0]}", time.monotonic()
         folder.mkdir(exist_ok=True)
-        unet = train_denoiser(folder, "cpu", options.steps, change(data, vae, paths), tokenizer, encoder)
-        row = {"choice": "captions and pictures", "variant": name, "steps": options.steps, "seconds": _seconds(started)}
-        keep(row | score_base(build_pipeline(vae, encoder, tokenizer, unet), judge, options.samples))
+        changed = change(data, vae, paths)
+        for steps in _stages(options.steps) if change is as_shipped else (options.steps,):
+            unet = train_denoiser(folder, "cpu", steps, changed, tokenizer, encoder)
+            row = {"choice": "captions and pictures" if steps == options.steps else "steps", "variant": name, "steps": steps}
+            row |= {"seconds": _seconds(started), "samples": options.samples, "guidance": GUIDANCE}
+            keep(row | score_base(build_pipeline(vae, encoder, tokenizer, unet), judge, options.samples))
+
+
+def _stages(steps: int) -> tuple[int, ...]:
+    """Where the recipe's own training is looked at on its way: a quarter, a half and all of its steps."""
+    return steps // 4, steps // 2, steps
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from .words import COLOURS, OBJECTS, PATTERNS, RELATIONS, SCENES, SIZES, STYLE_F
 from .world import Phrase, Pictures, caption, sample_pictures, with_article
 
 WEIGHTS = Path(__file__).parent / "weights"
-STEPS, GUIDANCE = 25, 4.0  # what toybox pictures are drawn with
+STEPS, GUIDANCE = 25, 2.5  # what toybox pictures are drawn with
 
 
-def draw(pipe: Any, prompts: list[str], *, seed: int = 0, batch: int = 16, progress: Any = None) -> Tensor:
-    """Pictures [n, 3, 128, 128] in [0, 1] of prompts; picture i depends on prompt i and seed + i alone."""
+def draw(pipe: Any, prompts: list[str], *, seed: int | Sequence[int] = 0, batch: int = 16, progress: Any = None) -> Tensor:
+    """Pictures [n, 3, 128, 128] in [0, 1] of prompts; picture i depends on prompt i and its seed alone: seed + i, or seed[i]."""
+    seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
     images = []
     for start in range(0, len(prompts), batch):
-        generators = [torch.Generator().manual_seed(seed + row) for row in range(start, min(start + batch, len(prompts)))]
+        generators = [torch.Generator().manual_seed(each) for each in seeds[start : start + batch]]
         chunk = prompts[start : start + batch]
         drawn = pipe(chunk, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators, output_type="pt").images
         images.append(drawn.float().cpu())

@@ -104,16 +104,12 @@ class _Vectors:
         return cls(session.value_outputs.detach().clone(), tuple(word.detach().clone() for word in session.words), session.target.clone())
 
     def scaled(self, session: TrainingSession, strength: float) -> _Vectors:
-        """At a strength: 1 is as learned, with the target as it was trained."""
-        if strength == 1:
-            return self
+        """At a strength; the target is that of the moved words, as it is in the file."""
         values = torch.lerp(session.start_values, self.values, strength)
         words = tuple(torch.lerp(first, word, strength) for first, word in zip(session.start_words, self.words))
         moved = _Vectors(values, words, self.target)
         with moved.used(session):
-            captions = sorted(session._places)
-            target = session._text_of(session._read(captions))[torch.arange(len(captions)), session._places_of(captions)].float().mean(0)
-        return dataclasses.replace(moved, target=target)
+            return dataclasses.replace(moved, target=session.settled_target())
 
     def put(self, session: TrainingSession) -> None:
         session.value_outputs.data.copy_(self.values)

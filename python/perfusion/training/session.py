@@ -306,6 +306,16 @@ class TrainingSession:
         # once per optimiser step, outside the layers: gradient checkpointing runs those twice
         self.target = torch.lerp(encodings.detach().float().mean(0), self.target, self.config.ema_decay)
 
+    @torch.no_grad()
+    def settled_target(self) -> Tensor:
+        """i* [D] of the word as it is now: the mean encoding at it over all training captions, as s is of the superclass word.
+
+        The running mean lags behind the word. Where C⁻¹ is small along i* the lag is large in the component at the concept's own word,
+        whose excess over 1 would be taken from the values of every picture (docs/fidelity.md, "The target input").
+        """
+        captions = sorted(self._places)
+        return _pick(self._text_of(self._read(captions)), self._places_of(captions)).float().mean(0)
+
     def _edit(self, encodings: Tensor, rows: Tensor, bias: float, temperature: float) -> HookEdit:
         return hook_edit(encodings, rows, *self._setting(len(rows), bias, temperature))
 
@@ -374,11 +384,12 @@ class TrainingSession:
     def sample(self, prompts: list[str], steps: int) -> list[Any]:
         """PIL images of prompts with "{}" in them, drawn by the pipeline as its user would, one by one, the same seeds each time."""
         self._hooks.forget()
-        scheduler = self.pipe.scheduler
+        scheduler, target = self.pipe.scheduler, self.target
         # PixArt draws in one of the shapes it knows for its own sizes, and the model's square is one of these
         binned = "use_resolution_binning" in inspect.signature(type(self.pipe).__call__).parameters
         unbinned = {"use_resolution_binning": False} if binned else {}
         self.pipe.scheduler = type(scheduler).from_config(scheduler.config)  # its own one would remember the last run
+        self.target = self.settled_target()
         try:
             with self._texts.here(), self._vae.here():
                 return [
@@ -391,7 +402,7 @@ class TrainingSession:
                     for number, prompt in enumerate(prompts)
                 ]
         finally:
-            self.pipe.scheduler = scheduler
+            self.pipe.scheduler, self.target = scheduler, target
 
     def check_prompts(self) -> None:
         """ValueError, before anything is learned, for a validation prompt that could not be drawn."""
@@ -402,15 +413,15 @@ class TrainingSession:
                 raise ValueError(f"training: validation_prompts: {error}") from None
 
     def concept(self) -> Concept:
-        """The concept as it is now."""
-        config = self.config
+        """The concept as it is now, its target input that of the word as it is now."""
+        config, target = self.config, _copy(self.settled_target())
         return Concept(
             name=config.name,
             superclass=config.superclass,
             base=self.base,
             value_outputs=_copy(self.value_outputs),
-            target=_copy(self.target),
-            metric_target=self.covariance.metric_targets(_copy(self.target)),
+            target=target,
+            metric_target=self.covariance.metric_targets(target),
             superclass_encoding=_copy(self.superclass_encoding),
             word_embeddings=tuple(_copy(word) for word in self.words),
             key_outputs=None if self.key_outputs is None else _copy(self.key_outputs),
