@@ -31,8 +31,9 @@ demo: $(VENV)/.installed-train ## learn two concepts from a few pictures and dra
 	$(say) 'perfusion demo $(demo_args)'
 	@$(BIN)/perfusion demo $(demo_args)
 
-picture: demo ## the same, and its overview into docs/demo.png, which README.md shows
+picture: demo ## the same, its overview into docs/demo.png, which README.md shows, and the sheets of docs/toybox.md
 	cp perfusion-demo/overview.png docs/demo.png
+	@$(BIN)/python -m perfusion.toybox.sheets docs
 
 docs: $(VENV)/.installed-docs ## build the documentation into build/site
 	@$(BIN)/python -m mkdocs build

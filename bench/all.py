@@ -41,7 +41,7 @@ class Stage:
 STAGES = (
     Stage("static", "--suite static", "stock"),
     Stage("storage", "--suite storage", "perfusion", 0.1),
-    Stage("step", "--suite step --model toybox --model sd15-thin --model sdxl-thin --rounds 60 --seconds 2 --compile none", "stock"),
+    Stage("step", "--suite step --model toybox --model sd15-thin --model sdxl-thin --rounds 20 --seconds 2 --compile none", "stock"),
     Stage("tenants", "--suite tenants --model toybox --rounds 15 --seconds 2", "perfusion, 1"),
     Stage("swap", "--suite swap --model toybox --rounds 10 --seconds 2", "step"),
     Stage("capacity", "--suite capacity --rounds 40 --seconds 4", "16 resident", 0.15),

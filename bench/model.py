@@ -60,7 +60,7 @@ class Assumptions:
     host_launch: float = 25e-6  # of the host, for an operator in eager mode: 54.5 steps a second published for SD 1.5 on an H100
     graph_launch: float = 1.3e-6  # of the device, between two kernels of a graph
     layer_launches: int = 5  # of a cross-attention layer of ours: LayerNorm, to_q, core, to_out, residual
-    stock_layer_launches: int = 9  # of diffusers': K and V of the text as well
+    stock_layer_launches: int = 8  # of diffusers': K and V of the text, and a division by the output's factor, as well
     steps: int = 50
     rows_per_image: int = 2  # guidance
     batch: int = 16  # images of one forward
@@ -75,8 +75,8 @@ class Assumptions:
     file_overhead: float = 150e-6  # to open and check a concept file
     lora_fuse: float = 1.7  # seconds to load and fuse a LoRA into SDXL, the least published; SD 1.5 by its parameters
     adapter_launches: int = 7  # that PEFT's mixed batch adds for a layer and an adapter
-    unfused_launches: int = 5  # that a LoRA beside its layer adds for a layer and an adapter
-    gated_launches: int = 13  # that an edit at every step adds for a projection: similarity, gate, two sums
+    unfused_launches: int = 4  # that a LoRA beside its layer adds for a layer and an adapter
+    gated_launches: int = 11  # that an edit at every step adds for a projection: similarity, gate, two sums
     lora_layers: tuple[tuple[str, int], ...] = (("sd15", 128), ("sd21", 128), ("sdxl", 560))
 
     def machine(self) -> roofline.Machine:

@@ -90,6 +90,9 @@ def rank1_edit_module() -> type:
     Its package imports open_clip for a text encoder that is not used here, and with it torchvision; where only that is missing,
     an empty class stands for the text encoder, and the layer is the library's own.
     """
+    loaded = sys.modules.get("perfusion_pytorch.perfusion")
+    if loaded is not None and hasattr(loaded, "Rank1EditModule"):
+        return loaded.Rank1EditModule
     try:
         from perfusion_pytorch import Rank1EditModule
 

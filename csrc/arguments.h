@@ -1,4 +1,4 @@
-// The C API's backstop: what is checked of a tensor, and how the refusal reads. Python has checked all of it before.
+// Checks of the C API's arguments, with their messages. Calls from Python have passed the same checks before.
 #pragma once
 
 #include <initializer_list>
@@ -56,7 +56,7 @@ class Arguments {
                   dtypes.size() > 1 ? " or another supported dtype" : "", name_of(tensor.dtype));
   }
 
-  // Elements that tensor cores multiply here. float32 has a meaning, which another backend gives it.
+  // A tensor that tensor cores multiply here. float32 is valid, but for another backend, so it is unsupported and not an error.
   void half(const char* name, const perfusion_tensor& half) {
     if (status == PERFUSION_OK && half.data != nullptr && half.dtype == PERFUSION_FLOAT32) {
       status = fail(PERFUSION_UNSUPPORTED, "%s: %s must be float16 or bfloat16; got float32", operation, name);

@@ -147,12 +147,12 @@ struct Softmax {
   }
 };
 
-// Scores to weights exp2(scale s - largest), 0 at masked keys, packed as left operands. What was summed with the largest score before
-// is to be multiplied by kept[i][r], if there was `more` before.
+// Scores to weights exp2(scale s - largest), 0 at masked keys, packed as left operands. more: earlier keys have been summed already;
+// the caller multiplies those sums by kept[i][r], which corrects them to the new largest score.
 template <class Element, int max_groups, int m, bool more, class OfRow>
 PERFUSION_DEVICE void weigh(uint32_t (&p)[m][max_groups][4], Softmax<m>& softmax, float (&kept)[m][2], float (&s)[m][2 * max_groups][4],
                             int groups, float scale, int T, const int32_t* regions, OfRow of_row) {
-  if (!(scale > 0.0f)) {  // the largest score is looked for before they are scaled, and must be the largest behind it too
+  if (!(scale > 0.0f)) {  // below, the maximum is taken before the scale is applied, which only a positive scale allows
     PERFUSION_UNROLL
     for (int i = 0; i < m; ++i) {
       PERFUSION_UNROLL

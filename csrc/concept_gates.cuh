@@ -56,7 +56,7 @@ struct GlobalFloats {
   PERFUSION_DEVICE GlobalFloats operator+(int i) const { return {data + i}; }
 };
 
-// The slots of a row as memory has them.
+// The slots of a row, read from global memory at each use.
 struct SlotsInMemory {
   const int32_t* index;
   int64_t stride, S;
@@ -65,8 +65,8 @@ struct SlotsInMemory {
   PERFUSION_DEVICE int operator[](int j) const { return j < J ? bank_slot(index + j * stride, S, errors) : -1; }
 };
 
-// A gate of token t by word: at least the floor of its concept, place j of row b, where a word of that stands at t; 0 where only
-// words of others do.
+// The gate of token t by word, for the concept at place j of row b: at least its floor if t is one of its own words, 0 if t is a word
+// of other concepts alone.
 template <class Slots>
 PERFUSION_DEVICE float by_word(float gate, const perfusion_concept_gates_params& p, Slots slots, int64_t b, int j, int t) {
   const auto* places = static_cast<const int32_t*>(p.places.data) + b * p.places.strides[0];
@@ -79,8 +79,8 @@ PERFUSION_DEVICE float by_word(float gate, const perfusion_concept_gates_params&
     }
   }
   if (!own) return other ? 0.0f : gate;
-  const float least = p.floor.data == nullptr ? 0.0f
-                                              : load(static_cast<const float*>(p.floor.data) + b * p.floor.strides[0] + j * p.floor.strides[1]);
+  if (p.floor.data == nullptr) return gate;
+  const float least = load(static_cast<const float*>(p.floor.data) + b * p.floor.strides[0] + j * p.floor.strides[1]);
   return gate < least ? least : gate;
 }
 
@@ -105,7 +105,7 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
   std::conditional_t<resident, const int*, SlotsInMemory> slots;
   auto* slices = reinterpret_cast<float*>(shared_memory());  // [warps, slice_floats]
   float* parameters = slices + slices_floats;                // [2, J], biases and temperatures, of resident places
-  float bias = 0.0f, temperature = 1.0f;                     // of place thread(): stored at once, they would be waited for
+  float bias = 0.0f, temperature = 1.0f;  // of place thread(), in registers: to store them here would wait for the loads
   if constexpr (resident) {
     static_assert(resident_places <= gate_threads(resident), "a thread has a place at most");
     auto* shared_slots = reinterpret_cast<int*>(parameters + 2 * J);  // [places_in_steps(J)]

@@ -6,9 +6,9 @@
 //   targets     │  0   │  1   │     │  7   │  0   │      them. Of the other 24 rows each of its four groups of eight lanes
 //               ├──────┼──────┼─   ─┼──────┼──────┼─     has six in registers, eight columns a lane, and their 48 sums.
 //   16 tokens,  │      │      │     │      │      │
-//   8 targets   └──────┴──────┴─   ─┴──────┴──────┴─     A slice comes into registers under the products of the one before.
+//   8 targets   └──────┴──────┴─   ─┴──────┴──────┴─     A slice is loaded into registers while the one before is multiplied.
 //
-// A block of 16 warps has slices of 32 columns, of which a lane has half of the rows: the same columns at a time, in 128 registers a thread.
+// A block of 16 warps has slices of 32 columns, and a lane half of the rows: as many columns at a time, in 128 registers a thread.
 //
 // Sums stay in registers to the end. Then they are added over the lanes of a group, and by the caller over the warps, in order.
 #pragma once
@@ -32,7 +32,7 @@ PERFUSION_DEVICE Words gather(const float* from, int64_t stride, int count) {
   return words;
 }
 
-// Eight elements as memory has them. They are widened where they are used, for that waits until they are there.
+// Eight elements, not yet converted: they are widened where they are used, as a conversion here would wait for the load.
 template <class Element>
 struct Eight {
   static constexpr int pieces = sizeof(Element) / 2, in_piece = 8 / pieces;
@@ -128,7 +128,7 @@ struct GateProducts {
     };
     const auto bring = [&](Slice& slice, int column) {
       const int count = D - column - 8 * mine;
-      if (wide && (count >= 8 || count <= 0)) {  // one question for all, so that nothing stands between the loads
+      if (wide && (count >= 8 || count <= 0)) {  // one branch for all loads, which are then issued back to back
         bring_as(slice, column, count, true);
       } else {
         bring_as(slice, column, count, false);

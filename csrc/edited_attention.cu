@@ -85,8 +85,8 @@ void fit_queries(EditedAttentionPlan* plan, const perfusion_edited_attention_par
 
 namespace {
 
-int resident(const EditedAttentionPlan& plan, int d, int64_t T, const Device& device) {
-  const int by_registers = attention_beside(d, attention_groups_for(T), plan.m) * max_attention_warps / plan.warps;
+int resident(const EditedAttentionPlan& plan, const perfusion_edited_attention_params& p, const Device& device) {
+  const int by_registers = attention_beside(static_cast<int>(p.d), attention_groups_for(p.T), plan.m) * max_attention_warps / plan.warps;
   return resident_blocks(device, plan.bytes, by_registers);
 }
 
@@ -96,10 +96,11 @@ void fit(EditedAttentionPlan* plan, const perfusion_edited_attention_params& p, 
   const int keys = keys_of(p.T), regions = p.key_regions.data == nullptr ? 0 : 4 * keys;
   plan->m = m;
   fit_queries(plan, p, keys, 0, max_attention_warps, 1, 2, regions, device.shared_per_block);
-  if (plan->warps == 0 || plan->stages == 1 || resident(*plan, static_cast<int>(p.d), p.T, device) * plan->warps >= 8) return;
+  if (plan->warps == 0 || plan->stages == 1 || resident(*plan, p, device) * plan->warps >= 8) return;
   EditedAttentionPlan single = *plan;
   fit_queries(&single, p, keys, 0, plan->warps, plan->warps, 1, regions, device.shared_per_block);
-  if (single.warps > 0 && single.places == plan->places && resident(single, static_cast<int>(p.d), p.T, device) > resident(*plan, static_cast<int>(p.d), p.T, device)) *plan = single;
+  const bool as_good = single.warps > 0 && single.places == plan->places;
+  if (as_good && resident(single, p, device) > resident(*plan, p, device)) *plan = single;
 }
 
 // Splits and blocks. At most as many blocks as the device holds at once: a second wave, of a few, would take as long as the first. Each
@@ -107,14 +108,15 @@ void fit(EditedAttentionPlan* plan, const perfusion_edited_attention_params& p, 
 // loads those of each head that the stretch touches.
 void share_out(EditedAttentionPlan* plan, const perfusion_edited_attention_params& p, const Device& device) {
   const int64_t rows = 16 * plan->m, tiles = (p.N + rows - 1) / rows, heads = p.B * p.H;
-  const int64_t each = plan->resident = resident(*plan, static_cast<int>(p.d), p.T, device);
+  const int64_t each = plan->resident = resident(*plan, p, device);
   const int64_t at_once = each * device.multiprocessors, useful = (tiles + plan->warps - 1) / plan->warps;
   plan->splits = static_cast<int>(std::max<int64_t>(1, std::min(useful, at_once / heads)));
   plan->blocks = heads * plan->splits;
   if (at_once == 0 || (plan->splits == useful && plan->blocks <= at_once)) return;
   // rows of d that a multiprocessor moves: queries and outputs, keys and values
   const double both = 2.0 * keys_of(p.T), parts = static_cast<double>((tiles + plan->splits - 1) / plan->splits);
-  const double by_parts = static_cast<double>((plan->blocks + device.multiprocessors - 1) / device.multiprocessors) * (parts * 2 * rows + both);
+  const int64_t waves = (plan->blocks + device.multiprocessors - 1) / device.multiprocessors;
+  const double by_parts = static_cast<double>(waves) * (parts * 2 * rows + both);
   const double of_stretch = static_cast<double>(heads * tiles) / at_once, touched = 1.0 + static_cast<double>(heads - 1) / at_once;
   const double by_stretches = each * (of_stretch * 2 * rows + touched * both);
   if (at_once < heads || by_stretches < by_parts) plan->splits = 0, plan->blocks = at_once;

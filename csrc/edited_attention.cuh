@@ -1,9 +1,9 @@
 // softmax(scale q K̃ᵀ) Ṽ over a short context, in one pass, K̃ and Ṽ being K and V or their edits (DESIGN.md, (12)).
 //
-// The tiles of all heads and rows stand in one line, and a block owns a stretch of it: of one head, or of several, one after the
-// other, so that as many blocks as the chip holds at once share the work out evenly. For each of its heads a block brings K and V
-// of the row's slot into shared memory, edits them there if the slot has a concept, and then each of its warps streams tiles of
-// 16 m image tokens past them, on its own, with no more barriers. What a warp does with a tile is in attention_tiles.cuh.
+// The tiles of all heads and rows are numbered consecutively, and a block owns a contiguous range of them, a stretch, of one head or of
+// several in turn. There are as many blocks as the chip holds at once, with equal shares. For each of its heads a block loads K and V
+// of the row's slot into shared memory and edits them there if the slot has a concept. Then each of its warps loops over tiles of
+// 16 m image tokens, without further block barriers. What a warp does with a tile is in attention_tiles.cuh.
 #pragma once
 
 #include "edited_attention.h"
@@ -34,7 +34,7 @@ PERFUSION_DEVICE Stretch stretch_of(const EditedAttentionPlan& plan, int tiles, 
   return {static_cast<int>(first / tiles), static_cast<int>(first % tiles), each + (block() < more ? 1 : 0)};
 }
 
-// The row of K and V that row b of the query reads; -1, which is noted, if its slot is none of P.
+// The row of K and V that row b of the query reads; -1 if its slot is out of range, which is noted in `errors`.
 PERFUSION_DEVICE int64_t row_of_slot(const perfusion_edited_attention_params& p, int64_t b, int32_t* errors) {
   if (p.slots.data == nullptr) return b;
   const int32_t slot = load(static_cast<const int32_t*>(p.slots.data) + b * p.slots.strides[0]);
@@ -43,7 +43,8 @@ PERFUSION_DEVICE int64_t row_of_slot(const perfusion_edited_attention_params& p,
   return -1;
 }
 
-// max_groups: of 16 keys each, at least T / 16. 5 of them are all computed; of more, those that T needs. A warp's tile has 16 m rows.
+// max_groups: groups of 16 keys, at least T / 16. An instance with 5 computes all of them, larger ones those that T needs. A warp's
+// tile has 16 m rows.
 template <class Element, int d, int max_groups, int m>
 PERFUSION_KERNEL_BESIDE(32 * max_attention_warps, attention_beside(d, max_groups, m))
 edited_attention_kernel(PERFUSION_CONSTANT EditedAttentionLaunch launch) {
@@ -66,7 +67,7 @@ edited_attention_kernel(PERFUSION_CONSTANT EditedAttentionLaunch launch) {
     const int64_t row = row_of_slot(p, b, launch.errors);
     const int end = stretch.count < tiles - stretch.at ? stretch.at + static_cast<int>(stretch.count) : tiles;
     stretch.count -= end - stretch.at;
-    if (others) barrier();  // all have read the head before
+    if (others) barrier();  // all warps have read K and V of the head before
     others = true;
     QueryStream<Element, d, m> stream(p, plan, b, h, stretch.at, end, stages);
     if (row < 0) {

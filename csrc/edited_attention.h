@@ -22,15 +22,15 @@ struct EditedAttentionPlan {
 
 constexpr int edit_places = 8;  // at once, if there are as many and they fit
 
-// Of shared memory, for an edit: slots, o and t of the sides, gates and components of the keys.
+// Bytes of shared memory for an edit: slots, o and t of the sides, gates and components of the keys.
 constexpr int edit_bytes(int places, int sides, int d, int keys) {
   return places == 0 ? 0 : 4 * (edit_places + places * 2 * (sides * d + keys));
 }
 
-// Warps from most_warps to least_warps, places of the edit and stages of queries: the most, in this order, that fit into `limit`
-// bytes behind K, V and `more` bytes. The edit lies behind each warp's first stage, where the second comes later; `scratch` bytes lie
-// where all of them do, before. Where nothing fits plan->warps is 0 and plan->bytes what the least would take. Tiles have 16 plan->m
-// rows.
+// Chooses warps (most_warps down to least_warps), places of the edit and stages of queries: the largest, in this order, that fit into
+// `limit` bytes of shared memory together with K, V and `more` bytes. The edit shares its memory with the second stages, which are
+// loaded after it; `scratch` bytes share theirs with edit and stages, which both come later. Where nothing fits, plan->warps is 0 and
+// plan->bytes is what the smallest choice needs. Tiles have 16 plan->m rows.
 void fit_queries(EditedAttentionPlan* plan, const perfusion_edited_attention_params& params, int keys, int scratch, int most_warps,
                  int least_warps, int most_stages, int more, int limit);
 

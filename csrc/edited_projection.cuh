@@ -73,7 +73,8 @@ PERFUSION_DEVICE void project_and_edit(const EditedProjectionLaunch& launch) {
   // elements from a row of the tile to the next: an odd number of 16-byte pieces
   constexpr int pitch = once ? columns + 4 : tile_pitch(columns), pieces = columns / 8, mine = rows / (Tile::threads / pieces);
   using Sum = std::conditional_t<once, float, Element>;
-  static_assert(sizeof(Sum) * rows * pitch + sizeof(Coefficients<rows>) <= product_bytes<Tile, true>(), "the epilogue takes the product's place");
+  static_assert(sizeof(Sum) * rows * pitch + sizeof(Coefficients<rows>) <= product_bytes<Tile, true>(),
+                "the epilogue takes the product's place");
   const perfusion_edited_projection_params& p = launch.call;
   const EditedProjectionPlan& plan = launch.plan;
   const int B = static_cast<int>(p.B), T = static_cast<int>(p.T), D = static_cast<int>(p.D), O = static_cast<int>(p.O);
@@ -82,7 +83,8 @@ PERFUSION_DEVICE void project_and_edit(const EditedProjectionLaunch& launch) {
 
   auto* tile = reinterpret_cast<Sum*>(shared_memory());
   auto& coefficients = *reinterpret_cast<Coefficients<rows>*>(tile + rows * pitch);
-  multiply_tile<Tile, true>(reinterpret_cast<Element*>(shared_memory()), product_operand<Element>(p.encodings, B, T, D, plan.wide_encodings),
+  multiply_tile<Tile, true>(reinterpret_cast<Element*>(shared_memory()),
+                            product_operand<Element>(p.encodings, B, T, D, plan.wide_encodings),
                             product_operand<Element>(p.weight, O, D, plan.wide_weight), row, column, 0,
                             [&](int r, int n, float x, float y) {
                               if constexpr (once) {

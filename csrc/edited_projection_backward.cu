@@ -61,8 +61,8 @@ perfusion_status check(const perfusion_edited_projection_backward_params& p, con
 }
 
 // The sides of the edit of which a derivative is wanted: their coefficients', or their tables'.
-RankOneBackwardLaunch rank_one(const perfusion_edited_projection_backward_params& p, bool tables) {
-  RankOneBackwardLaunch launch{p.T == 0 ? 0 : p.B, p.T, p.O, p.J, p.S, p.gradient, p.index, wide_rows(p.gradient, 3), 0, {}};
+RankOneBackwardLaunch rank_one(const perfusion_edited_projection_backward_params& p, int32_t* errors, bool tables) {
+  RankOneBackwardLaunch launch{p.T == 0 ? 0 : p.B, p.T, p.O, p.J, p.S, p.gradient, p.index, wide_rows(p.gradient, 3), errors, 0, {}};
   const RankOneSide sides[] = {
       {1.0f, p.gates, p.outputs, p.gates_gradient, p.outputs_gradient, wide_rows(p.outputs, 2), wide_rows(p.outputs_gradient, 2)},
       {-1.0f, p.components, p.projected_targets, p.components_gradient, p.projected_targets_gradient,
@@ -74,7 +74,7 @@ RankOneBackwardLaunch rank_one(const perfusion_edited_projection_backward_params
 }
 
 template <class Element>
-perfusion_status launch_all(const EditedProjectionBackwardLaunch& arguments, perfusion_stream stream) {
+perfusion_status launch_all(const EditedProjectionBackwardLaunch& arguments, int32_t* errors, perfusion_stream stream) {
   const perfusion_edited_projection_backward_params& p = arguments.call;
   const EditedProjectionBackwardPlan& plan = arguments.plan;
   perfusion_status status = PERFUSION_OK;
@@ -86,7 +86,7 @@ perfusion_status launch_all(const EditedProjectionBackwardLaunch& arguments, per
     status = launch(operation, sum_of_splits_kernel<Element>, over(M * plan.pitch / 8, sum_threads), sum_threads, 0, stream, arguments);
     if (status != PERFUSION_OK) return status;
   }
-  const RankOneBackwardLaunch coefficients = rank_one(p, false), tables = rank_one(p, true);
+  const RankOneBackwardLaunch coefficients = rank_one(p, errors, false), tables = rank_one(p, errors, true);
   if (coefficients.sides > 0 && M * p.J > 0) {
     status = launch(operation, coefficients_gradient_kernel<Element>, coefficients.sides * p.B * over(p.T, rank_one_tokens),
                     32 * rank_one_warps, coefficients_gradient_bytes, stream, coefficients);
@@ -154,5 +154,6 @@ extern "C" perfusion_status perfusion_edited_projection_backward(const perfusion
   arguments.wide_gradient = wide_rows(p.gradient, 3);
   arguments.wide_weight = wide_rows(p.weight, 2);
   arguments.wide_encodings_gradient = wide_rows(p.encodings_gradient, 3);
-  return p.gradient.dtype == PERFUSION_FLOAT16 ? launch_all<Half>(arguments, stream) : launch_all<BFloat16>(arguments, stream);
+  return p.gradient.dtype == PERFUSION_FLOAT16 ? launch_all<Half>(arguments, here.errors, stream)
+                                               : launch_all<BFloat16>(arguments, here.errors, stream);
 }

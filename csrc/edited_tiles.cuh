@@ -1,4 +1,4 @@
-// The edit x + Σ_j (g_j o_j - a_j t_j) of one head's keys and values where they stand in shared memory (DESIGN.md, (11)).
+// The edit x + Σ_j (g_j o_j - a_j t_j) of one head's keys and values, in place in shared memory (DESIGN.md, (11)).
 //
 //   tables [S, H d], columns of head h        gates, components [T, J] of row b        K, V [keys, d]
 //              │ once                                     │ once                            │
@@ -6,7 +6,7 @@
 //   o, t of `places` concepts, [2 sides, d]      g, a  [places, keys]      a thread: 4 tokens x 8 columns, in float32,
 //              └───────────── scratch memory ─────────────┘ ───────────►   all of its concepts, then rounded once
 //
-// More concepts than scratch memory has places for are taken in groups, which are read again for each of a thread's pieces.
+// More concepts than scratch memory has places for are taken in groups, which are loaded again for each of a thread's pieces.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -44,7 +44,7 @@ class HeadEdit {
         tables(reinterpret_cast<float*>(slots + edit_places)),
         coefficients(tables + plan.places * sides * 2 * d) {}
 
-  // Concepts from `place` on into scratch memory, which nobody may be reading. They can be used after a barrier.
+  // Loads concepts from `place` on into scratch memory, which no thread may be reading. They can be used after a barrier.
   PERFUSION_DEVICE void load_places(int place) const {
     const int places = J - place < plan.places ? J - place : plan.places;
     const auto* index = static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0];
@@ -62,7 +62,7 @@ class HeadEdit {
     }
   }
 
-  // Behind load_places(0), and a barrier since, behind which keys and values stand too.
+  // After load_places(0) and a barrier, by which keys and values must have arrived too.
   PERFUSION_DEVICE void apply(Element* key, Element* value) const {
     const int of_side = keys / 4 * pieces, all = sides * of_side;
     for (int first = 0; first < all; first += threads()) {
@@ -75,7 +75,7 @@ class HeadEdit {
       }
       for (int place = 0; place < J; place += plan.places) {
         if (J > plan.places && first + place > 0) {
-          barrier();  // those before have been read
+          barrier();  // the group before has been read
           load_places(place);
           barrier();
         }
@@ -117,8 +117,8 @@ class HeadEdit {
     write_floats(coefficients + (2 * j + 1) * keys + t, a);
   }
 
-  // x += Σ_j (g_j o_j - a_j t_j) for 4 tokens from t on and 8 columns from `first` on. What is not finite in a table stays out of
-  // the zeros from T on.
+  // x += Σ_j (g_j o_j - a_j t_j) for 4 tokens from t on and 8 columns from `first` on. Rows from T on stay zero, whatever a table
+  // holds.
   PERFUSION_DEVICE void add(float (&x)[4][8], int places, int side, int t, int first) const {
     for (int j = 0; j < places; ++j) {
       if (slots[j] < 0) continue;

@@ -24,7 +24,7 @@ perfusion_status check(const perfusion_fused_edited_attention_params& p, const p
   return arguments.status;
 }
 
-// What is left of the arguments once K and V stand.
+// The arguments of the attention that follows the projection.
 perfusion_edited_attention_params attention_of(const perfusion_fused_edited_attention_params& p) {
   perfusion_edited_attention_params attention{};
   attention.B = p.B, attention.N = p.N, attention.T = p.T, attention.H = p.H, attention.d = p.d;

@@ -1,7 +1,7 @@
 // softmax(scale q K̃ᵀ) Ṽ, K̃ and Ṽ being the edits of e W_Kᵀ and e W_Vᵀ (DESIGN.md, (12)): K and V exist in shared memory alone.
 //
-// A block owns one head of one batch row. It projects the row's encodings onto that head, edits the result where it stands, and
-// then streams its share of the head's image tokens past it, as edited_attention does.
+// A block owns one head of one batch row. It projects the row's encodings onto that head, edits the result in place, and then loops
+// over its share of the head's image tokens, as edited_attention does.
 //
 //              W_K, W_V of the head, a step: [2 × d, 32]      80 tokens × both sides in registers; for d > 80 one side after
 //             ┌────────────┬────────────┐                     the other, for T > 80 one tile of tokens after the other
@@ -111,7 +111,7 @@ fused_edited_attention_kernel(PERFUSION_CONSTANT FusedEditedAttentionLaunch laun
   if (has_concept(p, b, launch.errors)) {
     const HeadEdit<Element, d> edit(p, plan, b, h, groups * 16, stream.behind_first(), launch.errors);
     edit.load_places(0);
-    barrier();  // all of K and V stands
+    barrier();  // all warps have written K and V
     edit.apply(keys, values);
   }
   wait_for_copies<0>();

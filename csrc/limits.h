@@ -1,4 +1,4 @@
-// What the launch plans say before there is a call: the one place that counts shared memory is each operator's plan.
+// What fits, asked of the launch plans before there is a call. Shared memory is computed in each operator's plan and nowhere else.
 #pragma once
 
 #include <initializer_list>

@@ -69,8 +69,8 @@ PERFUSION_BOTH constexpr int product_bytes() {
 // Brings an operand into shared memory, [rows, columns] a step. The sum runs along its columns, or, if `down`, along its rows. Unless
 // its rows are `grouped`, one address stands for all of a thread's rows, which spares registers.
 //
-// What a step may lack is known before the sum begins: rows that are not there have no bytes in any step, and columns end in the last.
-// So all steps but the last ask nothing of columns, where the sum runs along them.
+// Bounds are resolved before the loop: rows beyond the matrix have no bytes in any step, and where the sum runs along columns these can
+// end in the last step only, so the other steps do not test them.
 template <class Element, int rows, int columns, int threads_of_block, bool down, bool grouped = false>
 class ProductLoader {
  public:
@@ -87,7 +87,7 @@ class ProductLoader {
     }
   }
 
-  // The next step. wide: asynchronous accesses of 16 bytes. whole: no columns are missing in it, for which nobody asks then.
+  // The next step. wide: asynchronous accesses of 16 bytes. whole: the step has all of its columns, so they are not tested.
   template <bool wide, bool whole>
   PERFUSION_DEVICE void load(Element* stage) {
     const int most = whole && !down ? 8 : columns_left < 0 ? 0 : columns_left < 8 ? columns_left : 8;
@@ -160,7 +160,7 @@ PERFUSION_DEVICE void multiply_step(float (&c)[Tile::m][Tile::n][4], const Eleme
 }
 
 // c += the products of `steps` steps, which the loaders bring into product_bytes() of shared memory. All threads have read the
-// last of them when it returns. wide: of all operands. The stages follow each other without a division.
+// last of them when it returns. wide: of all operands. Stages advance by addition, without a modulo.
 template <class Tile, bool transposed, bool wide, class Element, class Left, class Right>
 PERFUSION_DEVICE void multiply_steps_of(float (&c)[Tile::m][Tile::n][4], Element* shared, Left& next_left, Right& next_right, int steps) {
   constexpr int left_step = Tile::rows * tile_pitch(Tile::depth);

@@ -6,8 +6,8 @@
 
 namespace perfusion {
 
-// 16 m tokens of the query, zeros from N on, into a warp's stage; asynchronous where the layout allows it. A lane fills the pieces
-// that it reads in store_outputs, so a tile may overwrite the outputs before it without a barrier.
+// 16 m tokens of the query, zeros from N on, into a warp's stage; asynchronous where the layout allows it. A lane writes the same
+// pieces here that it reads in store_outputs, so the next tile may overwrite the outputs without a barrier.
 template <class Element, int d, int m>
 PERFUSION_DEVICE void load_queries(Element* stage, const Element* from, int64_t row, int64_t column, int first, int N,
                                    bool wide) {
@@ -55,7 +55,7 @@ struct QueryStream {
                                int end, Element* stages)
       : own(stages + warp() * rows * pitch), p(p), plan(plan), b(b), h(h), tile(first + warp()), end(end) {}
 
-  // Where the head begins; counted anew for each tile, which costs less than the registers to keep it.
+  // Where the head begins; computed again for each tile, which costs less than registers that keep it.
   PERFUSION_DEVICE int64_t head(const perfusion_tensor& x) const { return b * x.strides[0] + h * x.strides[2]; }
 
   PERFUSION_DEVICE Element* stage(int which) const { return own + which * plan.warps * rows * pitch; }
@@ -74,7 +74,7 @@ struct QueryStream {
     if (tile < end) load(0, tile);
   }
 
-  // What lies in shared memory behind all warps' first stages: free until attend is called.
+  // Shared memory after all warps' first stages: free until attend is called.
   PERFUSION_DEVICE void* behind_first() const { return own + (plan.warps - warp()) * rows * pitch; }
 
   // The bit set of a row of the tile.
@@ -84,7 +84,7 @@ struct QueryStream {
     return n < p.N ? perfusion::load(bits + n * p.query_regions.strides[1]) : 0;
   }
 
-  // After load_first, its commit, and a barrier behind which all keys, values and their regions stand.
+  // After load_first, its commit, and a barrier by which all keys, values and their regions have arrived.
   template <int max_groups>
   PERFUSION_DEVICE void attend(const Element* keys, const Element* values, const int32_t* key_regions, int groups) {
     const float scale = p.scale * 1.4426950408889634f;  // exp(x) is exp2(x log2 e)

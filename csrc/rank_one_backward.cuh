@@ -31,6 +31,7 @@ struct RankOneBackwardLaunch {
   int64_t B, T, O, J, S;
   perfusion_tensor gradient, index;  // [B, T, O], [B, J]
   bool wide_gradient;
+  int32_t* errors;
   int sides;
   RankOneSide side[2];
 };
@@ -65,7 +66,7 @@ coefficients_gradient_kernel(PERFUSION_CONSTANT RankOneBackwardLaunch launch) {
       }
       PERFUSION_UNROLL
       for (int j = 0; j < places; ++j) {
-        const int32_t slot = place + j < p.J ? load(index + (place + j) * p.index.strides[1]) : -1;
+        const int32_t slot = place + j < p.J ? bank_slot(index + (place + j) * p.index.strides[1], p.S, p.errors) : -1;
         if (slot < 0) continue;
         float o[8];
         load_columns(o, side.table, slot, x, O - x, side.wide_table);

@@ -142,8 +142,8 @@ def call(operator: str, arguments: Sequence, backend: str | None = None):
 def select(operator: str, arguments: Sequence, backend: str | None = None) -> OpOverload:
     """The overload that runs this call."""
     implementations = _implementations[operator]
-    name = backend if backend is not None else _requested
-    if name is not None and name != "auto":
+    name = requested(backend)
+    if name is not None:
         reason = _why_not(name, implementations, arguments)
         if reason is not None:
             others = [name for name in ORDER if _why_not(name, implementations, arguments) is None]
@@ -159,9 +159,10 @@ def select(operator: str, arguments: Sequence, backend: str | None = None) -> Op
     raise BackendUnavailable(f"{operator}: no backend can run this call")
 
 
-def requested() -> str | None:
-    """The backend that calls run on which name none, if one was asked for; None: chosen for each call."""
-    return None if _requested == "auto" else _requested
+def requested(backend: str | None = None) -> str | None:
+    """The backend that a call asks for by name: by its argument `backend`, else `use_backend` or the environment; None: chosen for it."""
+    name = backend if backend is not None else _requested
+    return None if name == "auto" else name
 
 
 def differentiated(arguments: Sequence) -> bool:

@@ -68,6 +68,12 @@ def edited_attention(
     Source: arXiv 2305.01644, eq. 3 and 4, written as an update of rank 2J of K and V; regions: DESIGN.md, "Regions".
     """
     edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
+    unedited = gates is components is index is key_outputs is key_targets is value_outputs is value_targets is None
+    if unedited and slots is query_regions is key_regions is None and query.is_cpu:
+        # what every layer of a pipeline asks for at every step on a CPU, where an eager call's Python is a part of its time
+        _check(query, key, value)
+        if sdpa.preferred((query, key, value), backend):
+            return sdpa.plain(query, key, value, query.shape[-1] ** -0.5 if scale is None else float(scale))
     tensors = (query, key, value, *edit, slots, query_regions, key_regions)
     _check(*tensors)
     if index is not None:
@@ -76,14 +82,14 @@ def edited_attention(
     if slots is not None:
         check_values(validate_slots, "edited_attention", validate, tensors, (slots,), key.shape[0])
     arguments = (*tensors, query.shape[-1] ** -0.5 if scale is None else float(scale))
-    if backend is None and sdpa.preferred(arguments):
+    if sdpa.preferred(arguments, backend):
         return sdpa.edited_attention(*arguments)
     return call("edited_attention", arguments, backend)
 
 
 @once
 def _check(query: Tensor, key: Tensor, value: Tensor, *optional: Tensor | None) -> None:
-    *edit, slots, query_regions, key_regions = optional
+    *edit, slots, query_regions, key_regions = optional or (None,) * 10
     check = Arguments("edited_attention")
     check("query", query, "B N H d", FLOATING)
     if slots is not None:

@@ -15,10 +15,10 @@ from .reference.edited_attention import allowed, edited, of_rows
 from .shape_checks import autocasts
 
 
-def preferred(arguments: tuple) -> bool:
-    """Whether a call of `edited_attention` that names no backend runs here."""
+def preferred(arguments: tuple, name: str | None) -> bool:
+    """Whether a call of `edited_attention` runs here. name: its argument `backend`."""
     query = arguments[0]
-    if not query.is_cpu or backend.requested() is not None or autocasts(query) or backend.differentiated(arguments):
+    if not query.is_cpu or backend.requested(name) is not None or autocasts(query) or backend.differentiated(arguments):
         return False
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
 
@@ -36,6 +36,11 @@ def edited_attention(query: Tensor, key: Tensor, value: Tensor, *rest) -> Tensor
     return result.masked_fill(alone[..., None, None], 0)
 
 
+def plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention without slots, edit and regions."""
+    return _attend(query, key, value, None, scale)
+
+
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(1, 2).contiguous()
+    attended = scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, scale=scale)
+    return attended.transpose(1, 2).contiguous()

@@ -1,13 +1,11 @@
 """What `perfusion COMMAND --help` shows at 80 columns: every name in full, and every default."""
 
-import dataclasses
 import re
 
 import pytest
 from typer.testing import CliRunner
 
 from perfusion import cli
-from perfusion.training import TrainingConfig
 
 
 def text_of(*arguments):
@@ -51,13 +49,3 @@ def test_exit_codes_are_a_paragraph_of_their_own(name):
     found = re.search(r"\n\n  (Exit codes: .*(?:\n  .*)*)\n\n", text_of(name))
     assert found, name
     assert found[1].startswith("Exit codes: 0 ")
-
-
-def test_the_defaults_of_train_are_those_of_the_configuration():
-    text = text_of("train")
-    names = {option.name: option.opts[0] for option in options("train")}
-    said = {"None": "the model's", "True": "on", "False": "off"}
-    for field in dataclasses.fields(TrainingConfig):
-        if field.name in names and field.default not in (dataclasses.MISSING, ""):
-            default = "all" if field.name == "micro_batch" else said.get(str(field.default), field.default)
-            assert f"[default: {default}]" in entry(text, names[field.name]), field.name

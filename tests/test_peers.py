@@ -27,6 +27,12 @@ def test_knows_nothing_of_perfusion():
 def test_leaves_the_processors():
     assert not [each for each in drawn()[0].unet.attn_processors.values() if type(each).__name__ == "ConceptAttnProcessor"]
 
+def test_draws_from_encodings_alone():
+    pipe = tiny.tiny_sd()
+    embeds = pipe.encode_prompt("a cat", "cpu", 1, False)[0]
+    pipe.text_encoder = pipe.tokenizer = None
+    assert pipe(prompt_embeds=embeds, guidance_scale=1.0, num_inference_steps=1, output_type="latent").images.isfinite().all()
+
 def test_fails_anyway():
     assert False
 """
@@ -38,7 +44,7 @@ def test_lost_tests_are_named(tmp_path, capfd):
     (folder / "test_stand_in.py").write_text(TESTS, encoding="utf-8")
     assert peers.main([str(tmp_path), "-p", "no:cacheprovider"]) == 1
     said = capfd.readouterr().out
-    assert "attached: 2 of 3 tests that pass plain" in said and "loaded: 1 of 3 tests that pass plain" in said
+    assert "attached: 3 of 4 tests that pass plain" in said and "loaded: 2 of 4 tests that pass plain" in said
     lost = [line.rpartition("::")[2] for line in said.splitlines() if line.startswith("  lost: ")]
     assert lost == ["test_knows_nothing_of_perfusion"] * 2 + ["test_leaves_the_processors"]
 

@@ -18,9 +18,9 @@ from bench.fidelity.scale import Scale
 from bench.fidelity.subjects import Target
 from perfusion.covariance import Covariance, get_covariance
 from perfusion.demo.instances import write_references
-from perfusion.demo.run import weights_digest
 from perfusion.models import TOYBOX, load_pipeline, resolve
 from perfusion.toybox.judge import Judge, load_judge
+from perfusion.toybox.sheets import weights_digest
 
 __all__ = ["Lab"]
 

@@ -14,9 +14,9 @@ from bench.fidelity.lab import Lab
 from bench.fidelity.subjects import Target, targets
 from perfusion.base import describe_base
 from perfusion.training.calibrate import calibrate
-from perfusion.training.config import TrainingConfig
 from perfusion.training.data import read_pictures
 from perfusion.training.session import TrainingSession
+from perfusion.training_config import TrainingConfig
 
 __all__ = ["Recipe", "concept_of", "learn_for", "saved_bytes", "session_of"]
 

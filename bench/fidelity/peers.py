@@ -28,9 +28,9 @@ from perfusion.base import cross_attention_layers
 from perfusion.concept import Concept
 from perfusion.other_formats import export
 from perfusion.toybox.words import SCENES
-from perfusion.training.config import TrainingConfig
 from perfusion.training.data import encode_pictures, read_pictures
 from perfusion.training.session import _noise_scheduler
+from perfusion.training_config import TrainingConfig
 
 __all__ = ["Absent", "peers"]
 

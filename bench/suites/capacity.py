@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import Options
-from bench.suites.pipelines import base_of, chosen, common, opened, resident, step_of, timed, told
+from bench.suites.pipelines import TURN, base_of, chosen, common, opened, resident, step_of, timed, told
 from bench.suites.train import own_modules
 from perfusion.handle import attach
 from tests.perfusion.editing import make_concept
@@ -48,4 +48,5 @@ def measured(options: Options) -> Iterator[dict[str, Any]]:
 def _timed(steps: dict[str, Callable[[], Tensor]], options: Options) -> tuple[dict, dict[str, str]]:
     first, *others = (step() for step in steps.values())
     wrong = [name for name, result in zip(list(steps)[1:], others) if not torch.allclose(result, first, atol=1e-5)]
-    return timed({name: step for name, step in steps.items() if name not in wrong}, options), dict.fromkeys(wrong, "its step is another")
+    right = {name: step for name, step in steps.items() if name not in wrong}
+    return timed(right, options, turn=TURN), dict.fromkeys(wrong, "its step is another")

@@ -7,6 +7,7 @@ costs or saves shows larger than it would there.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -131,6 +132,17 @@ def step_with(unet: Any, encodings: Tensor, conditions: dict[str, Tensor] | None
     return step
 
 
+def tried(steps: dict[str, Callable[[], Tensor]], absent: dict[str, str]) -> dict[str, Tensor]:
+    """What each step gives; of those that fail, the reason into `absent`."""
+    results = {}
+    for provider, step in steps.items():
+        try:
+            results[provider] = step()
+        except Exception as error:
+            absent[provider] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return results
+
+
 def common(suite: str, case: str, base: Base | None, options: Options, **shapes: Any) -> dict[str, Any]:
     """What every row of a case says."""
     if base is not None:
@@ -141,13 +153,21 @@ def common(suite: str, case: str, base: Base | None, options: Options, **shapes:
     }  # fmt: skip
 
 
-def timed(steps: dict[str, Callable[[], Any]], options: Options) -> dict[str, Times]:
-    """All in one interleaved run."""
+TURN = 5  # steps in a row, as a picture takes 50: what one step leaves in the caches the next one finds
+
+
+def timed(steps: dict[str, Callable[[], Any]], options: Options, *, turn: int = 1) -> dict[str, Times]:
+    """All in one interleaved run; times are of one call, of as many in a row as `turn` says."""
     clock = {"wall": time.perf_counter, "process": time.process_time}[options.clock]
-    candidates = [Candidate(name, call) for name, call in steps.items()]
+    candidates = [Candidate(name, functools.partial(_in_a_row, call, turn), calls=turn) for name, call in steps.items()]
     with quiet(), torch.no_grad():
         found = interleave(candidates, options.device, seconds=options.seconds * len(candidates), rounds=options.rounds, clock=clock)
     return {candidate.provider: each for candidate, each in zip(candidates, found)}
+
+
+def _in_a_row(call: Callable[[], Any], count: int) -> None:
+    for _ in range(count):
+        call()
 
 
 def told(

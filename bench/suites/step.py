@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench import peers
 from bench.measure import Options
-from bench.suites.pipelines import base_of, chosen, common, encoded, opened, step_of, step_with, timed, told
+from bench.suites.pipelines import TURN, base_of, chosen, common, encoded, opened, step_of, step_with, timed, told, tried
 from bench.suites.train import own_modules
 from perfusion.handle import attach
 from tests.perfusion.editing import make_concept
@@ -88,14 +88,9 @@ def _rows(name: str, pipe: Any, side: int, options: Options) -> Iterator[dict[st
             steps[provider] = make()
         except Exception as error:  # a library that is not here, or does not take this
             absent[provider] = f"{type(error).__name__}: {error}"
-    results = {}
-    for provider, step in steps.items():
-        try:
-            results[provider] = step()
-        except Exception as error:
-            absent[provider] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    results = tried(steps, absent)
     absent |= {provider: "its step is not the one that it should be" for provider in _wrong(results)}
-    times = timed({provider: steps[provider] for provider in results if provider not in absent}, options)
+    times = timed({provider: steps[provider] for provider in results if provider not in absent}, options, turn=TURN)
     yield from told(common("step", f"{name}, 2 rows", base, options, R=2, side=side), times, absent, options)
     for handle in handles:
         handle.detach()

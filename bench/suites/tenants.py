@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench import peers
 from bench.measure import Options
-from bench.suites.pipelines import base_of, chosen, common, encoded, opened, step_of, step_with, timed, told
+from bench.suites.pipelines import base_of, chosen, common, encoded, opened, step_of, step_with, timed, told, tried
 from bench.suites.train import own_modules
 from perfusion.handle import attach
 from tests.perfusion.editing import make_concept
@@ -60,12 +60,7 @@ def _rows(name: str, pipe: Any, side: int, batch: int, options: Options) -> Iter
             steps[provider] = step_with(model, encodings, conditions, side, adapter_names=rows)
         except Exception as error:  # a library that is not here, or of another version
             absent[provider] = f"{type(error).__name__}: {error}"
-    results = {}
-    for provider, step in steps.items():
-        try:
-            results[provider] = step()
-        except Exception as error:
-            absent[provider] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    results = tried(steps, absent)
     for way in ("perfusion", "PEFT mixed batch"):
         found = {provider: results[provider] for provider in results if more.get(provider, {}).get("way") == way}
         for provider, result in found.items():

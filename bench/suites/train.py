@@ -24,9 +24,9 @@ from bench.timing import Candidate
 from perfusion.base import describe_base
 from perfusion.covariance import Covariance, get_covariance
 from perfusion.models import load_pipeline
-from perfusion.training.config import TrainingConfig
 from perfusion.training.data import Picture
 from perfusion.training.session import TrainingSession
+from perfusion.training_config import TrainingConfig
 from tests.perfusion.learning import SUPERCLASS, covariance_of
 from tests.perfusion.tiny import tiny_sd
 

@@ -29,8 +29,8 @@ PERFUSION_DEVICE unsigned char* shared_memory() {
   return bytes;
 }
 
-// Programmatic dependent launch, of chips from 9.0 on. The wait comes first, so that a kernel whose
-// blocks begin before this one ends finds all that stood before this one, too.
+// Programmatic dependent launch, from compute capability 9.0 on. The wait comes before the trigger, so the next kernel, which may begin
+// before this one ends, sees the writes of all kernels before this one.
 PERFUSION_DEVICE void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -139,7 +139,7 @@ PERFUSION_DEVICE void store(T* pointer, const T& x) {
 
 template <>
 PERFUSION_DEVICE void store(Words* pointer, const Words& x) {
-  // said in PTX: of a plain assignment the compiler makes four stores where loops are unrolled
+  // in PTX, because the compiler splits a plain assignment into four stores where loops are unrolled
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(pointer)), "r"(x.word[0]), "r"(x.word[1]),
                "r"(x.word[2]), "r"(x.word[3])
                : "memory");

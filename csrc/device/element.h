@@ -28,8 +28,8 @@ struct Device {
   int32_t* errors;                // PERFUSION_DEVICE_ERRORS words of host memory that kernels write and the host reads
 };
 
-// Blocks that a multiprocessor holds at once, of `by_registers` at most: as many as shared memory has room for, a KB of which each
-// takes beside its own. At least 1.
+// Blocks that a multiprocessor holds at once: at most `by_registers`, and as many as shared memory has room for, of which the system
+// reserves 1 KB a block. At least 1.
 inline int resident_blocks(const Device& device, int bytes, int by_registers) {
   const int by_memory = device.shared_per_multiprocessor / (bytes + 1024), each = by_memory < by_registers ? by_memory : by_registers;
   return each > 1 ? each : 1;

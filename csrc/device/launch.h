@@ -14,8 +14,8 @@
 
 namespace perfusion {
 
-// Calls of the runtime that a capture on another of this thread's streams would forbid, though nothing of them is captured:
-// memory that is allocated once, and a kernel's first load.
+// Allows runtime calls that are not captured themselves (memory allocated once, a kernel's first load) while this thread is capturing a
+// stream, which would forbid them by default.
 class BesideCapture {
  public:
   BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
@@ -122,7 +122,7 @@ perfusion_status launch(const char* operation, void (*kernel)(Arguments), int64_
     configuration.stream = static_cast<cudaStream_t>(stream);
     configuration.attrs = &early;
     configuration.numAttrs = here.dependent_launch ? 1 : 0;
-    // not <<<>>> and cudaGetLastError, which would also give what an earlier call of somebody else has left there
+    // not <<<>>> and cudaGetLastError, which would also return an error that another library's call has left there
     void* values[] = {const_cast<Arguments*>(&arguments)};
     error = cudaLaunchKernelExC(&configuration, function, values);
   }

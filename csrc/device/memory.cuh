@@ -13,7 +13,7 @@ inline bool wide_rows(const perfusion_tensor& tensor, int dimensions) {
   return aligned;
 }
 
-// The slot in a bank of S that stands there; -1 for none, and for one out of range, which is noted in `errors`.
+// The slot at `place`, of a bank of S; -1 if absent, and if out of range, which is noted in `errors`.
 PERFUSION_DEVICE int32_t bank_slot(const int32_t* place, int64_t S, int32_t* errors) {
   const int32_t slot = load(place);
   if (slot >= -1 && slot < S) return slot;

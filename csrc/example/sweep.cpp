@@ -6,6 +6,7 @@
 //                                  failed, at most 99
 //
 // A tensor has memory of its own and of exactly its size. That of a view has gaps, filled with NaN, which must be neither read nor written.
+// In cases with views some indices and slots are out of range: nothing is read for them, and the device notes it.
 #include <perfusion_kernels.h>
 
 #include <algorithm>
@@ -147,6 +148,13 @@ class Case {
       if (!each->read_back()) complain("memory beside a result was written");
     }
   }
+  // After `results`, which waits for the device: whether it met a slot, or an index, out of range.
+  void noted(bool slot, bool index) {
+    int32_t errors[PERFUSION_DEVICE_ERRORS] = {};
+    if (perfusion_device_errors(errors) != PERFUSION_OK) complain(perfusion_last_message());
+    if ((errors[PERFUSION_SLOT_OUT_OF_RANGE] != 0) != slot) complain("a slot out of range was not noted, or none was and is");
+    if ((errors[PERFUSION_INDEX_OUT_OF_RANGE] != 0) != index) complain("an index out of range was not noted, or none was and is");
+  }
   void compare(const Tensor &found, int64_t i, double expected, double terms, double roundings = 4) {
     const double error = std::fabs(found[i] - expected), bound = roundings * rounding(found.dtype) * (terms + std::fabs(expected)) + 1e-7;
     if (error <= bound) return;  // which NaN is not
@@ -169,15 +177,21 @@ std::string label(const char *name, perfusion_dtype dtype, std::initializer_list
   return text;
 }
 
-// Concepts of B rows: row 0 has none, the others all of J places but, in every second row, the first.
+// Concepts of B rows: row 0 has none, the others all of J places but, in every second row, the first: it is absent, or out of range.
 struct Edit {
   Edit(int64_t B, int64_t T, int64_t J, int64_t O, perfusion_dtype dtype, bool gaps)
-      : T(T), J(J), O(O), S(J + 2),
+      : T(T), J(J), O(O), S(J + 2), out_of_range(gaps && J % 2),
         gates(PERFUSION_FLOAT32, {B, T, J}, gaps, normal), components(PERFUSION_FLOAT32, {B, T, J}, gaps, normal),
-        index(PERFUSION_INT32, {B, J}, gaps, [J](int64_t i) { return i < J || (i / J % 2 && i % J == 0) ? -1 : 1 + (i + i / J) % J; }),
+        index(PERFUSION_INT32, {B, J}, gaps, [=](int64_t i) -> double {
+          if (i >= J && i / J % 2 && i % J == 0) return out_of_range ? J + 2 : -1;
+          return i < J ? -1 : 1 + (i + i / J) % J;
+        }),
         outputs(dtype, {J + 2, O}, gaps, normal), targets(dtype, {J + 2, O}, gaps, normal) {}
 
-  int64_t slot(int64_t b, int64_t j) const { return static_cast<int64_t>(index[b * J + j]); }
+  int64_t slot(int64_t b, int64_t j) const {
+    const auto found = static_cast<int64_t>(index[b * J + j]);
+    return found < S ? found : -1;
+  }
   // Σ_j (g_j outputs_j - a_j targets_j) of one token and column
   void add_to(Sum &sum, int64_t b, int64_t t, int64_t o, const Tensor &outputs, const Tensor &targets) const {
     for (int64_t j = 0; j < J; ++j) {
@@ -187,6 +201,7 @@ struct Edit {
   }
 
   int64_t T, J, O, S;
+  bool out_of_range;  // whether an index is
   Tensor gates, components, index, outputs, targets;
 };
 
@@ -213,6 +228,7 @@ void concept_gates(perfusion_dtype dtype, int64_t T, int64_t D, int64_t J, bool 
 
   Case one(label("concept_gates", dtype, {{"T", T}, {"D", D}, {"J", J}, {"gaps", gaps}, {"words", words}}), status);
   one.results({&gates, &components});
+  one.noted(false, edit.out_of_range);
   const auto is_word = [&](int64_t b, int64_t j, int64_t t) {
     bool found = false;
     for (int64_t i = 0; i < P && words && edit.slot(b, j) >= 0; ++i) found = found || places[(b * J + j) * P + i] == t;
@@ -263,6 +279,7 @@ void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, i
     const char *name = fused ? "fused_edited_projection" : "edited_projection";
     Case one(label(name, dtype, {{"T", T}, {"D", D}, {"O", O}, {"J", J}, {"gaps", gaps}}), status);
     one.results({&result});
+    one.noted(false, edit.out_of_range);
     for (int64_t i = 0; i < B * T * O; ++i) {
       Sum sum;
       for (int64_t x = 0; x < D; ++x) sum.add(encodings[i / O * D + x] * weight[i % O * D + x]);
@@ -287,6 +304,7 @@ void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, i
 
   Case one(label("edited_projection_backward", dtype, {{"T", T}, {"D", D}, {"O", O}, {"J", J}, {"gaps", gaps}}), status);
   one.results({&by_encodings, &by_gates, &by_components, &by_outputs, &by_targets});
+  one.noted(false, edit.out_of_range);
   for (int64_t i = 0; i < B * T * D; ++i) {
     Sum sum;
     for (int64_t o = 0; o < O; ++o) sum.add(gradient[i / D * O + o] * weight[o * D + i % D]);
@@ -314,7 +332,7 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
   const int64_t B = 3, H = 2, O = H * d, P = mapped ? 4 : B;
   const double scale = 0.7 / std::sqrt(static_cast<double>(d));
   Edit of_keys(P, T, J, O, dtype, gaps);
-  Tensor slots(PERFUSION_INT32, {B}, gaps, [](int64_t b) { return (b + 3) % 4; });
+  Tensor slots(PERFUSION_INT32, {B}, gaps, [=](int64_t b) { return gaps && b == 1 ? P : (b + 3) % 4; });
   Tensor query_regions(PERFUSION_INT32, {B, N}, gaps, [](int64_t i) { return 1 << i % 3; });
   Tensor key_regions(PERFUSION_INT32, {B, T}, gaps, [](int64_t i) { return i % 4 ? 1 << i % 3 : 0; });
   Tensor value_outputs(dtype, {J + 2, O}, gaps, normal), value_targets(dtype, {J + 2, O}, gaps, normal);
@@ -347,6 +365,7 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
   const char *name = D ? "fused_edited_attention" : "edited_attention";
   Case one(label(name, dtype, {{"N", N}, {"T", T}, {"D", D}, {"d", d}, {"J", J}, {"gaps", gaps}, {"mapped", mapped}}), status);
   one.results({&output});
+  one.noted(mapped && gaps, of_keys.out_of_range);
   const auto side = [&](const Tensor &base, const Tensor &weight, const Tensor &outputs, const Tensor &targets, int64_t m, int64_t o) {
     const int64_t b = m / T, t = m % T;
     Sum sum;
@@ -358,6 +377,10 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
   std::vector<Sum> k(T * O), v(T * O);
   for (int64_t b = 0; b < B; ++b) {
     const int64_t row = mapped ? static_cast<int64_t>(slots[b]) : b;
+    if (row >= P) {
+      for (int64_t i = 0; i < N * O; ++i) one.compare(output, b * N * O + i, 0, 0);
+      continue;
+    }
     for (int64_t i = 0; i < T * O; ++i) {
       k[i] = side(key, key_weight, of_keys.outputs, of_keys.targets, row * T + i / O, i % O);
       v[i] = side(value, value_weight, value_outputs, value_targets, row * T + i / O, i % O);

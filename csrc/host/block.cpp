@@ -12,8 +12,9 @@ namespace perfusion::host {
 namespace {
 
 int64_t blocks_at_once(int threads, int bytes) {
-  const int64_t on_the_machine = int64_t{machine().device.multiprocessors} * resident_blocks(machine().device, bytes, 65536 / (168 * threads));
-  return machine().device.cache == 0 || on_the_machine < 1 ? 1 : on_the_machine;
+  const Device& device = machine().device;
+  const int64_t on_the_machine = int64_t{device.multiprocessors} * resident_blocks(device, bytes, 65536 / (168 * threads));
+  return device.cache == 0 || on_the_machine < 1 ? 1 : on_the_machine;
 }
 
 }  // namespace
@@ -24,7 +25,8 @@ Block::Block(int64_t index, int threads, int bytes)
 }
 
 Run::Run(int threads, int bytes, const std::function<void()>& kernel)
-    : kernel(kernel), threads(threads), bytes(bytes), at_once(blocks_at_once(threads, bytes)), cache(machine().device.cache), order(threads) {
+    : kernel(kernel), threads(threads), bytes(bytes), at_once(blocks_at_once(threads, bytes)), cache(machine().device.cache),
+      order(threads) {
   std::iota(order.begin(), order.end(), 0);
   if (machine().order == Order::backward) std::reverse(order.begin(), order.end());
   become(scheduler);

@@ -25,7 +25,7 @@ enum class Order { forward, backward, shuffled };  // which of the threads that 
 // What the run may be told, and what it tells.
 struct Machine {
   int32_t errors[PERFUSION_DEVICE_ERRORS] = {};  // what kernels note
-  Device device{2, 232448, 233472, 0, false, nullptr};  // each launch finds its cache full of other things; without one, no traffic is counted
+  Device device{2, 232448, 233472, 0, false, nullptr};  // a launch finds its cache full of other things; with none, no traffic is counted
   Order order = Order::forward;
   uint64_t read_wide = 0, read_narrow = 0;        // bytes of global memory, in accesses of 16 bytes and in smaller ones
   uint64_t written_wide = 0, written_narrow = 0;  // the same

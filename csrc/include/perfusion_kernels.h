@@ -92,8 +92,8 @@ PERFUSION_API perfusion_status perfusion_edited_projection(const perfusion_edite
 PERFUSION_API perfusion_status perfusion_fused_edited_projection(const perfusion_edited_projection_params *params,
                                                                  perfusion_stream stream);
 
-/* Derivatives of perfusion_edited_projection and perfusion_fused_edited_projection for a gradient of its result (DESIGN.md, (14)): those whose tensors are given are
- * written. Every sum has one order, so equal calls give equal bits. */
+/* Derivatives of perfusion_edited_projection and perfusion_fused_edited_projection for a gradient of the result (DESIGN.md, (14)). Those
+ * whose tensors are given are written. Every sum has one order, so equal calls give equal bits. */
 typedef struct perfusion_edited_projection_backward_params {
   int64_t B, T, D, O, J, S;
   perfusion_tensor gradient;                   /* [B, T, O] float16 or bfloat16, of the result */

@@ -5,8 +5,8 @@ namespace {
 
 using Function = perfusion_status (*)(const perfusion_edited_projection_params*, perfusion_stream);
 
-Tensor project(const char* operation, Function function, const Tensor& encodings, const Tensor& weight, const Tensor& gates, const Tensor& components,
-                         const Tensor& index, const Tensor& outputs, const Tensor& projected_targets) {
+Tensor project(const char* operation, Function function, const Tensor& encodings, const Tensor& weight, const Tensor& gates,
+               const Tensor& components, const Tensor& index, const Tensor& outputs, const Tensor& projected_targets) {
   const Call call(operation, encodings);
   const auto [B, T, D] = call.sizes<3>("encodings", encodings);
   const int64_t O = call.sizes<2>("weight", weight)[0], J = call.sizes<2>("index", index)[1];

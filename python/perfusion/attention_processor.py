@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Dropout
 
 import perfusion_kernels
 
@@ -90,6 +91,8 @@ class ConceptAttnProcessor:
                 state.index,
                 *self.tables,
             )
+        elif state.form == SLOTS and state.slots is None and state.query_regions is None:
+            result = perfusion_kernels.edited_attention(query, self.key, self.value)
         else:
             edit = {}
             if state.form == SCHEDULE:
@@ -98,5 +101,6 @@ class ConceptAttnProcessor:
             if state.query_regions is not None:
                 edit |= dict(query_regions=state.query_regions[query.shape[1]], key_regions=state.key_regions)
             result = perfusion_kernels.edited_attention(query, self.key, self.value, slots=state.slots, **edit)
-        hidden_states = attn.to_out[0](result.flatten(2))
-        return attn.to_out[1](hidden_states)
+        project, dropout = attn.to_out
+        hidden_states = project(result.flatten(2))
+        return hidden_states if type(dropout) is Dropout and not dropout.training else dropout(hidden_states)

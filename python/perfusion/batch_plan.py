@@ -59,7 +59,8 @@ class Plan:
     number: of all plans; an id() may be that of another, once it is gone. client, rows: who knows which rows, and row -> request.
     contents: for each row the first row of equal content and request. names: of the concepts, in the order of `tables`. scheduled:
     whether a setting follows the steps. locked: whether a row takes its keys from another encoding. held: keeps the concepts in
-    their places. slots, shown, regions: the engine's, where the rows' keys and values are and how layers read them.
+    their places. least: how many places for concepts a row has at least. slots, shown, regions: the engine's, where the rows' keys
+    and values are and how layers read them.
     """
 
     def __init__(self, encodings: Tensor, number: int):
@@ -72,6 +73,7 @@ class Plan:
         self.names: list[str] = []
         self.scheduled = self.locked = self.regional = False
         self.held: HeldConcepts | None = None
+        self.least = 1
         self.slots: list[int] = []
         self.shown: Any = None  # keys and values as the layers read them, where rows do not read slots by index
         self.regions: tuple[Any, ...] = ()
@@ -84,6 +86,7 @@ class Plan:
     def describe(self, encodings: Tensor, client: Client, rows: dict[int, RowRequest]) -> None:
         """Take what a client says of the rows. ValueError for concepts that cannot share a row, ConceptUnavailable."""
         self.client, self.rows = client, rows
+        self.least = 2 if client.compiled() else 1  # a graph of one place is for one alone, and one of two may be for any number
         mentions = [mention for request in rows.values() for mention in request.mentions]
         self.names = list(dict.fromkeys(mention.name for mention in mentions))
         self.held = client.hold(self.names)
@@ -104,7 +107,7 @@ class Plan:
     def settings(self, rows: Sequence[int], step: int, device: torch.device) -> RowSettings:
         """The settings of some rows of the batch at a step."""
         requests = [self.rows.get(row) for row in rows]
-        width = max([1, *(len(request.mentions) for request in requests if request is not None)])
+        width = max([self.least, *(len(request.mentions) for request in requests if request is not None)])
         width = 1 << (width - 1).bit_length()  # few different shapes, so few compiled graphs
 
         def table(value_of: Any, empty: float, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -512,10 +512,10 @@ class Engine:
         if tables.unlocked is not None:
             outputs = torch.where(tables.unlocked[:, None], tables.key_outputs.to(outputs), outputs)
         widths = [layer_width(layer) for layer in self.layers.values()]
-        padding = (1 << (count - 1).bit_length()) - count  # few different shapes, so few compiled graphs
+        padding = max(plan.least, 1 << (count - 1).bit_length()) - count  # few different shapes, so few compiled graphs
 
         def split(table: Tensor) -> list[Tensor]:
-            return list(torch.nn.functional.pad(table, (0, 0, 0, padding)).split(widths, -1))
+            return [_any_number(plan, piece, 0) for piece in torch.nn.functional.pad(table, (0, 0, 0, padding)).split(widths, -1)]
 
         state = self.state
         state.key_outputs, state.key_targets = split(outputs), split(keys[0, :count])
@@ -538,12 +538,13 @@ class Engine:
         with torch.autocast(encodings.device.type, enabled=False):
             gates, components = gates_of(self._call.text(encodings)[chosen].detach(), plan.tables_on(encodings.device), settings)
         state, shape, at = self.state, (count, *gates.shape[1:]), torch.tensor(where, device=gates.device)
-        if state.gates is None or state.gates.shape != shape or state.gates.device != gates.device:
+        held = state.gates
+        if held is None or (held.shape, held.dtype, held.device) != (shape, gates.dtype, gates.device):
             with torch.inference_mode(False):
-                state.gates, state.components = torch.zeros(shape, device=gates.device), torch.zeros(shape, device=gates.device)
+                state.gates, state.components = (torch.zeros(shape, dtype=gates.dtype, device=gates.device) for _ in range(2))
                 state.index = torch.full((count, shape[-1]), -1, dtype=torch.int32, device=gates.device)
         for table, new in ((state.gates, gates), (state.components, components), (state.index, settings.index)):
-            table.index_copy_(0, at, new)
+            _any_number(plan, table, -1).index_copy_(0, at, new)
         self._gates_of = (plan, self.step)
 
     def _fuse(self, plan: Plan, encodings: Tensor) -> None:
@@ -552,7 +553,8 @@ class Engine:
         settings = plan.settings(range(len(encodings)), self.step, encodings.device)
         with torch.autocast(encodings.device.type, enabled=False):
             gates, components = gates_of(self._call.text(encodings).detach(), plan.tables_on(encodings.device), settings)
-        self.state.gates, self.state.components, self.state.index = gates, components, settings.index
+        tables = (_any_number(plan, each, -1) for each in (gates, components, settings.index))
+        self.state.gates, self.state.components, self.state.index = tables
         self._gates_of = self._shown = None
 
     def _project(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -578,6 +580,13 @@ class Engine:
         tables = plan.tables_on(encodings.device)
         settings = plan.settings(rows, self.step, encodings.device)
         return hook_edit(self._call.text(encodings), torch.tensor(rows, device=encodings.device), tables, settings, key_rows)
+
+
+def _any_number(plan: Plan, table: Tensor, dim: int) -> Tensor:
+    """Where the UNet is compiled: say that a table holds any number of concepts, so that one graph serves all."""
+    if plan.least > 1:
+        torch._dynamo.maybe_mark_dynamic(table, dim % table.dim())
+    return table
 
 
 def _processor_obstacle(name: str, layer: torch.nn.Module) -> str | None:

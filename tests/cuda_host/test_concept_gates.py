@@ -35,13 +35,9 @@ def test_words(host):
 
 
 def test_more_than_a_block_holds(host):
-    """Up to 128 places stay in shared memory, more in the workspace, of which each block has a part."""
-    for J, T, dtype in ((128, 3, torch.float32), (129, 18, torch.bfloat16)):
-        compare_exactly_absent(host, cases.make(B=2, J=J, D=350, T=T, dtype=dtype, seed=J))
-
-
-def test_more_places_than_threads(host):
-    compare_exactly_absent(host, cases.make(B=2, J=259, D=500, T=2, dtype=torch.float16))
+    """Up to 128 places stay in shared memory, more in the workspace, of which each block has a part; and more places than threads."""
+    for J, T, D, dtype in ((128, 3, 350, torch.float32), (129, 18, 350, torch.bfloat16), (259, 2, 500, torch.float16)):
+        compare_exactly_absent(host, cases.make(B=2, J=J, D=D, T=T, dtype=dtype, seed=J))
 
 
 def test_workspace(host):

@@ -125,19 +125,6 @@ def everywhere(arguments):
     return arguments
 
 
-def test_bytes_of_one_tile(host):
-    """One prompt and a tile's columns: no more than 1.1 times the least that can be read, all of it 16 bytes at a time but coefficients."""
-    B, T, D, O, J = 1, 77, 640, 128, 2
-    arguments = everywhere(small(B=B, T=T, D=D, O=O, J=J).arguments("edited_projection"))
-    host.configure(0)
-    host.edited_projection(**arguments)
-    counted = host.counted()
-    least = 2 * (O * D + T * D + 2 * J * O) + 12 * T * J
-    assert least <= counted["read_wide"] + counted["read_narrow"] <= 1.1 * least
-    assert counted["read_narrow"] == 12 * T * J
-    assert (counted["written_wide"], counted["written_narrow"]) == (2 * T * O, 0)
-
-
 def test_neighbours_share_weights(host):
     """More weights than the cache holds, and two tiles of rows that read them: memory is read once, or within a tenth of that."""
     arguments = everywhere(small(B=1, T=160, D=256, O=1280, J=1).arguments("edited_projection"))

@@ -20,12 +20,6 @@ def small(T=77, D=40, d=40, N=17, H=2, dtype=torch.float16, **sizes):
     return cases.make(T=T, D=D, d=d, N=N, H=H, dtype=dtype, **sizes)
 
 
-@pytest.mark.parametrize("D", (1, 7, 19, 32, 33, 64, 200))
-def test_widths_of_the_encodings(host, D):
-    """Below a step, a step, several; rows that are and that are not a multiple of 16 bytes."""
-    compare(host, OPERATOR, small(T=13, D=D, d=32, N=3, B=2, dtype=HALVES[D % 2], seed=D))
-
-
 def test_mixed_rows(host):
     for order in ("forward", "backward"):
         host.configure(order=order)
@@ -66,17 +60,6 @@ def test_the_reference_s_roundings(host):
     torch.testing.assert_close(fused, parts, rtol=2e-3, atol=2e-3)
 
 
-def test_nothing_is_written_outside(host):
-    """Between the rows of a strided output, sentinels stay."""
-    arguments = small(B=2, D=24, N=19, T=13).arguments(OPERATOR)
-    expected = host.fused_edited_attention(**arguments)
-    for room in (8, 3):  # accesses of 16 bytes, and of one element
-        memory = torch.full((2, 20, 2, 40 + room), 7.0, dtype=torch.float16)
-        result = host.fused_edited_attention(**arguments, output=memory[:, :19, :, :40])
-        assert (memory[..., 40:] == 7).all() and (memory[:, 19:] == 7).all()
-        assert torch.equal(result, expected)
-
-
 def test_schedules_agree(host):
     """One block or several for a head, one stage or two, any order of the threads: the same bits."""
     arguments = small(B=1, H=1, N=130, J=2, D=24, d=160).arguments(OPERATOR)
@@ -89,21 +72,6 @@ def test_schedules_agree(host):
     assert len(seen) == 4
     assert all(torch.equal(result, results[0]) for result in results)
     assert torch.isfinite(results[0]).all()
-
-
-@pytest.mark.parametrize(
-    "heads, tiles, projection, unit, multiprocessors, splits",
-    [
-        (1, 1, 100, 1, 132, 1),  # one block has all the tiles at once
-        (16, 256, 4_915_200, 102_400, 132, 16),  # Stable Diffusion 1.5, N = 4096, two rows: two blocks for each multiprocessor
-        (16, 4, 19_660_800, 409_600, 132, 1),  # and N = 64: a warp for each tile
-        (264, 64, 10_000, 10, 132, 1),  # the chip is full as it is
-        (1000, 64, 1_000_000, 100, 132, 1),  # what another block would save, it projects
-        (133, 64, 0, 1, 132, 8),  # with nothing to project, smaller shares are evener ones
-    ],
-)
-def test_blocks_share_a_head_while_that_pays(built, heads, tiles, projection, unit, multiprocessors, splits):
-    assert built.share_projection(heads, tiles, projection, unit, multiprocessors) == splits
 
 
 def test_no_other_share_is_cheaper(host):

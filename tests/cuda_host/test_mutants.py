@@ -68,7 +68,7 @@ MUTANTS = {
         Change(EDIT, "          load_places(place);\n          barrier();\n", "          load_places(place);\n"), attention.test_schedules_agree
     ),
     "concepts give way before they are edited": (
-        Change(EDIT, "          barrier();  // those before have been read\n", ""), attention.test_schedules_agree
+        Change(EDIT, "          barrier();  // the group before has been read\n", ""), attention.test_schedules_agree
     ),
     "queries land on an edit that is being read": (
         Change(ATTENTION, "      edit.apply(keys, values);\n      barrier();\n", "      edit.apply(keys, values);\n"), attention.test_long_streams
@@ -169,6 +169,10 @@ MUTANTS = {
     "a gate's derivative is of the next slot": (
         Change(RANK_ONE, "load_columns(o, side.table, slot, x,", "load_columns(o, side.table, slot + 1 < p.S ? slot + 1 : slot, x,"), projection_backward.test_mixed_rows
     ),
+    "a derivative looks an index out of range up": (
+        Change(RANK_ONE, "bank_slot(index + (place + j) * p.index.strides[1], p.S, p.errors)", "load(index + (place + j) * p.index.strides[1])"),
+        projection_backward.test_an_index_out_of_range_is_absent,
+    ),
     "sides that share a gradient run apart": (
         Change(
             RANK_ONE,
@@ -193,7 +197,7 @@ MUTANTS = {
     ),
     "words of other concepts keep their gates": (Change(GATES, "if (!own) return other ? 0.0f : gate;", "if (!own) return gate;"), gates.test_words),
     "the floor of the neighbour": (Change(GATES, "+ j * p.floor.strides[1])", "+ (j ? j - 1 : j) * p.floor.strides[1])"), gates.test_words),
-    "the edit does not wait for the projection": (Change(FUSED, "    barrier();  // all of K and V stands\n", ""), fused.test_mixed_rows),
+    "the edit does not wait for the projection": (Change(FUSED, "    barrier();  // all warps have written K and V\n", ""), fused.test_mixed_rows),
     "rows that share a head's weights run apart": (
         Change(
             FUSED,

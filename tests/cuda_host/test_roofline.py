@@ -54,15 +54,3 @@ def test_edited_attention_of_a_model_moves_at_most_a_tenth_more(layer):
     J, T, H = 8, 77, layer.H
     least = roofline.edited_attention(B=1, N=layer.N, T=T, H=H, d=layer.d, J=J).bytes
     assert least + (H - 1) * T * J * 2 * 4 + (5 * H - 1) * J * 4 <= 1.1 * least
-
-
-@pytest.mark.parametrize("J", (1, 3, 8))
-def test_gates_read_encodings_once(host, J):
-    """And the bank's rows, index, bias and temperature once for each block of 16 tokens."""
-    case = cases.make(B=2, T=77, J=J, D=64, dtype=torch.float16)
-    rows = {name: getattr(case, name)[1:] for name in ("encodings", "index", "bias", "temperature")}
-    counted, work = run(host, "concept_gates", {**case.arguments("concept_gates"), **rows})
-    encodings, bank, places, blocks = 77 * 64 * 2, 2 * J * 64 * 4, 3 * J * 4, 5
-    assert (counted["read_wide"], counted["read_narrow"]) == (encodings + blocks * bank, blocks * places)
-    assert (counted["written_narrow"], counted["written_wide"]) == (work.written, 0)
-    assert work.read == encodings + bank + places

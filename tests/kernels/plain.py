@@ -57,16 +57,21 @@ def edited_attention(
     key, value = edit(key, key_outputs, key_targets), edit(value, value_outputs, value_targets)
     result = torch.empty_like(query)
     for b in range(query.shape[0]):
+        seen = [] if query_regions is None else regions(query_regions[b].tolist(), key_regions[b].tolist())
         for h in range(query.shape[2]):
             row = b if slots is None else slots[b]
             scores = query[b, :, h] @ key[row, :, h].T * scale
             if query_regions is None:
                 result[b, :, h] = torch.softmax(scores, -1) @ value[row, :, h]
                 continue
-            for n in range(query.shape[1]):
-                seen = [t for t in range(key.shape[1]) if key_regions[b, t] == 0 or key_regions[b, t] & query_regions[b, n]]
-                result[b, n, h] = torch.softmax(scores[n, seen], -1) @ value[row, seen, h] if seen else 0
+            for n, positions in enumerate(seen):
+                result[b, n, h] = torch.softmax(scores[n, positions], -1) @ value[row, positions, h] if positions else 0
     return result
+
+
+def regions(queries: list[int], keys: list[int]) -> list[list[int]]:
+    """The positions that each image token attends to."""
+    return [[t for t, key in enumerate(keys) if key == 0 or key & query] for query in queries]
 
 
 def fused_edited_attention(query, encodings, key_weight, value_weight, *edit_and_scale):

@@ -155,7 +155,8 @@ def test_a_failed_import_is_remembered(monkeypatch):
 def test_the_environment_variable_is_read():
     code = (
         "import torch, perfusion_kernels as p; x = torch.ones(1, 1, 1); i = torch.zeros(1, 1, dtype=torch.int32)\n"
-        "try: p.concept_gates(x, x[0], x[0], i, x[0], x[0]); print('ran')\n"
+        "p.sdpa._attend = None  # a call that names no backend\n"
+        "try: p.concept_gates(x, x[0], x[0], i, x[0], x[0]); p.edited_attention(x[None], x[None], x[None]); print('ran')\n"
         "except p.BackendUnavailable as error: print(error)"
     )
     for value, expected in (("reference", "ran"), ("nonsense", "backend 'nonsense' was asked for")):

@@ -94,8 +94,7 @@ def test_values_that_are_not_finite_are_refused_where_used():
             edited_projection(**{**arguments, name: wrong})
 
 
-@pytest.mark.parametrize("backend, device", cases.runs("fused_edited_projection"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@each_run_and_dtype
 def test_fused_rows_without_a_concept_are_those_of_the_unedited_call(backend, device, dtype):
     """Bit for bit, whatever the other rows have; but not those of the library, which is why `edited_projection` is there."""
     arguments = cases.make(B=6, T=35, J=3, dtype=dtype, device=device, backend=backend).arguments("fused_edited_projection")

@@ -2,14 +2,16 @@
 
 import contextlib
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from perfusion_kernels import check_device, concept_gates, edited_attention, use_backend
+from perfusion_kernels import BackendUnavailable, check_device, concept_gates, edited_attention, use_backend
 from perfusion_kernels.schemas import SCHEMAS
 
-from . import cases, plain
+from . import cases, cuda_on_host, plain
+from .test_floor import gradients
 from .tolerance import assert_no_worse, exactly
 
 NOT_YET = ()
@@ -142,6 +144,19 @@ def test_a_device_reports_an_index_out_of_range(operator, backend, device):
         check_device(device)  # said once
 
 
+@pytest.mark.parametrize("operator, backend, device", KERNELS)
+def test_gradients_of_an_index_out_of_range(operator, backend, device):
+    """Those of an absent place."""
+    case = cases.make(J=2, S=5, T=5, D=6, H=1, N=3, device=device, backend=backend)
+    found = []
+    for slot in (5, -2, -1):
+        index = case.index.clone()
+        index[1, 0] = slot
+        found.append(gradients(operator, replace(case, index=index), backend))
+    forget(device)
+    assert all(map(torch.equal, found[0], found[2])) and all(map(torch.equal, found[1], found[2]))
+
+
 @pytest.mark.parametrize("backend, device", [run for run in RUNS["edited_attention"] if run[0] not in (None, "reference")])
 def test_a_device_reports_a_slot_out_of_range(backend, device):
     case, arguments = extended(device=device, backend=backend)
@@ -191,7 +206,7 @@ def test_a_call_without_a_backend_is_torch_s_on_a_cpu(monkeypatch):
     from perfusion_kernels import sdpa
 
     calls = []
-    monkeypatch.setattr(sdpa, "edited_attention", lambda *a, run=sdpa.edited_attention: calls.append(1) or run(*a))
+    monkeypatch.setattr(sdpa, "_attend", lambda *a, run=sdpa._attend: calls.append(1) or run(*a))
     case = cases.make()
     tensors = case.query, case.key, case.value
     edited_attention(*tensors)
@@ -206,6 +221,32 @@ def test_a_call_without_a_backend_is_torch_s_on_a_cpu(monkeypatch):
     with pytest.raises(NotImplementedError, match="torch.vmap"):
         torch.vmap(lambda x: edited_attention(x, *tensors[1:]))(case.query[None])
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "argument, context, environment, runs",
+    [
+        *((None, None, None, "torch's"), (None, None, "auto", "torch's"), (None, "auto", "reference", "torch's")),
+        ("auto", "reference", "reference", "torch's"),
+        *((None, None, "reference", "it"), (None, "reference", None, "it"), ("reference", None, None, "it"), ("reference", "auto", "auto", "it")),
+        *((None, None, "cuda", "refused"), (None, "cuda", None, "refused"), ("cuda", None, None, "refused"), (None, None, "no", "refused")),
+    ],
+)
+@pytest.mark.skipif(cuda_on_host.registered(), reason="the compiled kernels take host tensors here")
+def test_a_backend_asked_for_by_name_is_never_passed_over(monkeypatch, argument, context, environment, runs):
+    """A call's argument goes before `use_backend`, and that before PERFUSION_BACKEND, with nothing to edit too."""
+    from perfusion_kernels import backend, sdpa
+
+    calls = []
+    monkeypatch.setattr(sdpa, "_attend", lambda *a, run=sdpa._attend: calls.append(1) or run(*a))
+    monkeypatch.setattr(backend, "_requested", environment)
+    x = torch.ones(1, 2, 1, 4)
+    with contextlib.nullcontext() if context is None else use_backend(context):
+        for options in ({}, {"slots": torch.zeros(1, dtype=torch.int32)}):  # a short way through the public function, and the long one
+            refusal = pytest.raises(BackendUnavailable, match="was asked for") if runs == "refused" else contextlib.nullcontext()
+            with refusal:
+                edited_attention(x, x, x, backend=argument, **options)
+    assert len(calls) == (2 if runs == "torch's" else 0)
 
 
 def by_word(device="cpu", backend=None, P=2, **options):

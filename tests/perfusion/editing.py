@@ -250,6 +250,25 @@ def hooks_of(module: torch.nn.Module) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
+def lora(pipe, name: str = "style", seed: int = 3) -> None:
+    """A LoRA on the text and image projections of a UNet that changes what it draws."""
+    from peft import LoraConfig  # here, as benchmarks use this file too
+
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe.unet.add_adapter(config, name)
+
+
+@contextlib.contextmanager
+def attached_with_two(pipe, **options) -> Iterator[Handle]:
+    """A pipeline, attached, with <teddy> and <teapot>."""
+    with attach(pipe, **options) as handle:
+        for seed, name in enumerate(("teddy", "teapot"), 1):
+            handle.load(make_concept(handle.base, name, seed=seed))
+        yield handle
+
+
 @contextlib.contextmanager
 def attached_to(pipe, concept: Concept) -> Iterator[Handle]:
     """A pipeline, attached, with the concept; a test that leaves a hook fails."""

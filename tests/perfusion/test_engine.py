@@ -11,10 +11,10 @@ import torch
 import perfusion_kernels
 from perfusion import Request
 from perfusion.attention_processor import ConceptAttnProcessor
-from perfusion.base import cross_attention_layers, describe_base
+from perfusion.base import cross_attention_layers
 from perfusion.handle import attach
 from perfusion.prompts import PromptError
-from tests.perfusion.editing import PLAIN, check_rows, draw, guided, make_concept, seen, use
+from tests.perfusion.editing import PLAIN, attached_with_two, check_rows, draw, guided, lora, make_concept, seen, use
 from tests.perfusion.tiny import tiny_sd
 
 PROMPT = "a photo of a <teddy> on a beach"
@@ -28,15 +28,8 @@ def pipe():
 
 @pytest.fixture
 def handle(pipe):
-    with attach(pipe) as handle:
-        handle.load(make_concept(handle.base, "teddy"))
-        handle.load(make_concept(handle.base, "teapot", seed=2))
+    with attached_with_two(pipe) as handle:
         yield handle
-
-
-@pytest.fixture
-def teddy(pipe):
-    return make_concept(describe_base(pipe), "teddy")
 
 
 @pytest.fixture
@@ -82,6 +75,8 @@ def test_a_schedule_is_an_edit_in_the_tile_load_and_projects_nothing_again(handl
     handle.set("teddy", bias=lambda step: 0.1 * step, strength=[1.0, 0.5])
     _, forwards = seen(pipe, Request(PROMPT), num_inference_steps=2)
     check_rows(pipe.unet, forwards[1], [[], [use(teddy, 0.5, bias=0.1)]], tolerance=4e-5)
+    _, forwards = seen(pipe.to(torch.float64), Request(PROMPT), num_inference_steps=2)  # what was held for float32 is made anew
+    check_rows(pipe.unet, forwards[1], [[], [use(teddy, 0.5, bias=0.1)]], tolerance=1e-6)
 
 
 def test_encodings_that_change_at_every_step_take_one_call_for_all(handle, pipe, teddy, called):
@@ -133,23 +128,64 @@ def test_processors_are_there_only_while_a_concept_is_loaded(pipe, teddy):
         assert not any(own())
 
 
-@pytest.mark.parametrize("change", ["weights", "dtype", "exchange"])
-def test_slots_are_written_anew_when_weights_change_under_the_same_embeddings(handle, pipe, teddy, change):
-    embeds = pipe.encode_prompt(["a <teddy>"], "cpu", 1, False)[0]
-    options = dict(prompt_embeds=embeds, guidance_scale=1.0)
-    before = draw(pipe, **options)
-    layer = cross_attention_layers(pipe.unet)["mid_block.attentions.0.transformer_blocks.0.attn2"]
-    if change == "weights":
-        layer.to_v.weight.mul_(1.5)
-    elif change == "exchange":
-        layer.to_v = copy.deepcopy(layer.to_v)
-        layer.to_v.weight.mul_(1.5)
-    else:
-        pipe.to(torch.bfloat16)
-        options = dict(prompt_embeds=embeds.bfloat16(), guidance_scale=1.0)
-    images, forwards = seen(pipe, **options)
-    check_rows(pipe.unet, forwards[0], [[use(teddy)]], tolerance=0.02 if change == "dtype" else 2e-5)
-    assert not torch.equal(images.float(), before)
+def of_layers(change):
+    return lambda pipe: [change(layer) for layer in cross_attention_layers(pipe.unet).values()]
+
+
+def exchanged(layer):
+    layer.to_v = copy.deepcopy(layer.to_v)
+    layer.to_v.base_layer.weight.mul_(1.5)
+
+
+# name -> what is done before the first picture, and between it and the second one
+CHANGES = {
+    "the LoRA's scale": (None, lambda pipe: pipe.set_adapters("style", 0.3)),
+    "LoRA fused": (None, lambda pipe: pipe.fuse_lora(lora_scale=0.3)),
+    "LoRA unfused": (lambda pipe: pipe.fuse_lora(lora_scale=0.3), lambda pipe: pipe.unfuse_lora()),
+    "LoRA off": (None, lambda pipe: pipe.disable_lora()),
+    "LoRA gone": (None, lambda pipe: pipe.unload_lora_weights()),
+    "dtype": (None, lambda pipe: pipe.to(torch.bfloat16)),
+    "a weight of keys": (None, of_layers(lambda layer: layer.to_k.base_layer.weight.mul_(1.5))),
+    "a weight of values": (lambda pipe: pipe.unload_lora_weights(), of_layers(lambda layer: layer.to_v.weight.mul_(1.5))),
+    "the LoRA's weight": (None, of_layers(lambda layer: layer.to_v.lora_A["style"].weight.requires_grad_(False).mul_(1.5))),
+    "a module": (None, of_layers(exchanged)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_slots_are_written_anew_when_layers_change_under_the_same_embeddings(teddy, change):
+    """The second picture is that of a pipeline which was never attached before the change, to the bit."""
+    before, between = CHANGES[change]
+    embeds, negative = tiny_sd().encode_prompt([PROMPT], "cpu", 1, True)
+    options = dict(prompt_embeds=embeds, negative_prompt_embeds=negative)
+
+    def changed():
+        pipe = tiny_sd()
+        lora(pipe)
+        if before is not None:
+            before(pipe)
+        yield pipe
+        between(pipe)
+        yield pipe
+
+    def bound(pipe):
+        handle = attach(pipe)
+        handle.load(teddy)
+        handle.bind(embeds, PROMPT)
+        return handle
+
+    one, other = changed(), changed()
+    with bound(next(one)) as handle:
+        first = draw(handle.pipe, **options)
+        slots = handle._engine.slots
+        next(one)
+        second = draw(handle.pipe, **options)
+        assert handle._engine.form == "slots" and not torch.equal(second.float(), first)
+        assert change == "LoRA unfused" or not torch.allclose(second.float(), first, atol=1e-3)  # which changes roundings alone
+        assert change == "dtype" or handle._engine.slots is slots
+    next(other)
+    with bound(next(other)) as handle:
+        assert torch.equal(draw(handle.pipe, **options), second)
 
 
 def test_replaced_processors_are_noticed_and_said_once(handle, pipe):

@@ -215,6 +215,7 @@ def test_torch_export_programs(tmp_path, pipelines, exported, concepts):
     np.testing.assert_allclose(pictures(runtime, several), pictures(onnx, several), atol=2e-5)
 
 
+@pytest.mark.proof
 def test_a_compiled_package(tmp_path):
     """AOTInductor makes machine code of the UNet, for any number of rows, where there is a C++ compiler."""
     if shutil.which("g++") is None:

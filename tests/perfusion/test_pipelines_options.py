@@ -4,13 +4,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.hooks import apply_group_offloading
-from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch._dynamo.utils import counters
 
 from perfusion.base import UnsupportedPipeline, cross_attention_layers, describe_base
 from perfusion.handle import attach
-from tests.perfusion.editing import PLAIN, PROMPTS, check_rows, draw, guided, hooks_of, make_concept, seen, unguided, use
+from tests.perfusion.editing import PLAIN, PROMPTS, check_rows, draw, guided, hooks_of, lora, make_concept, seen, unguided, use
 from tests.perfusion.pipeline_matrix import ip_adapter
 from tests.perfusion.tiny import SMALL, tiny_sd
 
@@ -27,14 +26,6 @@ def test_freeu(attached, sd, teddy):
     sd.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
     check_rows(sd.unet, seen(sd, PROMPTS)[1][0], guided([use(teddy)]))
     sd.disable_freeu()
-
-
-def lora(pipe, name="style", seed=3):
-    """A LoRA on the text and image projections of a UNet that changes what it draws."""
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        pipe.unet.add_adapter(config, name)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

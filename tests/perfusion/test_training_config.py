@@ -1,8 +1,8 @@
-"""perfusion.training.config: defaults of the method, every rule by its message, and the file."""
+"""perfusion.training_config: defaults of the method, every rule by its message, and the file."""
 
 import pytest
 
-from perfusion.training.config import TrainingConfig, read_settings
+from perfusion.training_config import TrainingConfig, read_settings
 
 WORDS = dict(superclass="teddy", name="mine")
 

@@ -11,8 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from perfusion import Request, unet_graphs
 from perfusion.base import cross_attention_layers
-from perfusion.handle import attach
-from tests.perfusion.editing import draw, make_concept
+from tests.perfusion.editing import attached_with_two, draw
 from tests.perfusion.tiny import tiny_sd
 
 LEFT = torch.zeros(16, 16)
@@ -62,9 +61,7 @@ def pipe():
 
 @pytest.fixture
 def handle(pipe):
-    with attach(pipe) as handle:
-        for seed, name in enumerate(("teddy", "teapot"), 1):
-            handle.load(make_concept(handle.base, name, seed=seed))
+    with attached_with_two(pipe) as handle:
         handle._engine.by_index = True  # as on a device
         yield handle
 
@@ -212,9 +209,7 @@ def test_on_a_gpu_pictures_with_and_without_graphs_are_the_same(pipe):
     prompts = [*PROMPTS, Request("a <teddy> and a <teapot>", regions={"teddy": LEFT}), Request("a <teddy>", bias=[0.0, 0.3]), "a cat"]
 
     def pictures(**options):
-        with attach(pipe, **options) as handle:
-            for seed, name in enumerate(("teddy", "teapot"), 1):
-                handle.load(make_concept(handle.base, name, seed=seed))
+        with attached_with_two(pipe, **options) as handle:
             found = [draw(pipe, prompt, num_inference_steps=3) for prompt in prompts]
             return found, handle._engine._graphs and (handle._engine._graphs.recordings, handle.memory()["graphs"])
 

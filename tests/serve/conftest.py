@@ -63,3 +63,14 @@ def teddy(http, world):
     answer = http.post("/v1/concepts", files={"file": (world / "teddy.safetensors").read_bytes()})
     assert answer.status_code in (201, 409), answer.text
     return "teddy"
+
+
+@pytest.fixture
+def survived(record_property):
+    """survived(FAULT, OUTCOME, TIMES): what this test did, what it saw come of it, how often. bench/serve_faults.py makes a table of it."""
+
+    def record(fault, outcome, times=1):
+        for name, value in (("fault", fault), ("outcome", outcome), ("times", times)):
+            record_property(name, value)
+
+    return record

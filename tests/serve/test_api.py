@@ -179,7 +179,7 @@ def test_pages_of_other_sites_and_names_of_other_hosts_are_refused(http, url):
     assert http.get("/v1/models", headers={"origin": url}).status_code == 200
 
 
-def test_a_client_that_goes_away_is_drawn_for_no_longer(http, url):
+def test_a_client_that_goes_away_is_drawn_for_no_longer(http, url, survived):
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"prompt": "a cat", "steps": 20, "n": 10, "size": "64x64"}).encode()
     for stream in (False, True):
@@ -194,13 +194,15 @@ def test_a_client_that_goes_away_is_drawn_for_no_longer(http, url):
                 until(lambda: drawing(http) > 0)
         until(lambda: drawing(http) == 0)
         assert cancelled(http) > before
+    survived("a client vanishes, before its answer and in a stream", "its pictures are drawn no further", 2)
 
 
-def test_a_slow_client_holds_nobody_up(url, client):
+def test_a_slow_client_holds_nobody_up(url, client, survived):
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
         assert client.images.generate(prompt="a cat", extra_body=SHORT).data
+    survived("a client sends half a request and waits", "others are answered meanwhile")
 
 
 def test_many_at_once_share_batches(http, url, teddy):

@@ -1,7 +1,6 @@
 """The batch: rows join and leave between steps, and each is what it is alone. In one process and one thread, so every order is the test's."""
 
 import concurrent.futures
-import dataclasses
 import io
 import random
 import threading
@@ -17,8 +16,9 @@ from PIL import Image
 import perfusion
 from perfusion.concept import Concept
 from perfusion.errors import UnsupportedPipeline
-from perfusion.serve.batching import Batcher, ConceptUnreadable, StepReport
+from perfusion.serve.batching import Batcher, StepReport
 from perfusion.serve.drawing import ConceptUse, Drawing, Failure, Picture
+from perfusion.serve.store import DamagedFile
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
 CLOSE = 2  # of 255: what other orders of the same sums may change in a pixel
@@ -34,9 +34,9 @@ class Inline(concurrent.futures.Executor):
 class Bench:
     """A Batcher and what it reported."""
 
-    def __init__(self, concepts, pipe=None, **options):
+    def __init__(self, concepts, pipe=None, *, side=Inline(), **options):
         self.outcomes, self.pictures, self.steps = {}, [], []
-        self.batcher = Batcher({"toybox": pipe or tiny_sd()}, concepts, self.hear, side=Inline(), **options)
+        self.batcher = Batcher({"toybox": pipe or tiny_sd()}, concepts, self.hear, side=side, **options)
         self.batcher.step()  # this is the stepping thread
 
     def hear(self, report):
@@ -52,7 +52,7 @@ class Bench:
         for drawing in drawings:
             self.batcher.submit(drawing)
         while self.batcher.working:
-            self.batcher.step()
+            self.batcher.step(timeout=0.05)
         return self.outcomes
 
 
@@ -63,7 +63,7 @@ def pixels(outcome):
 
 @pytest.fixture(scope="module")
 def concepts(world, digests):
-    known = {digest: Concept.load(world / f"{name}.safetensors") for name, digest in digests.items()}
+    known = {digest: (world / f"{name}.safetensors").read_bytes() for name, digest in digests.items()}
     return known.__getitem__
 
 
@@ -91,7 +91,7 @@ def test_a_row_is_what_the_pipeline_draws(concepts, draw, digests):
     pipe = tiny_sd()
     handle = perfusion.attach(pipe)
     for name in ("teddy", "teapot"):
-        handle.load(concepts(digests[name]), name)
+        handle.load(Concept.from_bytes(concepts(digests[name])), name)
     masks = {"teddy": torch.from_numpy(left).float() / 255}
     regional = perfusion.Request("a <teddy> and a <teapot>", strength={"teddy": [0.0, 1.0, 2.0]}, bias={"teapot": 0.5}, regions=masks)
     locked = perfusion.Request("a <teddy> on the beach", key_lock="global")
@@ -126,7 +126,8 @@ def test_rows_come_and_go_and_none_notices(concepts, draw, seed):
             bench.batcher.cancel(gone)
     assert set(bench.outcomes) == {drawing.id for drawing in drawings} - cancelled and cancelled
     assert max(step.rows for step in bench.steps) == 4 and min(step.rows for step in bench.steps) < 4
-    assert not any(bench.batcher.bases["toybox"].pins.values()), "a concept is held for nobody"
+    bench.run([draw("plain", "a cat", concepts=())])  # the last prompt's are let go
+    assert not any(resident.pins for resident in bench.batcher.bases["toybox"].store._residents.values()), "a concept is held for nobody"
     alone = Bench(concepts)
     for drawing in drawings:
         if drawing.id not in cancelled:
@@ -201,16 +202,34 @@ def test_previews_come_before_the_picture(concepts, draw):
     assert [(picture.id, picture.step) for picture in bench.pictures] == [("2", 1), ("1", 2), ("1", 4), ("1", 6)]
 
 
-def test_more_concepts_than_places(world, draw, digests, concepts):
-    """Concepts come and go by the hundred; one that is being drawn stays."""
-    teddy = concepts(digests["teddy"])
-    many = {f"{number:064x}": dataclasses.replace(teddy, name=f"c{number}") for number in range(100)}
-    many = {digest.replace("0", "a", 1)[::-1]: concept for digest, concept in many.items()}
-    bench = Bench(many.__getitem__, capacity=8, rows=4)
-    bench.run([draw(digest, "a <teddy>", concepts=(ConceptUse("teddy", digest),), seed=1, steps=1) for digest in many])
-    assert len({outcome.data for outcome in bench.outcomes.values()}) == 1
-    base = bench.batcher.bases["toybox"]
-    assert len(base.pins) == 8 and base.misses == 100
+@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.proof)])
+def test_more_concepts_than_places(draw, digests, concepts, count, survived):
+    """They come and go, read by a thread beside the steps; each picture is of its own concept, and the bank has no more than its places."""
+    files = [concepts(digest) for digest in digests.values()]
+    read = []
+
+    def read_file(digest):
+        read.append(digest)
+        return files[int(digest) % 4]
+
+    with concurrent.futures.ThreadPoolExecutor(1) as side:
+        bench = Bench(read_file, capacity=8, rows=4, side=side)
+        store, batcher = bench.batcher.bases["toybox"].store, bench.batcher
+        order = random.Random(0).sample(range(count), count)
+        for number in order + order[-2:]:
+            use = ConceptUse("teddy", f"{number:064}")
+            batcher.submit(draw(f"{number}-{len(store)}", "a <teddy>", concepts=(use,), seed=1, steps=2))
+            while batcher.working >= 6:
+                batcher.step(timeout=0.05)
+        bench.run([])
+    first = {}
+    for id, outcome in bench.outcomes.items():
+        kind = int(id.partition("-")[0]) % 4
+        assert abs(pixels(outcome) - pixels(first.setdefault(kind, outcome))).max() <= CLOSE, id
+    assert len({outcome.data for outcome in first.values()}) == 4
+    assert len(store) == count and len(store.resident()) == 8 and store.loads >= count and store.evictions == store.loads - 8
+    assert batcher.bases["toybox"].misses + batcher.bases["toybox"].hits == count + 2
+    survived(f"{count:,} concepts through 8 places", f"{len(bench.outcomes):,} pictures, each of its own concept")
 
 
 def test_a_full_bank_waits_for_a_place(draw, digests, concepts):
@@ -235,7 +254,7 @@ class Short:
         return self.forward(sample, *arguments, **more)
 
 
-def test_a_picture_that_does_not_fit_takes_no_other_with_it(concepts, draw):
+def test_a_picture_that_does_not_fit_takes_no_other_with_it(concepts, draw, survived):
     pipe = tiny_sd()
     pipe.unet.forward = short = Short(pipe.unet, room=4)
     bench = Bench(concepts, pipe)
@@ -243,6 +262,7 @@ def test_a_picture_that_does_not_fit_takes_no_other_with_it(concepts, draw):
     assert bench.outcomes["large"].kind == "memory" and "smaller" in bench.outcomes["large"].message
     assert all(isinstance(bench.outcomes[str(number)], Picture) for number in range(5))
     assert short.refused <= 4, "what was found out is remembered"
+    survived("memory has no room for one of six pictures", f"it is refused, the other {len(bench.outcomes) - 1} are drawn")
 
 
 def test_whose_fault_it_is_shows_when_each_is_alone(concepts, draw):
@@ -270,11 +290,12 @@ def test_what_is_wrong_with_a_prompt_is_said_in_its_own_words(concepts, draw, di
 
 def test_a_damaged_concept_is_named_as_such(draw):
     def read(digest):
-        raise ConceptUnreadable("a concept of this prompt cannot be used: its file is damaged; upload it again")
+        raise DamagedFile("its file is damaged; upload it again")
 
     bench = Bench(read)
     bench.run([draw(1), draw(2, "a cat", concepts=())])
-    assert bench.outcomes["1"].kind == "conflict" and isinstance(bench.outcomes["2"], Picture)
+    message = "concept 'teddy' cannot be used: its file cannot be read: its file is damaged; upload it again"
+    assert bench.outcomes["1"] == Failure("1", "conflict", message) and isinstance(bench.outcomes["2"], Picture)
 
 
 def test_prompts_are_encoded_beside_the_steps(concepts, draw):

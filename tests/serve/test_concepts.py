@@ -37,21 +37,23 @@ def test_the_life_of_a_concept(http, world):
     assert http.post("/v1/images/generations", json={"prompt": "a <my-pot>", "steps": 2}).status_code == 404
 
 
-def test_nothing_is_kept_of_what_is_no_concept_for_these_models(http, world, tmp_path):
+def test_nothing_is_kept_of_what_is_no_concept_for_these_models(http, world, tmp_path, survived):
     data = (world / "cup.safetensors").read_bytes()
     save_concept(tmp_path / "foreign.safetensors", "teddy", width=24)
     header = json.dumps({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     before = http.get("/v1/concepts").json()
-    for wrong in (
+    wrongs = (
         b"", b"PK\x03\x04 a pickle", data[:-1], data + b"x", data[:100], len(header).to_bytes(8, "little") + header,
         (tmp_path / "foreign.safetensors").read_bytes(), torch.zeros(3).numpy().tobytes(), bytes(900_000),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for wrong in wrongs:
         answer = upload(http, wrong)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "file", answer.text
     assert upload(http, data, name="../etc").status_code == 400
     assert http.get("/v1/concepts").json() == before
     for path in ("..%2f..%2fstate.sqlite", "%2e%2e", "A", "a" * 40):
         assert http.get(f"/v1/concepts/{path}/file").status_code in (400, 404)
+    survived("files that are no concept, or for another model", "400; nothing is kept", len(wrongs))
 
 
 def test_namespaces_scopes_and_quotas(settings_of, world, tmp_path):

@@ -62,7 +62,7 @@ def test_what_cannot_be_learned_is_refused_before_anything_is_kept(http):
     assert http.get("/v1/jobs").json() == before
 
 
-def test_a_job_survives_the_server(settings_of, tmp_path):
+def test_a_job_survives_the_server(settings_of, tmp_path, survived):
     """Stopped in the midst of a job, and started again, the server goes on with it from its checkpoint; cancelling keeps one, too."""
     settings = settings_of(tmp_path / "state", grace=60.0)
     with running(settings) as url, httpx.Client(base_url=url, timeout=120) as http:
@@ -78,6 +78,7 @@ def test_a_job_survives_the_server(settings_of, tmp_path):
         until(lambda: http.get(f"/v1/jobs/{job['id']}").json()["status"] == "running")
         http.delete(f"/v1/jobs/{job['id']}")
         assert first == 1, "one log from the first step to the last"
+    survived("a server is stopped in mid-training, started again", "the job goes on from its checkpoint")
 
 
 def until(condition, seconds=240):

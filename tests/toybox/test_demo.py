@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from perfusion import Concept, cli
 from perfusion.demo import run_demo
 from perfusion.demo.report import duration
-from perfusion.demo.run import BIASES, STYLED, TOGETHER, weights_digest
+from perfusion.demo.run import BIASES, STYLED, TOGETHER
+from perfusion.toybox.sheets import weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +52,13 @@ def test_the_overview_shows_references_beside_results(folder):
     assert (folder / "overview.png").stat().st_size <= 400_000
 
 
-def test_the_picture_in_the_readme_was_drawn_with_these_weights():
-    """`make picture` draws it anew."""
-    picture = Path(__file__).parents[2] / "docs/demo.png"
-    assert picture.stat().st_size <= 400_000
+@pytest.mark.parametrize("name", ["demo", "toybox-classes", "toybox-ten"])
+def test_pictures_in_the_docs_were_drawn_with_these_weights(name):
+    """`make picture` draws them anew."""
+    picture = Path(__file__).parents[2] / f"docs/{name}.png"
+    assert picture.stat().st_size <= (400_000 if name == "demo" else 500_000)
     with Image.open(picture) as image:
-        assert image.text["toybox"] == weights_digest(), "docs/demo.png is stale: make picture"
+        assert image.text["toybox"] == weights_digest(), f"{picture} is stale: make picture"
 
 
 def test_nothing_that_is_there_is_replaced_unasked(folder, tmp_path):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from perfusion.toybox import ablate, train
 from perfusion.toybox.model import LATENT_CHANNELS, build_tokenizer, vocabulary
+from perfusion.toybox.recipe import stage
 from perfusion.toybox.render import render
 from perfusion.toybox.vae import PatchAutoencoder
 from perfusion.toybox.world import sample_pictures
@@ -62,17 +63,17 @@ RECIPE += ["--denoiser-steps", "4", "--annealing-steps", "2"]
 
 def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
     """Interrupted between two checkpoints and run again, it goes on from the first and ends where it would have ended."""
-    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    monkeypatch.setattr(stage, "SAVE_EVERY", 2)
     monkeypatch.setattr(train, "COVARIANCE_CAPTIONS", 200)
-    average, steps = train.Stage._average, []
+    average, steps = stage.Stage._average, []
 
-    def counting(stage):
-        steps.append((stage.name, stage.step))
+    def counting(self):
+        steps.append((self.name, self.step))
         if len(steps) == stop_at:
             raise InterruptedError
-        average(stage)
+        average(self)
 
-    monkeypatch.setattr(train.Stage, "_average", counting)
+    monkeypatch.setattr(stage.Stage, "_average", counting)
 
     def run(name):
         steps.clear()
@@ -87,7 +88,7 @@ def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
         files = {path.relative_to(folder): load_file(path) for path in folder.rglob("*.safetensors")}
         return {path: {name: tensor.numpy().tobytes() for name, tensor in tensors.items()} for path, tensors in files.items()}
 
-    whole = [(stage, step) for stage in ("autoencoder", "text", "judge") for step in (1, 2)]
+    whole = [(part, step) for part in ("autoencoder", "text", "judge") for step in (1, 2)]
     whole += [("denoiser", step) for step in (1, 2, 3, 4)] + [("denoiser-annealed-2", step) for step in (1, 2)]
     stop_at = None
     run("whole")

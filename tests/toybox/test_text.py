@@ -8,8 +8,8 @@ import torch
 from perfusion.covariance import Covariance
 from perfusion.models import TOYBOX, load_pipeline
 from perfusion.toybox.model import ENCODING_DIM, MAX_TOKENS, token_ids, vocabulary
+from perfusion.toybox.recipe.text_encoder import encode_embeddings
 from perfusion.toybox.text import EMBEDDING_SCALE, codes, targets_of
-from perfusion.toybox.train import encode_embeddings
 from perfusion.toybox.words import SCENES
 
 

@@ -24,7 +24,8 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 8000,
     folder: Annotated[Optional[Path], typer.Option(help="What must survive. [default: in your data folder]", show_default=False)] = None,
     database: Annotated[
-        Optional[str], typer.Option(metavar="URL", help="postgresql+psycopg://... [default: SQLite in the folder]", show_default=False)
+        Optional[str],
+        typer.Option(metavar="URL", help="postgresql://USER:PASSWORD@HOST/NAME [default: SQLite in the folder]", show_default=False),
     ] = None,
     store: Annotated[
         Optional[str],

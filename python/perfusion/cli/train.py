@@ -10,17 +10,16 @@ import typer
 
 from perfusion.cli.checks import check_device
 from perfusion.cli.models import MODEL_HELP, EmbeddingOption, LoraOption, Precision, PredictionOption, VaeOption, add_parts
+from perfusion.cli.settings_options import takes_settings
 from perfusion.cli.strict_json import strict_json
+from perfusion.training_config import TrainingConfig, read_settings
 
 MISSING = {"--superclass": "what the thing is", "--name": "what prompts will call it"}
 
 
+@takes_settings(TrainingConfig)
 def train(
     images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder with 4 to 7 pictures of the thing.", show_default=False)],
-    superclass: Annotated[
-        Optional[str], typer.Option("--superclass", "--initializer-token", help="What it is, in a word or several: teddy, coffee mug.")
-    ] = None,
-    name: Annotated[Optional[str], typer.Option("--name", "--modifier-token", help="What prompts will write as <name>.")] = None,
     output: Annotated[Optional[Path], typer.Option(help="Folder to write; by default concepts/NAME.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the folder holds of another run.")] = False,
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "toybox",
@@ -28,89 +27,21 @@ def train(
     prediction: PredictionOption = None,
     embedding: EmbeddingOption = None,
     lora: LoraOption = None,
-    config: Annotated[Optional[Path], typer.Option(help="YAML file with any of these settings; options go before it.")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Optimiser steps. [default: 400]", show_default=False)] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="Pictures a step. [default: 16]", show_default=False)] = None,
-    learning_rate: Annotated[Optional[float], typer.Option(help="Of the value outputs. [default: 0.03]", show_default=False)] = None,
-    word_learning_rate: Annotated[Optional[float], typer.Option(help="Of the word. [default: 0.006]", show_default=False)] = None,
-    bias: Annotated[Optional[float], typer.Option(help="The gate's while training. [default: 0.75]", show_default=False)] = None,
-    temperature: Annotated[Optional[float], typer.Option(help="Likewise. [default: 0.1]", show_default=False)] = None,
-    flip: Annotated[Optional[float], typer.Option(help="Share mirrored; 0 for writing. [default: 0.5]", show_default=False)] = None,
-    key_lock: Annotated[
-        Optional[bool], typer.Option("--key-lock/--no-key-lock", help="Lock the keys to the superclass. [default: on]", show_default=False)
-    ] = None,
-    resolution: Annotated[
-        Optional[int], typer.Option(help="Side of the training square. [default: the model's]", show_default=False)
-    ] = None,
-    buckets: Annotated[
-        Optional[bool],
-        typer.Option("--buckets/--no-buckets", help="Train on rectangles of the pictures' own shapes. [default: off]", show_default=False),
-    ] = None,
-    instance_prompt: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            help='Caption for pictures without a .txt: "a photo of a {}". May be repeated. [default: 8 short ones]', show_default=False
-        ),
-    ] = None,
+    config: Annotated[Optional[Path], typer.Option(help="YAML file with any of the settings; options go before it.")] = None,
     clipseg: Annotated[
         Optional[Path], typer.Option(help="Folder with CLIPSeg weights, to find the thing in pictures without a mask.")
     ] = None,
     covariance: Annotated[Optional[Path], typer.Option(help="A file by `perfusion covariance`; by default found or computed.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Fixes everything that is random. [default: 0]", show_default=False)] = None,
-    validation_prompt: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            help='Drawn as it learns: "a {} on the beach". May be repeated. [default: "a photo of a {}" and "a {}"]', show_default=False
-        ),
-    ] = None,
-    validation_every: Annotated[Optional[int], typer.Option(help="Steps between them; 0 never. [default: 100]", show_default=False)] = None,
-    checkpoint_every: Annotated[
-        Optional[int],
-        typer.Option(
-            "--checkpoint-every", "--checkpointing-steps", help="Steps between checkpoints; 0 never. [default: 100]", show_default=False
-        ),
-    ] = None,
-    checkpoint_limit: Annotated[
-        Optional[int],
-        typer.Option("--checkpoint-limit", "--checkpoints-total-limit", help="How many to keep. [default: 2]", show_default=False),
-    ] = None,
     resume: Annotated[
         Optional[str],
         typer.Option("--resume", "--resume-from-checkpoint", help="latest, a checkpoint or its bare name, or the folder of a run."),
     ] = None,
-    gradient_checkpointing: Annotated[
-        Optional[bool],
-        typer.Option(
-            "--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory, more time. [default: off]", show_default=False
-        ),
-    ] = None,
-    micro_batch: Annotated[
-        Optional[int], typer.Option(help="Pictures in memory at once; gradients add up. [default: all]", show_default=False)
-    ] = None,
-    low_memory: Annotated[
-        Optional[bool],
-        typer.Option(
-            "--low-memory/--no-low-memory", show_default=False,
-            help="Gradient checkpointing, one picture at a time, text encoders and VAE off the device, VAE in tiles. [default: off]",
-        ),
-    ] = None,
-    compile: Annotated[
-        Optional[bool], typer.Option("--compile/--no-compile", help="torch.compile the UNet. [default: off]", show_default=False)
-    ] = None,
-    calibrate: Annotated[
-        Optional[bool],
-        typer.Option("--calibrate/--no-calibrate", help="Search for strength and bias at the end. [default: off]", show_default=False),
-    ] = None,
-    tensorboard: Annotated[
-        Optional[bool], typer.Option("--tensorboard/--no-tensorboard", help="Curves beside log.jsonl. [default: on]", show_default=False)
-    ] = None,
-    license: Annotated[Optional[str], typer.Option(help="Written into the file.")] = None,
-    author: Annotated[Optional[str], typer.Option(help="Written into the file.")] = None,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps; by default CUDA where there is one.")] = None,
     dtype: Annotated[
         Optional[Precision], typer.Option(help="Of the frozen model. By default float32 on a CPU, bfloat16 elsewhere.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    **settings: Any,
 ) -> None:
     """Learn a concept from a few pictures: a word, and what its values are in every cross-attention layer.
 
@@ -128,15 +59,8 @@ def train(
 
     Exit codes: 0 done, 2 bad input, 3 a model that is refused, 130 interrupted.
     """
-    given = {key: value for key, value in locals().items() if value is not None}
-    for key in ("images", "output", "model", "config", "clipseg", "covariance", "resume", "overwrite", "device", "dtype", "json",
-                "vae", "prediction", "embedding", "lora"):  # fmt: skip
-        given.pop(key, None)
-    for option in ("instance_prompt", "validation_prompt"):
-        if prompts := given.pop(option, None):
-            given[f"{option}s"] = tuple(prompts)
-
-    settings = {**_read(config), **given}
+    given = {key: value for key, value in settings.items() if value not in (None, [])}
+    settings = given if config is None else {**read_settings(config), **given}
     missing = [f"--{key}" for key in ("superclass", "name") if key not in settings]
     if missing:
         raise ValueError(f"{' and '.join(missing)} must be given: {', and '.join(MISSING[option] for option in missing)}.")
@@ -146,7 +70,6 @@ def train(
     from perfusion.concept import check_name
     from perfusion.covariance import Covariance
     from perfusion.models import load_pipeline
-    from perfusion.training import TrainingConfig
     from perfusion.training import train as learn
     from perfusion.training.folder import beginning
 
@@ -185,11 +108,3 @@ def train(
         print(f"Wrote {path} ({path.stat().st_size:,} bytes) and, beside it, {', '.join(beside)}.")
         command = ["perfusion", "generate", f"a photo of a <{concept.name}>", "--concept", str(path), "--model", model]
         print(f"Try: {shlex.join(command)}")
-
-
-def _read(config: Path | None) -> dict[str, Any]:
-    if config is None:
-        return {}
-    from perfusion.training.config import read_settings
-
-    return read_settings(config)

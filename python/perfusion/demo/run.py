@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -22,13 +20,13 @@ from perfusion.covariance import get_covariance
 from perfusion.demo.evaluate import PairScores, Scores, Yardstick, scene_prompts, score_pair, score_subject, yardstick
 from perfusion.demo.instances import SUBJECTS, Subject, reference_files, reference_paths, write_references
 from perfusion.demo.report import write_report
-from perfusion.files import whole
 from perfusion.handle import attach
 from perfusion.models import TOYBOX, load_pipeline
 from perfusion.requests import Request
 from perfusion.toybox.judge import load_judge
 from perfusion.toybox.model import IMAGE_SIZE
 from perfusion.toybox.score import draw
+from perfusion.toybox.sheets import pil, save_sheet
 from perfusion.toybox.words import SCENES
 from perfusion.training import train
 from perfusion.writable import check_writable
@@ -93,7 +91,7 @@ def run_demo(
     learned, pictures = [], {}
     for subject in SUBJECTS:
         references = write_references(subject, output / "references" / subject.name)
-        pictures[f"references {subject.name}"] = _pil(references)
+        pictures[f"references {subject.name}"] = pil(references)
         concept, seconds = _learn(pipe, subject, output, covariance, steps, key_lock=True)
         file = output / f"{subject.name}.safetensors"
         concept.save(file)
@@ -104,7 +102,7 @@ def run_demo(
         learned.append(Learned(subject, concept, file, seconds, scores))
     pairs = _score_together(pipe, judge, learned, samples)
     pictures |= _draw_pictures(pipe, learned)
-    _save(_overview(pictures), output / "overview.png")
+    save_sheet(_overview(pictures), output / "overview.png")
     scenes = list(SCENES.values())[:4]
     titles = {"scenes": scenes, "styles": [text.format("…") for text in STYLED], "biases": [f"β = {bias:g}" for bias in BIASES]}
     report = write_report(
@@ -184,16 +182,16 @@ def _draw_pictures(pipe: Any, learned: list[Learned]) -> dict[str, list[Image.Im
             handle.load(each.file)
         for each in learned:
             name = each.subject.name
-            pictures[f"scenes {name}"] = _pil(draw(pipe, [f"a <{name}> {scene}" for scene in scenes], seed=70, progress=bar))
-            pictures[f"styles {name}"] = _pil(draw(pipe, [text.format(f"<{name}>") for text in STYLED], seed=75, progress=bar))
+            pictures[f"scenes {name}"] = pil(draw(pipe, [f"a <{name}> {scene}" for scene in scenes], seed=70, progress=bar))
+            pictures[f"styles {name}"] = pil(draw(pipe, [text.format(f"<{name}>") for text in STYLED], seed=75, progress=bar))
             # the same noise in every column: what changes is the gate's bias alone
             strip = [f"a <{name}|bias={bias}> {scenes[0]}" for bias in BIASES]
-            pictures[f"bias {name}"] = _pil(draw(pipe, strip, seed=[80] * len(strip), progress=bar))
+            pictures[f"bias {name}"] = pil(draw(pipe, strip, seed=[80] * len(strip), progress=bar))
         for number, prompt in enumerate(TOGETHER.values(), start=1):
             images = draw(pipe, [f"{prompt} {scene}" for scene in scenes], seed=90, progress=bar)
-            pictures[f"together {number}"] = _pil(images)
+            pictures[f"together {number}"] = pil(images)
         prompts = [Request(f"{TOGETHER['next to']} {scene}", regions=_halves()) for scene in scenes]
-        pictures["regions"] = _pil(draw(pipe, prompts, seed=95, progress=bar))
+        pictures["regions"] = pil(draw(pipe, prompts, seed=95, progress=bar))
     return pictures
 
 
@@ -203,26 +201,6 @@ def _overview(pictures: dict[str, list[Image.Image]]) -> Image.Image:
     rows.append([*pictures["together 1"], *pictures["together 2"]])
     titles = ["learned from", "", "", "", "drawn", "", "", ""] * len(SUBJECTS) + ["next to", "", "", "", "in", "", "", ""]
     return sheet([picture for row in rows for picture in row], columns=8, titles=titles)
-
-
-def _pil(images: Tensor) -> list[Image.Image]:
-    return [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
-
-
-def weights_digest(folder: Path = TOYBOX) -> str:
-    """SHA-256 of a pipeline's weights, in hexadecimal: what its pictures depend on."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\n" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    """As PNG of 256 colours, with the weights that drew it as text."""
-    text = PngInfo()
-    text.add_text("toybox", weights_digest())
-    with whole(path) as draft:
-        image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG).save(draft, "PNG", optimize=True, pnginfo=text)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 from starlette.exceptions import HTTPException
 
 import perfusion
@@ -43,6 +43,7 @@ def create_app(settings: Settings, **parts: Any) -> FastAPI:
     app.add_exception_handler(HTTPException, _http)
     for kind in (OSError, OperationalError):
         app.add_exception_handler(kind, _storage)
+    app.add_exception_handler(DataError, _not_kept)
     app.add_exception_handler(Exception, _unexpected)
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["*"], allow_headers=["*"])
@@ -80,6 +81,11 @@ async def _storage(request: Request, error: Exception) -> Any:
     log.error("storage", extra={"fields": {"error": type(error).__name__, "reason": getattr(error, "strerror", None)}})
     message = "the server's disk or database does not answer, or is full"
     return error_response(ApiError(503, message, code="storage", retry_after=30))
+
+
+async def _not_kept(request: Request, error: Exception) -> Any:
+    """PostgreSQL refuses what SQLite takes: a text with a zero character, a number beyond its column."""
+    return error_response(ApiError(400, "a value of this request is none that the server's database can hold"))
 
 
 async def _unexpected(request: Request, error: Exception) -> Any:

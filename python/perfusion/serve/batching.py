@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import io
 import queue
 import threading
@@ -22,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from perfusion.concept import Concept
+from perfusion.concept_store import ConceptStore, ConceptUnavailable, StoreFull
 from perfusion.engine import GivenRows, engine_of
 from perfusion.errors import UnsupportedPipeline
 from perfusion.handle import attach
@@ -32,11 +33,7 @@ from perfusion.requests import Request, RowRequest
 from perfusion.serve.drawing import ConceptUse, Drawing, Failure, Picture
 from perfusion.settings import SETTINGS
 
-__all__ = ["Batcher", "ConceptUnreadable", "StepReport"]
-
-
-class ConceptUnreadable(Exception):
-    """The store has no sound file for a concept that was uploaded once. The message may be shown to who asked."""
+__all__ = ["Batcher", "StepReport"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +62,6 @@ class Row:
 
     drawing: Drawing
     base: Base
-    pinned: list[str]
     encodings: Tensor
     requests: dict[int, RowRequest]
     keys: Tensor
@@ -90,22 +86,22 @@ class Row:
 
 
 class Base:
-    """A base model: its pipeline, the concepts that are loaded in it, and what makes rows of drawings."""
+    """A base model: its pipeline, the store of its concepts, by the digests of their files, and what makes rows of drawings."""
 
-    def __init__(self, name: str, pipe: Any, capacity: int):
+    def __init__(self, name: str, pipe: Any, capacity: int, read: Callable[[str], bytes]):
         if getattr(pipe, "unet", None) is None:
             raise UnsupportedPipeline(
                 f"serve: model {name!r} is a {type(pipe).__name__}; the server steps models around a UNet (Stable Diffusion 1.x, 2.x, XL). "
                 "Draw with others through perfusion.attach."
             )
-        self.name, self.pipe, self.capacity = name, pipe, capacity
+        self.name, self.pipe = name, pipe
         pipe.safety_checker = None
-        self.handle = attach(pipe, capacity=capacity)
+        self.store = ConceptStore.of(pipe, capacity=capacity, read=read)
+        self.handle = attach(pipe, capacity=1, store=self.store)
         self.engine = engine_of(pipe.unet)
         self.device, self.dtype = torch.device(pipe._execution_device), pipe.unet.dtype
         self.text = threading.Lock()  # around what reads or writes the remembered encodings
-        self.pins: collections.OrderedDict[str, int] = collections.OrderedDict()  # loaded name -> rows that use it, least recent first
-        self.hits = self.misses = 0
+        self.wanted = 0  # concepts, by drawings so far
         self._last: Any = None
 
     @property
@@ -120,34 +116,15 @@ class Base:
         """What sides of pictures are multiples of."""
         return self.pipe.vae_scale_factor * 2 ** (len(self.pipe.unet.config.block_out_channels) - 1)
 
-    # concepts, between steps
+    @property
+    def misses(self) -> int:
+        """How often a concept had to be read from its file."""
+        return self.store.loads
 
-    def load(self, concepts: dict[str, Concept]) -> None:
-        """Have concepts in the bank, and keep them there until `release`. ValueError where one does not fit or there is no room."""
-        for name in concepts:
-            if name in self.pins:
-                self.pins[name] += 1
-                self.pins.move_to_end(name)
-                self.hits += 1
-        try:
-            for name in [name for name in concepts if name not in self.pins]:
-                self.misses += 1
-                if len(self.pins) >= self.capacity:
-                    idle = next((each for each, rows in self.pins.items() if not rows), None)
-                    if idle is None:
-                        raise MemoryError("every place for a concept is in use")
-                    with self.text:
-                        self.handle.unload(idle)
-                    del self.pins[idle]
-                self.handle.load(concepts[name], name)
-                self.pins[name] = 1
-        except BaseException:
-            self.release([name for name in concepts if self.pins.get(name)])
-            raise
-
-    def release(self, names: Sequence[str]) -> None:
-        for name in names:
-            self.pins[name] -= 1
+    @property
+    def hits(self) -> int:
+        """How often a concept that a drawing wanted was there already."""
+        return max(0, self.wanted - self.store.loads)
 
     # a row, beside the steps
 
@@ -155,7 +132,11 @@ class Base:
     def encode(self, drawing: Drawing) -> tuple[Tensor, dict[str, Tensor]]:
         """Encodings [k, T, D] of a prompt and its negative one, and what XL's UNet is given beside them."""
         guided = drawing.guidance_scale != 1
-        names = {use.name: loaded_name(use.digest) for use in drawing.concepts}
+        names = {use.name: use.digest for use in drawing.concepts}
+        self.wanted += len(names)
+        for digest in names.values():
+            if digest not in self.store:
+                self.store.register(digest, digest)
         options: dict[str, Any] = dict(names=names, gate=drawing.gate, key_lock=drawing.key_lock)
         for key in SETTINGS:
             given = {use.name: getattr(use, key) for use in drawing.concepts}
@@ -286,15 +267,11 @@ class Base:
         return row.latents if shown is None else shown
 
 
-def loaded_name(digest: str) -> str:
-    """The name under which a concept is loaded: of its content, so that equal files of several users are one."""
-    return f"c{digest[:31]}"
-
-
 class Batcher:
     """Draws drawings. `submit` and `cancel` from any thread; `step` from one, again and again.
 
-    bases: name -> pipeline, not attached; each is attached from here on. read_concept: digest -> Concept, or ConceptUnreadable.
+    bases: name -> pipeline, not attached; each is attached from here on. read_concept: digest -> the bytes of a concept's file; what
+    it raises may be shown to who asked. It is called by a thread beside the steps.
     report: called with each Picture, Failure and StepReport, from several threads. rows: pictures in one forward at most.
     capacity: concepts loaded at once in each base. split_by_concept: never mix concepts in a forward, as other engines do; to compare.
     """
@@ -302,7 +279,7 @@ class Batcher:
     def __init__(
         self,
         bases: dict[str, Any],
-        read_concept: Callable[[str], Concept],
+        read_concept: Callable[[str], bytes],
         report: Callable[[Any], None],
         *,
         rows: int = 16,
@@ -310,9 +287,9 @@ class Batcher:
         split_by_concept: bool = False,
         side: concurrent.futures.Executor | None = None,
     ):
-        self.bases = {name: Base(name, pipe, capacity) for name, pipe in bases.items()}
+        self.bases = {name: Base(name, pipe, capacity, read_concept) for name, pipe in bases.items()}
         self.rows, self.split_by_concept = rows, split_by_concept
-        self._read, self._report = read_concept, report
+        self._report = report
         self._side = side or concurrent.futures.ThreadPoolExecutor(1, "text-and-pictures")
         self._between: queue.SimpleQueue[tuple[Callable[[], Any], concurrent.futures.Future[Any]] | None] = queue.SimpleQueue()
         self._groups: collections.OrderedDict[Hashable, list[Row]] = collections.OrderedDict()  # batch key -> rows, next turn first
@@ -389,8 +366,8 @@ class Batcher:
             row = self._waiting.popleft()
             key = self._key(row)
             if row.drawing.id not in self._live:
-                row.base.release(row.pinned)
-            elif len(self._groups.get(key, ())) < self._limits.get(key, self.rows):
+                continue
+            if len(self._groups.get(key, ())) < self._limits.get(key, self.rows):
                 self._groups.setdefault(key, []).append(row)
             else:
                 self._waiting.append(row)
@@ -399,9 +376,7 @@ class Batcher:
         """Rows that were cancelled or are done go."""
         for key in list(self._groups):
             rows = self._groups[key]
-            for row in [row for row in rows if row.drawing.id not in self._live]:
-                rows.remove(row)
-                row.base.release(row.pinned)
+            rows[:] = [row for row in rows if row.drawing.id in self._live]
             if not rows:
                 del self._groups[key]
 
@@ -444,7 +419,6 @@ class Batcher:
 
     def _remove(self, key: Hashable, row: Row) -> None:
         self._groups[key].remove(row)
-        row.base.release(row.pinned)
         if not self._groups[key]:
             del self._groups[key]
 
@@ -452,34 +426,25 @@ class Batcher:
 
     def _prepare(self, drawing: Drawing) -> None:
         base = self.bases[drawing.model]
-        pinned: list[str] = []
-        names = {loaded_name(use.digest): use for use in drawing.concepts}
         try:
             if drawing.id not in self._live:
                 return
-            concepts = {name: self._read(use.digest) for name, use in names.items()}
-            if concepts:
-                self.between_steps(lambda: base.load(concepts))
-                pinned = list(concepts)
             with base.text:
                 encodings, conditions = base.encode(drawing)
                 requests = base.handle.rows_of(encodings)
             parts = base.begin(drawing)
-            keys, values = self.between_steps(lambda: base.keys_values(encodings))
             scheduled = any(_is_schedule(mention) for request in requests.values() for mention in request.mentions)
-            if pinned and not scheduled:  # its keys and values are made, so it needs no concept any more
-                self.between_steps(lambda: base.release(pinned))
-                pinned = []
+            # the engine holds a concept's place while the encodings live that it was asked with: a view of them is gone at once
+            asked = encodings if scheduled else encodings.view_as(encodings)
+            keys, values = self.between_steps(functools.partial(base.keys_values, asked))
             row = Row(
-                drawing=drawing, base=base, pinned=pinned, encodings=encodings, requests=requests, keys=keys, values=values,
-                scheduled=scheduled, conditions=conditions, **parts,
+                drawing=drawing, base=base, encodings=encodings, requests=requests, keys=keys, values=values, scheduled=scheduled,
+                conditions=conditions, **parts,
             )  # fmt: skip
             self._waiting.append(row)
             self._between.put(None)
         except BaseException as error:
-            if pinned:
-                self.between_steps(lambda: base.release(pinned))
-            self._fail(drawing, *_explained(error, names))
+            self._fail(drawing, *_explained(error, drawing.concepts))
 
     def _finish(self, row: Row, latents: Tensor, step: int) -> None:
         drawing = row.drawing
@@ -489,7 +454,7 @@ class Batcher:
         try:
             picture = Picture(drawing.id, encode_picture(row.base.decode(latents), drawing), step, len(row.timesteps))
         except BaseException as error:
-            self._fail(drawing, *_explained(error, {}))
+            self._fail(drawing, *_explained(error, ()))
             return
         if last:
             self._live.discard(drawing.id)
@@ -505,14 +470,14 @@ def _is_schedule(mention: Mention) -> bool:
     return any(isinstance(getattr(mention, key), Sequence) or callable(getattr(mention, key)) for key in SETTINGS)
 
 
-def _explained(error: BaseException, names: dict[str, ConceptUse]) -> tuple[str, str]:
+def _explained(error: BaseException, concepts: Sequence[ConceptUse]) -> tuple[str, str]:
     """Kind and message of a failure, with concepts called as the prompt does."""
     message = str(error)
-    for name, use in names.items():
-        message = message.replace(name, use.name)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    for use in concepts:
+        message = message.replace(use.digest, use.name)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, StoreFull)):
         return "memory", "the device has no memory for this picture; ask for a smaller one, or later"
-    if isinstance(error, ConceptUnreadable):
+    if isinstance(error, ConceptUnavailable):
         return "conflict", message
     if isinstance(error, ValueError):
         return "invalid", message

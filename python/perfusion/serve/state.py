@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Engine, Float, Integer, MetaData, String, Table, Text, create_engine, event
+from sqlalchemy import BigInteger, Column, Engine, Float, Integer, MetaData, String, Table, Text, create_engine, event, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 __all__ = ["concepts", "jobs", "keys", "open_database"]
+
+LOCK = 0x50657266  # PostgreSQL's name of this program's lock
 
 _tables = MetaData()
 
@@ -59,12 +63,18 @@ jobs = Table(
 
 
 def open_database(url: str) -> Engine:
-    """The database, its tables made where there are none."""
-    parsed = make_url(url)
-    sqlite = parsed.get_backend_name() == "sqlite"
+    """The database, its tables made where there are none. ValueError where the URL is none, or its driver is not installed."""
+    try:
+        parsed = make_url(re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url))
+        sqlite = parsed.get_backend_name() == "sqlite"
+        engine = create_engine(parsed, pool_pre_ping=not sqlite)
+    except (ArgumentError, ImportError) as error:  # neither message has the password
+        raise ValueError(
+            f"serve: this database cannot be used: {error}. Give --database sqlite:///FILE, or postgresql://USER:PASSWORD@HOST/NAME "
+            "with pip install 'perfusion-kernels[postgresql]'."
+        ) from None
     if sqlite and parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, pool_pre_ping=not sqlite)
     if sqlite:
 
         @event.listens_for(engine, "connect")
@@ -74,5 +84,8 @@ def open_database(url: str) -> Engine:
                 cursor.execute(f"PRAGMA {pragma}")
             cursor.close()
 
-    _tables.create_all(engine)
+    with engine.begin() as connection:
+        if parsed.get_backend_name() == "postgresql":  # of servers that start together one makes the tables
+            connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": LOCK})
+        _tables.create_all(connection)
     return engine

@@ -6,7 +6,6 @@ Messages to it: Drawing, Cancel, and None for the end. Messages from it: Ready o
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import signal
 import threading
@@ -18,8 +17,6 @@ from perfusion.serve.drawing import Drawing
 from perfusion.serve.settings import Settings
 
 __all__ = ["BaseFacts", "Cancel", "Ready", "run"]
-
-REMEMBERED = 512  # concepts that were read and checked; some 100 KB each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +49,9 @@ def run(connection: Connection, settings: Settings, device: str | None) -> None:
     # here, for the server imports this module and runs no model
     import torch
 
-    from perfusion.concept import Concept
     from perfusion.models import load_pipeline
-    from perfusion.serve.batching import Batcher, ConceptUnreadable
-    from perfusion.serve.store import DamagedFile, Store
-
-    store = Store(settings.store_url)
-
-    @functools.lru_cache(REMEMBERED)
-    def read_concept(digest: str) -> Concept:
-        try:
-            return Concept.from_bytes(store.get(digest))
-        except (DamagedFile, ValueError) as error:
-            raise ConceptUnreadable(f"a concept of this prompt cannot be used: {error}") from error
+    from perfusion.serve.batching import Batcher
+    from perfusion.serve.store import Store
 
     sending = threading.Lock()
 
@@ -78,8 +65,9 @@ def run(connection: Connection, settings: Settings, device: str | None) -> None:
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
     pipes = {name: load_pipeline(model, device=device, dtype=dtype) for name, model in settings.models.items()}
     batcher = Batcher(
-        pipes, read_concept, send, rows=settings.rows, capacity=settings.capacity, split_by_concept=settings.split_by_concept
-    )
+        pipes, Store(settings.store_url).get, send, rows=settings.rows, capacity=settings.capacity,
+        split_by_concept=settings.split_by_concept,
+    )  # fmt: skip
     send(Ready(warm_up(batcher)))
 
     def listen() -> None:

@@ -10,7 +10,7 @@ import gradio as gr
 from PIL import Image
 
 from perfusion.studio.painting import BOXES, COLOURS, box_mask, png, region_masks, tinted
-from perfusion.studio.shared import BUTTONS, Running, Shared, decode, guarded, none_yet, said, seed_box, seed_of, settings_of
+from perfusion.studio.shared import Running, Shared, decode, guarded, none_yet, said, seed_box, seed_of, settings_of, shown_picture
 
 __all__ = ["build"]
 
@@ -37,8 +37,8 @@ def build(shared: Shared) -> None:
                 transforms=(), brush=gr.Brush(default_size=60, colors=list(COLOURS), color_mode="fixed"), layers=False,
                 visible=False, elem_id="regions", canvas_size=(CANVAS, CANVAS), fixed_canvas=True, height=CANVAS + 120,
             )  # fmt: skip
-            picture = gr.Image(label="Picture", type="pil", format="png", interactive=False, elem_id="both", buttons=BUTTONS)
-            shown = gr.Image(label="Regions over it", type="pil", format="png", interactive=False, elem_id="shown-regions", buttons=BUTTONS)
+            picture = shown_picture("Picture", "both")
+            shown = shown_picture("Regions over it", "shown-regions")
             status = gr.HTML(elem_classes="status", elem_id="both-status")
 
     state = gr.State(Running())

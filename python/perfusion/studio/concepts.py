@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from perfusion.studio.card import archive, card
-from perfusion.studio.shared import BUTTONS, Shared, guarded, kept, none_yet, plain
+from perfusion.studio.shared import Shared, guarded, kept, none_yet, plain, shown_gallery
 
 __all__ = ["build"]
 
@@ -18,15 +18,7 @@ def build(shared: Shared) -> gr.on:
         with gr.Column(min_width=280):
             concept = shared.concept_list("Concept", elem_id="concept")
             facts = gr.Markdown(elem_id="facts")
-            pictures = gr.Gallery(
-                label="Drawn with it in this visit",
-                columns=4,
-                height="auto",
-                fit_columns=False,
-                buttons=BUTTONS,
-                format="png",
-                interactive=False,
-            )
+            pictures = shown_gallery("Drawn with it in this visit")
         with gr.Column(min_width=280):
             upload = gr.File(label="Upload a concept (.safetensors)", file_types=[".safetensors"], type="filepath", elem_id="upload")
             gr.Markdown("#### Take it away")

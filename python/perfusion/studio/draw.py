@@ -7,7 +7,19 @@ from typing import Any
 
 import gradio as gr
 
-from perfusion.studio.shared import BUTTONS, Running, Shared, decode, guarded, plain, said, seed_box, seed_of, settings_of
+from perfusion.studio.shared import (
+    Running,
+    Shared,
+    decode,
+    guarded,
+    plain,
+    said,
+    seed_box,
+    seed_of,
+    settings_of,
+    shown_gallery,
+    shown_picture,
+)  # fmt: skip
 
 __all__ = ["build"]
 
@@ -38,18 +50,9 @@ def build(shared: Shared) -> None:
                 go = gr.Button("Draw", variant="primary", elem_id="draw")
                 stop = gr.Button("Stop")
         with gr.Column(min_width=280):
-            picture = gr.Image(label="Picture", type="pil", format="png", interactive=False, elem_id="picture", buttons=BUTTONS)
+            picture = shown_picture("Picture", "picture")
             status = gr.HTML(elem_id="draw-status", elem_classes="status")
-    gallery = gr.Gallery(
-        label="Drawn in this visit",
-        columns=6,
-        height="auto",
-        fit_columns=False,
-        buttons=BUTTONS,
-        format="png",
-        interactive=False,
-        elem_id="gallery",
-    )
+    gallery = shown_gallery("Drawn in this visit", 6, elem_id="gallery")
     picked = gr.HTML(elem_classes="status")
 
     state = gr.State(Running())

@@ -18,9 +18,13 @@ from PIL import Image
 
 from perfusion.studio.client import Client, ServerError, sentence
 
-__all__ = ["BUTTONS", "Running", "Shared", "decode", "guarded", "kept", "none_yet", "plain", "said", "seed_box", "seed_of", "settings_of"]
+__all__ = [
+    "BUTTONS", "Running", "Shared", "decode", "guarded", "kept", "none_yet", "plain", "said", "seed_box", "seed_of", "settings_of",
+    "shown_gallery", "shown_picture",
+]  # fmt: skip
 
 BUTTONS = ["download", "fullscreen"]  # of pictures; not Gradio's own "share", which uploads
+SHOWN: dict[str, Any] = dict(buttons=BUTTONS, format="png", interactive=False)
 NO_CONCEPTS = "No concepts yet. Train one, or upload a file under Concepts."
 
 
@@ -61,6 +65,16 @@ class Shared:
             value = value if value in choices else choices[min(place, len(choices) - 1)] if choices else None
             updates.append(gr.Dropdown(choices=choices, value=value))
         return updates
+
+
+def shown_gallery(label: str, columns: int = 4, **options: Any) -> gr.Gallery:
+    """Pictures to look at and to take away."""
+    return gr.Gallery(label=label, columns=columns, height="auto", fit_columns=False, **SHOWN, **options)
+
+
+def shown_picture(label: str, elem_id: str) -> gr.Image:
+    """One picture, likewise."""
+    return gr.Image(label=label, elem_id=elem_id, type="pil", **SHOWN)
 
 
 class Running:

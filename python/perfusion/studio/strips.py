@@ -11,7 +11,7 @@ import gradio as gr
 
 from perfusion.contact_sheet import sheet
 from perfusion.studio.painting import png
-from perfusion.studio.shared import BUTTONS, Shared, decode, guarded, kept, none_yet, said, seed_box, seed_of, settings_of
+from perfusion.studio.shared import Shared, decode, guarded, kept, none_yet, said, seed_box, seed_of, settings_of, shown_picture
 
 __all__ = ["build"]
 
@@ -38,7 +38,7 @@ def build(shared: Shared) -> None:
     with gr.Row():
         go, stop = gr.Button("Draw the strip", variant="primary", elem_id="draw-strip"), gr.Button("Stop")
     status = gr.HTML(elem_classes="status", elem_id="strip-status")
-    strip = gr.Image(label="Strip", type="pil", format="png", interactive=False, elem_id="strip", buttons=BUTTONS)
+    strip = shown_picture("Strip", "strip")
     save = gr.DownloadButton("Download the strip", interactive=False, size="sm")
 
     @guarded

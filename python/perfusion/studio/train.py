@@ -12,7 +12,8 @@ from PIL import Image
 
 from perfusion.pictures import open_picture
 from perfusion.studio.painting import overlay, painted_mask, png
-from perfusion.studio.shared import BUTTONS, Shared, decode, guarded, seed_box, seed_of
+from perfusion.studio.shared import BUTTONS, Shared, decode, guarded, seed_box, seed_of, shown_gallery, shown_picture
+from perfusion.training_config import TrainingConfig
 
 __all__ = ["build"]
 
@@ -48,23 +49,15 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
                 files = gr.File(
                     label="Upload masks", elem_id="mask-files", file_count="multiple", file_types=["image"], type="filepath", height=120
                 )
-            checked = gr.Gallery(
-                label="What is learned",
-                columns=4,
-                height="auto",
-                fit_columns=False,
-                buttons=BUTTONS,
-                format="png",
-                interactive=False,
-                elem_id="checked",
-            )
+            checked = shown_gallery("What is learned", elem_id="checked")
         with gr.Column(min_width=280):
             with gr.Row():
-                steps = gr.Slider(10, 5000, 400, step=10, label="Steps", elem_id="steps")
-                every = gr.Slider(0, 500, 100, step=10, label="Preview every", info="Steps; 0 for none", elem_id="every")
+                steps = gr.Slider(10, 5000, TrainingConfig.steps, step=10, label="Steps", elem_id="steps")
+                often = TrainingConfig.validation_every
+                every = gr.Slider(0, 500, often, step=10, label="Preview every", info="Steps; 0 for none", elem_id="every")
             with gr.Accordion("More", open=False):
                 model = shared.base_list()
-                batch = gr.Slider(1, 32, 16, step=1, label="Pictures a step")
+                batch = gr.Slider(1, 32, TrainingConfig.batch_size, step=1, label="Pictures a step")
                 seed = seed_box("0")
                 flip = gr.Checkbox(False, label="Mirror pictures at random")
                 author, licence = gr.Textbox("", label="Author", lines=1), gr.Textbox("", label="Licence", lines=1)
@@ -75,7 +68,7 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
                 job = gr.Dropdown([], label="Jobs", interactive=True, filterable=False, elem_id="jobs", scale=3)
                 watch, resume = gr.Button("Watch", size="sm", min_width=70), gr.Button("Go on", size="sm", min_width=70)
             progress = gr.HTML(elem_id="progress")
-            preview = gr.Image(label="Preview", type="pil", format="png", interactive=False, elem_id="preview", buttons=BUTTONS)
+            preview = shown_picture("Preview", "preview")
 
     @guarded
     def choose(items: list | None, masks: dict, event: gr.SelectData) -> tuple[Any, str]:
@@ -128,7 +121,7 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
             {path: masks.get(path) or Image.new("L", open_picture(Path(path)).size, 255) for path in paths} if _any(masks, paths) else {}
         )
         fields = {"name": name.strip(), "superclass": superclass.strip(), "steps": int(steps), "preview_every": int(every)}
-        fields |= {"seed": seed_of(seed), "batch_size": int(batch), "flip": 0.5 if flip else 0.0}
+        fields |= {"seed": seed_of(seed), "batch_size": int(batch), "flip": TrainingConfig.flip if flip else 0.0}
         fields |= {field: value for field, value in (("model", model), ("author", author.strip()), ("license", licence.strip())) if value}
         client = shared.client.with_key(key)
         made = client.train(sent, [png(mask) for mask in whole.values()], **fields)

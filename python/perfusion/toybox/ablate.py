@@ -21,8 +21,10 @@ from perfusion.models import load_pipeline
 
 from .judge import load_judge
 from .model import LATENT_CHANNELS, build_pipeline
-from .score import WEIGHTS, score_base
-from .train import PICTURES_SEED, make_latents, make_pictures, train_autoencoder, train_denoiser
+from .recipe.autoencoder import train_autoencoder
+from .recipe.denoiser import train_denoiser
+from .recipe.pictures import PICTURES_SEED, make_latents, make_pictures
+from .score import GUIDANCE, WEIGHTS, score_base
 from .words import PATTERNS
 
 CHANNELS = (4, LATENT_CHANNELS)
@@ -106,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         for steps in _stages(options.steps) if change is as_shipped else (options.steps,):
             unet = train_denoiser(folder, "cpu", steps, changed, tokenizer, encoder)
             row = {"choice": "captions and pictures" if steps == options.steps else "steps", "variant": name, "steps": steps}
-            row |= {"seconds": _seconds(started), "samples": options.samples}
+            row |= {"seconds": _seconds(started), "samples": options.samples, "guidance": GUIDANCE}
             keep(row | score_base(build_pipeline(vae, encoder, tokenizer, unet), judge, options.samples))
 
 

@@ -3,7 +3,7 @@
 Source of the recipe: arXiv 2305.01644, section 4 and appendix A. DESIGN.md, "Training", says what was open and what was chosen.
 """
 
-from perfusion.training.config import TrainingConfig
 from perfusion.training.train import train
+from perfusion.training_config import TrainingConfig
 
 __all__ = ["TrainingConfig", "train"]

@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from perfusion import contact_sheet, models
 from perfusion.concept import Concept
 from perfusion.files import whole
-from perfusion.training.config import TrainingConfig
 from perfusion.training.data import Picture
+from perfusion.training_config import TrainingConfig
 
 __all__ = ["write_card"]
 

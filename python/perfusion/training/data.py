@@ -18,9 +18,9 @@ from torch import Tensor
 
 from perfusion.masks import MASK_MARKS, ClipSeg, flatten, latent_mask, load_mask
 from perfusion.pictures import open_picture, upright
-from perfusion.training.config import TrainingConfig
 from perfusion.training.offloading import tiled as in_tiles
 from perfusion.training.sources import Source, find_sources, summary
+from perfusion.training_config import TrainingConfig
 
 __all__ = ["Latents", "Picture", "digest", "encode_pictures", "read_pictures"]
 

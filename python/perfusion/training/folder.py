@@ -12,7 +12,7 @@ import torch
 from perfusion.concept import Concept
 from perfusion.training import checkpoints
 from perfusion.training.checkpoints import Checkpoint
-from perfusion.training.config import TrainingConfig, read_settings
+from perfusion.training_config import TrainingConfig, read_settings
 from perfusion.writable import check_writable
 
 __all__ = ["beginning", "concept_file", "numbered"]

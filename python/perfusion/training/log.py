@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from perfusion.files import whole
-from perfusion.training.config import TrainingConfig
 from perfusion.training.session import Measures
+from perfusion.training_config import TrainingConfig
 
 __all__ = ["TrainingLog"]
 

@@ -29,9 +29,9 @@ from perfusion.masks import masked_loss
 from perfusion.projection_hooks import HookEdit, ProjectionHooks, hook_edit
 from perfusion.text import TextHook, superclass_tokens
 from perfusion.training.conditioning import beside_text, encode, noise_of
-from perfusion.training.config import TrainingConfig
 from perfusion.training.data import Picture, digest, encode_pictures
 from perfusion.training.offloading import Offloaded, tiled
+from perfusion.training_config import TrainingConfig
 
 __all__ = ["Measures", "TrainingSession"]
 

@@ -30,11 +30,11 @@ from perfusion.text import added_tokens, superclass_tokens, warn_of_unknown_word
 from perfusion.training import checkpoints
 from perfusion.training.calibrate import calibrate
 from perfusion.training.card import write_card
-from perfusion.training.config import TrainingConfig
 from perfusion.training.data import read_pictures
 from perfusion.training.folder import beginning, concept_file, numbered
 from perfusion.training.log import TrainingLog
 from perfusion.training.session import Measures, TrainingSession
+from perfusion.training_config import TrainingConfig
 
 __all__ = ["train"]
 
@@ -46,8 +46,8 @@ def train(
     images: str | Path | Sequence[Any],
     superclass: str,
     name: str,
-    steps: int = 400,
-    batch_size: int = 16,
+    steps: int = TrainingConfig.steps,
+    batch_size: int = TrainingConfig.batch_size,
     *,
     output: str | os.PathLike[str] | None = None,
     covariance: Covariance | None = None,
