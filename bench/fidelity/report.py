@@ -114,7 +114,8 @@ def variants(found: Rows, section: str) -> str:
     groups = by_variant(found, section)
     reference = default_rows(found, groups)
     lines = [["**as it is by default**", *_line(reference, names)]] if reference else []
-    lines += [[variant, *_line(group, names)] for variant, group in groups.items()]
+    ordered = sorted(groups.items()) if section in ("bias", "pictures") else groups.items()
+    lines += [[variant, *_line(group, names)] for variant, group in ordered]
     return table(["", "n", *names, "file"], lines)
 
 
@@ -297,14 +298,14 @@ def pareto(figure: Any, found: Rows) -> None:
     line = []
     for number, (bias, group) in enumerate(sweep):
         line.append(point(group, OURS, "o", "perfusion, one file over β" if number == 0 else None))
-        axes.annotate(f"β {bias:g}", line[-1], textcoords="offset points", xytext=(-30, 6 - 13 * (len(line) % 2)), fontsize=8, color=OURS)
+        above = 26 if number % 2 == 0 else -32
+        axes.annotate(f"β {bias:g}", line[-1], textcoords="offset points", xytext=(-9, above), fontsize=8, color=OURS)
     axes.plot(*zip(*line), color=OURS, lw=1.2) if line else None
-    measured = {name: group for name, group in by_variant(found, "peers").items() if "scores" in group[0]}
+    measured = {name: group for name, group in by_variant(found, "peers").items() if "scores" in group[0] and name != "perfusion"}
     for number, (name, group) in enumerate(measured.items()):
         point(group, OTHERS[number % len(OTHERS)], "sD^v"[number // len(OTHERS) * 2 % 4], f"{name}, {size(_mean(group, 'bytes'))}")
-    axes.axhline(0, color=INK, lw=0.6)
     axes.set_xlabel("share of what the prompt asked for")
-    axes.set_ylabel("identity: 0 the superclass word, 1 other true pictures")
+    axes.set_ylabel("identity: 0 the superclass word, 1 true pictures (not from 0)")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     tidy(axes)
 
@@ -327,7 +328,7 @@ def together(figure: Any, found: Rows) -> None:
     tidy(axes)
 
 
-PLOTTED = {"pareto": (pareto, (9, 5), ("bias", "peers")), "together": (together, (9, 5), ("pairs", "peer pairs"))}
+PLOTTED = {"pareto": (pareto, (11, 6), ("bias", "peers")), "together": (together, (9, 5), ("pairs", "peer pairs"))}
 
 
 def digest(found: Rows, name: str) -> str:
@@ -356,7 +357,7 @@ def examples(found: Rows, work: Path, path: Path) -> bool:
     subject = next((row["subject"] for row in found if row["section"] == "peers" and "scores" in row), None)
     own = next((row for row in found if row["subject"] == subject), None)
     files = (
-        {name: work / own["toybox"] / "sheets" / f"{section}, {name}, {subject}.png".replace("/", "-") for name, section in chosen.items()}
+        {name: work / own["toybox"] / "sheets" / own["scale"] / f"{section}, {name}, {subject}.png".replace("/", "-") for name, section in chosen.items()}
         if own
         else {}
     )
