@@ -88,8 +88,8 @@ class Lab:
         """Keep pictures to be looked at."""
         rows = [torch.cat(list(part), dim=2) for part in images.split(columns)]
         rows = [torch.nn.functional.pad(row, (0, rows[0].shape[2] - row.shape[2])) for row in rows]
-        path = self.work / "sheets" / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
+        path = self.work / "sheets" / self.scale.name / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().byte().numpy()).save(path)
 
     def rates(self) -> tuple[float, float]:

@@ -357,7 +357,8 @@ class PerfusionPytorch(Method):
                 self.edit = kind(linear, is_key_proj=key, C=covariance, text_seq_len=pipe.tokenizer.model_max_length)
 
             def forward(self, encodings: Tensor) -> Tensor:
-                return self.edit(encodings, **(now if self.edit.training else {}))
+                with torch.autocast(encodings.device.type, enabled=False):  # its einsums take no two dtypes
+                    return self.edit(encodings.float(), **(now if self.edit.training else {}))
 
         for name, layer in cross_attention_layers(pipe.unet).items():
             for projection in ("to_k", "to_v"):

@@ -114,7 +114,8 @@ def variants(found: Rows, section: str) -> str:
     groups = by_variant(found, section)
     reference = default_rows(found, groups)
     lines = [["**as it is by default**", *_line(reference, names)]] if reference else []
-    lines += [[variant, *_line(group, names)] for variant, group in groups.items()]
+    ordered = sorted(groups.items()) if section in ("bias", "pictures") else groups.items()
+    lines += [[variant, *_line(group, names)] for variant, group in ordered]
     return table(["", "n", *names, "file"], lines)
 
 
@@ -204,8 +205,8 @@ def goals(found: Rows) -> str:
     own, base = (by_variant(found, "concepts").get(name, []) for name in ("perfusion", "superclass words"))
     base = [row for row in base if row["subject"] in {each["subject"] for each in own}]
 
-    def goal(text: str, figure: str, held: bool, group: Rows) -> None:
-        lines.append([text, figure, "yes" if held else "**no**", amount(group)])
+    def goal(text: str, figure: str, held: bool | str, group: Rows) -> None:
+        lines.append([text, figure, held if isinstance(held, str) else "yes" if held else "**no**", amount(group)])
 
     if own and base:
         each = sorted((spread([row["scores"]["identity"]])[0], row["subject"]) for row in own)
@@ -229,13 +230,20 @@ def goals(found: Rows) -> str:
     ours = default_rows(found, groups)
     for name in ("LoRA, rank 4", "Textual Inversion"):
         if ours and name in groups:
-            (a, b), (c, d) = (
-                [spread([row["scores"][kind] for row in group])[0] for kind in ("identity", "text")] for group in (ours, groups[name])
-            )
-            held = a >= c and b >= d and (a > c or b > d)
-            goal(f"ahead of {name} in identity and text", f"{a:.2f}, {b:.2f} against {c:.2f}, {d:.2f}", held, groups[name])
+            gains = [gain(ours, groups[name], kind) for kind in ("identity", "text")]
+            better, worse = any(low > 0 for _, low, _ in gains), any(high < 0 for _, _, high in gains)
+            held = "yes" if better and not worse else "**no**" if worse and not better else "no more than the interval"
+            figure = ", ".join(f"{kind} {m:+.2f} ({low:+.2f} to {high:+.2f})" for kind, (m, low, high) in zip(("identity", "text"), gains))
+            goal(f"ahead of {name}, picture by picture", figure, held, groups[name])
     lines.append(["file ≤ 1/30 of a LoRA's of rank 4 at Stable Diffusion 1.5's shapes", *_file_sizes()])
     return table(["goal", "measured", "held", "n"], lines)
+
+
+def gain(ours: Rows, theirs: Rows, name: str) -> tuple[float, float, float]:
+    """How much ours is above another's, with its interval: differences of pictures of the same thing, prompt and noise."""
+    other = {row["subject"]: row["scores"][name] for row in theirs}
+    pairs_ = [zip(row["scores"][name], other[row["subject"]]) for row in ours if row["subject"] in other]
+    return spread([[a - b for a, b in each if a is not None and b is not None] for each in pairs_])
 
 
 def _file_sizes() -> list[str]:
@@ -290,14 +298,14 @@ def pareto(figure: Any, found: Rows) -> None:
     line = []
     for number, (bias, group) in enumerate(sweep):
         line.append(point(group, OURS, "o", "perfusion, one file over β" if number == 0 else None))
-        axes.annotate(f"β {bias:g}", line[-1], textcoords="offset points", xytext=(-30, 6 - 13 * (len(line) % 2)), fontsize=8, color=OURS)
+        above = 26 if number % 2 == 0 else -32
+        axes.annotate(f"β {bias:g}", line[-1], textcoords="offset points", xytext=(-9, above), fontsize=8, color=OURS)
     axes.plot(*zip(*line), color=OURS, lw=1.2) if line else None
-    measured = {name: group for name, group in by_variant(found, "peers").items() if "scores" in group[0]}
+    measured = {name: group for name, group in by_variant(found, "peers").items() if "scores" in group[0] and name != "perfusion"}
     for number, (name, group) in enumerate(measured.items()):
         point(group, OTHERS[number % len(OTHERS)], "sD^v"[number // len(OTHERS) * 2 % 4], f"{name}, {size(_mean(group, 'bytes'))}")
-    axes.axhline(0, color=INK, lw=0.6)
     axes.set_xlabel("share of what the prompt asked for")
-    axes.set_ylabel("identity: 0 the superclass word, 1 other true pictures")
+    axes.set_ylabel("identity: 0 the superclass word, 1 true pictures (not from 0)")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     tidy(axes)
 
@@ -320,7 +328,7 @@ def together(figure: Any, found: Rows) -> None:
     tidy(axes)
 
 
-PLOTTED = {"pareto": (pareto, (9, 5), ("bias", "peers")), "together": (together, (9, 5), ("pairs", "peer pairs"))}
+PLOTTED = {"pareto": (pareto, (11, 6), ("bias", "peers")), "together": (together, (9, 5), ("pairs", "peer pairs"))}
 
 
 def digest(found: Rows, name: str) -> str:
@@ -349,7 +357,7 @@ def examples(found: Rows, work: Path, path: Path) -> bool:
     subject = next((row["subject"] for row in found if row["section"] == "peers" and "scores" in row), None)
     own = next((row for row in found if row["subject"] == subject), None)
     files = (
-        {name: work / own["toybox"] / "sheets" / f"{section}, {name}, {subject}.png".replace("/", "-") for name, section in chosen.items()}
+        {name: work / own["toybox"] / "sheets" / own["scale"] / f"{section}, {name}, {subject}.png".replace("/", "-") for name, section in chosen.items()}
         if own
         else {}
     )

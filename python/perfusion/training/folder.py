@@ -152,8 +152,8 @@ def _whose(folder: Path, name: str) -> tuple[str, str]:
 def _came_to(checkpoint: Checkpoint, file: Path) -> bool:
     """Whether the concept in `file` is what training had learned at the checkpoint."""
     try:
-        target = Concept.load(file).target
+        values = Concept.load(file).value_outputs
     except (OSError, ValueError):
         return False
-    learned = checkpoint.tensors.get("target")
-    return learned is not None and torch.equal(learned.half(), target.half())  # the file is in half precision
+    learned = checkpoint.tensors.get("value_outputs")
+    return learned is not None and torch.equal(learned.half(), values.half())  # the file is in half precision
