@@ -5,7 +5,8 @@
 
 Both servers run in this one program's run, one after the other, on loopback, with the same requests: as many clients as concepts, each
 with a concept of its own. `burst`: all at once. `poisson`: arrivals at random, at a rate between what the two have shown they can do.
-Only ratios are told: throughput, mixed over split, and latencies, split over mixed; both above 1 where mixing is better. A server
+Only ratios are told: throughput, mixed over split, and latencies, split over mixed; both above 1 where mixing is better. Then, of one
+process without HTTP, what the pictures of one full forward pay for. A server
 that splits sees its whole queue, so it fills a forward wherever two requests have one concept.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import concurrent.futures
 import json
 import random
 import statistics
@@ -27,6 +29,8 @@ from perfusion.base import describe_base
 from perfusion.concept import Concept
 from perfusion.models import load_pipeline
 from perfusion.serve import Settings, running
+from perfusion.serve.batching import Batcher
+from perfusion.serve.drawing import ConceptUse, Drawing
 
 PROMPTS = ("a <mine>", "a photo of a <mine>", "a <mine> on the beach", "a small <mine>")
 
@@ -87,6 +91,53 @@ def measure(url: str, delays: list[float], steps: int) -> dict[str, float]:
     return {"throughput": len(delays) / seconds, "p50": quantiles[49], "p95": quantiles[94], "p99": quantiles[98], "rows": rows / forwards}
 
 
+class _Inline(concurrent.futures.Executor):
+    def submit(self, function, *arguments):
+        function(*arguments)
+
+
+def parts(model: str, files: list[bytes], rows: int, steps: int) -> list[dict[str, object]]:
+    """Where the processor's time goes: of `rows` pictures with a concept each, drawn in one process without HTTP, mixed and split.
+
+    share: of all seconds of the mixed ones. split: seconds over those of the mixed ones.
+    """
+    names = {"forward": "UNet", "advance": "schedulers", "_prepare": "prompts, keys and values", "_finish": "VAE and files"}
+    found: dict[bool, dict[str, float]] = {}
+    pipe = load_pipeline(model, device="cpu")
+    for split in (True, False, True, False):  # the first of each warms
+        options = dict(rows=rows, split_by_concept=split, side=_Inline())
+        batcher = Batcher({"model": pipe}, lambda digest: files[int(digest)], lambda _: None, **options)
+        batcher.step()
+        base, spent = batcher.bases["model"], dict.fromkeys(names, 0.0)
+
+        def timed(owner: object, name: str, spent: dict[str, float] = spent) -> None:
+            function = getattr(owner, name)
+
+            def called(*arguments):
+                started = time.process_time()
+                try:
+                    return function(*arguments)
+                finally:
+                    spent[name] += time.process_time() - started
+
+            setattr(owner, name, called)
+
+        for name in names:
+            timed(base if hasattr(base, name) else batcher, name)
+        width, height = base.default_size
+        started = time.process_time()
+        for number in range(rows):
+            use = ConceptUse("mine", f"{number:064}")
+            plain = dict(model="model", prompt="a <mine>", width=width, height=height, steps=steps, guidance_scale=4.0)
+            batcher.submit(Drawing(id=str(number), seed=number, concepts=(use,), **plain))
+        while batcher.working:
+            batcher.step()
+        found[split] = {"all": time.process_time() - started, **{names[name]: seconds for name, seconds in spent.items()}}
+        base.handle.detach()
+    mixed, apart = found[False], found[True]
+    return [{"part": part, "share": mixed[part] / mixed["all"], "split": apart[part] / mixed[part]} for part in mixed]
+
+
 def run(model: str, tenants: list[int], steps: int, rows: int, seed: int = 0) -> list[dict[str, object]]:
     """A row per load: its name, how many clients, ratios, and the mean number of pictures in a forward of both servers."""
     files = concepts(model, max(tenants))
@@ -136,8 +187,14 @@ def main() -> None:
     for row in table:
         ratios = " | ".join(f"{row[key]:.2f}" for key in ("throughput", "p50", "p95", "p99", "rows_mixed", "rows_split"))
         print(f"| {row['load']} | {row['clients']} | {ratios} |")
+    torch.set_num_threads(1)
+    seconds = parts(options.model, concepts(options.model, options.rows), options.rows, options.steps)
+    print("\n| part | share of the processor's time, mixed | split over mixed |\n|---|---|---|")
+    for row in seconds:
+        print(f"| {row['part']} | {row['share']:.0%} | {row['split']:.2f} |")
     if options.json:
-        options.json.write_text(json.dumps(table, indent=1) + "\n")
+        settings = {"model": options.model, "steps": options.steps, "rows": options.rows}
+        options.json.write_text("".join(json.dumps(settings | row) + "\n" for row in (*table, *seconds)))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,11 @@ def read_kind(path: Path, prediction_type: str | None = None) -> Kind:
     """
     if prediction_type not in (None, *PREDICTIONS):
         raise CheckpointError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
-    shapes, metadata = read_header(path)
+    return kind_of(path, *read_header(path), prediction_type)
+
+
+def kind_of(path: str | Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str], prediction_type: str | None = None) -> Kind:
+    """`read_kind` of a header that was read elsewhere; path is what errors call the file."""
     if _CONV_IN not in shapes:
         raise CheckpointError(f"{str(path)!r} is {_other(shapes, metadata)}.")
     for family in FAMILIES.values():

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from perfusion.base import Base, denoiser, describe_base, project_text, text_encoders
 from perfusion.base.parts import plain_module
@@ -24,9 +25,18 @@ from perfusion.text import TextHook, added_tokens, superclass_tokens
 
 __all__ = ["Handle", "LoadedConcept", "attach", "detach"]
 
-DOUBT = 0.6  # of a concept's similarity to some token; plain superclass words of toybox reach .36, concepts' own words .9
+# A token that nobody knows is taken for a concept's from these on: the similarity c(e), and the cosine with the concept's target. On
+# toybox own words have at least .68 and .74; plain superclass words c up to .30, other words any c and a cosine up to .36
+# (bench/recognition.py). No number here decides what is drawn: it only warns.
+DOUBT, DIRECTION = 0.5, 0.55
 
 _MARK = "_perfusion_handle"
+
+
+def seeming(concept: Concept, words: Tensor) -> float:
+    """The largest similarity c(e) of tokens [..., D] that point where the concept's target does; 0 where none does."""
+    near = cosine_similarity(words.float(), concept.target.to(words.device).float(), dim=-1) > DIRECTION
+    return float(concept.similarity(words)[near].amax()) if near.any() else 0.0
 
 
 def attach(
@@ -297,7 +307,7 @@ class Handle:
             if name in self._doubted or not unknown:
                 continue
             words = project_text(self._engine.unet, encodings[unknown].detach())[:, 1:]  # most begin with a token that is always the same
-            similarity = loaded.concept.to(encodings.device).similarity(words).amax()
+            similarity = seeming(loaded.concept.to(encodings.device), words)
             if similarity > DOUBT:
                 self._doubted.add(name)
                 warnings.warn(

@@ -7,6 +7,7 @@ The cache, tokens, HF_ENDPOINT and the offline mode (HF_HUB_OFFLINE=1) are huggi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -28,6 +29,16 @@ _PLAIN = (".json", ".txt", ".model")
 
 class HubError(ValueError):
     """What was named cannot be fetched. The message says what was looked for, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a .safetensors file on the hub says of itself: name -> shape of every tensor, its metadata, and its size in bytes."""
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+    size: int
 
 
 def hub_id(text: Any) -> tuple[str, str | None, str | None] | None:
@@ -135,21 +146,46 @@ def model_path(text: str, *, half: bool = False, tell: Callable[[str], None] = _
     return _fetch(repo, info, revision, [name], tell) / name
 
 
-def configurations(text: str, *, tell: Callable[[str], None] = _tell) -> tuple[Path, int | None]:
-    """What says what a model is, fetched without its weights: the folder of its configurations, and how large the whole is.
+def configurations(text: str, *, tell: Callable[[str], None] = _tell) -> tuple[Path | Header, int | None]:
+    """What says what a model is, fetched without its weights: the folder of its configurations, or a checkpoint file's header.
 
-    A checkpoint file has to be fetched whole, and out of the cache everything comes as it is: the size is None then.
+    Beside it is how large the whole is; None where everything lies in the cache. HubError when it cannot be had.
     """
+    from huggingface_hub import try_to_load_from_cache
+
     repo, file, revision = hub_id(text) or _no_id(text)
     info = _info(repo, revision)
-    names = [] if info is None else [sibling.rfilename for sibling in info.siblings]
-    if file is not None or "model_index.json" not in names:
+    if info is None:
         return model_path(text, tell=tell), None
+    names, sizes = [sibling.rfilename for sibling in info.siblings], {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
+    if file is not None or "model_index.json" not in names:
+        name = _single(repo, names, file)
+        cached = try_to_load_from_cache(repo, name, revision=info.sha)
+        if isinstance(cached, str):
+            return Path(cached), None
+        header = _header(repo, name, info.sha, sizes[name])
+        return header, header.size
     folder = _fetch(repo, info, revision, ["model_index.json"], lambda _: None)
     files = pipeline_files(names, json.loads((folder / "model_index.json").read_text(encoding="utf-8")), half=False)
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
     weights = [name for name in files if _weights(name) is not None and not name.endswith(".json")]
     return _fetch(repo, info, revision, [name for name in files if name not in weights], tell), sum(sizes[name] for name in weights)
+
+
+def _header(repo: str, name: str, revision: str, size: int) -> Header:
+    """Its first bytes alone are asked for."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    try:
+        found = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).parse_safetensors_file_metadata(repo, name, revision=revision)
+        shapes = {key: tuple(tensor.shape) for key, tensor in found.tensors.items()}
+    except (SafetensorsParsingError, KeyError, ValueError, AttributeError, TypeError) as error:  # a stranger's file may hold any JSON
+        raise HubError(f"{repo}/{name} cannot be read as a .safetensors file: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        if not _of_the_network(error):
+            raise
+        raise HubError(f"the header of {repo}/{name} could not be fetched: {str(error).splitlines()[0]}") from error
+    return Header(f"{repo}/{name}", shapes, found.metadata or {}, size)
 
 
 def _no_id(text: str) -> Any:

@@ -11,8 +11,9 @@ import torch
 
 from perfusion import memory
 from perfusion.base.parts import DENOISERS
-from perfusion.checkpoint_file import CheckpointError, configuration, read_kind
+from perfusion.checkpoint_file import CheckpointError, configuration, kind_of, read_kind
 from perfusion.families import CUSTOM, family_by_widths
+from perfusion.hub import Header
 from perfusion.memory import Parts
 from perfusion.models import ModelError, configurations
 
@@ -22,16 +23,17 @@ BATCH = 16
 KINDS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
 
 
-def _configurations(path: Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
+def _configurations(path: Path | Header) -> tuple[dict[str, Any], int, dict[str, Any]]:
     """The configuration of each part, the bytes on disk, and what a file's header says."""
-    if path.is_file():
+    header = isinstance(path, Header)
+    if header or path.is_file():
         try:
-            kind = read_kind(path)
+            kind = kind_of(path.name, path.shapes, path.metadata) if header else read_kind(path)
         except CheckpointError as error:
             raise ModelError(f"model: {error}") from error
         config = configuration(kind.family)
         config["unet"]["in_channels"] = kind.channels
-        return config, path.stat().st_size, {"prediction_type": kind.prediction_type}
+        return config, path.size if header else path.stat().st_size, {"prediction_type": kind.prediction_type}
     config = {}
     for part in (*DENOISERS, "vae", *CUSTOM.text_encoders):
         file = path / part / "config.json"

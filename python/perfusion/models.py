@@ -32,8 +32,11 @@ class ModelError(ValueError):
     """A model that cannot be loaded. The message says what was looked for and what to give instead."""
 
 
-def configurations(model: str | Path) -> tuple[Path, int | None]:
-    """As `resolve`, for a look at the configurations: weights on the hub are not fetched, and their size in bytes comes instead."""
+def configurations(model: str | Path) -> tuple[Path | hub.Header, int | None]:
+    """As `resolve`, for a look at the configurations: weights on the hub are not fetched, and their size in bytes comes instead.
+
+    Of a checkpoint file on the hub comes its header.
+    """
     if hub.hub_id(model) is None:
         return resolve(model), None
     try:

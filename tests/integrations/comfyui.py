@@ -26,7 +26,7 @@ LENGTH = 77
 
 
 def load_nodes(monkeypatch, models):
-    """Import the pack by its path, under a name that is no identifier, as ComfyUI does."""
+    """Import the pack with stand-ins of what it imports of ComfyUI."""
     folder_paths = types.ModuleType("folder_paths")
     folder_paths.models_dir, folder_paths.folder_names_and_paths = str(models), {}
     folder_paths.get_filename_list = lambda name: sorted(
@@ -42,6 +42,11 @@ def load_nodes(monkeypatch, models):
     for name in ("comfy", "comfy.ldm", "comfy.ldm.modules"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "comfy.ldm.modules.attention", attention)
+    return import_pack(monkeypatch)
+
+
+def import_pack(monkeypatch):
+    """Import the pack by its path, under a name that is no identifier, as ComfyUI does."""
     name = str(PACK)
     for old in [each for each in sys.modules if each.startswith(name)]:
         monkeypatch.delitem(sys.modules, old)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from perfusion import attach
-from perfusion.base import describe_base
+from perfusion.base import describe_base, text_encoders
 from perfusion.checkpoint_file import Kind
-from tests.integrations import comfyui
+from tests.integrations import comfyui as stand_in
+from tests.integrations import real_comfyui
 from tests.perfusion.editing import make_concept, watch
 from tests.perfusion.original_layout import pipeline_of, use_small_families
 
@@ -22,8 +23,15 @@ def pipe(request):
         yield pipeline_of(Kind(request.param, 4, "epsilon", True))
 
 
+@pytest.fixture(params=["stand-in", "real"])
+def comfyui(request):
+    if request.param == "real" and not real_comfyui.FOLDER:
+        pytest.skip("PERFUSION_COMFYUI names no folder of ComfyUI")
+    return real_comfyui if request.param == "real" else stand_in
+
+
 @pytest.fixture
-def nodes(monkeypatch, tmp_path):
+def nodes(comfyui, monkeypatch, tmp_path):
     return comfyui.load_nodes(monkeypatch, tmp_path).NODE_CLASS_MAPPINGS
 
 
@@ -64,7 +72,7 @@ def compare(layers, expected, row=0):
 
 
 @pytest.mark.parametrize("unlocked", [False, True], ids=["locked", "unlocked"])
-def test_a_concept_is_drawn_as_in_the_pipelines(pipe, run, concept_file, tmp_path, unlocked):
+def test_a_concept_is_drawn_as_in_the_pipelines(comfyui, pipe, run, concept_file, tmp_path, unlocked):
     concepts = run("ConceptSettings", concepts=concept_file(unlocked=unlocked), strength=0.8, bias=0.4, temperature=0.3, name="<mine>")
     clip, model = comfyui.CLIP(pipe), comfyui.ModelPatcher(pipe)
     positive = run("TextEncode", clip=clip, concepts=concepts, text=PROMPT)
@@ -81,7 +89,7 @@ def test_a_concept_is_drawn_as_in_the_pipelines(pipe, run, concept_file, tmp_pat
     assert model.model_options == {"transformer_options": {}}
 
 
-def test_several_concepts_weights_and_long_prompts(pipe, run, concept_file, tmp_path):
+def test_several_concepts_weights_and_long_prompts(comfyui, pipe, run, concept_file, tmp_path):
     both = run("CombineConcepts", concepts=concept_file(), more=concept_file("other", seed=2, superclass="stuffed animal"))
     clip, model = comfyui.CLIP(pipe), comfyui.ModelPatcher(pipe)
 
@@ -104,7 +112,7 @@ def test_several_concepts_weights_and_long_prompts(pipe, run, concept_file, tmp_
         assert all(not torch.equal(layers[name][1][0, place], without[name][1][0, place]) for name in layers)
 
 
-def test_two_applies_two_patches_and_half_precision(pipe, run, concept_file, tmp_path):
+def test_two_applies_two_patches_and_half_precision(comfyui, pipe, run, concept_file, tmp_path):
     mine, other = concept_file(), concept_file("other", seed=2, superclass="teddy bear")
     clip, model = comfyui.CLIP(pipe), comfyui.ModelPatcher(pipe)
     one, two = run("TextEncode", clip=clip, concepts=mine, text="a <mine>"), run("TextEncode", clip=clip, concepts=other, text="an <other>")
@@ -126,7 +134,7 @@ def test_two_applies_two_patches_and_half_precision(pipe, run, concept_file, tmp
     assert all((half[name][1] - layers[name][1][:1]).abs().max() < 0.02 * layers[name][1].abs().max() for name in half)
 
 
-def test_a_region_keeps_the_word_inside(pipe, run, concept_file):
+def test_a_region_keeps_the_word_inside(comfyui, pipe, run, concept_file):
     mask = torch.zeros(1, 64, 64)
     mask[:, :, 32:] = 1
     concepts = run("ConceptRegion", concepts=concept_file(), mask=mask)
@@ -143,7 +151,7 @@ def test_a_region_keeps_the_word_inside(pipe, run, concept_file):
         assert same[:, 4:].all() and not same[:, :4].any()
 
 
-def test_refusals(pipe, run, nodes, concept_file, tmp_path, monkeypatch):
+def test_refusals(comfyui, pipe, run, nodes, concept_file, tmp_path, monkeypatch):
     concepts, clip, model = concept_file(), comfyui.CLIP(pipe), comfyui.ModelPatcher(pipe)
     assert nodes["PerfusionLoadConcept"].INPUT_TYPES()["required"]["concept"] == (["mine.safetensors"],)
     assert nodes["PerfusionLoadConcept"].IS_CHANGED("mine.safetensors") > 0
@@ -165,12 +173,38 @@ def test_refusals(pipe, run, nodes, concept_file, tmp_path, monkeypatch):
         run("Apply", model=comfyui.ModelPatcher(other), conditioning=positive)
 
 
-def test_the_nodes_follow_the_conventions(monkeypatch, tmp_path):
+def test_the_nodes_follow_the_conventions(comfyui, monkeypatch, tmp_path):
     pack = comfyui.load_nodes(monkeypatch, tmp_path)
     assert set(pack.NODE_CLASS_MAPPINGS) == set(pack.NODE_DISPLAY_NAME_MAPPINGS)
-    readme = (comfyui.PACK / "README.md").read_text(encoding="utf-8")
+    readme = (stand_in.PACK / "README.md").read_text(encoding="utf-8")
     for key, node in pack.NODE_CLASS_MAPPINGS.items():
         inputs = node.INPUT_TYPES()
         assert set(inputs) <= {"required", "optional"} and callable(getattr(node, node.FUNCTION)) and node.CATEGORY == "perfusion"
         assert all(isinstance(each, tuple) for part in inputs.values() for each in part.values()) and isinstance(node.RETURN_TYPES, tuple)
         assert pack.NODE_DISPLAY_NAME_MAPPINGS[key] in readme
+
+
+@pytest.mark.parametrize("comfyui", ["real"], indirect=True)
+def test_comfyui_itself_draws_what_the_pipelines_draw(comfyui, pipe, run, concept_file, tmp_path):
+    if len(text_encoders(pipe)) == 2:
+        pytest.skip("a narrow XL model has no place for ComfyUI's size embeddings; its blocks are compared above")
+    from comfy.sample import sample
+
+    positive = run("TextEncode", clip=(clip := comfyui.CLIP(pipe)), concepts=concept_file(), text=PROMPT)
+    negative = clip.encode_from_tokens_scheduled(clip.tokenize("blurry"))
+    model = comfyui.ModelPatcher(pipe)
+    patched = run("Apply", model=model, conditioning=positive)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    time = torch.tensor([500])
+    with attach(pipe) as handle, torch.no_grad():
+        handle.load(tmp_path / "perfusion" / "mine.safetensors")
+        encoding = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]
+        expected = pipe.unet(noise, time, encoder_hidden_states=encoding).sample
+        options = patched.model_options["transformer_options"].copy()
+        whole = patched.model.diffusion_model(noise, time, context=positive[0][0], transformer_options=options)
+    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    drawn, plain = (
+        sample(each, noise, 2, 3.0, "euler", "normal", positive, negative, torch.zeros_like(noise), seed=0, disable_pbar=True)
+        for each in (patched, model)
+    )
+    assert drawn.isfinite().all() and (drawn - plain).abs().max() > 1e-3 * plain.abs().max()

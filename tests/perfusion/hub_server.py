@@ -1,7 +1,8 @@
 """A Hugging Face hub of one's own, on this machine: what huggingface_hub asks of the real one, for models, downloads and commits.
 
     with hub_server({"user/teddy": {"teddy.safetensors": b"…"}}) as hub:
-        ...                         # HF_ENDPOINT names it; hub.requests lists what was asked, hub.repositories what is there
+        ...                         # HF_ENDPOINT names it; hub.requests lists what was asked, hub.bytes
+                                    # counts what was sent of files, hub.repositories what is there
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +25,7 @@ class Hub:
     endpoint: str
     repositories: dict[str, dict[str, bytes]]
     requests: list[str]
+    bytes: int = 0  # of files, that were sent
 
 
 @contextlib.contextmanager
@@ -70,6 +73,12 @@ def hub_server(repositories: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
             if file not in files:
                 return self.answer(404, b"", X_Error_Code="EntryNotFound")
             data = files[file]
+            ranged = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+            if ranged:
+                part = data[int(ranged[1]) : int(ranged[2]) + 1]
+                hub.bytes += len(part)
+                return self.answer(206, part, Content_Range=f"bytes {ranged[1]}-{int(ranged[1]) + len(part) - 1}/{len(data)}")
+            hub.bytes += len(data) * (self.command == "GET")
             self.answer(200, data, "application/octet-stream", ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit=SHA)
 
         do_HEAD = do_GET

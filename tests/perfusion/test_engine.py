@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,6 +199,35 @@ def test_replaced_processors_are_noticed_and_said_once(handle, pipe):
         warnings.simplefilter("error", UserWarning)
         draw(pipe, PROMPT)
     assert "The fast path is closed" in handle.explain()[1]
+
+
+def test_the_way_from_a_prompt_to_a_kernel_is_short_and_drawn_in_the_design(handle, pipe):
+    """The reference is a backend like the others, whose function of an operator's name stands in the file of that name."""
+    root = Path(perfusion_kernels.__file__).parents[1]
+    functions = {str(root / f"perfusion_kernels/reference/{name}.py"): name for name in perfusion_kernels.backend.DEFAULTS}
+    ways = {}
+
+    def trace(frame, event, argument):
+        operator = functions.get(frame.f_code.co_filename)
+        if event == "call" and operator == frame.f_code.co_name:
+            files = []
+            while frame is not None:
+                files.append(Path(frame.f_code.co_filename))
+                frame = frame.f_back
+            ours = [each.relative_to(root) for each in files if each.is_relative_to(root) and "tests" not in each.relative_to(root).parts]
+            ways[operator] = list(dict.fromkeys(ours))
+
+    sys.setprofile(trace)
+    try:
+        with perfusion_kernels.use_backend("reference"):
+            draw(pipe, "a red <teddy>")
+    finally:
+        sys.setprofile(None)
+    picture = (root / "DESIGN.md").read_text(encoding="utf-8").partition("```text")[2].partition("```")[0]
+    assert ways.keys() == {"concept_gates", "fused_edited_projection", "edited_attention"}
+    for operator, files in ways.items():
+        assert len(files) <= 5, files
+        assert all(each.name in picture for each in files if each.parts[0] == "python") and operator in picture
 
 
 # Requests

@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from safetensors.torch import save
 from typer.testing import CliRunner
 
 from perfusion import cli, hub
+from perfusion.checkpoint_file import Kind
 from perfusion.concept import Concept
 from perfusion.hub import HubError, hub_id, model_path, pipeline_files, push
 from perfusion.model_info import describe
 from perfusion.models import ModelError, load_pipeline
 from tests.perfusion.hub_server import hub_server
+from tests.perfusion.original_layout import original_layout, pipeline_of, use_small_families
 from tests.stand_in import save_concept, save_model
 
 
@@ -70,6 +73,30 @@ def test_what_a_model_is_takes_no_weights(server):
     assert not [request for request in server.requests if request.startswith("GET") and ("safetensors" in request or ".bin" in request)]
     whole = sum(path.stat().st_size for path in model_path("user/model").rglob("*.safetensors"))
     assert facts["bytes"] == whole == describe("user/model")["bytes"]
+
+
+def test_of_a_checkpoint_file_the_header_is_fetched(server, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        use_small_families(patch)
+        tensors = original_layout(pipeline_of(Kind("sd1", 9, "epsilon", True)), "sd1")
+        file = save(tensors, {"title": "mine", "filler": " " * 150_000})  # a long header takes a second request
+        damaged = b"\xff" * 8 + file[8:]
+        server.repositories["user/file"] = {"sd.safetensors": file, "bad.safetensors": damaged, "x/other.safetensors": save({"x": tensors.popitem()[1]})}
+        facts = describe("user/file/sd.safetensors")
+        assert facts["layers"] == 16 and facts["inpainting"] and facts["bytes"] == len(file)
+        assert server.bytes < 2**20 < len(file) and not list((tmp_path / "cache").rglob("*.safetensors"))
+        with pytest.raises(ModelError, match="'user/file/x/other.safetensors' is not a checkpoint"):
+            describe("user/file/x/other.safetensors")
+        with pytest.raises(ModelError, match="user/file/bad.safetensors cannot be read as a .safetensors file"):
+            describe("user/file/bad.safetensors")
+        assert server.bytes < 2**20
+        model_path("user/file/sd.safetensors")  # from now on it is in the cache, also offline
+        server.requests.clear()
+        assert describe("user/file/sd.safetensors") == facts and not [each for each in server.requests if "resolve" in each]
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert describe("user/file/sd.safetensors") == facts
+        with pytest.raises(ModelError, match="not in the cache"):
+            describe("user/two/a.safetensors")
 
 
 def test_offline_the_cache_serves_and_says_what_is_missing(server, monkeypatch):

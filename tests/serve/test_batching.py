@@ -311,6 +311,15 @@ def test_prompts_are_encoded_beside_the_steps(concepts, draw):
         assert abs(pixels(outcome) - pixels(bench.outcomes[id])).max() <= CLOSE
 
 
+def test_on_a_cpu_prompts_that_wait_go_before_a_step(concepts, draw):
+    """As many as there are places for: the first step has them all, and one whose prompt is refused holds nobody up."""
+    with concurrent.futures.ThreadPoolExecutor(1) as side:
+        bench = Bench(concepts, rows=4, side=side)
+        bench.run([draw("bad", "cat " * 200 + "<teddy>"), *(draw(number, steps=3) for number in range(6))])
+    assert bench.steps[0].rows == 4 and bench.outcomes["bad"].kind == "invalid"
+    assert all(isinstance(bench.outcomes[str(number)], Picture) for number in range(6))
+
+
 def test_who_waits_for_the_only_place_gets_it(concepts, draw):
     """As a worker waits: without an end. `submit` is the only thing that would wake it."""
     bench = Bench(concepts, rows=1)

@@ -296,6 +296,9 @@ class Batcher:
         self._waiting: collections.deque[Row] = collections.deque()
         self._limits: dict[Hashable, int] = {}  # batch key -> rows that memory has room for, where that was found out
         self._live: set[str] = set()
+        self._preparing: set[str] = set()  # whose prompts wait, or are being encoded
+        # on a CPU both sides share the processors, and a row more in a step costs less than a step of its own
+        self._gathers = all(base.device.type == "cpu" for base in self.bases.values())
         self._stepping: int | None = None
 
     # from any thread
@@ -303,6 +306,7 @@ class Batcher:
     def submit(self, drawing: Drawing) -> None:
         """Begin a drawing. Its pictures and failures are reported, in no particular order among drawings."""
         self._live.add(drawing.id)
+        self._preparing.add(drawing.id)
         self._side.submit(self._prepare, drawing)
 
     def cancel(self, id: str) -> None:
@@ -331,6 +335,10 @@ class Batcher:
         self._do_between(0.0 if self._groups or self._waiting else timeout)
         self._leave()
         self._join()
+        while self._gathers and self._preparing and len(self._waiting) + sum(map(len, self._groups.values())) < self.rows:
+            self._do_between(None)  # whoever is prepared says so
+            self._leave()
+            self._join()
         if not self._groups:
             return False
         key = next(iter(self._groups))
@@ -442,9 +450,11 @@ class Batcher:
                 conditions=conditions, **parts,
             )  # fmt: skip
             self._waiting.append(row)
-            self._between.put(None)
         except BaseException as error:
             self._fail(drawing, *_explained(error, drawing.concepts))
+        finally:
+            self._preparing.discard(drawing.id)
+            self._between.put(None)
 
     def _finish(self, row: Row, latents: Tensor, step: int) -> None:
         drawing = row.drawing

@@ -6,7 +6,7 @@
 A replica is a `Pool` with one device. Any replica draws any concept: a drawing names its concepts by digest, and the replica reads
 them from the shared store (`Settings.store`) and keeps them as a server of one machine does; nothing is routed, batched or scaled by
 concept. Replicas come and go with the number of drawings that are under way. One that dies in the middle of a picture loses nothing
-but time: the same `Drawing`, seed and all, goes to another. Source: DESIGN.md, "The server".
+but time: the same `Drawing`, seed and all, goes to another. Source: DESIGN.md, "The concept store and the server".
 """
 
 from __future__ import annotations
