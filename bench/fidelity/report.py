@@ -356,11 +356,10 @@ def examples(found: Rows, work: Path, path: Path) -> bool:
     chosen |= {row["variant"]: "peers" for row in found if row["section"] == "peers" and "scores" in row}
     subject = next((row["subject"] for row in found if row["section"] == "peers" and "scores" in row), None)
     own = next((row for row in found if row["subject"] == subject), None)
-    files = (
-        {name: work / own["toybox"] / "sheets" / own["scale"] / f"{section}, {name}, {subject}.png".replace("/", "-") for name, section in chosen.items()}
-        if own
-        else {}
-    )
+    files = {}
+    if own:
+        folder = work / own["toybox"] / "sheets" / own["scale"]
+        files = {name: folder / f"{section}, {name}, {subject}.png".replace("/", "-") for name, section in chosen.items()}
     if not files or not all(file.exists() for file in files.values()):
         return False
     tile, shown = 128, min(row["prompts"] for row in found if row["section"] in ("concepts", "peers"))
