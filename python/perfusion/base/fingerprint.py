@@ -43,7 +43,8 @@ def _corners(owner: str, modules: Iterable[torch.nn.Module]) -> list[torch.Tenso
             f"the weights of {owner} are offloaded (on the meta device) and cannot be read. "
             "Describe the pipeline, or attach to it, before enable_sequential_cpu_offload()."
         )
-    return [weight.detach()[:_ROWS, :_COLUMNS].cpu().double() for weight in weights]
+    plain = [weight.dequantize() if hasattr(weight, "__tensor_flatten__") else weight for weight in weights]  # of 8 bits, as torchao's
+    return [weight.detach()[:_ROWS, :_COLUMNS].cpu().double() for weight in plain]
 
 
 def _signs(index: int, count: int) -> np.ndarray:
