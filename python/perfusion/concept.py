@@ -159,7 +159,7 @@ class Concept:
         """
         data = self.to_bytes(dtype)
         Concept.from_bytes(data, source=str(path))
-        write_bytes(Path(path).expanduser(), data)
+        write_bytes(Path(os.path.expanduser(path)), data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], revision: str | None = None) -> Concept:
@@ -173,7 +173,7 @@ class Concept:
 
         if hub.hub_id(path) is not None:
             path = hub.concept_file(str(path), revision)
-        return cls.from_bytes(read_bytes(Path(path).expanduser()), source=str(path))
+        return cls.from_bytes(read_bytes(Path(os.path.expanduser(path))), source=str(path))
 
     def to_bytes(self, dtype: torch.dtype = torch.float16) -> bytes:
         """The concept file's bytes; equal concepts give equal bytes. ValueError when a tensor does not fit `dtype`."""

@@ -45,7 +45,7 @@ def hub_id(text: Any) -> tuple[str, str | None, str | None] | None:
     """(repository, file, revision) of `user/name`, `user/name@revision` or `user/name/file.safetensors`; None for paths and other text."""
     if not isinstance(text, str) or text.endswith((".ckpt", ".bin", ".pt")):
         return None
-    if Path(text).expanduser().exists() or Path(text.split("/")[0]).is_dir():  # a path, or one that is mistyped: no network for it
+    if os.path.exists(os.path.expanduser(text)) or os.path.isdir(text.split("/")[0]):  # a path, or one that is mistyped: no network for it
         return None
     found = _ID.fullmatch(text)
     if found is None or (found["file"] is None and found["repo"].endswith(".safetensors")):

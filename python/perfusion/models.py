@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -55,10 +56,10 @@ def resolve(model: str | Path, *, half: bool = False) -> Path:
             return hub.model_path(str(model), half=half)
         except hub.HubError as error:
             raise ModelError(f"model: {error} Give {FORMS}.") from error
-    path = Path(model).expanduser()
-    if path.is_file() or (path / "model_index.json").is_file():
+    path = Path(os.path.expanduser(model))
+    if os.path.isfile(path) or os.path.isfile(path / "model_index.json"):
         return path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ModelError(f"model {str(model)!r} is neither a folder nor a file: give {FORMS}.")
     inside = sorted(each.name for each in path.glob("*.safetensors"))
     hint = f" It holds {', '.join(inside[:5])}: give one of these files." if inside else ""
@@ -143,15 +144,15 @@ def _quiet() -> Iterator[None]:
 
 def _beside(model: str | Path, name: str, folders: Sequence[str]) -> Path:
     """A file by its path, or by its bare name in the model's folder or a folder of such files beside it. ModelError where there is none."""
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):  # unlike Path.is_file, False for text that no file can be called
         return path
-    home = Path(model).expanduser()
-    home = home.parent if home.is_file() else home
+    home = Path(os.path.expanduser(model))
+    home = home.parent if os.path.isfile(home) else home
     places = [home, *(base / folder for base in (home, home.parent) for folder in folders)]
     for place in places if path.parent == Path() else ():
         for file in (place / name, place / f"{name}.safetensors"):
-            if file.is_file():
+            if os.path.isfile(file):
                 return file
     raise ModelError(f"there is no file {name!r}, here or beside the model. Check the path.")
 
@@ -184,7 +185,10 @@ def add_embedding(pipe: Any, file: str, *, token: str | None = None, model: str 
 def add_lora(pipe: Any, file: str, *, scale: float = 1.0, model: str | Path = "toybox") -> str:
     """Load a LoRA in kohya's or diffusers' names; returns its adapter's name. file: its path, or its bare name beside the model."""
     path = _beside(model, file, ("loras", "lora", "Lora"))
-    name = re.sub(r"\W", "_", path.stem)
+    known = getattr(pipe, "_perfusion_lora_scales", {})
+    name = stem = re.sub(r"\W", "_", path.stem)
+    while name in known:  # of another folder, or "a b" beside "a.b"
+        name = f"{stem}_{len(known) + 1}" if name == stem else f"{name}_"
     try:
         import peft  # noqa: F401
     except ImportError:
@@ -196,7 +200,6 @@ def add_lora(pipe: Any, file: str, *, scale: float = 1.0, model: str | Path = "t
             adapters = pipe.get_active_adapters()
             if name not in adapters:
                 raise ValueError("no layer of it fits this model")
-            known = getattr(pipe, "_perfusion_lora_scales", {})
             known[name] = scale
             pipe._perfusion_lora_scales = known
             pipe.set_adapters(list(known), list(known.values()))

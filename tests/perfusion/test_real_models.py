@@ -6,6 +6,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -14,9 +16,11 @@ import perfusion
 from perfusion import cli, hub
 from perfusion.captions import everyday_captions
 from perfusion.checkpoint_file import Kind
+from perfusion.cli.generate import _source
+from perfusion.cli.models import _file_and_scale
 from perfusion.concept import Concept
 from perfusion.covariance import Covariance, compute_covariance
-from perfusion.models import add_embedding, add_lora, load_pipeline
+from perfusion.models import ModelError, _beside, add_embedding, add_lora, load_pipeline
 from tests.perfusion.learning import write_pictures
 from tests.perfusion.original_layout import original_layout, pipeline_of, use_small_families
 
@@ -92,3 +96,49 @@ def test_folders_of_every_kind(tmp_path):
         for part in ("unet", "text_encoder", "vae"):
             for key, value in getattr(pipe, part).state_dict().items():
                 assert torch.equal(getattr(loaded, part).state_dict()[key], value), (name, part, key)
+
+
+NAMES = st.text(st.characters(exclude_characters="/\\\0", exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=NAMES.filter(lambda name: name.strip(".") and not name.startswith("~")), strength=st.sampled_from(["", ":0.5", ":-1"]), ended=st.booleans())
+@example(name="style v1.2", strength="", ended=False)
+@example(name="a:b", strength=":0.5", ended=True)
+@example(name="a:1", strength="", ended=True)
+def test_a_bare_name_means_the_file_beside_the_model(tmp_path, name, strength, ended):
+    """Whatever the file is called, with its ending or without, in each of the folders; the file that is found is the one that was meant."""
+    folder = tmp_path / "bare"
+    for place in ("", "loras", "Lora"):
+        (folder / "model" / place).mkdir(parents=True, exist_ok=True)
+        file = folder / "model" / place / f"{name}.safetensors"
+        file.write_bytes(b"x")
+        try:
+            given, scale = _file_and_scale((file.name if ended else name) + strength)
+            if not strength and not ended and ":" in name:  # a name that ends in a number reads as a strength: it is given with its ending
+                return
+            assert scale == float(strength[1:] or 1) and _beside(folder / "model", given, ("loras", "Lora")) == file
+        finally:
+            file.unlink()
+    with pytest.raises(ModelError, match="there is no file"):
+        _beside(folder / "model", given, ("loras", "Lora"))
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "~nobody-of-that-name/x", "a\0b", "user/" + "x" * 300, ""])
+def test_text_that_no_file_can_be_called_is_refused_in_words(text):
+    """A prompt, a token or a list that was given in the place of a path."""
+    with pytest.raises(ModelError, match="there is no file"):
+        _beside("toybox", text, ("loras",))
+    if not text.startswith("user/"):
+        with pytest.raises(ModelError, match="neither a folder nor a file|has no model_index.json"):
+            load_pipeline(text or "nothing here", device="cpu")
+        with pytest.raises((OSError, ValueError)):
+            Concept.load(text)
+    assert _source(text) is not None and _file_and_scale(text) == (text, 1.0)
+
+
+def test_strengths_of_loras():
+    assert _file_and_scale("C:/x.safetensors") == ("C:/x.safetensors", 1.0) and _file_and_scale("x:-0.5") == ("x", -0.5)
+    for text in ("x:nan", "x:inf"):
+        with pytest.raises(ValueError, match="must be a finite number"):
+            _file_and_scale(text)

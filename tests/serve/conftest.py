@@ -66,11 +66,11 @@ def teddy(http, world):
 
 
 @pytest.fixture
-def survived(record_property):
+def survived(request):
     """survived(FAULT, OUTCOME, TIMES): what this test did, what it saw come of it, how often. bench/serve_faults.py makes a table of it."""
 
     def record(fault, outcome, times=1):
         for name, value in (("fault", fault), ("outcome", outcome), ("times", times)):
-            record_property(name, value)
+            request.node.user_properties.append((name, value))
 
     return record

@@ -83,7 +83,7 @@ def _at_home(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(**options: Any) -> None:
-        function(**{name: value.expanduser() if isinstance(value, Path) else value for name, value in options.items()})
+        function(**{name: Path(os.path.expanduser(value)) if isinstance(value, Path) else value for name, value in options.items()})
 
     return command
 

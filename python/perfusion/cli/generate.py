@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 import warnings
@@ -187,8 +188,8 @@ def _files(output: Path, pictures: int, overwrite: bool) -> list[Path]:
 def _source(text: str) -> tuple[str | None, Path]:
     """FILE, or NAME=FILE; a file whose own name holds "=" is a FILE. A FILE may be an id on the hub."""
     name, equals, path = text.partition("=")
-    alone = not equals or Path(text).expanduser().exists()
-    return (None, Path(text).expanduser()) if alone else (name, Path(path).expanduser())
+    alone = not equals or os.path.exists(os.path.expanduser(text))
+    return (None, Path(os.path.expanduser(text))) if alone else (name, Path(os.path.expanduser(path)))
 
 
 def _setting(key: str, text: str) -> tuple[str, str | None, float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -41,16 +43,24 @@ def add_parts(pipe: Any, model: str, embeddings: list[str] | None, loras: list[s
     words = []
     for text in embeddings or ():
         word, equals, file = text.partition("=")
-        if not equals or Path(text).expanduser().exists():
+        if not equals or os.path.exists(os.path.expanduser(text)):
             word, file = None, text
         words.append(add_embedding(pipe, file, token=word, model=model))
     for text in loras or ():
-        file, colon, scale = text.rpartition(":")
-        try:
-            add_lora(pipe, file if colon else text, scale=float(scale) if colon else 1.0, model=model)
-        except ValueError as error:
-            if "could not convert" in str(error):  # C:/lora.safetensors, or a strength that is no number
-                add_lora(pipe, text, model=model)
-            else:
-                raise
+        file, scale = _file_and_scale(text)
+        add_lora(pipe, file, scale=scale, model=model)
     return words
+
+
+def _file_and_scale(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH; what follows the last colon is of the name where it is no number (C:/x.safetensors), or the file is there."""
+    file, _, scale = text.rpartition(":")
+    try:
+        number = float(scale)
+    except ValueError:
+        return text, 1.0
+    if not file or os.path.isfile(os.path.expanduser(text)):
+        return text, 1.0
+    if not math.isfinite(number):
+        raise ValueError(f"the strength of a LoRA must be a finite number, got {scale!r} in --lora {text}.")
+    return file, number

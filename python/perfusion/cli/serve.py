@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -126,7 +127,7 @@ def named_models(models: list[str] | None) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in models or ["toybox"]:
         name, equals, model = text.partition("=")
-        if not equals or Path(text).expanduser().exists():
+        if not equals or os.path.exists(os.path.expanduser(text)):
             name, model = Path(text).name, text
         if name in found:
             raise ValueError(f"--model: two models are named {name!r}; name one with --model NAME={model}")

@@ -44,7 +44,7 @@ def find_sources(images: Any) -> tuple[list[Source], list[tuple[Path, str]]]:
     or .caption. Capitals do not matter where one file alone is meant. ValueError for anything else, with the accepted forms.
     """
     if isinstance(images, (str, os.PathLike)):
-        folder = Path(images).expanduser()
+        folder = Path(os.path.expanduser(images))
         if not folder.is_dir():
             raise ValueError(f"images: {str(folder)!r} is not a folder; give a folder of pictures, or a list of them.")
         given: list[Any] = sorted(folder.iterdir())
@@ -74,7 +74,7 @@ def _items(images: Any) -> list[Any]:
         if isinstance(item, Image.Image):
             items.append(item)
         elif isinstance(item, (str, os.PathLike)):
-            items.append(Path(item).expanduser())
+            items.append(Path(os.path.expanduser(item)))
         else:
             raise ValueError(
                 f"images: item {number} is of type {type(item).__name__}; the list may hold paths and PIL images "
