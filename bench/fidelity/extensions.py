@@ -173,8 +173,8 @@ class Extended(Method):
         one = learned[0]
         with self._session(lab, one.target) as session, torch.no_grad():
             state = load_file(one.path / "state.safetensors")
-            session.target, session.superclass_encoding = (state[name].to(session.device) for name in ("target", "superclass_encoding"))
+            session.superclass_encoding = state["superclass_encoding"].to(session.device)
             for name, parameter in session._trained().items():
                 parameter.data.copy_(state[name])
-            session.sampling = True
+            session.target, session.sampling = session.settled_target(), True  # as in a file
             yield Applied(session.pipe, [" ".join([*session.tokens, f"<{one.target.name}>"])])
