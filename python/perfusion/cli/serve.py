@@ -75,7 +75,8 @@ def serve(
     settings = Settings(
         models=named_models(model), folder=folder or data_folder(), database=database, store=store, host=host, port=port,
         devices=tuple(device or ()), dtype=None if dtype is None else dtype.value, rows=rows, queue=queue, queue_per_key=queue_per_key,
-        timeout=timeout, grace=grace, pixels=most_pixels, body=most_bytes, train=train, origins=tuple(origin or ()), hosts=tuple(allow_host or ()),
+        timeout=timeout, grace=grace, pixels=most_pixels, body=most_bytes, train=train, origins=tuple(origin or ()),
+        hosts=tuple(allow_host or ()),
         metrics_key=metrics_key, log_prompts=log_prompts,
     )  # fmt: skip
     parts = {"pool": on_ray(settings, ray_address, replicas, replica_gpus)} if ray else {}
