@@ -156,7 +156,7 @@ def program(world, folder, *options):
 
 def test_sigterm_under_load_finishes_what_is_drawn_and_refuses_what_waits(world, tmp_path, survived):
     with contextlib.ExitStack() as stack:
-        server, url, lines = stack.enter_context(program(world, tmp_path / "state", "--rows", "1"))
+        server, url, lines = stack.enter_context(program(world, tmp_path / "state", "--rows", "1", "--grace", "250"))
         with httpx.Client(base_url=url, timeout=300) as http:
             clients = stack.enter_context(concurrent.futures.ThreadPoolExecutor(8))
             stack.callback(server.kill)  # before the clients are waited for
@@ -164,7 +164,7 @@ def test_sigterm_under_load_finishes_what_is_drawn_and_refuses_what_waits(world,
             until(lambda: gauge(http, "queue_pictures") >= 4)
             server.send_signal(signal.SIGTERM)
             answers = [answer.result() for answer in answers]
-            server.wait(120)
+            server.wait(300)
             rest = server.stderr.read()
     assert server.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM), rest
     codes = sorted({answer.status_code for answer in answers})

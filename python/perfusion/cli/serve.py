@@ -40,6 +40,7 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="Pictures that wait at most; more are refused.")] = 1024,
     queue_per_key: Annotated[int, typer.Option(min=1, help="Of one key.")] = 1024,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a picture is given up.")] = 300.0,
+    grace: Annotated[float, typer.Option(min=0.1, help="Seconds for what is being drawn when the server is told to end.")] = 30.0,
     most_pixels: Annotated[int, typer.Option(min=64, help="Of a picture.")] = 2048 * 2048,
     most_bytes: Annotated[int, typer.Option(min=1024, help="Of a request.")] = 32 * 2**20,
     train: Annotated[bool, typer.Option("--train/--no-train", help="Take training jobs.")] = True,
@@ -74,7 +75,8 @@ def serve(
     settings = Settings(
         models=named_models(model), folder=folder or data_folder(), database=database, store=store, host=host, port=port,
         devices=tuple(device or ()), dtype=None if dtype is None else dtype.value, rows=rows, queue=queue, queue_per_key=queue_per_key,
-        timeout=timeout, pixels=most_pixels, body=most_bytes, train=train, origins=tuple(origin or ()), hosts=tuple(allow_host or ()),
+        timeout=timeout, grace=grace, pixels=most_pixels, body=most_bytes, train=train, origins=tuple(origin or ()),
+        hosts=tuple(allow_host or ()),
         metrics_key=metrics_key, log_prompts=log_prompts,
     )  # fmt: skip
     parts = {"pool": on_ray(settings, ray_address, replicas, replica_gpus)} if ray else {}
