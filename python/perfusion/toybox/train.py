@@ -54,9 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=61_440, help="how many are rendered; the first 24,576 teach autoencoder and judge")
     parser.add_argument("--autoencoder-steps", type=int, default=3000)
     parser.add_argument("--text-steps", type=int, default=900)
-    help = "at a flat rate; an interrupted run keeps its last checkpoint, so that fewer can be made of many"
-    parser.add_argument("--denoiser-steps", type=int, default=35_000, help=help)
-    parser.add_argument("--annealing-steps", type=int, default=3000, help="the falling rate's, after the flat one's")
+    help = "at a flat rate; the default made the weights that are shipped, and more continue from its checkpoint"
+    parser.add_argument("--denoiser-steps", type=int, default=12_000, help=help)
+    parser.add_argument("--annealing-steps", type=int, default=1600, help="the falling rate's, after the flat one's")
     parser.add_argument("--judge-steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32, help="pictures in a step of the UNet")
     options = parser.parse_args(arguments)
