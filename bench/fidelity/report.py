@@ -231,8 +231,9 @@ def goals(found: Rows) -> str:
     for name in ("LoRA, rank 4", "Textual Inversion"):
         if ours and name in groups:
             gains = [gain(ours, groups[name], kind) for kind in ("identity", "text")]
-            better, worse = any(low > 0 for _, low, _ in gains), any(high < 0 for _, _, high in gains)
-            held = "yes" if better and not worse else "**no**" if worse and not better else "no more than the interval"
+            better = [kind for kind, (_, low, _) in zip(("identity", "text"), gains) if low > 0]
+            worse = any(high < 0 for _, _, high in gains)
+            held = f"in {' and '.join(better)}" if better and not worse else "**no**" if worse else "no more than the interval"
             figure = ", ".join(f"{kind} {m:+.2f} ({low:+.2f} to {high:+.2f})" for kind, (m, low, high) in zip(("identity", "text"), gains))
             goal(f"ahead of {name}, picture by picture", figure, held, groups[name])
     lines.append(["file ≤ 1/30 of a LoRA's of rank 4 at Stable Diffusion 1.5's shapes", *_file_sizes()])
