@@ -564,8 +564,9 @@ PATHS = {"slots": "fast: slots", "fused": "fast: fused", "schedule": "fast: sche
 
 
 def rows() -> dict[str, str]:
-    """The lines of the page's tables, by what stands first."""
-    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    """The lines of the tables that are written here, which end with a mark, by what stands first."""
+    written = "".join(part.rpartition("\n<!-- ")[2] for part in PAGE.read_text(encoding="utf-8").split("<!-- end -->")[:-1])
+    lines = [line for line in written.splitlines() if line.startswith("| ")]
     return {line.strip("| ").split(" | ")[0]: line for line in lines if line.split(" | ")[0] not in ("| Pipeline", "| Option", "| Refused")}
 
 

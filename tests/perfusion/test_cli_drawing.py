@@ -124,7 +124,7 @@ def test_steps_and_guidance_suit_the_model_where_nothing_is_said():
     def said(family, **given):
         return [(cell.steps, cell.guidance_scale) for cell in (each.of(family) for each in cells(None, **given))]
 
-    assert said(family_by_id("toybox"), steps=None, guidance_scale=None) == [(25, 4.0)]
+    assert said(family_by_id("toybox"), steps=None, guidance_scale=None) == [(25, 2.5)]
     assert said(CUSTOM, steps=None, guidance_scale=None) == [(50, 6.0)]
     assert said(family_by_id("toybox"), steps=9, guidance_scale=1.0) == [(9, 1.0)]
     assert [(each.of(CUSTOM).steps, each.of(CUSTOM).guidance_scale) for each in cells(["steps=3,5"], steps=None, guidance_scale=None)] == [
