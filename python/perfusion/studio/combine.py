@@ -66,7 +66,7 @@ def build(shared: Shared) -> None:
                     raise ValueError(f"paint where <{use['name']}> is to be, in {colour}, or choose other regions")
                 use["region"] = {"mask": base64.b64encode(png(mask)).decode()}
         number = seed_of(seed)
-        request = {"prompt": text, "seed": number, "concepts": uses, **settings_of(steps, 6.0)}
+        request = {"prompt": text, "seed": number, "concepts": uses, **settings_of(steps)}
         yield gr.skip(), None, said("Waiting for its turn …")
         for event in shared.client.with_key(key).watch_drawing(request, opened=state.opened):
             image = decode(event.picture)

@@ -58,11 +58,13 @@ class Shared:
         client = self.client.with_key(key)
         names = [concept["name"] for concept in client.concepts()]
         bases = [base["id"] for base in client.bases()]
-        updates = []
+        updates, before = [], None
         places = [*self.places, *(0 for _ in self.bases)]
         for number, (value, place) in enumerate(zip(shown, places)):
             choices = names if number < len(self.concepts) else bases
-            value = value if value in choices else choices[min(place, len(choices) - 1)] if choices else None
+            if value not in choices:  # the second of two lists has another than the first, or nothing
+                value = next((choice for choice in choices if not place or choice != before), None)
+            before = value
             updates.append(gr.Dropdown(choices=choices, value=value))
         return updates
 
@@ -137,9 +139,11 @@ def none_yet(name: str | None) -> str:
     return name
 
 
-def settings_of(steps: float, guidance: float, negative: str = "", model: str | None = None) -> dict[str, Any]:
-    """Fields of a request that every tab has."""
-    fields: dict[str, Any] = {"steps": int(steps), "guidance_scale": float(guidance)}
+def settings_of(steps: float, guidance: float | None = None, negative: str = "", model: str | None = None) -> dict[str, Any]:
+    """Fields of a request that every tab has. Without a guidance the server takes what suits the model."""
+    fields: dict[str, Any] = {"steps": int(steps)}
+    if guidance is not None:
+        fields["guidance_scale"] = float(guidance)
     if negative.strip():
         fields["negative_prompt"] = negative.strip()
     if model:
