@@ -77,9 +77,11 @@ def here(world, monkeypatch, tmp_path_factory):
 
 
 def with_blocks(language):
-    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES if blocks(page, language)]
+    smoke = {ROOT / "README.md": pytest.mark.smoke}
+    return [pytest.param(page, id=str(page.relative_to(ROOT)), marks=smoke.get(page, ())) for page in PAGES if blocks(page, language)]
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_python(page, here, tmp_path):
     lines = []
@@ -93,6 +95,7 @@ def test_python(page, here, tmp_path):
         exec(compile(text, str(page), "exec"), {"__name__": "__main__"})  # so that errors name the page's line
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("page", with_blocks("bash"))
 def test_commands(page, here):
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -25,6 +25,8 @@ from perfusion.toybox.world import sample_instances, sample_pictures
 from tests.perfusion.learning import write_pictures
 from tests.perfusion.tiny import tiny_sd
 
+pytestmark = pytest.mark.bench
+
 
 def test_the_things_are_what_the_lab_promises():
     found = targets()

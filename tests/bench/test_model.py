@@ -14,6 +14,8 @@ from bench import model, rows
 from bench.suites import storage
 from perfusion_kernels import ConceptBank
 
+pytestmark = pytest.mark.bench
+
 ROOT = Path(__file__).parents[2]
 A = model.Assumptions()
 VIEWS = ("view", "reshape", "expand", "permute", "transpose", "slice", "split", "chunk", "unsqueeze", "squeeze", "detach", "alias", "select", "t")

@@ -15,6 +15,8 @@ from bench.report import PLACE, refreshed, tables
 from bench.timing import Candidate, Times, interleave
 from perfusion_kernels.schemas import SCHEMAS
 
+pytestmark = pytest.mark.bench
+
 ROOT = Path(__file__).parents[2]
 EVERY = {"suite", "case", "provider", "device", "dtype", "shapes", "torch", "triton", "diffusers", "commit", "date", "gate", "quick"}
 TIMED = {"median_us", "p20_us", "p80_us", "repeats", "l2", "clock", "ratios"}

@@ -13,6 +13,8 @@ from bench import compare, nsight, plot, predictions, roofline, rows
 from bench.regression.__main__ import compared, ratios
 from bench.report import tables
 
+pytestmark = pytest.mark.bench
+
 ROOT = Path(__file__).parents[2]
 
 # plot

@@ -26,6 +26,8 @@ from tests.perfusion.editing import make_concept
 from tests.perfusion.tiny import SMALL, tiny_sd, tiny_sdxl
 
 pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.export
+
 STEPS = 3
 # a row without a concept, several concepts in a row, settings in the prompt, keys without the lock, a concept in the negative prompt
 PROMPTS = ["a photo of a <teddy> on a beach", "a <teddy:0.5> and <teapot|bias=0.5> on a <mug>", "a cat", "<mug> in the sea"]

@@ -11,6 +11,8 @@ from perfusion.handle import attach
 from tests.perfusion.pipeline_matrix import CASES, REFUSED, Case, animatediff, drawn_plainly, row_of, rows, run
 from tests.perfusion.tiny import tiny_sd
 
+pytestmark = pytest.mark.pipelines
+
 
 def largest(a, b, case: Case) -> float:
     """The largest difference, as a part of the tolerance."""

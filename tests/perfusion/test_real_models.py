@@ -24,6 +24,8 @@ from perfusion.models import ModelError, _beside, add_embedding, add_lora, load_
 from tests.perfusion.learning import write_pictures
 from tests.perfusion.original_layout import original_layout, pipeline_of, use_small_families
 
+pytestmark = pytest.mark.pipelines
+
 PAGE = Path(__file__).parents[2] / "docs" / "real-models.md"
 SHORT = {"train": ["--steps", "2", "--batch-size", "2", "--covariance", "c.safetensors", "--device", "cpu", "--no-tensorboard", "--validation-every", "0",
                    "--resolution", "64"], "generate": ["--steps", "1", "--device", "cpu", "--overwrite"]}  # fmt: skip

@@ -17,6 +17,8 @@ from PIL import Image
 
 from perfusion.serve.run import running
 
+pytestmark = pytest.mark.serve
+
 
 @pytest.fixture
 def client(url):

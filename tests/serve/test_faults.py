@@ -18,6 +18,8 @@ from perfusion.serve import running
 from tests.serve.test_api import gauge, pixels, until
 from tests.serve.test_jobs import pictures
 
+pytestmark = pytest.mark.serve
+
 
 def ask(url, seed, prompt="a <teddy>", headers=None, **more):
     body = {"prompt": prompt, "seed": seed, "steps": 12, "size": "32x32", **more}

@@ -16,6 +16,8 @@ from perfusion.demo.report import duration
 from perfusion.demo.run import BIASES, STYLED, TOGETHER
 from perfusion.toybox.sheets import weights_digest
 
+pytestmark = pytest.mark.toybox
+
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):

@@ -13,6 +13,8 @@ from perfusion.toybox.render import render
 from perfusion.toybox.vae import PatchAutoencoder
 from perfusion.toybox.world import sample_pictures
 
+pytestmark = pytest.mark.toybox
+
 
 def test_before_training_the_autoencoder_is_the_best_linear_one():
     images = render(sample_pictures(64, torch.Generator().manual_seed(0)))[0] * 2 - 1

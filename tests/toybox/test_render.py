@@ -9,6 +9,8 @@ from perfusion.toybox.render import hsv_to_rgb, render
 from perfusion.toybox.words import OBJECTS, RELATIONS, SCENES
 from perfusion.toybox.world import repeat_instance, sample_instances, sample_pictures
 
+pytestmark = pytest.mark.toybox
+
 
 def pictures(count=64, seed=0, **kinds):
     return sample_pictures(count, torch.Generator().manual_seed(seed), **kinds)

@@ -13,6 +13,8 @@ from perfusion.toybox.judge import load_judge
 from perfusion.toybox.model import make_readable_by_transformers_4
 from perfusion.toybox.score import accuracy, draw, held_out, judge_accuracy, one_prompts
 
+pytestmark = pytest.mark.toybox
+
 
 @pytest.fixture(scope="module")
 def pipe():
