@@ -1,5 +1,6 @@
 """The world: what captions say, what they leave open, and where things stand."""
 
+import pytest
 import torch
 
 from perfusion.toybox.words import COLOURS, CONTAINERS, HUE_SPREAD, OBJECTS, PATTERNS, RELATIONS, SCENES, SIZES, STYLES
