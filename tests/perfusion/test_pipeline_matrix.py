@@ -19,7 +19,10 @@ def largest(a, b, case: Case) -> float:
     return float((a - b).abs().max() / b.abs().max() / case.tolerance)
 
 
-@pytest.mark.parametrize("name", CASES)
+SMOKE = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.smoke if name in SMOKE else ()) for name in CASES])
 def test_equal_edited_and_restored(name):
     case = CASES[name]
     if case.needs is not None:
@@ -47,6 +50,7 @@ def test_a_concept_of_the_image_pipeline_fits_the_video_pipeline_around_its_unet
     assert describe_base(tiny_sd(unet=dict(attention_head_dim=2))).mismatch(describe_base(animatediff())) is None
 
 
+@pytest.mark.smoke
 def test_the_page_lists_what_is_tested():
     assert list(rows()) == [*CASES, *(refusal.name for refusal in REFUSED)]
     assert all(rows()[refusal.name] == row_of(refusal) for refusal in REFUSED)

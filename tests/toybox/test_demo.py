@@ -14,6 +14,7 @@ from perfusion import Concept, cli
 from perfusion.demo import run_demo
 from perfusion.demo.report import duration
 from perfusion.demo.run import BIASES, STYLED, TOGETHER
+from perfusion.toybox import score
 from perfusion.toybox.sheets import weights_digest
 
 pytestmark = pytest.mark.toybox
@@ -21,7 +22,10 @@ pytestmark = pytest.mark.toybox
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    return run_demo(tmp_path_factory.mktemp("demo"), steps=3, samples=6, device="cpu")
+    """Of three steps of training, and four of each picture's 25."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "STEPS", 4)
+        return run_demo(tmp_path_factory.mktemp("demo"), steps=3, samples=6, device="cpu")
 
 
 @pytest.fixture(scope="module")
