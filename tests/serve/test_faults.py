@@ -162,8 +162,8 @@ def test_sigterm_under_load_finishes_what_is_drawn_and_refuses_what_waits(world,
         with httpx.Client(base_url=url, timeout=300) as http:
             clients = stack.enter_context(concurrent.futures.ThreadPoolExecutor(8))
             stack.callback(server.kill)  # before the clients are waited for
-            answers = [clients.submit(ask, url, seed, "a cat", steps=150, size="64x64") for seed in range(8)]
-            until(lambda: gauge(http, "queue_pictures") >= 4)
+            answers = [clients.submit(ask, url, seed, "a cat", steps=40, size="64x64") for seed in range(8)]
+            until(lambda: gauge(http, "queue_pictures") >= 4 and gauge(http, "drawing_pictures") >= 1)
             server.send_signal(signal.SIGTERM)
             answers = [answer.result() for answer in answers]
             server.wait(300)
