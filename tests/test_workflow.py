@@ -51,6 +51,24 @@ def test_what_it_calls_is_there():
             assert (ROOT / path).exists(), line
 
 
+def test_every_tier_is_a_marker_and_a_target_that_is_run():
+    """And `make test` has a little of it."""
+    makefile = (ROOT / "Makefile").read_text()
+    tiers = re.search(r"^tiers := (.*)", makefile, re.MULTILINE)[1].split()
+    markers = re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert set(markers) >= {*tiers, "proof", "numeric", "smoke"}
+    usual = re.search(r"TIERS:-([^}]*)", (ROOT / ".ci/run").read_text())[1].split()
+    assert set(usual) >= {"lint", "test", "numeric", "docs", *(f"test-{tier}" for tier in tiers)}
+    ran = " ".join(commands())
+    tests = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    for tier in tiers:
+        assert re.search(rf"^test-{tier}: ## .", makefile, re.MULTILINE) and f"test-{tier}" in ran, tier
+        assert any(f"pytest.mark.{tier}\n" in text and "pytest.mark.smoke" in text for text in tests), tier
+    assert set(re.findall(r"^(test-[\w-]+|test|proof|numeric):", makefile, re.MULTILINE)) <= {
+        found for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() for found in re.findall(r"^\| `make ([\w-]+)`", line)
+    }
+
+
 def test_pythons_are_those_of_the_package():
     pythons = {version for _, job in jobs() for version in job.get("strategy", {}).get("matrix", {}).get("python", [])}
     lowest = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]

@@ -246,6 +246,7 @@ def test_other_models_are_refused(tmp_path):
         folder_of(str(tmp_path))
 
 
+@pytest.mark.smoke
 def test_the_page_is_of_the_shipped_rows():
     assert report.stale(report.current(rows.read(report.ROWS))) == [], "python -m bench.fidelity.report"
 

@@ -80,6 +80,7 @@ def test_every_command_of_the_page_works(here, monkeypatch):
     assert add_lora(other, str(lora)) == "mug" and add_embedding(other, str(embedding), token="<mug>") == "<mug>"
 
 
+@pytest.mark.smoke
 def test_folders_of_every_kind(tmp_path):
     """fp16 variants alone, pickles, and sharded files."""
     import torch

@@ -58,6 +58,7 @@ def test_the_overview_shows_references_beside_results(folder):
     assert (folder / "overview.png").stat().st_size <= 400_000
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["demo", "toybox-classes", "toybox-ten"])
 def test_pictures_in_the_docs_were_drawn_with_these_weights(name):
     """`make picture` draws them anew."""

@@ -70,6 +70,7 @@ def test_an_instance_keeps_its_colours_in_every_scene():
     assert images.mean((2, 3)).std(0).max() > 0.1
 
 
+@pytest.mark.smoke
 def test_in_hides_the_lower_part_and_on_does_not():
     teddies = sample_instances(64, torch.Generator().manual_seed(1), "teddy")
     pots = sample_instances(64, torch.Generator().manual_seed(2), "teapot")
