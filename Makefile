@@ -68,7 +68,7 @@ $(tiers:%=test-%): test-%: $(VENV)/.installed-test
 
 proof: $(VENV)/.installed-test ## the rest: sanitizers, faults that must be seen, traffic, every instance on every architecture
 	$(say) 'Running the proofs, $(JOBS) at a time'
-	@$(pytest) --dist loadfile -m proof --junitxml build/proof.xml $(call files_of,proof)
+	@$(pytest) --dist loadfile -m proof --junitxml build/proof.xml $(ARGS)
 
 numeric: CPUS ?= Prescott Haswell SkylakeX Zen
 numeric: $(VENV)/.installed-test ## the numeric tests as on each kind of processor that this one can stand in for
