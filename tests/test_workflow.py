@@ -11,7 +11,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
-JOBS = {"lint", "test", "proof", "lower-bounds", "docs", "wheel"}
+JOBS = {"lint", "test", "studio", "proof", "lower-bounds", "docs", "wheel"}
 
 
 def jobs():

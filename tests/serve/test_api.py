@@ -15,6 +15,7 @@ import openai
 import pytest
 from PIL import Image
 
+from perfusion.families import family_by_id
 from perfusion.serve.run import running
 
 
@@ -75,6 +76,17 @@ def test_models_and_concepts_are_listed(client, teddy):
     models = {model.id: model for model in client.models.list()}
     assert models["toybox"].model_extra["size"] == "16x16" and models["toybox:teddy"].model_extra["superclass"] == "teddy"
     assert client.models.retrieve("toybox:teddy").id == "toybox:teddy"
+
+
+def test_models_say_what_suits_them(http):
+    """The steps and the guidance of requests without their own: the family's, and no more steps than the server allows."""
+    (base,) = (each for each in http.get("/v1/models").json()["data"] if each["kind"] == "base")
+    family = family_by_id(base["family"])
+    assert (base["steps"], base["guidance_scale"]) == (min(family.steps, 20), family.guidance_scale)
+    body = {"prompt": "a cat", "seed": 1}
+    plain = http.post("/v1/images/generations", json=body).json()
+    said = http.post("/v1/images/generations", json={**body, "steps": base["steps"], "guidance_scale": base["guidance_scale"]}).json()
+    assert plain["steps"] == base["steps"] and abs(pixels(plain["data"][0]["b64_json"]) - pixels(said["data"][0]["b64_json"])).max() <= 2
 
 
 WRONG = [

@@ -24,7 +24,7 @@ from perfusion.serve.pool import Busy, Ticket
 from perfusion.serve.server import Server
 from perfusion.settings import BIAS, STRENGTH, TEMPERATURE, Setting
 
-__all__ = ["ConceptField", "PictureFields", "begin", "outcome", "outcomes", "size_of"]
+__all__ = ["ConceptField", "PictureFields", "begin", "outcome", "outcomes", "size_of", "suited_to"]
 
 log = logging.getLogger("perfusion.serve")
 
@@ -113,14 +113,20 @@ def model_of(server: Server, name: str | None) -> str:
     return base
 
 
+def suited_to(server: Server, model: str) -> dict[str, Any]:
+    """`steps` and `guidance_scale` of a request that leaves them out."""
+    family = family_by_id(server.pool.bases[model].base.family)
+    return {"steps": min(family.steps, server.settings.most_steps), "guidance_scale": family.guidance_scale}
+
+
 def make(server: Server, namespace: str, fields: PictureFields, **more: Any) -> list[Drawing]:
     """The drawings of a request, one per picture. Looks into the database: call it from a thread. more: further fields of them."""
     model = model_of(server, fields.model)
     if "width" not in more:
         more["width"], more["height"] = size_of(server, model, fields.size)
-    family = family_by_id(server.pool.bases[model].base.family)
-    steps = min(family.steps, server.settings.most_steps) if fields.steps is None else fields.steps
-    guidance_scale = family.guidance_scale if fields.guidance_scale is None else fields.guidance_scale
+    suited = suited_to(server, model)
+    steps = suited["steps"] if fields.steps is None else fields.steps
+    guidance_scale = suited["guidance_scale"] if fields.guidance_scale is None else fields.guidance_scale
     if steps > server.settings.most_steps:
         raise ApiError(400, f"steps must be at most {server.settings.most_steps}, got {steps}", param="steps")
     seed = secrets.randbelow(2**31) if fields.seed is None else fields.seed

@@ -19,7 +19,7 @@ from perfusion.serve.drawing import Drawing, Picture
 from perfusion.serve.errors import ApiError
 from perfusion.serve.images import BadPicture, mask_of, read_picture, rgb_of
 from perfusion.serve.routes.access import Drawer, Namespace, ServerOf
-from perfusion.serve.routes.drawings import PictureFields, make, model_of, outcome, outcomes, size_of, tickets_of
+from perfusion.serve.routes.drawings import PictureFields, make, model_of, outcome, outcomes, size_of, suited_to, tickets_of
 from perfusion.serve.server import Server
 
 router = APIRouter(prefix="/v1", tags=["pictures"])
@@ -195,7 +195,7 @@ def _models(server: Server, namespace: str) -> list[dict[str, Any]]:
     bases = [
         {
             "id": name, "object": "model", "created": 0, "owned_by": "perfusion", "kind": "base", "family": facts.base.family,
-            "size": f"{facts.width}x{facts.height}", "multiple": facts.multiple,
+            "size": f"{facts.width}x{facts.height}", "multiple": facts.multiple, **suited_to(server, name),
         }
         for name, facts in server.pool.bases.items()
     ]  # fmt: skip
