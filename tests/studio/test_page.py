@@ -77,7 +77,8 @@ def test_draws_by_keyboard_alone_and_shows_the_picture_as_it_comes(tab, server):
     server.go_on()
     see(tab, "Seed ")
     tab.locator("#gallery img").first.wait_for()
-    assert tab.locator("#picture img").count() == 1
+    shown = tab.locator("#picture img").bounding_box()
+    assert shown["width"] == shown["height"] > 300, "a picture of 96 pixels is shown as large as its column"
     (sent,) = requests(server)
     assert sent["prompt"] == "a <teddy> & a hat" and sent["stream"] and sent["partial_images"] == 3 and "beta" not in sent
     assert (sent["model"], sent["steps"], sent["guidance_scale"]) == ("toybox", 24, 2.5), "what the server says suits the model"
@@ -338,6 +339,7 @@ def test_nothing_is_wider_than_a_narrow_screen(studio):
         shown.first.click()
         tab.wait_for_timeout(700)
         assert tab.evaluate("document.documentElement.scrollWidth") <= 360, name
+        assert not tab.evaluate("[...document.querySelectorAll('.form')].filter(form => form.scrollWidth > form.clientWidth + 1).length"), name
         shot(tab, f"narrow-{name.lower()}")
     tab.close()
 

@@ -36,9 +36,9 @@ def build(shared: Shared) -> None:
                 concept = shared.concept_list("Concept", scale=2)
                 insert = gr.Button("Put into the prompt", size="sm", scale=1)
             negative = gr.Textbox("", label="Not wanted", lines=1)
-            with gr.Row():
-                strength = gr.Slider(0, 2, 1, step=0.05, label="Strength", info="How much of the concept", min_width=220)
-                own = gr.Checkbox(True, label="β of the concept's own", min_width=180)
+            strength = gr.Slider(0, 2, 1, step=0.05, label="Strength", info="How much of the concept")
+            with gr.Column():
+                own = gr.Checkbox(True, label="β of the concept's own")
                 beta = gr.Slider(0, 1, 0.7, step=0.01, label="β", info="Lower shows more of it", visible=False, elem_id="beta")
             with gr.Accordion("More", open=False):
                 model = shared.base_list()

@@ -87,7 +87,7 @@ class Shared:
         return [*self.lists, *(slider for _, _, slider in self.suited)]
 
     def refreshed(self, key: str, *shown: str | None) -> list[Any]:
-        """Updates for `follows`. shown: what the lists show now, which stays, if it is still there; so do the sliders of a model that does."""
+        """Updates for `follows`. shown: what the lists show now, which stays if it is still there, and with a model its sliders."""
         client = self.client.with_key(key)
         names, known = [concept["name"] for concept in client.concepts()], client.bases()
         bases = [base["id"] for base in known]

@@ -56,7 +56,8 @@ def build(shared: Shared) -> None:
         ]
         number = seed_of(seed)
         points = list(itertools.product(*reversed(values)))  # with both: β downwards, strength to the right
-        requests = [{"prompt": text, "seed": number, **settings_of(steps, model=model), **dict(zip(reversed(fields), point))} for point in points]
+        common = {"prompt": text, "seed": number, **settings_of(steps, model=model)}
+        requests = [{**common, **dict(zip(reversed(fields), point))} for point in points]
         titles = [", ".join(f"{field} {value:g}" for field, value in zip(reversed(fields), point)) for point in points]
         yield None, said(f"0 of {len(points)} …"), gr.DownloadButton(interactive=False)
         images = []
