@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import numpy
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from perfusion.families import family_by_id
 from perfusion.prompts import PromptError, parse_prompt
@@ -83,6 +83,12 @@ class PictureFields(Strict):
     key_lock: str | None = Field(None, pattern="^(local|global)$")
     concepts: list[ConceptField] = Field(default_factory=list, max_length=MOST_CONCEPTS)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, values: Any) -> Any:
+        """As OpenAI's API has it."""
+        return {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
+
 
 def size_of(server: Server, model: str, text: str | None, fallback: tuple[int, int] | None = None) -> tuple[int, int]:
     """Width and height that a request asks for. ApiError where they break a rule."""
@@ -129,6 +135,9 @@ def make(server: Server, namespace: str, fields: PictureFields, **more: Any) -> 
     guidance_scale = suited["guidance_scale"] if fields.guidance_scale is None else fields.guidance_scale
     if steps > server.settings.most_steps:
         raise ApiError(400, f"steps must be at most {server.settings.most_steps}, got {steps}", param="steps")
+    room = min(server.settings.queue, server.settings.queue_per_key)
+    if fields.n > room:
+        raise ApiError(400, f"n: at most {room} pictures of a key may wait, so no more are taken at once, got {fields.n}", param="n")
     seed = secrets.randbelow(2**31) if fields.seed is None else fields.seed
     if seed + fields.n - 1 >= 2**63:
         raise ApiError(400, "seed: seeds of several pictures count up, and pass 2^63 - 1", param="seed")
