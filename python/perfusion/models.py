@@ -159,6 +159,7 @@ def _quiet() -> Iterator[None]:
     diffusers_logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several LoRAs are meant
             warnings.simplefilter("ignore", FutureWarning)  # `dtype` is `torch_dtype` in the oldest diffusers that is supported
             yield
     finally:
