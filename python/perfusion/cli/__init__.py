@@ -150,4 +150,5 @@ def main() -> None:
     _forgiving_console()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # models load from disk, in a moment
     set_threads(os.environ, core_limit())  # OpenMP reads them when torch is loaded
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on torchvision and long captions are nothing to act on
     app()
