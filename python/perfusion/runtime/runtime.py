@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from perfusion.concept_fields import check_name
+from perfusion.files import user_path
 from perfusion.prompts import PromptError, check_settings
 from perfusion.runtime import manifest as facts
 from perfusion.runtime.concept import Concept
@@ -123,7 +124,7 @@ class Runtime:
         providers: Sequence[Any] | None = None,
         threads: int | None = None,
     ):
-        folder = Path(folder).expanduser()
+        folder = user_path(folder)
         self.manifest = Manifest.read(folder)
         _check_files(folder, self.manifest, verify)
         self.key_weight, self.value_weight, self.alphas_cumprod = _read_weights(folder / facts.WEIGHTS, self.manifest)
