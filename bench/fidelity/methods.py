@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import perfusion.edit
-import perfusion.engine
+import perfusion.fast_path
 from bench.fidelity.lab import Lab
 from bench.fidelity.learning import Recipe, concept_of
 from bench.fidelity.subjects import Target
@@ -114,7 +114,7 @@ class Ours(Method):
 @contextlib.contextmanager
 def overlaps_ignored() -> Iterator[None]:
     """Compose as the paper's approximation does: each concept's component as if it were the prompt's only one (a_j = c_j)."""
-    users, exact = (perfusion.edit, perfusion.engine), perfusion.edit.gates_of
+    users, exact = (perfusion.edit, perfusion.fast_path), perfusion.edit.gates_of
 
     def approximate(encodings: torch.Tensor, tables: Any, rows: Any) -> Any:
         parts = []

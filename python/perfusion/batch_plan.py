@@ -59,8 +59,8 @@ class Plan:
     number: of all plans; an id() may be that of another, once it is gone. client, rows: who knows which rows, and row -> request.
     contents: for each row the first row of equal content and request. names: of the concepts, in the order of `tables`. scheduled:
     whether a setting follows the steps. locked: whether a row takes its keys from another encoding. held: keeps the concepts in
-    their places. least: how many places for concepts a row has at least. slots, shown, regions: the engine's, where the rows' keys
-    and values are and how layers read them.
+    their places. least: how many places for concepts a row has at least. slots, regions: the fast path's, where the rows' keys and values
+    are and what reads them.
     """
 
     def __init__(self, encodings: Tensor, number: int):
@@ -75,7 +75,6 @@ class Plan:
         self.held: HeldConcepts | None = None
         self.least = 1
         self.slots: list[int] = []
-        self.shown: Any = None  # keys and values as the layers read them, where rows do not read slots by index
         self.regions: tuple[Any, ...] = ()
         self._tables: Tables | None = None
 

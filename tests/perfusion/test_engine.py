@@ -98,7 +98,7 @@ def test_encodings_that_change_at_every_step_take_one_call_for_all(handle, pipe,
 
 @pytest.mark.parametrize("by_index", [False, True])
 def test_a_batch_is_its_single_runs(handle, pipe, by_index):
-    handle._engine.by_index = by_index
+    handle._engine.fast_path.by_index = by_index
     prompts = [PROMPT, "a cat", "a <teapot:0.5> and a <teddy>", Request("a <teddy>", bias=0.9), "a <teddy|bias=0.0>"]
     noise = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(3))
     together = draw(pipe, prompts, latents=noise)
