@@ -259,6 +259,30 @@ def test_regions_hide_a_concepts_word_from_the_rest_of_the_picture(handle, pipe,
         Request(prompt, regions={"teddy": [1, 2, 3]})
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(bias={"teapott": 0.5}), r"sets bias for <teapott>, which is no concept here; there are: <teapot>, <teddy>\."),
+        (dict(regions={"cat": torch.ones(4, 4)}), "sets a region for <cat>, which is no concept here"),
+        (dict(regions={"teddy": torch.zeros(4, 4)}), "the region of <teddy> must have finite values, some of them above 0.5"),
+        (dict(regions={"teddy": [[float("nan")]]}), "the region of <teddy> must have finite values"),
+        (dict(strength=lambda step: float("nan")), "<teddy> at step 0: strength must be a number between 0 and 4, got nan"),
+        (dict(bias=lambda step: [0.5, "high"][step]), "<teddy>: the function that is its bias returned no number at step 1"),
+    ],
+)
+def test_what_a_request_says_of_nothing_is_refused_and_the_next_one_drawn(handle, pipe, given, message):
+    expected = draw(pipe, PROMPT)
+    with pytest.raises(PromptError, match=message):
+        draw(pipe, Request(PROMPT, **given), num_inference_steps=2)
+    assert torch.equal(draw(pipe, PROMPT), expected)
+
+
+def test_names_in_a_request_may_be_written_as_in_a_prompt(handle, pipe):
+    names = {"Bear": "teddy"}
+    same = draw(pipe, Request("a <Bear> here", names=names, bias={"BEAR": 0.4}))
+    torch.testing.assert_close(draw(pipe, "a <teddy|bias=0.4> here"), same, **NEAR)
+
+
 def test_gates_by_word_follow_the_places_of_the_words(handle, pipe, called):
     rows = []
     own = perfusion_kernels.concept_gates

@@ -288,6 +288,7 @@ class Runtime:
     def _line(self, request: Request, text: str) -> tuple[Line, dict[str, Loaded]]:
         """A prompt of a request with the concepts that act in it, and how each is set."""
         known = self._loaded | {name: self._loaded[self._require(inside)] for name, inside in request.names.items()}
+        _check_names(request, known)
         prompt = self.text.parse(text, {name: loaded.concept for name, loaded in known.items()})
         settings: dict[str, Loaded] = {}
         own: dict[str, dict[str, float]] = {}
@@ -324,6 +325,16 @@ def _asked(request: Request, name: str) -> dict[str, Any]:
     given = {key: getattr(request, key) for key in (*SETTINGS, "key_lock", "gate")}
     each = {key: value.get(name) if isinstance(value, Mapping) else value for key, value in given.items()}
     return {key: value for key, value in each.items() if value is not None}
+
+
+def _check_names(request: Request, known: Mapping[str, Any]) -> None:
+    """PromptError if something is set for a name that no prompt could write here."""
+    for key in (*SETTINGS, "key_lock", "gate"):
+        value = getattr(request, key)
+        unknown = [name for name in value if name not in known] if isinstance(value, Mapping) else []
+        if unknown:
+            there = ", ".join(f"<{name}>" for name in sorted(known)) or "none"
+            raise PromptError(f"request {request.prompt!r} sets {key} for <{unknown[0]}>, which is no concept here; there are: {there}.")
 
 
 def _guidance(request: Request) -> float:
@@ -369,7 +380,18 @@ def _changed(name: str, loaded: Loaded, settings: Mapping[str, Any]) -> Loaded:
             raise ValueError(f"<{name}>: regions need attention that reads masks, which an export does not have. Use a pipeline.")
         else:
             raise ValueError(f"<{name}>: there is no setting {key!r}; there are {', '.join(SETTINGS)}, key_lock and gate")
-    return dataclasses.replace(loaded, **settings)
+    return dataclasses.replace(loaded, **{key: _checked(name, key, each) if callable(each) else each for key, each in settings.items()})
+
+
+def _checked(name: str, key: str, schedule: Callable[[int], Any]) -> Callable[[int], float]:
+    """A function of the step that raises PromptError where it gives what the setting cannot be."""
+
+    def at(step: int) -> float:
+        value = schedule(step)
+        check_settings(f"<{name}> at step {step}", **{key: value})
+        return float(value)
+
+    return at
 
 
 def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
