@@ -131,7 +131,9 @@ def jobs(scale: Scale, sections: tuple[str, ...] = SECTIONS) -> Iterator[Job]:
             continue
         own = section == "concepts"
         rivals = [Base(), Ours("perfusion")] if own else [Ours("perfusion"), *peers()] if section == "peers" else ours[section]
-        amount = (scale.prompts, scale.seeds) if own else (scale.subset_prompts, scale.subset_seeds)
         for method in rivals:
-            for target in everything if own else subset:
+            # ours among the peers is what ablations are compared with, on as much as they are
+            full = own or (section in ("peers", "bias") and scale.widely and method.name != "perfusion")
+            amount = (scale.prompts, scale.seeds) if full else (scale.subset_prompts, scale.subset_seeds)
+            for target in everything if full else subset:
                 yield Job(section, method, (target,), *amount)
