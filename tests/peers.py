@@ -86,7 +86,7 @@ def page() -> str:
     """docs/pipelines.md with the table of bench/results/peers.jsonl, of which the last line of each file counts."""
     rows = {row["file"]: row for row in map(json.loads, ROWS.read_text(encoding="utf-8").splitlines())}
     before, mark, rest = PAGE.read_text(encoding="utf-8").partition("<!-- Peers -->\n")
-    return before + mark + "\n".join(table(list(rows.values()))) + "\n<!-- end -->" + rest.partition("<!-- end -->")[2]
+    return before + mark + "\n".join(table(list(rows.values()))) + "\n<!-- end of peers -->" + rest.partition("<!-- end of peers -->")[2]
 
 
 def main(arguments: list[str]) -> int:

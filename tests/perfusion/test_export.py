@@ -474,6 +474,8 @@ def test_concepts_of_another_base_are_refused(sd, concepts):
         (dict(prompt="cat " * 80 + "<teddy>"), "lies beyond the 77 tokens"),
         (dict(prompt="a <teddy>", bias=[0.5, 9]), "bias must be a number between -2 and 2"),
         (dict(prompt="a <teddy>", bias={"teddy": []}), "a schedule of bias must have at least one number"),
+        (dict(prompt="a <teddy>", bias={"tedy": 0.5}), r"sets bias for <tedy>, which is no concept here; there are: .*<teddy>"),
+        (dict(prompt="a <teddy>", strength=lambda step: float("inf")), "<teddy> at step 0: strength must be a number between 0 and 4"),
         (dict(prompt="a <teddy>", key_lock="both"), "key_lock must be 'local' or 'global', got 'both'"),
         (dict(prompt="a <teddy>", guidance_scale=float("nan")), "guidance_scale must be a number from 0 to 100"),
         (dict(prompt="a <teddy>", latents=np.zeros((4, 8, 9))), r"latents must be finite numbers of shape \(4, 8, 8\)"),
