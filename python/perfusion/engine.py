@@ -201,7 +201,7 @@ class Engine:
             return None
         if plan.scheduled:
             self._count_step(self._call.argument("timestep", args, kwargs))
-        reason = self._obstacle(plan, encodings) or self._call.mask_obstacle(args, kwargs, encodings)
+        reason = self._obstacle(plan, encodings, self._call.lora_scale(args, kwargs)) or self._call.mask_obstacle(args, kwargs, encodings)
         if reason is not None:
             self._compatible(plan, encodings, reason)
             return None
@@ -309,7 +309,7 @@ class Engine:
             return self._processors.obstacle() or (None if self._has_concepts() else "no concept is loaded")
         return next(iter(self._processors.taken().values()), None) or offloaded(self.unet)
 
-    def _obstacle(self, plan: Plan, encodings: Tensor) -> str | None:
+    def _obstacle(self, plan: Plan, encodings: Tensor, lora_scale: float) -> str | None:
         """Why a batch takes the compatibility path, or None."""
         if not self._processors.placed:
             self.follow()
@@ -319,7 +319,7 @@ class Engine:
             return "gradients of the encodings, or checkpointed ones, are wanted"
         if self._processors.replaced() or not self._processors.placed:
             return self._blocked()
-        self.fast_path.follow_weights(encodings.device.type)
+        self.fast_path.follow_weights(encodings.device.type, lora_scale)
         return self.fast_path.closed
 
     # the compatibility path

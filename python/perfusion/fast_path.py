@@ -20,7 +20,7 @@ from perfusion.batch_plan import GivenRows, Plan
 from perfusion.batched_projection import BatchedProjection, obstacle
 from perfusion.denoiser_call import DenoiserCall, load
 from perfusion.edit import edit_encodings, gates_of, spread
-from perfusion.layer_state import offloaded_block, projection_stamp
+from perfusion.layer_state import lora_scaled, offloaded_block, projection_stamp
 from perfusion.own_processors import OwnProcessors
 from perfusion.regions import key_regions, query_regions
 from perfusion.slots import Slots
@@ -67,6 +67,7 @@ class FastPath:
         self.slots: Slots | None = None
         self._batched: BatchedProjection | None = None
         self._stamp: tuple[Any, ...] = ()
+        self._lora_scale = 1.0
         self._index: dict[int, Tensor] = {}
         self._gathered: Any = weakref.WeakKeyDictionary()  # plan -> its keys and values, where rows do not read slots by index
         self.forget()
@@ -87,10 +88,11 @@ class FastPath:
         tables = sum(each.nbytes for each in (self._state.gates, self._state.components) if each is not None)
         return {"slots": 0 if self.slots is None else self.slots.nbytes, "weights": weights, "edit": tables}
 
-    def follow_weights(self, kind: str) -> None:
+    def follow_weights(self, kind: str, lora_scale: float = 1.0) -> None:
         """Everything that was made from the layers' weights, anew where these have changed. kind: of the device."""
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        stamp = (autocast, *projection_stamp(list(self._layers.values())), *self._call.stamp())
+        self._lora_scale = lora_scale
+        stamp = (autocast, lora_scale, *projection_stamp(list(self._layers.values())), *self._call.stamp())
         if stamp != self._stamp:
             self._stamp, self._batched, self.closed = stamp, None, offloaded(self._unet())
             self.forget()
@@ -196,7 +198,8 @@ class FastPath:
         if self._batched is not None:
             return self._batched.plain(keys, values)
         load(self._unet())
-        pairs = [(layer.to_k(keys), layer.to_v(values)) for layer in self._layers.values()]
+        with lora_scaled(self._layers.values(), self._lora_scale):
+            pairs = [(layer.to_k(keys), layer.to_v(values)) for layer in self._layers.values()]
         return torch.cat([key for key, _ in pairs], -1), torch.cat([value for _, value in pairs], -1)
 
     def _fill(self, forward: Forward, kind: tuple[str, int], compute: Callable[[Forward, Sequence[int]], tuple[Tensor, Tensor]]) -> None:

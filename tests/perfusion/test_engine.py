@@ -142,6 +142,7 @@ def exchanged(layer):
 # name -> what is done before the first picture, and between it and the second one
 CHANGES = {
     "the LoRA's scale": (None, lambda pipe: pipe.set_adapters("style", 0.3)),
+    "the scale in a call": (None, lambda pipe: {"cross_attention_kwargs": {"scale": 0.3}}),
     "LoRA fused": (None, lambda pipe: pipe.fuse_lora(lora_scale=0.3)),
     "LoRA unfused": (lambda pipe: pipe.fuse_lora(lora_scale=0.3), lambda pipe: pipe.unfuse_lora()),
     "LoRA off": (None, lambda pipe: pipe.disable_lora()),
@@ -167,8 +168,7 @@ def test_slots_are_written_anew_when_layers_change_under_the_same_embeddings(ted
         if before is not None:
             before(pipe)
         yield pipe
-        between(pipe)
-        yield pipe
+        yield between(pipe)
 
     def bound(pipe):
         handle = attach(pipe)
@@ -180,14 +180,16 @@ def test_slots_are_written_anew_when_layers_change_under_the_same_embeddings(ted
     with bound(next(one)) as handle:
         first = draw(handle.pipe, **options)
         slots = handle._engine.slots
-        next(one)
-        second = draw(handle.pipe, **options)
+        given = next(one)
+        given = given if isinstance(given, dict) else {}
+        second = draw(handle.pipe, **options, **given)
         assert handle._engine.form == "slots" and not torch.equal(second.float(), first)
         assert change == "LoRA unfused" or not torch.allclose(second.float(), first, atol=1e-3)  # which changes roundings alone
         assert change == "dtype" or handle._engine.slots is slots
+    fresh = next(other)
     next(other)
-    with bound(next(other)) as handle:
-        assert torch.equal(draw(handle.pipe, **options), second)
+    with bound(fresh) as handle:
+        assert torch.equal(draw(handle.pipe, **options, **given), second)
 
 
 def test_replaced_processors_are_noticed_and_said_once(handle, pipe):
