@@ -74,7 +74,8 @@ class Base(Method):
 @dataclasses.dataclass
 class Ours(Method):
     """This project. settings: of every prompt (`Request`). halves: a region each, left and right. approximate: a_j = c_j in place of the
-    Gram solve. scales: factors of o*_V − W_V s by the resolution of a layer, "coarse" and "fine": a strength, and so a bias, per layer. floor: of gates by word."""
+    Gram solve. scales: factors of o*_V − W_V s by the resolution of a layer, "coarse" and "fine": a strength, and so a bias, per layer.
+    floor: of gates by word."""
 
     name: str
     recipe: Recipe = Recipe()

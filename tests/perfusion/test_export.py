@@ -1,5 +1,6 @@
 """`perfusion.export` and `perfusion.runtime`: exported models draw the pictures of the pipelines they came from."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -484,6 +485,14 @@ def test_concepts_of_another_base_are_refused(sd, concepts):
 def test_requests_are_checked(change, match, sd):
     with pytest.raises(ValueError, match=match):
         sd.sample([Request(**change)], steps=1)
+
+
+@pytest.mark.parametrize(("family", "guidance_scale", "steps"), [("toybox", 2.5, 25), ("custom", 6.0, 50)])
+def test_guidance_and_steps_are_those_that_suit_the_model(sd, monkeypatch, family, guidance_scale, steps):
+    base = dataclasses.replace(sd.manifest.base, family=family)
+    monkeypatch.setattr(sd, "manifest", dataclasses.replace(sd.manifest, base=base))
+    usual = sd.sample([Request("a cat", seed=3)])
+    assert np.array_equal(usual, sd.sample([Request("a cat", seed=3, guidance_scale=guidance_scale)], steps=steps))
 
 
 def test_settings_that_there_are_not(sd):

@@ -18,6 +18,7 @@ from perfusion.cli.drawing import SCHEDULERS, Cell, cells
 from perfusion.cli.models import MODEL_HELP, EmbeddingOption, LoraOption, Precision, PredictionOption, VaeOption
 from perfusion.cli.runtimes import RuntimeName, onnx_session, torch_session
 from perfusion.cli.strict_json import strict_json
+from perfusion.families import CUSTOM, FAMILIES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from perfusion.concept import Concept
     from perfusion.handle import Handle
 
+TOYBOX = FAMILIES["toybox"]
 PER_CONCEPT = "VALUE for every concept, or NAME=VALUE for one; by default as the concept's file says."
 
 
@@ -61,12 +63,16 @@ def generate(
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds that count up.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The first picture's seed. The same seed gives the same picture.")] = 0,
     steps: Annotated[
-        Optional[int], typer.Option(min=1, help="Denoising steps; by default what suits the model: 50, toybox 25.", show_default=False)
+        Optional[int],
+        typer.Option(
+            min=1, help=f"Denoising steps; by default what suits the model: {CUSTOM.steps}, toybox {TOYBOX.steps}.", show_default=False
+        ),
     ] = None,
     guidance_scale: Annotated[
         Optional[float],
         typer.Option(
-            help="How far to follow the prompt, 0 to 100; 1 switches guidance off; by default what suits the model: 6, toybox 4.",
+            help="How far to follow the prompt, 0 to 100; 1 switches guidance off; by default what suits the model: "
+            f"{CUSTOM.guidance_scale:g}, toybox {TOYBOX.guidance_scale:g}.",
             show_default=False,
         ),
     ] = None,
