@@ -31,9 +31,12 @@ def projection_stamp(layers: list[torch.nn.Module]) -> tuple[Any, ...]:
 
 def _adapted(module: torch.nn.Module) -> tuple[Any, ...]:
     """The state of a module that wraps a layer, as peft's LoRA does."""
-    names = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
+    names = ("active_adapters", "merged_adapters", "disable_adapters")
     state = [id(module), *(repr(getattr(module, name, None)) for name in names)]
-    return (*state, *parameter_stamp(module))
+    scaling = getattr(module, "scaling", None)
+    # rounded: diffusers multiplies it by a call's scale and divides it again, which may leave another last bit
+    scales = tuple((name, f"{value:.9g}") for name, value in scaling.items()) if isinstance(scaling, dict) else repr(scaling)
+    return (*state, scales, *parameter_stamp(module))
 
 
 def parameter_stamp(module: torch.nn.Module) -> tuple[Any, ...]:

@@ -192,6 +192,18 @@ def test_slots_are_written_anew_when_layers_change_under_the_same_embeddings(ted
         assert torch.equal(draw(handle.pipe, **options, **given), second)
 
 
+def test_a_lora_scaled_by_the_call_projects_once_a_prompt(pipe, teddy):
+    lora(pipe)
+    calls = []
+    for layer in cross_attention_layers(pipe.unet).values():
+        layer.to_k.scaling["style"] = 0.9  # times 0.3, and divided by it again, it is another number
+        layer.to_k.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    with attach(pipe) as handle:
+        handle.load(teddy)
+        draw(pipe, PROMPT, num_inference_steps=4, cross_attention_kwargs={"scale": 0.3})
+    assert len(calls) == 4 and pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.scaling["style"] != 0.9
+
+
 def test_replaced_processors_are_noticed_and_said_once(handle, pipe):
     expected = draw(pipe, PROMPT)
     pipe.unet.set_default_attn_processor()
