@@ -124,8 +124,8 @@ def kernels_of(library: Path, content: dict) -> list[Kernel]:
     dynamic, rows = dynamic_shared_memory(library), {}
     for row in REGISTRY.kernels(library.parent.rglob("*.cu.o")):
         kernel, numbers = row.pop("kernel"), row.pop("arguments")
-        name = readable(kernel, row.pop("dtype"), numbers)
-        rows[name, row.pop("architecture")] = {**row, "dynamic": dynamic[kernel, REGISTRY.tile(kernel, numbers)]}
+        name, arch = readable(kernel, row.pop("dtype"), numbers), row.pop("architecture")
+        rows[name, arch] = {**row, "dynamic": dynamic[kernel, REGISTRY.tile(kernel, numbers)]}
     if not rows or rows.keys() != counts.keys():
         raise RuntimeError(f"ptxas and cuobjdump do not speak of the same kernels: {sorted(rows.keys() ^ counts.keys())[:4]} …")
     kernels = [Kernel(name, arch, **row, **counts[name, arch]) for (name, arch), row in rows.items()]
