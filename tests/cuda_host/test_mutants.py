@@ -189,7 +189,8 @@ CHECKS = {  # of bits, bytes and order, or at another head width
     "tokens behind the last": gates.test_nothing_else_is_read,
     "each concept's edit is rounded by itself": projection.test_rounded_once_more,
     "absent places are added as zeros": projection.test_rows_without_a_concept,
-    "a slot's sum leaves out the last rows": projection_backward.test_mixed_rows,
+    "the sums of eight places are overwritten before they are read": projection_backward.test_any_order,
+    "sides that share a gradient run apart": projection_backward.test_sides_and_slots_share_the_gradient,
 }
 OPERATORS = {  # whose sources alone see a change of the file: the others need not be compiled again
     **dict.fromkeys(("edited_attention.cuh", "attention_tiles.cuh", "query_stream.cuh", "edited_tiles.cuh"), "edited_attention"),
