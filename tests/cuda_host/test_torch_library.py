@@ -43,7 +43,7 @@ with FakeTensorMode() as mode:
 result = perfusion_kernels.edited_attention(**on_gpu)
 facts["fake"] = [str(result.device), list(result.shape), str(result.dtype)]
 try:
-    torch.ops.perfusion_kernels.edited_attention.cuda(q, q, q, *[None] * 7, 0.3)
+    torch.ops.perfusion_kernels.edited_attention.cuda(q, q, q, *[None] * 10, 0.3)
 except NotImplementedError as error:
     facts["on the host"] = str(error)
 library.SCHEMAS["concept_gates"] = library.SCHEMAS["concept_gates"].replace("Tensor index", "Tensor? index")
@@ -82,7 +82,7 @@ def test_it_loads_and_registers_without_a_gpu(facts):
     assert facts["kernels"] == list(OPERATORS)
     assert facts["fake"] == ["cuda:0", [2, 5, 2, 32], "torch.float16"]
     assert facts["on the host"] == "perfusion_kernels::edited_attention.cuda has no compiled kernel for tensors on cpu"
-    schema = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) -> (Tensor, Tensor)"
+    schema = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor?, Tensor?) -> (Tensor, Tensor)"
     assert f"another version: its concept_gates is {schema}, here it is (Tensor, Tensor, Tensor, Tensor?," in facts["another schema"]
 
 
