@@ -12,7 +12,7 @@ say = @printf '\n==> %s\n'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 tiers := pipelines serve export docs toybox bench
-.PHONY: help demo picture docs test $(tiers:%=test-%) peers test-gpu test-lower proof numeric coverage wheel bench bench-regression lint clean
+.PHONY: help demo picture docs test $(tiers:%=test-%) test-studio peers test-gpu test-lower proof numeric coverage wheel bench bench-regression lint clean
 
 help: ## this list
 	@echo 'make COMMAND [ARGS="..."]'
@@ -79,6 +79,10 @@ test-gpu: $(VENV)/.installed-test ## the tests of the kernels on an NVIDIA GPU, 
 	@PERFUSION_CUDA=1 $(BIN)/python $(install) --editable '.[test]'
 	@$(BIN)/python -m pytest -q -m 'not proof' -k 'cuda-cuda or triton-cuda or gpu' tests/kernels --junitxml build/gpu.xml $(ARGS)
 
+test-studio: $(VENV)-studio/.installed ## the tests of `perfusion studio`, in a headless Chromium where there is one
+	$(say) 'Running the tests of the page'
+	@OMP_NUM_THREADS=1 $(VENV)-studio/bin/python -m pytest -q -rs -n $(JOBS) --dist loadfile --junitxml build/studio.xml tests/studio $(ARGS)
+
 coverage: $(VENV)/.installed-test ## which lines the tests of all tiers but the proofs run
 	@$(pytest) --dist loadfile -m 'not proof' --cov --cov-report term --cov-report html:build/coverage $(ARGS)
 	$(say) 'Wrote build/coverage/index.html'
@@ -118,7 +122,7 @@ lint: $(VENV)/.installed-dev ## look for mistakes that need no run
 	@$(BIN)/hadolint docker/Dockerfile
 
 clean: ## remove the virtual environment and everything built; concepts and pictures stay
-	rm -rf $(VENV) $(VENV)-lower build dist *.egg-info perfusion_kernels/cuda/*.so perfusion_kernels/cuda/build.json .coverage .coverage.* .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lower $(VENV)-studio build dist *.egg-info perfusion_kernels/cuda/*.so perfusion_kernels/cuda/build.json .coverage .coverage.* .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Where there is nvcc, CUDA kernels are compiled against the headers of torch, which therefore comes first: for all architectures
@@ -148,6 +152,18 @@ $(VENV)-lower/.installed: pyproject.toml .ci/lower_bounds.py | $(BIN)/python
 	@$(BIN)/python .ci/lower_bounds.py > $(VENV)/lower_bounds.txt
 	@$(PYTHON) -m venv $(VENV)-lower
 	@$(VENV)-lower/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) --requirement $(VENV)/lower_bounds.txt
+	@touch $@
+
+# Over the environment of the other tests, as Gradio wants an older Pillow than they have.
+$(VENV)-studio/.installed: .ci/constraints-studio.txt $(VENV)/.installed-test
+	$(say) 'Installing Gradio and Playwright into $(VENV)-studio'
+	@$(BIN)/python -m venv --clear $(VENV)-studio
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		$(BIN)/python -c "$$site" > "$$($(VENV)-studio/bin/python -c "$$site")/tests.pth"
+	@$(VENV)-studio/bin/python -m pip install --disable-pip-version-check --constraint .ci/constraints-studio.txt $(PIP_ARGS) \
+		gradio pillow playwright
+	@command -v chromium || command -v google-chrome || $(VENV)-studio/bin/python -m playwright install --only-shell chromium || \
+		echo 'No Chromium is here and none could be fetched: what needs a browser is skipped. On Debian: sudo apt install chromium'
 	@touch $@
 
 $(BIN)/python:

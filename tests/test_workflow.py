@@ -11,7 +11,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
-JOBS = {"lint", "test", "proof", "tiers", "lower-bounds", "wheel"}
+JOBS = {"lint", "test", "proof", "tiers", "studio", "lower-bounds", "wheel"}
 
 
 def jobs():

@@ -1,5 +1,6 @@
 """`perfusion.export` and `perfusion.runtime`: exported models draw the pictures of the pipelines they came from."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -478,6 +479,8 @@ def test_concepts_of_another_base_are_refused(sd, concepts):
         (dict(prompt="cat " * 80 + "<teddy>"), "lies beyond the 77 tokens"),
         (dict(prompt="a <teddy>", bias=[0.5, 9]), "bias must be a number between -2 and 2"),
         (dict(prompt="a <teddy>", bias={"teddy": []}), "a schedule of bias must have at least one number"),
+        (dict(prompt="a <teddy>", bias={"tedy": 0.5}), r"sets bias for <tedy>, which is no concept here; there are: .*<teddy>"),
+        (dict(prompt="a <teddy>", strength=lambda step: float("inf")), "<teddy> at step 0: strength must be a number between 0 and 4"),
         (dict(prompt="a <teddy>", key_lock="both"), "key_lock must be 'local' or 'global', got 'both'"),
         (dict(prompt="a <teddy>", guidance_scale=float("nan")), "guidance_scale must be a number from 0 to 100"),
         (dict(prompt="a <teddy>", latents=np.zeros((4, 8, 9))), r"latents must be finite numbers of shape \(4, 8, 8\)"),
@@ -486,6 +489,14 @@ def test_concepts_of_another_base_are_refused(sd, concepts):
 def test_requests_are_checked(change, match, sd):
     with pytest.raises(ValueError, match=match):
         sd.sample([Request(**change)], steps=1)
+
+
+@pytest.mark.parametrize(("family", "guidance_scale", "steps"), [("toybox", 2.5, 25), ("custom", 6.0, 50)])
+def test_guidance_and_steps_are_those_that_suit_the_model(sd, monkeypatch, family, guidance_scale, steps):
+    base = dataclasses.replace(sd.manifest.base, family=family)
+    monkeypatch.setattr(sd, "manifest", dataclasses.replace(sd.manifest, base=base))
+    usual = sd.sample([Request("a cat", seed=3)])
+    assert np.array_equal(usual, sd.sample([Request("a cat", seed=3, guidance_scale=guidance_scale)], steps=steps))
 
 
 def test_settings_that_there_are_not(sd):
