@@ -317,7 +317,7 @@ def tiny_kolors(*, width: int = 16, seed: int = 0, dtype: torch.dtype = torch.fl
             ChatGLMConfig(
                 num_layers=2, padded_vocab_size=len(tokenizer) + 16, hidden_size=width, ffn_hidden_size=2 * width, kv_channels=8,
                 num_attention_heads=2, seq_length=64, multi_query_attention=True, multi_query_group_num=1, add_qkv_bias=True,
-                original_rope=True,
+                original_rope=True, use_cache=True,
             )
         )  # fmt: skip
         for parameter in encoder.parameters():
