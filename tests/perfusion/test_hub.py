@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from safetensors.torch import save
 from typer.testing import CliRunner
 
@@ -38,7 +38,8 @@ def server(files, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
         monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)  # these two were made of it when they were imported
         template = running.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        for module in (constants, file_download):  # newer versions read the first, older ones the second
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
