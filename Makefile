@@ -11,7 +11,8 @@ say = @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo picture docs test test-studio peers test-gpu test-lower proof numeric coverage wheel bench bench-regression lint clean
+tiers := pipelines serve export docs toybox bench
+.PHONY: help demo picture docs test $(tiers:%=test-%) test-studio peers test-gpu test-lower proof numeric coverage wheel bench bench-regression lint clean
 
 help: ## this list
 	@echo 'make COMMAND [ARGS="..."]'
@@ -39,14 +40,31 @@ docs: $(VENV)/.installed-docs ## build the documentation into build/site
 	@$(BIN)/python -m mkdocs build
 
 pytest := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
-as_cpus = $(foreach cpu,$(CPUS),.ci/as_cpu $(cpu) env $(pytest) --dist worksteal -m 'numeric and not proof' $(ARGS) &&) true
+# files with tests of a tier, unless ARGS names some: collecting all the others would take longer than many a tier
+files_of = $(if $(filter tests%,$(ARGS)),,$$(grep -rl --include='test_*.py' 'pytest\.mark\.$(1)\>' tests)) $(ARGS)
+# 5: of what ARGS names, nothing is of the tier
+as_cpus = $(foreach cpu,$(CPUS),{ .ci/as_cpu $(cpu) env $(pytest) --dist worksteal -m 'numeric and not proof' \
+	--junitxml build/numeric-$(cpu).xml $(call files_of,numeric)$(if $(ARGS), || [ $$? -eq 5 ]); } &&) true
+
+nothing :=
+any_tier := $(subst $(nothing) $(nothing), or ,$(strip $(tiers)))
 
 test: CPUS ?= Haswell Prescott
-test: $(VENV)/.installed-test ## run the tests, in minutes: public behaviour, the reference, the floor of every backend, one compile each
+test: $(VENV)/.installed-test ## run the tests, in minutes: public behaviour, the reference, the floor of every backend, a little of each tier below
 	$(say) 'Running the tests, $(JOBS) at a time'
-	@$(pytest) --dist loadfile -m 'not proof' --junitxml build/tests.xml $(ARGS)
+	@$(pytest) --dist loadfile -m 'not proof and (smoke or not ($(any_tier)))' --junitxml build/tests.xml $(ARGS)
 	$(say) 'The numeric ones as on other processors'
 	@$(as_cpus)
+
+test-pipelines: ## every pipeline of diffusers that is supported, every form of a checkpoint
+test-serve: ## the server: its API, its queue, what it survives
+test-export: ## exported models: their pictures are the pipelines'
+test-docs: ## the code of README.md and of every page
+test-toybox: ## the model that is shipped, the recipe that made it, and the demo
+test-bench: ## the measurements' own tests
+$(tiers:%=test-%): test-%: $(VENV)/.installed-test
+	$(say) 'Running the tests of $*, $(JOBS) at a time'
+	@$(pytest) --dist loadfile -m '$* and not proof' --junitxml build/$*.xml $(call files_of,$*)
 
 proof: $(VENV)/.installed-test ## the rest: sanitizers, faults that must be seen, traffic, every instance on every architecture
 	$(say) 'Running the proofs, $(JOBS) at a time'
@@ -65,7 +83,7 @@ test-studio: $(VENV)-studio/.installed ## the tests of `perfusion studio`, in a 
 	$(say) 'Running the tests of the page'
 	@OMP_NUM_THREADS=1 $(VENV)-studio/bin/python -m pytest -q -rs -n $(JOBS) --dist loadfile --junitxml build/studio.xml tests/studio $(ARGS)
 
-coverage: $(VENV)/.installed-test ## which lines the tests of `make test` run
+coverage: $(VENV)/.installed-test ## which lines the tests of all tiers but the proofs run
 	@$(pytest) --dist loadfile -m 'not proof' --cov --cov-report term --cov-report html:build/coverage $(ARGS)
 	$(say) 'Wrote build/coverage/index.html'
 

@@ -44,15 +44,6 @@ def test_text_widths(host, operator, D, O):
 
 
 @pytest.mark.parametrize("operator", OPERATORS[1:])
-def test_elements_apart(host, operator):
-    """The columns of a row need not be neighbours."""
-    case = small(operator, J=1)
-    apart = case.map(lambda name, x: x.repeat_interleave(2, -1)[..., ::2] if x.is_floating_point() else x)
-    assert apart.value_weight.stride(-1) == 2
-    assert same_bits(*(run(host, operator, each.arguments(operator)) for each in (apart, case)))
-
-
-@pytest.mark.parametrize("operator", OPERATORS[1:])
 @pytest.mark.parametrize("tables", (*HALVES, torch.float32))
 def test_tables_of_another_dtype(host, operator, tables):
     names = ("value_outputs", "value_targets", "key_outputs", "key_targets")

@@ -18,6 +18,8 @@ from PIL import Image
 from perfusion.families import family_by_id
 from perfusion.serve.run import running
 
+pytestmark = pytest.mark.serve
+
 
 @pytest.fixture
 def client(url):
@@ -42,6 +44,7 @@ def png(color="red", size=(20, 12), mode="RGB"):
 SHORT = {"steps": 3}
 
 
+@pytest.mark.smoke
 def test_five_lines_with_the_openai_client(client, teddy):
     answer = client.images.generate(prompt="a <teddy> on the beach", n=2, size="16x24", extra_body={**SHORT, "seed": 5})
     assert [picture(each.b64_json).size for each in answer.data] == [(16, 24)] * 2

@@ -13,6 +13,8 @@ from perfusion.serve import running
 from perfusion.serve.store import DamagedFile, Store
 from tests.stand_in import save_concept
 
+pytestmark = pytest.mark.serve
+
 
 def upload(http, data, **form):
     return http.post("/v1/concepts", files={"file": data}, data=form)
