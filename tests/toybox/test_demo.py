@@ -14,12 +14,18 @@ from perfusion import Concept, cli
 from perfusion.demo import run_demo
 from perfusion.demo.report import duration
 from perfusion.demo.run import BIASES, STYLED, TOGETHER
+from perfusion.toybox import score
 from perfusion.toybox.sheets import weights_digest
+
+pytestmark = pytest.mark.toybox
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    return run_demo(tmp_path_factory.mktemp("demo"), steps=3, samples=6, device="cpu")
+    """Of three steps of training, and four of each picture's 25."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "STEPS", 4)
+        return run_demo(tmp_path_factory.mktemp("demo"), steps=3, samples=6, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +58,7 @@ def test_the_overview_shows_references_beside_results(folder):
     assert (folder / "overview.png").stat().st_size <= 400_000
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["demo", "toybox-classes", "toybox-ten"])
 def test_pictures_in_the_docs_were_drawn_with_these_weights(name):
     """`make picture` draws them anew."""
