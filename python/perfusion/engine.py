@@ -38,14 +38,16 @@ __all__ = ["Client", "Engine", "GivenRows", "engine_of"]
 
 CHANGING = 3  # forwards in a row with new encodings, after which they are taken to change at every step
 
-_ENGINES: Any = weakref.WeakKeyDictionary()
+_ENGINES: Any = weakref.WeakKeyDictionary()  # UNet -> a weak reference to its engine, which holds the UNet: what keeps it are its clients
 
 
 def engine_of(unet: torch.nn.Module) -> Engine:
     """The engine of a UNet, the same for all pipelines that share it."""
-    if unet not in _ENGINES:
-        _ENGINES[unet] = Engine(unet)
-    return _ENGINES[unet]
+    engine = _ENGINES[unet]() if unet in _ENGINES else None
+    if engine is None:
+        engine = Engine(unet)
+        _ENGINES[unet] = weakref.ref(engine)
+    return engine
 
 
 class Run(threading.local):

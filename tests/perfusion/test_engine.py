@@ -1,10 +1,12 @@
 """perfusion.engine: which operators run, what is computed when, and what a request can say for its row."""
 
 import copy
+import gc
 import pickle
 import sys
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -380,6 +382,19 @@ def test_exchanged_parts_and_copies_are_refused_in_a_sentence(handle, pipe):
         draw(pipe, PROMPT)
     pipe.tokenizer = tokenizer
     draw(pipe, PROMPT)
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_a_pipeline_that_is_forgotten_is_freed_with_all_that_served_it(detached):
+    pipe = tiny_sd()
+    unet, handle = weakref.ref(pipe.unet), attach(pipe)
+    handle.load(make_concept(handle.base, "teddy"))
+    draw(pipe, PROMPT, num_inference_steps=1)
+    if detached:
+        handle.detach()
+    del pipe, handle
+    gc.collect()
+    assert unet() is None
 
 
 def test_threads_that_share_a_unet_do_not_disturb_each_other(pipe, teddy):
