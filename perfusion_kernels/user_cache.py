@@ -12,7 +12,7 @@ import torch
 
 def cache_folder() -> Path:
     """$PERFUSION_CACHE, or the folder that the system gives a user's caches; not created here."""
-    return Path(os.environ.get("PERFUSION_CACHE") or platformdirs.user_cache_dir("perfusion", appauthor=False)).expanduser()
+    return Path(os.path.expanduser(os.environ.get("PERFUSION_CACHE") or platformdirs.user_cache_dir("perfusion", appauthor=False)))
 
 
 @cache

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from perfusion import cli
 from perfusion.base import describe_base
 from perfusion.cli.generate import _source
-from perfusion.cli.models import add_parts
+from perfusion.cli.models import _file_and_scale, add_parts
 from perfusion.cli.serve import named_models
 from perfusion.concept import Concept
 from perfusion.models import ModelError, load_pipeline, resolve
@@ -124,6 +124,32 @@ def test_a_bare_name_is_looked_for_beside_the_model(home, model, name, monkeypat
     weight = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_v
     assert weight.scaling["style"] == (0.5 if ":" in name else 1.0)
     assert {"sks", "<other>"} <= set(pipe.tokenizer.get_added_vocab())
+
+
+def test_a_file_whose_name_ends_like_a_strength(home, monkeypatch):
+    monkeypatch.chdir(home / "loras")
+    (home / "loras" / "a:1").write_bytes((home / "loras" / "style.safetensors").read_bytes())
+    assert _file_and_scale("a:1") == ("a:1", 1.0) and _file_and_scale("a:0.5") == ("a", 0.5)
+    assert _file_and_scale("a:1:0.5") == ("a:1", 0.5) and _file_and_scale(str(home / "loras" / "a:1")) == (str(home / "loras" / "a:1"), 1.0)
+    assert _file_and_scale("C:/x.safetensors") == ("C:/x.safetensors", 1.0) and _file_and_scale(":0.5") == (":0.5", 1.0)
+    with pytest.raises(ValueError, match="strength of a LoRA must be a finite number, got 'nan' in --lora style:nan"):
+        _file_and_scale("style:nan")
+
+
+def test_two_loras_of_one_name(home, monkeypatch):
+    """Of two folders, and two whose names differ by what an adapter's name cannot hold; each keeps its own strength."""
+    monkeypatch.chdir(home)
+    file = (home / "loras" / "style.safetensors").read_bytes()
+    (home / "more").mkdir()
+    for name in ("more/style.safetensors", "more/a b.safetensors", "more/a.b.safetensors", "more/style_2.safetensors"):
+        (home / name).write_bytes(file)
+    pipe = load_pipeline(home / "model", device="cpu")
+    given = ["loras/style.safetensors:0.1", "more/style.safetensors:0.2", "more/style_2.safetensors:0.3", "more/a b.safetensors:0.4",
+             "more/a.b.safetensors:0.5", "loras/style.safetensors:0.6"]  # fmt: skip
+    add_parts(pipe, str(home / "model"), None, given)
+    weight = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_v
+    assert sorted(weight.scaling.values()) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    assert sorted(pipe.get_active_adapters()) == sorted(weight.scaling) and len(weight.scaling) == 6
 
 
 def test_a_bare_name_that_is_nowhere(home):

@@ -19,7 +19,7 @@ PACKAGES = {  # folder -> what it may import beside the standard library and its
     "python/perfusion": {
         *("perfusion_kernels", "torch", "diffusers", "transformers", "tokenizers", "accelerate", "safetensors", "huggingface_hub"),
         *("PIL", "jinja2", "markdown", "numpy", "onnx", "onnxruntime", "onnxscript", "platformdirs", "tqdm", "typer", "yaml"),
-        *("peft", "pillow_heif"),  # where they are installed
+        *("optimum", "peft", "pillow_heif"),  # where they are installed
         *("fastapi", "fsspec", "prometheus_client", "pydantic", "pydantic_core", "sqlalchemy", "starlette", "uvicorn"),  # of serve/
         *("gradio", "httpx", "ray"),  # of studio/ and serve/deployment.py, where they are installed
     },

@@ -17,6 +17,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -373,7 +374,7 @@ def examples(found: Rows, work: Path, path: Path) -> bool:
     brush, font = ImageDraw.Draw(whole), ImageFont.load_default(15)
     for number, (name, file) in enumerate(files.items()):
         row = next(each for each in found if each["variant"] == name and each["section"] == chosen[name])
-        brush.multiline_text((8, tile * number + 40), name.replace(", ", ",\n").replace(" and ", "\nand "), INK, font)
+        brush.multiline_text((8, tile * number + 40), "\n".join(textwrap.wrap(name, 24)), INK, font)
         sheet, columns = Image.open(file), row["seeds"] * 4
         for prompt in range(shown):
             place = prompt * row["seeds"]

@@ -21,6 +21,7 @@ import torch
 
 from perfusion.clip_vocabulary import write_tokenizer
 from perfusion.families import CUSTOM, FAMILIES, family_by_id
+from perfusion.files import user_path
 
 __all__ = ["CheckpointError", "Kind", "configuration", "load_file", "read_kind", "write_configuration"]
 
@@ -185,7 +186,7 @@ def load_vae(path: Path, folder: Path, dtype: torch.dtype) -> Any:
     """A VAE from a .safetensors file of either layout, or a folder in diffusers' format. folder: where its configuration is."""
     from diffusers import AutoencoderKL
 
-    path = path.expanduser()
+    path = user_path(path)
     if path.is_dir():
         inner = path / "vae" if (path / "vae" / "config.json").is_file() else path
         return AutoencoderKL.from_pretrained(inner, torch_dtype=dtype, local_files_only=True)

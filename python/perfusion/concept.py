@@ -17,7 +17,6 @@ import dataclasses
 import datetime
 import functools
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from perfusion.base import Base
 from perfusion.concept_fields import check_fields, check_name
 from perfusion.concept_file import decode, read_bytes
 from perfusion.concept_file.encoding import encode
-from perfusion.files import write_bytes
+from perfusion.files import user_path, write_bytes
 from perfusion.settings import BIAS, TEMPERATURE
 
 __all__ = ["Concept", "check_name"]
@@ -159,7 +158,7 @@ class Concept:
         """
         data = self.to_bytes(dtype)
         Concept.from_bytes(data, source=str(path))
-        write_bytes(Path(os.path.expanduser(path)), data)
+        write_bytes(user_path(path), data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], revision: str | None = None) -> Concept:
@@ -173,7 +172,7 @@ class Concept:
 
         if hub.hub_id(path) is not None:
             path = hub.concept_file(str(path), revision)
-        return cls.from_bytes(read_bytes(Path(os.path.expanduser(path))), source=str(path))
+        return cls.from_bytes(read_bytes(user_path(path)), source=str(path))
 
     def to_bytes(self, dtype: torch.dtype = torch.float16) -> bytes:
         """The concept file's bytes; equal concepts give equal bytes. ValueError when a tensor does not fit `dtype`."""

@@ -9,7 +9,32 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["size_text", "whole", "write_bytes"]
+__all__ = ["size_text", "user_path", "whole", "write_bytes"]
+
+LONGEST_NAME = 255  # bytes, on nearly every file system
+LONGEST_PATH = 4095  # bytes, on Linux; systems with a smaller limit say so when the file is opened
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path as people give it, with ~ expanded. ValueError for one that no file can have, where the system's own error says less."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(text := os.fspath(path), str):
+        raise ValueError(f"a path must be text or a pathlib.Path, got {type(path).__name__}.")
+    shown = repr(text if len(text) <= 80 else f"{text[:60]}…{text[-15:]}")
+    found = os.path.expanduser(text)
+    first = text.replace(os.sep, "/").split("/")[0]
+    if "\0" in text:
+        raise ValueError(f"the path {shown} holds a zero byte, which no file's name can. Check the path.")
+    if found == text and first.startswith("~") and not os.path.lexists(first):
+        raise ValueError(f"the path {shown} begins with the home of a user {first[1:]!r}, who is not known here. Check the path.")
+    try:
+        names = [os.fsencode(name) for name in found.replace(os.sep, "/").split("/")]
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the path {shown} cannot be a file's name in {error.encoding}, this system's encoding. Check the path.") from None
+    if max(map(len, names)) > LONGEST_NAME or sum(map(len, names)) + len(names) - 1 > LONGEST_PATH:
+        raise ValueError(
+            f"the path {shown} is too long: a name may have {LONGEST_NAME} bytes, and a path {LONGEST_PATH}. Check the path."
+        )
+    return Path(found)
 
 
 def size_text(count: float) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from perfusion.files import size_text
+from perfusion.files import size_text, user_path
 
 __all__ = ["HubError", "concept_file", "configurations", "hub_id", "model_path", "push"]
 
@@ -253,7 +253,7 @@ def push(source: str | Path, repo: str, *, private: bool = False, references: bo
 
     if hub_id(repo) is None or _ID.fullmatch(repo)["file"] or _ID.fullmatch(repo)["revision"]:
         raise HubError(f"{repo!r} is no name of a repository; one is written user/name.")
-    source = Path(source).expanduser()
+    source = user_path(source)
     file = source if source.is_file() else _concept_in(source)
     concept = Concept.load(file)  # nothing else is uploaded under this name
     operations = [CommitOperationAdd(file.name, str(file))]

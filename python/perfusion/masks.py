@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
+from perfusion.files import user_path
 from perfusion.pictures import eight_bits, is_picture, opened
 
 __all__ = ["ClipSeg", "find_mask", "flatten", "latent_mask", "load_mask", "mask_rank", "masked_stem", "masked_loss", "read_mask"]
@@ -88,7 +89,7 @@ def load_mask(
     Raises ValueError for a mask that cannot be read, has another size than the image, or is zero everywhere, and for a
     superclass that CLIPSeg does not see in the image; FileNotFoundError for a missing weights folder.
     """
-    image_path = Path(image_path)
+    image_path = user_path(image_path)
     height, width = image.height, image.width
     if sidecar == "beside":
         sidecar = find_mask(image_path)
@@ -153,7 +154,7 @@ class ClipSeg:
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
         from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
-        folder = Path(folder).expanduser()
+        folder = user_path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"no such CLIPSeg folder: {folder}")
         try:

@@ -37,6 +37,7 @@ class Parts:
     size: int
     vae_scale: int = 8
     tokens: int = TOKENS
+    text_bytes: int | None = None  # of the text encoders' weights, where they are kept in another number format than the UNet's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +187,8 @@ def training(
         "UNet": parts.unet * size,
         "CUDA": CUDA_CONTEXT if device == "cuda" else 0,
     }
-    texts, text = parts.text_encoders * size, rows * saved.text
+    texts = parts.text_encoders * size if parts.text_bytes is None else parts.text_bytes
+    text = rows * saved.text
     projections = 2 * parts.outputs * parts.encoding_dim * size
     vae = 0 if away else parts.vae * size
     encoded = {"text encoders": texts, "VAE": parts.vae * 4, "VAE's feature maps": _encoder_maps(parts, low_memory)}

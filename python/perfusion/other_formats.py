@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from perfusion.base import cross_attention_layers, denoiser, describe_base, text_encoders, text_projection
+from perfusion.base.dense import dense_weight, embedding_rows
 from perfusion.captions import everyday_captions
 from perfusion.concept import Concept
 from perfusion.convert import ConversionError
@@ -125,8 +126,7 @@ def lora_tensors(concept: Concept, pipe: Any, scale: float) -> dict[str, tuple[T
     tensors = {}
     for name, layer in cross_attention_layers(pipe.unet).items():
         for kind in ("to_k", "to_v"):
-            projection = getattr(layer, kind)
-            weight = getattr(projection, "base_layer", projection).weight.float().cpu()
+            weight = dense_weight(getattr(layer, kind)).float().cpu()
             output = weight @ concept.superclass_encoding.float() if kind == "to_k" else concept.value_output(name).float()
             tensors[f"{name}.{kind}"] = down, (scale * output - weight @ concept.target.float())[:, None]
     return tensors
@@ -138,8 +138,8 @@ def embedding_tensors(concept: Concept, pipe: Any) -> list[Tensor]:
     found = []
     for (tokenizer, encoder), word in zip(text_encoders(pipe), concept.word_embeddings):
         before = superclass_tokens(tokenizer, concept.superclass)[:-1]
-        table = encoder.get_input_embeddings().weight.detach().float().cpu()
-        found.append(torch.cat([table[before], word.float().cpu()[None]]))
+        vectors = embedding_rows(encoder.get_input_embeddings(), before).float().cpu()
+        found.append(torch.cat([vectors, word.float().cpu()[None]]))
     return found
 
 

@@ -13,6 +13,8 @@ from perfusion.handle import attach
 from tests.perfusion.editing import make_concept
 from tests.perfusion.tiny import SMALL, tiny_sd
 
+pytestmark = pytest.mark.pipelines
+
 COUNT = 100
 NAMES = ("teddy", "teapot", "robot", "kettle", "vase")
 SCENES = ("on a beach", "in the snow", "and a red cube", "at night", "in the kitchen")

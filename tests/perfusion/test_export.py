@@ -1,6 +1,7 @@
 """`perfusion.export` and `perfusion.runtime`: exported models draw the pictures of the pipelines they came from."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -28,11 +29,14 @@ from tests.perfusion.editing import make_concept
 from tests.perfusion.tiny import SMALL, tiny_sd, tiny_sdxl
 
 pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.export
+
 STEPS = 3
 # a row without a concept, several concepts in a row, settings in the prompt, keys without the lock, a concept in the negative prompt
 PROMPTS = ["a photo of a <teddy> on a beach", "a <teddy:0.5> and <teapot|bias=0.5> on a <mug>", "a cat", "<mug> in the sea"]
 NEGATIVES = ["dark", "a <teapot>", "", "bright"]
-PIPELINES = {"sd": tiny_sd, "sdxl": tiny_sdxl}
+ONE_LEVEL = dict(SMALL, block_out_channels=(16,), transformer_layers_per_block=(2,))  # `sd` has an UNet of several
+PIPELINES = {"sd": tiny_sd, "sdxl": functools.partial(tiny_sdxl, unet=ONE_LEVEL)}
 
 
 def run(*arguments):
@@ -551,6 +555,7 @@ assert not Absent.names & set(sys.modules), Absent.names & set(sys.modules)
 """
 
 
+@pytest.mark.smoke
 def test_a_process_without_torch_draws_the_same(tmp_path, exported, pipelines, concepts):
     """Two users with their own <teddy> in one batch, in numpy and onnxruntime alone, and the command; against the pipeline in torch."""
     files = []

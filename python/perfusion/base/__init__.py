@@ -5,6 +5,7 @@ cross-attention layers. Nothing here changes a pipeline, and importing this pack
 
     parts.py        finds text encoders, the denoiser and its cross-attention layers
     text_projection.py  what a denoiser does to the text before these read it
+    dense.py        weights that may be quantised
     fingerprint.py  a signature of the text encoders' weights
     record.py       Base, and how two of them differ
     support.py      describes a pipeline, and refuses by name what cannot be edited

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from perfusion.base.dense import dense_weight, is_quantised
 from perfusion.base.parts import denoiser, plain_module, text_encoders
 from perfusion.base.text_projection import text_projection
 from perfusion.errors import UnsupportedPipeline
@@ -37,14 +38,20 @@ def _blocks(encoder: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def _corners(owner: str, modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
-    weights = [module.weight for module in (getattr(each, "base_layer", each) for each in modules) if hasattr(module, "weight")]
-    if any(weight.is_meta for weight in weights):
+    matrices = [each for each in (getattr(module, "base_layer", module) for module in modules) if hasattr(each, "weight")]
+    if any(parameter.is_meta for each in matrices for parameter in each.parameters()):
         raise UnsupportedPipeline(
             f"the weights of {owner} are offloaded (on the meta device) and cannot be read. "
             "Describe the pipeline, or attach to it, before enable_sequential_cpu_offload()."
         )
-    plain = [weight.dequantize() if hasattr(weight, "__tensor_flatten__") else weight for weight in weights]  # of 8 bits, as torchao's
-    return [weight.detach()[:_ROWS, :_COLUMNS].cpu().double() for weight in plain]
+    try:
+        return [dense_weight(each, _ROWS, _COLUMNS).cpu().double() for each in matrices]
+    except Exception as error:  # of a library that keeps weights in 8 or 4 bits
+        kinds = ", ".join(sorted({f"{type(each).__module__}.{type(each).__name__}" for each in matrices if is_quantised(each)}))
+        raise UnsupportedPipeline(
+            f"the quantised weights of {owner} ({kinds}) cannot be computed with here: {type(error).__name__}: {error}. "
+            "Load this text encoder in 8 bits by another library, or unquantised."
+        ) from error
 
 
 def _signs(index: int, count: int) -> np.ndarray:

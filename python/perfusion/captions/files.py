@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from perfusion.files import user_path
+
 __all__ = ["read_captions"]
 
 
@@ -18,7 +20,7 @@ def read_captions(path: str | Path) -> Iterator[str]:
     Raises FileNotFoundError, and ValueError with the file and line for another file type, text that is not UTF-8, a line
     that does not parse, a missing column, or a file without any caption. Errors inside the file appear while iterating.
     """
-    path = Path(path)
+    path = user_path(path)
     readers = {".txt": _text_lines, ".jsonl": _json_lines, ".csv": _csv_rows}
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path} is not one of {', '.join(readers)}")

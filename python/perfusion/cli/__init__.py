@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from perfusion.cli.threads import core_limit, set_threads
+from perfusion.files import user_path
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -83,7 +84,7 @@ def _at_home(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(**options: Any) -> None:
-        function(**{name: Path(os.path.expanduser(value)) if isinstance(value, Path) else value for name, value in options.items()})
+        function(**{name: user_path(value) if isinstance(value, Path) else value for name, value in options.items()})
 
     return command
 
@@ -149,4 +150,5 @@ def main() -> None:
     _forgiving_console()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # models load from disk, in a moment
     set_threads(os.environ, core_limit())  # OpenMP reads them when torch is loaded
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its remarks on torchvision and long captions are nothing to act on
     app()

@@ -15,10 +15,11 @@ import typer
 
 from perfusion.cli.checks import refuse_existing
 from perfusion.cli.drawing import SCHEDULERS, Cell, cells
-from perfusion.cli.models import MODEL_HELP, EmbeddingOption, LoraOption, Precision, PredictionOption, VaeOption
+from perfusion.cli.models import MODEL_HELP, EmbeddingOption, LoraOption, Precision, PredictionOption, TextBitsOption, VaeOption
 from perfusion.cli.runtimes import RuntimeName, onnx_session, torch_session
 from perfusion.cli.strict_json import strict_json
 from perfusion.families import CUSTOM, FAMILIES
+from perfusion.files import user_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 TOYBOX = FAMILIES["toybox"]
 PER_CONCEPT = "VALUE for every concept, or NAME=VALUE for one; by default as the concept's file says."
+
+
+def _usual(setting: str) -> str:
+    return f"by default what suits the model: {getattr(CUSTOM, setting):g}, toybox {getattr(FAMILIES['toybox'], setting):g}"
 
 
 def generate(
@@ -42,6 +47,7 @@ def generate(
     runtime: Annotated[RuntimeName, typer.Option(help="What computes: torch, or onnxruntime and numpy.")] = RuntimeName.torch,
     vae: VaeOption = None,
     prediction: PredictionOption = None,
+    text_encoder_bits: TextBitsOption = None,
     embedding: EmbeddingOption = None,
     lora: LoraOption = None,
     scheduler: Annotated[
@@ -63,16 +69,12 @@ def generate(
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds that count up.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The first picture's seed. The same seed gives the same picture.")] = 0,
     steps: Annotated[
-        Optional[int],
-        typer.Option(
-            min=1, help=f"Denoising steps; by default what suits the model: {CUSTOM.steps}, toybox {TOYBOX.steps}.", show_default=False
-        ),
+        Optional[int], typer.Option(min=1, help=f"Denoising steps; {_usual('steps')}.", show_default=False)
     ] = None,
     guidance_scale: Annotated[
         Optional[float],
         typer.Option(
-            help="How far to follow the prompt, 0 to 100; 1 switches guidance off; by default what suits the model: "
-            f"{CUSTOM.guidance_scale:g}, toybox {TOYBOX.guidance_scale:g}.",
+            help=f"How far to follow the prompt, 0 to 100; 1 switches guidance off; {_usual('guidance_scale')}.",
             show_default=False,
         ),
     ] = None,
@@ -122,12 +124,13 @@ def generate(
         "mask_image": mask_image, "control_image": control_image, "controlnet": controlnet,
     }  # fmt: skip
     if runtime is RuntimeName.onnx:
-        unused = {"device": device, "dtype": dtype, "vae": vae, "prediction": prediction, "embedding": embedding, "lora": lora, **drawing}
+        unused = {"device": device, "dtype": dtype, "vae": vae, "prediction": prediction, "embedding": embedding, "lora": lora,
+                  "text_encoder_bits": text_encoder_bits, **drawing}  # fmt: skip
         session = onnx_session(model, sources, {f"--{name.replace('_', '-')}": value for name, value in unused.items()})
     else:
         session = torch_session(
             model, sources, device, dtype,
-            parts={"vae": vae, "prediction_type": prediction}, embeddings=embedding, loras=lora,
+            parts={"vae": vae, "prediction_type": prediction, "text_encoder_bits": text_encoder_bits}, embeddings=embedding, loras=lora,
             drawing={**drawing, "init_strength": init_strength},
         )  # fmt: skip
     with session as (family, handle, concepts, tokens, words, draw):
@@ -195,7 +198,7 @@ def _source(text: str) -> tuple[str | None, Path]:
     """FILE, or NAME=FILE; a file whose own name holds "=" is a FILE. A FILE may be an id on the hub."""
     name, equals, path = text.partition("=")
     alone = not equals or os.path.exists(os.path.expanduser(text))
-    return (None, Path(os.path.expanduser(text))) if alone else (name, Path(os.path.expanduser(path)))
+    return (None, user_path(text)) if alone else (name, user_path(path))
 
 
 def _setting(key: str, text: str) -> tuple[str, str | None, float]:

@@ -26,6 +26,10 @@ class Prediction(str, enum.Enum):
 
 VaeOption = Annotated[Optional[Path], typer.Option(help="A VAE to use instead of the model's own: a file or a folder.")]
 PredictionOption = Annotated[Optional[Prediction], typer.Option(help="What a checkpoint file predicts, where it does not say it itself.")]
+TextBitsOption = Annotated[
+    Optional[int],
+    typer.Option(min=8, max=8, metavar="8", help="Keep text encoders in 8 bits (optimum-quanto).", show_default=False),
+]
 EmbeddingOption = Annotated[
     Optional[list[str]],
     typer.Option(metavar="FILE", help="A textual inversion, or WORD=FILE; a bare name is looked for beside the model. May be repeated."),

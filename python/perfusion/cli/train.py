@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from perfusion.cli.checks import check_device
-from perfusion.cli.models import MODEL_HELP, EmbeddingOption, LoraOption, Precision, PredictionOption, VaeOption, add_parts
+from perfusion.cli.models import MODEL_HELP, EmbeddingOption, LoraOption, Precision, PredictionOption, TextBitsOption, VaeOption, add_parts
 from perfusion.cli.settings_options import takes_settings
 from perfusion.cli.strict_json import strict_json
 from perfusion.training_config import TrainingConfig, read_settings
@@ -25,6 +25,7 @@ def train(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "toybox",
     vae: VaeOption = None,
     prediction: PredictionOption = None,
+    text_encoder_bits: TextBitsOption = None,
     embedding: EmbeddingOption = None,
     lora: LoraOption = None,
     config: Annotated[Optional[Path], typer.Option(help="YAML file with any of the settings; options go before it.")] = None,
@@ -82,7 +83,8 @@ def train(
     if dtype is None and device != "cpu":
         dtype = Precision.bfloat16  # the gradient of a float16 model overflows easily
     pipe = load_pipeline(
-        model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value), vae=vae, prediction_type=prediction
+        model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value), vae=vae, prediction_type=prediction,
+        text_encoder_bits=text_encoder_bits,
     )
     add_parts(pipe, model, embedding, lora)
     concept = learn(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from perfusion.convert.fitting import fit, projection_weights, superclass_encodi
 from perfusion.convert.gates import Reader, collapse, training_gates
 from perfusion.convert.layouts import Found, find
 from perfusion.errors import advise
+from perfusion.files import user_path
 from perfusion.settings import BIAS, TEMPERATURE
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def convert(
         raise ConversionError(f"these checkpoints hold one word embedding, but {base} needs one for each of its text encoders.")
     if text_projection(denoiser(pipe)) is not None:
         raise ConversionError(f"these checkpoints are of UNets that read the text encoder's output directly, and {base} does not.")
-    found = find(checkpoint.load(Path(path)), pipe, base, index)
+    found = find(checkpoint.load(user_path(path)), pipe, base, index)
     notes = [f"Checkpoint of {found.port}.", *found.notes]
     superclass = superclass or found.superclass
     if not superclass:

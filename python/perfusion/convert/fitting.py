@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from perfusion.base import cross_attention_layers
+from perfusion.base.dense import dense_weight
 from perfusion.convert.checkpoint import ConversionError
 
 __all__ = ["LOCKED", "fit", "projection_weights", "superclass_encoding"]
@@ -22,10 +23,9 @@ LOCKED = 0.02  # relative residual below which keys count as W_K s; another prec
 def projection_weights(pipe: Any, projection: str) -> list[Tensor]:
     """W of every layer, [d_l, D] each, as they lie in the pipeline."""
     linears = [getattr(layer, projection) for layer in cross_attention_layers(pipe.unet).values()]
-    weights = [getattr(linear, "base_layer", linear).weight.detach() for linear in linears]
-    if any(weight.is_meta for weight in weights):
+    if any(parameter.is_meta for linear in linears for parameter in linear.parameters()):
         raise ConversionError("the UNet's weights are offloaded and cannot be read. Convert before offloading.")
-    return weights
+    return [dense_weight(linear) for linear in linears]
 
 
 def fit(weights: list[Tensor], outputs: Tensor) -> tuple[Tensor, float]:

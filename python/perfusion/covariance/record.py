@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from perfusion.files import user_path
 from perfusion.sealed_tensors import save_tensors
 from perfusion_kernels.metric import MetricSolver
 
@@ -74,7 +75,7 @@ class Covariance:
 
     def save(self, path: str | Path) -> Covariance:
         """Write one safetensors file, in full or not at all. Returns this covariance with `path` set."""
-        path = Path(path).expanduser()
+        path = user_path(path)
         metadata = {name: str(getattr(self, name)) for name in _METADATA}
         metadata |= {"format": FORMAT, "fingerprint": self.fingerprint}
         save_tensors(path, {"covariance": self.matrix}, {f"perfusion.{key}": value for key, value in metadata.items()})
@@ -86,7 +87,7 @@ class Covariance:
 
         Raises FileNotFoundError, or CovarianceError naming the file and what is wrong with it.
         """
-        path = Path(path).expanduser()
+        path = user_path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no such covariance file: {path}")
         try:

@@ -20,6 +20,7 @@ from perfusion.covariance import get_covariance
 from perfusion.demo.evaluate import PairScores, Scores, Yardstick, scene_prompts, score_pair, score_subject, yardstick
 from perfusion.demo.instances import SUBJECTS, Subject, reference_files, reference_paths, write_references
 from perfusion.demo.report import write_report
+from perfusion.files import user_path
 from perfusion.handle import attach
 from perfusion.models import TOYBOX, load_pipeline
 from perfusion.requests import Request
@@ -81,7 +82,7 @@ def run_demo(
     ValueError, before any work, when files are there that it would replace, unless `overwrite`; OSError for a folder that
     cannot be written.
     """
-    output, started = Path(output), time.monotonic()
+    output, started = user_path(output), time.monotonic()
     _check_free(output, overwrite)
     check_writable(output)
     output.mkdir(parents=True, exist_ok=True)

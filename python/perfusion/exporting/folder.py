@@ -21,6 +21,7 @@ from perfusion.exporting.graphs import ImageDecoderGraph, TextEncoderGraph, UNet
 from perfusion.exporting.scheduler import read_schedule
 from perfusion.exporting.writers import MAX_ROWS, Graph
 from perfusion.families import CUSTOM
+from perfusion.files import user_path
 from perfusion.runtime import manifest as runtime
 from perfusion.runtime.manifest import MANIFEST, WEIGHTS, Manifest, TokenizerFacts, graph_file, tokenizer_file
 from perfusion.runtime.tokens import PromptTokenizer
@@ -59,7 +60,7 @@ def export(
     Numbers have the pipeline's type, float32 or float16; the VAE's may be another. Every graph is run and compared with torch
     before the folder takes its name. ExportError or UnsupportedPipeline says what cannot be exported. The pipeline is left as it was.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if format not in runtime.FORMATS:
         raise ExportError(f"format must be one of {', '.join(runtime.FORMATS)}, got {format!r}")
     if compile and format != "pt2":

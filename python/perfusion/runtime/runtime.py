@@ -13,6 +13,7 @@ import numpy as np
 
 from perfusion.concept_fields import check_name
 from perfusion.families import CUSTOM, FAMILIES, Family
+from perfusion.files import user_path
 from perfusion.prompts import PromptError, check_settings
 from perfusion.runtime import manifest as facts
 from perfusion.runtime.concept import Concept
@@ -124,7 +125,7 @@ class Runtime:
         providers: Sequence[Any] | None = None,
         threads: int | None = None,
     ):
-        folder = Path(folder).expanduser()
+        folder = user_path(folder)
         self.manifest = Manifest.read(folder)
         _check_files(folder, self.manifest, verify)
         self.key_weight, self.value_weight, self.alphas_cumprod = _read_weights(folder / facts.WEIGHTS, self.manifest)

@@ -6,6 +6,8 @@ import dataclasses
 import ipaddress
 from pathlib import Path
 
+from perfusion.files import user_path
+
 __all__ = ["SCOPES", "Settings"]
 
 SCOPES = ("draw", "upload", "train", "admin")
@@ -56,7 +58,7 @@ class Settings:
     split_by_concept: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder).expanduser())
+        object.__setattr__(self, "folder", user_path(self.folder))
         if not self.models:
             raise ValueError("serve: there must be a model; give one with --model")
         for name in self.models:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from perfusion.files import user_path
 from perfusion.masks import MASK_MARKS, ClipSeg, flatten, latent_mask, load_mask
 from perfusion.pictures import open_picture, upright
 from perfusion.training.offloading import tiled as in_tiles
@@ -69,7 +70,7 @@ def read_pictures(
     warned about. ValueError for no pictures, an unreadable one, a caption without the concept in it, or masks on some pictures
     only; FileNotFoundError for CLIPSeg weights that are not there, needed or not; a warning for fewer than 4 and for small ones.
     """
-    if isinstance(clipseg, (str, Path)) and not Path(clipseg).expanduser().is_dir():
+    if isinstance(clipseg, (str, Path)) and not user_path(clipseg).is_dir():
         raise FileNotFoundError(f"no such CLIPSeg folder: {clipseg}. Give the folder that holds the weights, or leave it out.")
     sources, unused = find_sources(images)
     if tell is not None:

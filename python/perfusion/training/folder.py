@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from perfusion.concept import Concept
+from perfusion.files import user_path
 from perfusion.training import checkpoints
 from perfusion.training.checkpoints import Checkpoint
 from perfusion.training_config import TrainingConfig, read_settings
@@ -37,7 +38,7 @@ def beginning(folder: Path | None, images: Any, resume: str | Path | None, confi
     ValueError when the run would replace files that are not its own (unless `overwrite`), or has nothing left to do; OSError
     for a folder that cannot be written and a checkpoint that is not there.
     """
-    if folder is not None and isinstance(images, (str, Path)) and folder.resolve() == Path(images).expanduser().resolve():
+    if folder is not None and isinstance(images, (str, Path)) and folder.resolve() == user_path(images).resolve():
         raise ValueError(f"output: {str(folder)!r} is the folder of the training pictures; give another one.")
     checkpoint, own = _checkpoint(folder, resume, config)
     if folder is not None:
@@ -72,7 +73,7 @@ def _checkpoint(folder: Path | None, resume: str | Path | None, config: Training
 
 def _named(folder: Path | None, resume: str | Path) -> Path:
     """The checkpoint that a path means: a file, the folder of a run or of checkpoints, or a bare name of one in this folder."""
-    path = Path(resume).expanduser()
+    path = user_path(resume)
     if path.is_dir():
         newest = _newest_whole(path / "checkpoints") or _newest_whole(path)
         if newest is None:

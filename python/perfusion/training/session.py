@@ -20,6 +20,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from perfusion.base import Base, UnsupportedPipeline, cross_attention_layers, denoiser, text_encoders
+from perfusion.base.dense import embedding_rows
 from perfusion.batched_projection import BatchedProjection, obstacle
 from perfusion.concept import Concept
 from perfusion.covariance import Covariance
@@ -93,8 +94,8 @@ class TrainingSession:
         self.captions = [[_named(caption, config.name) for caption in picture.captions] for picture in pictures]
         self.step = 0
         ids = [superclass_tokens(tokenizer, config.superclass)[-1] for tokenizer, _ in text_encoders(pipe)]
-        embeddings = [encoder.get_input_embeddings().weight[i] for (_, encoder), i in zip(text_encoders(pipe), ids)]
-        self.words = [torch.nn.Parameter(row.detach().to(self.device, torch.float32, copy=True)) for row in embeddings]
+        embeddings = [embedding_rows(encoder.get_input_embeddings(), [i])[0] for (_, encoder), i in zip(text_encoders(pipe), ids)]
+        self.words = [torch.nn.Parameter(row.to(self.device, torch.float32, copy=True)) for row in embeddings]
         self.start_words = [word.detach().clone() for word in self.words]
         self.inference = config.inference_bias, config.inference_temperature
         self._text = TextHook(pipe, {config.name: LoadedConcept(config.superclass, self.words)})

@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from perfusion.files import user_path
 from perfusion.masks import mask_rank, masked_stem
 from perfusion.pictures import ENDINGS, is_picture, unreadable_kind
 
@@ -44,7 +45,7 @@ def find_sources(images: Any) -> tuple[list[Source], list[tuple[Path, str]]]:
     or .caption. Capitals do not matter where one file alone is meant. ValueError for anything else, with the accepted forms.
     """
     if isinstance(images, (str, os.PathLike)):
-        folder = Path(os.path.expanduser(images))
+        folder = _path(images)
         if not folder.is_dir():
             raise ValueError(f"images: {str(folder)!r} is not a folder; give a folder of pictures, or a list of them.")
         given: list[Any] = sorted(folder.iterdir())
@@ -64,6 +65,13 @@ def find_sources(images: Any) -> tuple[list[Source], list[tuple[Path, str]]]:
     return sources, unused
 
 
+def _path(text: str | os.PathLike[str]) -> Path:
+    try:
+        return user_path(text)
+    except ValueError as error:
+        raise ValueError(f"images: {error}") from None
+
+
 def _items(images: Any) -> list[Any]:
     """Paths and PIL images. ValueError for everything else."""
     if isinstance(images, Image.Image) or not isinstance(images, Iterable) or isinstance(images, (bytes, dict)) or hasattr(images, "shape"):
@@ -74,7 +82,7 @@ def _items(images: Any) -> list[Any]:
         if isinstance(item, Image.Image):
             items.append(item)
         elif isinstance(item, (str, os.PathLike)):
-            items.append(Path(os.path.expanduser(item)))
+            items.append(_path(item))
         else:
             raise ValueError(
                 f"images: item {number} is of type {type(item).__name__}; the list may hold paths and PIL images "

@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 
 from perfusion import contact_sheet, memory
 from perfusion.base import Base, UnsupportedPipeline, denoiser, describe_base, fingerprints_match, text_encoders
+from perfusion.base.dense import quantised_layers, transposes, weight_bytes
 from perfusion.base.parts import latent_multiple, plain_module, text_length
 from perfusion.concept import Concept, check_name
 from perfusion.covariance import Covariance, get_covariance
 from perfusion.errors import advise
-from perfusion.files import size_text, whole
+from perfusion.files import size_text, user_path, whole
 from perfusion.termination import terminable, undisturbed
 from perfusion.text import added_tokens, superclass_tokens, warn_of_unknown_word
 from perfusion.training import checkpoints
@@ -76,7 +77,7 @@ def train(
     config = TrainingConfig(superclass=superclass, name=name, steps=steps, batch_size=batch_size, **settings)
     check_name(config.name)
     base = _check_pipeline(pipe, config)
-    folder = None if output is None else Path(output).expanduser()
+    folder = None if output is None else user_path(output)
     checkpoint = beginning(folder, images, resume, config, overwrite)
     resolution, step = _resolution(pipe, config)
     tell = (lambda text: tqdm.write(text, file=sys.stderr)) if progress else None
@@ -114,6 +115,7 @@ def _tell_memory(pipe: Any, config: TrainingConfig, resolution: int, tell: Calla
     parts = memory.Parts(
         count(model), sum(count(encoder) for _, encoder in text_encoders(pipe)), count(pipe.vae),
         base.encoding_dim, base.outputs, resolution, pipe.vae_scale_factor, text_length(pipe),
+        sum(weight_bytes(encoder) for _, encoder in text_encoders(pipe)),
     )  # fmt: skip
     texts = [functools.partial(type(encoder), encoder.config) for _, encoder in text_encoders(pipe)]
     saved = memory.saved_by_backward(
@@ -189,8 +191,9 @@ def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
         )
     if getattr(pipe, "_all_hooks", None):
         raise UnsupportedPipeline("the pipeline offloads its models, which gradients do not survive; call pipe.remove_all_hooks() first.")
-    for tokenizer, _ in text_encoders(pipe):
+    for tokenizer, encoder in text_encoders(pipe):
         superclass_tokens(tokenizer, config.superclass)
+        _check_gradients(encoder)
     warn_of_unknown_word(text_encoders(pipe)[0][0], config.superclass)
     if f"<{config.name}>" in {token.lower() for token in added_tokens(pipe)}:
         raise ValueError(
@@ -198,6 +201,17 @@ def _check_pipeline(pipe: Any, config: TrainingConfig) -> Base:
             "Choose another name."
         )
     return base
+
+
+def _check_gradients(encoder: Any) -> None:
+    """UnsupportedPipeline where a text encoder has quantised layers through which the word's gradient does not come back."""
+    kinds = {type(layer): (name, layer) for name, layer in quantised_layers(plain_module(encoder)).items()}
+    for kind, (name, layer) in kinds.items():
+        if not transposes(layer):
+            raise UnsupportedPipeline(
+                f"{name} of the {type(encoder).__name__} is a {kind.__module__}.{kind.__name__}, which computes no gradients, and a word "
+                "is learned by those. Load the text encoder unquantised, or in 8 bits with bitsandbytes, torchao or optimum-quanto."
+            )
 
 
 def _resolution(pipe: Any, config: TrainingConfig) -> tuple[int, int]:
