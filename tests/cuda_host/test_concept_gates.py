@@ -68,18 +68,6 @@ def test_nothing_else_is_read(host):
     assert host.counted()["read_narrow"] == 2 * (4 * 4 * 4 + used * 2 * 4)
 
 
-def test_dependent_concepts_stay_in_their_row(host):
-    case = cases.make()
-    arguments = case.arguments("concept_gates")
-    expected = host.concept_gates(**arguments)
-    index = arguments["index"].clone()
-    index[1] = 2
-    gates, components = host.concept_gates(**{**arguments, "index": index})
-    assert not torch.isfinite(components[1]).all()
-    others = [0, 2, 3]
-    assert torch.equal(gates[others], expected[0][others]) and torch.equal(components[others], expected[1][others])
-
-
 def test_refusals(host):
     case = cases.make(J=2)
     arguments = case.arguments("concept_gates")

@@ -14,6 +14,7 @@ from ..kernels import cases
 from ..kernels.tolerance import assert_no_worse, exactly
 from .host import Refused
 from .test_edited_projection import EDIT, HALVES, everywhere, small
+from .test_operators import far
 
 NEEDS = ("encodings", "gates", "components", "outputs", "projected_targets")
 
@@ -126,6 +127,17 @@ def test_sides_and_slots_share_the_gradient(host):
     coefficients, tables = 2 * T * J * 4, 2 * J * O * 2
     assert read <= 1.1 * (2 * T * O + tables + 4 * J)
     assert again <= 1.1 * (2 * T * O + coefficients + 4 * J) and written == 2 * slots * O * 2
+
+
+def test_rows_farther_apart_than_32_bits_count(host):
+    arguments = small(J=1).arguments("edited_projection")
+    given = {"gradient": gradient_of(arguments), **arguments}
+    expected = host.edited_projection_backward(needs=NEEDS, **given)
+    for name, x in given.items():
+        found = host.edited_projection_backward(needs=NEEDS, **{**given, name: far(x)})
+        assert all(torch.equal(found[each], expected[each]) for each in NEEDS), name
+    for name, x in expected.items():
+        assert torch.equal(host.edited_projection_backward(needs=(), results={name: far(x)}, **given)[name], x)
 
 
 def test_what_is_not_finite_stays_in_its_row(host):

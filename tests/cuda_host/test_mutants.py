@@ -5,6 +5,7 @@ import pytest
 from . import test_concept_gates as gates
 from . import test_edited_projection as projection
 from . import test_edited_projection_backward as projection_backward
+from . import test_fused_edited_attention as fused
 from .build import Change, build_module, only_widths
 from .host import Host, Refused
 from .sweep import SCHEDULES, concerned, sweep
@@ -191,6 +192,10 @@ CHECKS = {  # of bits, bytes and order, or at another head width
     "absent places are added as zeros": projection.test_rows_without_a_concept,
     "the sums of eight places are overwritten before they are read": projection_backward.test_any_order,
     "sides that share a gradient run apart": projection_backward.test_sides_and_slots_share_the_gradient,
+    "rows that share a head's weights run apart": fused.test_rows_share_weights,
+    "the second tile of tokens is the first": fused.test_one_side_after_the_other,
+    "values are projected by the keys' weight": fused.test_one_side_after_the_other,
+    "blocks are counted without their waves": fused.test_no_other_share_is_cheaper,
 }
 OPERATORS = {  # whose sources alone see a change of the file: the others need not be compiled again
     **dict.fromkeys(("edited_attention.cuh", "attention_tiles.cuh", "query_stream.cuh", "edited_tiles.cuh"), "edited_attention"),
