@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rows", type=int, default=16, help="pictures in one forward at most")
     parser.add_argument("--repeats", type=int, default=2, help="turns of each server at each load")
-    parser.add_argument("--json", type=Path, help="write the table there as well")
+    parser.add_argument("--json", type=Path, help="write the rows there, in place of those of as many steps that are there")
     parser.add_argument("--inside", action="store_true", help="only what forwards and their parts cost, without servers")
     options = parser.parse_args()
     measured: dict[str, list[dict[str, object]]] = {}  # by what a row of it has and others have not
@@ -268,9 +268,10 @@ def main() -> None:
         print(f"| {row['part']} | {row['share']:.0%} | {row['split']:.2f} |")
     if options.json:
         kept = [json.loads(line) for line in options.json.read_text().splitlines()] if options.json.exists() else []
-        kept = [row for row in kept if not measured.keys() & row.keys()]
+        kept = [row for row in kept if not measured.keys() & row.keys() or row["steps"] != options.steps]
         settings = {"model": options.model, "steps": options.steps, "rows": options.rows}
-        options.json.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *(settings | row for rows in measured.values() for row in rows)]))
+        new = [settings | row for rows in measured.values() for row in rows]
+        options.json.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *new]))
 
 
 if __name__ == "__main__":

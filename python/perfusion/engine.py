@@ -38,14 +38,28 @@ __all__ = ["Client", "Engine", "GivenRows", "engine_of"]
 
 CHANGING = 3  # forwards in a row with new encodings, after which they are taken to change at every step
 
-_ENGINES: Any = weakref.WeakKeyDictionary()
+_ENGINES: Any = weakref.WeakKeyDictionary()  # UNet -> a weak reference to its engine, which holds the UNet: what keeps it are its clients
 
 
 def engine_of(unet: torch.nn.Module) -> Engine:
     """The engine of a UNet, the same for all pipelines that share it."""
-    if unet not in _ENGINES:
-        _ENGINES[unet] = Engine(unet)
-    return _ENGINES[unet]
+    engine = _ENGINES[unet]() if unet in _ENGINES else None
+    if engine is None:
+        engine = Engine(unet)
+        _ENGINES[unet] = weakref.ref(engine)
+    return engine
+
+
+class Run(threading.local):
+    """What a thread draws: its pipelines' forwards come one after the other, and those of other threads between them.
+
+    client: who encoded the last prompt. changed: forwards in a row with new encodings. timestep: the last one. step: how many before it.
+    """
+
+    client: Client | None = None
+    changed = 0
+    timestep: float | None = None
+    step = -1
 
 
 class Engine:
@@ -58,7 +72,6 @@ class Engine:
         self.state = AttentionState()
         self.form, self.reason = STOCK, "no forward yet"
         self.counts = {STOCK: 0, SLOTS: 0, SCHEDULE: 0, FUSED: 0, "hooks": 0}  # forwards of the UNet by form
-        self.step = -1
         self._processors = OwnProcessors(self.layers, self.state)
         self.fast_path = FastPath(unet, self.layers, self._call, self.state, self._processors)
         self._hooks = ProjectionHooks(unet, self._hook_edit, driven=True)
@@ -66,13 +79,11 @@ class Engine:
         self._plans: Any = WeakTensorKeyDictionary()
         self._held: Any = WeakTensorKeyDictionary()  # encodings -> their concepts, which stay where they are whatever is computed anew
         self._numbers = itertools.count()
-        self._changed = 0
-        self._timestep: float | None = None
+        self._run = Run()
         self._lock, self._depth = threading.RLock(), 0
         self._handles: list[Any] = []
         self._given: GivenRows | None = None
         self._graphs: UNetGraphs | None = None
-        self._recent = threading.local()
         self._warned: set[str] = set()
 
     def __deepcopy__(self, memo: Any) -> Engine:
@@ -122,12 +133,12 @@ class Engine:
 
     def begin_prompt(self, client: Client) -> None:
         """A client encodes a prompt in this thread: its requests go before those of others, and steps count anew."""
-        self._recent.client = client
+        self._run.client = client
         self.begin_run()
 
     def begin_run(self) -> None:
         """Steps count from 0 again."""
-        self._changed, self._timestep, self.step = 0, None, -1
+        self._run.changed, self._run.timestep, self._run.step = 0, None, -1
 
     def use_graphs(self, recorder: Recorder | None = None) -> None:
         """Record the UNet's forward as graphs and replay them. Without CUDA it says so, and the UNet runs as it is until it is there."""
@@ -144,7 +155,7 @@ class Engine:
         with self._lock:
             self._plans.clear()
             self._hooks.forget()
-            self._changed = -1  # the next tensor is no new encoding
+            self._run.changed = -1  # the next tensor is no new encoding
             self.fast_path.forget()
 
     @property
@@ -208,11 +219,11 @@ class Engine:
         padding = self._call.padding(args, kwargs, encodings)
         form, reason = self._form(plan, masked=plan.regional or padding is not None)
         self._count(form, reason)
-        return Forward(plan, form, encodings, max(self.step, 0), self._call.size(args, kwargs), padding)
+        return Forward(plan, form, encodings, max(self._run.step, 0), self._call.size(args, kwargs), padding)
 
     def _form(self, plan: Plan, masked: bool) -> tuple[str, str]:
         """How a batch that may take the fast path takes it, and why."""
-        if self._changed >= CHANGING and self.fast_path.fuses and not (masked or plan.locked):
+        if self._run.changed >= CHANGING and self.fast_path.fuses and not (masked or plan.locked):
             return FUSED, "the encodings change at every step"
         if plan.scheduled and not plan.locked:
             return SCHEDULE, "a setting follows the steps"
@@ -260,21 +271,21 @@ class Engine:
     def _count_step(self, timestep: Any) -> None:
         """Steps are the timesteps of a run, which go down. Only schedules count them: reading one may wait for the device."""
         value = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
-        if self._timestep is None or value > self._timestep:
-            self.step = 0
-        elif value < self._timestep:
-            self.step += 1
-        self._timestep = value
+        run = self._run
+        if run.timestep is None or value > run.timestep:
+            run.step = 0
+        elif value < run.timestep:
+            run.step += 1
+        run.timestep = value
 
     def _plan(self, encodings: Tensor) -> Plan:
         known = self._plans.get(encodings)
         if known is not None and known.is_of(encodings):
-            self._changed = 0
+            self._run.changed = 0
             return known
-        self._changed += 1
+        self._run.changed += 1
         plan = Plan(encodings, next(self._numbers))
-        recent = getattr(self._recent, "client", None)
-        for client in sorted(self.clients, key=lambda client: client is not recent):
+        for client in sorted(self.clients, key=lambda client: client is not self._run.client):
             rows = client.rows_of(encodings) if client.has_concepts() else {}
             if rows:
                 plan.describe(encodings, client, rows)
@@ -332,5 +343,5 @@ class Engine:
         locked = {row: request.key_encoding for row, request in plan.rows.items() if request.key_encoding is not None}
         key_rows = {row: self._call.row(encoding, encodings) for row, encoding in locked.items()}
         tables = plan.tables_on(encodings.device)
-        settings = plan.settings(rows, self.step, encodings.device)
+        settings = plan.settings(rows, self._run.step, encodings.device)
         return hook_edit(self._call.text(encodings), torch.tensor(rows, device=encodings.device), tables, settings, key_rows)

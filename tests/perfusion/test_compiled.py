@@ -60,7 +60,7 @@ def test_a_graph_of_each_form_serves_a_hundred_prompts_concepts_and_settings(com
             handle._engine.counts[form], found = 0, set()
             for row in pipe.encode_prompt(list(requests(form)), "cpu", 1, False)[0]:
                 if form == FUSED:  # the encodings of one run are new at every step
-                    handle._engine._changed = 10
+                    handle._engine._run.changed = 10
                 else:
                     handle._engine.begin_run()
                 found.add(pipe.unet(latents, 500, row[None].clone()).sample.numpy().tobytes())

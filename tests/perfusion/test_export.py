@@ -21,6 +21,7 @@ from perfusion import cli
 from perfusion.base import describe_base
 from perfusion.exporting import ExportError, folder, writers
 from perfusion.exporting.scheduler import read_schedule
+from perfusion.families import CUSTOM, FAMILIES
 from perfusion.prompts import PromptError
 from perfusion.runtime import Concept, ExportedFolderError, Request, Runtime
 from perfusion.runtime.manifest import MANIFEST, Manifest, digest
@@ -491,12 +492,11 @@ def test_requests_are_checked(change, match, sd):
         sd.sample([Request(**change)], steps=1)
 
 
-@pytest.mark.parametrize(("family", "guidance_scale", "steps"), [("toybox", 2.5, 25), ("custom", 6.0, 50)])
-def test_guidance_and_steps_are_those_that_suit_the_model(sd, monkeypatch, family, guidance_scale, steps):
-    base = dataclasses.replace(sd.manifest.base, family=family)
-    monkeypatch.setattr(sd, "manifest", dataclasses.replace(sd.manifest, base=base))
+def test_guidance_and_steps_are_those_that_suit_the_model(sd, monkeypatch):
+    monkeypatch.setitem(FAMILIES, sd.manifest.base.family, dataclasses.replace(CUSTOM, steps=3, guidance_scale=2.5))
     usual = sd.sample([Request("a cat", seed=3)])
-    assert np.array_equal(usual, sd.sample([Request("a cat", seed=3, guidance_scale=guidance_scale)], steps=steps))
+    assert np.array_equal(usual, sd.sample([Request("a cat", seed=3, guidance_scale=2.5)], steps=3))
+    assert not np.allclose(usual, sd.sample([Request("a cat", seed=3, guidance_scale=6.0)], steps=3), atol=1e-3)
 
 
 def test_settings_that_there_are_not(sd):
