@@ -11,7 +11,8 @@ say = @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo picture docs test peers test-gpu test-lower proof numeric coverage wheel bench bench-regression lint clean
+tiers := pipelines serve export docs toybox bench
+.PHONY: help demo picture docs test $(tiers:%=test-%) test-studio peers test-gpu test-lower proof numeric coverage wheel bench bench-regression lint clean
 
 help: ## this list
 	@echo 'make COMMAND [ARGS="..."]'
@@ -39,14 +40,31 @@ docs: $(VENV)/.installed-docs ## build the documentation into build/site
 	@$(BIN)/python -m mkdocs build
 
 pytest := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
-as_cpus = $(foreach cpu,$(CPUS),.ci/as_cpu $(cpu) env $(pytest) --dist worksteal -m 'numeric and not proof' $(ARGS) &&) true
+# files with tests of a tier, unless ARGS names some: collecting all the others would take longer than many a tier
+files_of = $(if $(filter tests%,$(ARGS)),,$$(grep -rl --include='test_*.py' 'pytest\.mark\.$(1)\>' tests)) $(ARGS)
+# 5: of what ARGS names, nothing is of the tier
+as_cpus = $(foreach cpu,$(CPUS),{ .ci/as_cpu $(cpu) env $(pytest) --dist worksteal -m 'numeric and not proof' \
+	--junitxml build/numeric-$(cpu).xml $(call files_of,numeric)$(if $(ARGS), || [ $$? -eq 5 ]); } &&) true
+
+nothing :=
+any_tier := $(subst $(nothing) $(nothing), or ,$(strip $(tiers)))
 
 test: CPUS ?= Haswell Prescott
-test: $(VENV)/.installed-test ## run the tests, in minutes: public behaviour, the reference, the floor of every backend, one compile each
+test: $(VENV)/.installed-test ## run the tests, in minutes: public behaviour, the reference, the floor of every backend, a little of each tier below
 	$(say) 'Running the tests, $(JOBS) at a time'
-	@$(pytest) --dist loadfile -m 'not proof' --junitxml build/tests.xml $(ARGS)
+	@$(pytest) --dist loadfile -m 'not proof and (smoke or not ($(any_tier)))' --junitxml build/tests.xml $(ARGS)
 	$(say) 'The numeric ones as on other processors'
 	@$(as_cpus)
+
+test-pipelines: ## every pipeline of diffusers that is supported, every form of a checkpoint
+test-serve: ## the server: its API, its queue, what it survives
+test-export: ## exported models: their pictures are the pipelines'
+test-docs: ## the code of README.md and of every page
+test-toybox: ## the model that is shipped, the recipe that made it, and the demo
+test-bench: ## the measurements' own tests
+$(tiers:%=test-%): test-%: $(VENV)/.installed-test
+	$(say) 'Running the tests of $*, $(JOBS) at a time'
+	@$(pytest) --dist loadfile -m '$* and not proof' --junitxml build/$*.xml $(call files_of,$*)
 
 proof: $(VENV)/.installed-test ## the rest: sanitizers, faults that must be seen, traffic, every instance on every architecture
 	$(say) 'Running the proofs, $(JOBS) at a time'
@@ -61,7 +79,11 @@ test-gpu: $(VENV)/.installed-test ## the tests of the kernels on an NVIDIA GPU, 
 	@PERFUSION_CUDA=1 $(BIN)/python $(install) --editable '.[test]'
 	@$(BIN)/python -m pytest -q -m 'not proof' -k 'cuda-cuda or triton-cuda or gpu' tests/kernels --junitxml build/gpu.xml $(ARGS)
 
-coverage: $(VENV)/.installed-test ## which lines the tests of `make test` run
+test-studio: $(VENV)-studio/.installed ## the tests of `perfusion studio`, in a headless Chromium where there is one
+	$(say) 'Running the tests of the page'
+	@OMP_NUM_THREADS=1 $(VENV)-studio/bin/python -m pytest -q -rs -n $(JOBS) --dist loadfile --junitxml build/studio.xml tests/studio $(ARGS)
+
+coverage: $(VENV)/.installed-test ## which lines the tests of all tiers but the proofs run
 	@$(pytest) --dist loadfile -m 'not proof' --cov --cov-report term --cov-report html:build/coverage $(ARGS)
 	$(say) 'Wrote build/coverage/index.html'
 
@@ -100,7 +122,7 @@ lint: $(VENV)/.installed-dev ## look for mistakes that need no run
 	@$(BIN)/hadolint docker/Dockerfile
 
 clean: ## remove the virtual environment and everything built; concepts and pictures stay
-	rm -rf $(VENV) $(VENV)-lower build dist *.egg-info perfusion_kernels/cuda/*.so perfusion_kernels/cuda/build.json .coverage .coverage.* .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lower $(VENV)-studio build dist *.egg-info perfusion_kernels/cuda/*.so perfusion_kernels/cuda/build.json .coverage .coverage.* .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Where there is nvcc, CUDA kernels are compiled against the headers of torch, which therefore comes first: for all architectures
@@ -130,6 +152,18 @@ $(VENV)-lower/.installed: pyproject.toml .ci/lower_bounds.py | $(BIN)/python
 	@$(BIN)/python .ci/lower_bounds.py > $(VENV)/lower_bounds.txt
 	@$(PYTHON) -m venv $(VENV)-lower
 	@$(VENV)-lower/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) --requirement $(VENV)/lower_bounds.txt
+	@touch $@
+
+# Over the environment of the other tests, as Gradio wants an older Pillow than they have.
+$(VENV)-studio/.installed: .ci/constraints-studio.txt $(VENV)/.installed-test
+	$(say) 'Installing Gradio and Playwright into $(VENV)-studio'
+	@$(BIN)/python -m venv --clear $(VENV)-studio
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		$(BIN)/python -c "$$site" > "$$($(VENV)-studio/bin/python -c "$$site")/tests.pth"
+	@$(VENV)-studio/bin/python -m pip install --disable-pip-version-check --constraint .ci/constraints-studio.txt $(PIP_ARGS) \
+		gradio pillow playwright
+	@command -v chromium || command -v google-chrome || $(VENV)-studio/bin/python -m playwright install --only-shell chromium || \
+		echo 'No Chromium is here and none could be fetched: what needs a browser is skipped. On Debian: sudo apt install chromium'
 	@touch $@
 
 $(BIN)/python:

@@ -43,10 +43,11 @@ class PlainSession(TrainingSession):
         return captions, torch.arange(len(captions), device=self.device)
 
     @contextlib.contextmanager
-    def _editing(self, encodings: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _editing(self, encodings: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        self.text = encodings[rows]  # with its gradient, which what the denoiser is given lacks
         with torch.no_grad():
-            gates = self.gate(encodings[rows])[1][..., None]
-        yield encodings[rows], gates
+            gates = self.gate(self.text)[1][..., None]
+        yield gates
 
     def gate(self, e: Tensor) -> tuple[Tensor, Tensor]:
         """Similarities and gates [R, T] of encodings [R, T, D] (eq. 3)."""
@@ -57,13 +58,17 @@ class PlainSession(TrainingSession):
 
 
 class GatedEdit(torch.nn.Module):
-    """h = W (e − c i*) + g o* (arXiv 2305.01644, eq. 3). output: o* [d], or None for the session's own columns, which are trained."""
+    """h = W (e − c i*) + g o* (arXiv 2305.01644, eq. 3), e being the session's text, whatever is given.
+
+    output: o* [d], or None for the session's own columns, which are trained.
+    """
 
     def __init__(self, session: PlainSession, module: torch.nn.Linear, columns: slice, output: Tensor | None):
         super().__init__()
         self.weight, self.session, self.columns, self.output = module.weight, session, columns, output
 
-    def forward(self, e: Tensor) -> Tensor:
+    def forward(self, _: Tensor) -> Tensor:
+        e = self.session.text
         c, g = self.session.gate(e)
         return self._edited((e - c[..., None] * self.session.target).to(e.dtype), g)
 
@@ -81,13 +86,13 @@ class ExpertSession(PlainSession):
     _distinct = TrainingSession._distinct
 
     @contextlib.contextmanager
-    def _editing(self, encodings: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        c, self.gates = self.gate(encodings)
-        edited = (encodings - c[..., None] * self.target).to(encodings.dtype)[rows]
-        self.gates = self.gates[rows]
-        yield edited, self.gates[..., None]
+    def _editing(self, encodings: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        c, gates = self.gate(encodings)
+        self.text = (encodings - c[..., None] * self.target).to(encodings.dtype)[rows]
+        self.gates = gates[rows]
+        yield self.gates[..., None]
 
 
 class SharedEdit(GatedEdit):
-    def forward(self, e: Tensor) -> Tensor:
-        return self._edited(e, self.session.gates)
+    def forward(self, _: Tensor) -> Tensor:
+        return self._edited(self.session.text, self.session.gates)

@@ -1,7 +1,7 @@
 """The table of docs/server.md of what a server survives, of what the tests wrote while they ran.
 
-    make test proof                                                # or the tests of tests/serve alone, with --junitxml
-    python bench/serve_faults.py build/tests.xml build/proof.xml
+    make test-serve proof                                          # or the tests of tests/serve alone, with --junitxml
+    python bench/serve_faults.py build/serve.xml build/proof.xml
 
 A test of a fault records what it did, how often, and what it saw come of it (fixture `survived`). Rows are of tests that passed.
 """

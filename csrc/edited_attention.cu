@@ -175,7 +175,7 @@ extern "C" perfusion_status perfusion_edited_attention(const perfusion_edited_at
   if (p.J == 0) p.index.data = nullptr;
   if (p.slots.data == nullptr) p.P = p.B;
   if (p.B * p.H > most_of_a_size) {
-    return fail(PERFUSION_UNSUPPORTED, "edited_attention: B * H must be below 2^30; got %lld", static_cast<long long>(p.B * p.H));
+    return fail(PERFUSION_UNSUPPORTED, "edited_attention: B * H must be at most 2^30; got %lld", static_cast<long long>(p.B * p.H));
   }
 
   Device here;

@@ -23,6 +23,7 @@ perfusion_status check(const char* operation, const perfusion_edited_projection_
     int64_t value, least;
   } sizes[] = {{"B", p.B, 0}, {"T", p.T, 0}, {"D", p.D, 1}, {"O", p.O, 0}, {"J", p.J, 0}};
   for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, most);
+  if (arguments.status != PERFUSION_OK) return arguments.status;  // before products of sizes that could exceed 64 bits
   arguments.rule(p.B * p.T <= most, PERFUSION_UNSUPPORTED, "B * T must be at most 2^30", p.B * p.T);
   if (arguments.status != PERFUSION_OK || is_empty({p.B, p.T, p.O})) return arguments.status;
 

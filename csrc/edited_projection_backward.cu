@@ -23,7 +23,9 @@ perfusion_status check_sizes(const perfusion_edited_projection_backward_params& 
     int64_t value, least;
   } sizes[] = {{"B", p.B, 0}, {"T", p.T, 0}, {"D", p.D, 1}, {"O", p.O, 0}, {"J", p.J, 0}, {"S", p.S, 0}};
   for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, most);
+  if (arguments.status != PERFUSION_OK) return arguments.status;  // before products of sizes that could exceed 64 bits
   arguments.rule(p.B * p.T <= most / 2, PERFUSION_UNSUPPORTED, "B * T must be at most 2^29", p.B * p.T);
+  if (arguments.status != PERFUSION_OK) return arguments.status;
   arguments.rule(p.B * p.T * p.D <= int64_t{1} << 41, PERFUSION_UNSUPPORTED, "B * T * D must be at most 2^41", p.B * p.T * p.D);
   arguments.rule(2 * p.S * over(p.O, rank_one_columns) <= most, PERFUSION_UNSUPPORTED, "S * O must be at most 2^37", p.S * p.O);
   return arguments.status;
@@ -36,6 +38,7 @@ perfusion_status check(const perfusion_edited_projection_backward_params& p, con
   if (p.encodings_gradient.data != nullptr) {
     if (!empty) arguments.tensor("weight", p.weight, {p.gradient.dtype});
     arguments.tensor("encodings_gradient", p.encodings_gradient, {p.gradient.dtype});
+    arguments.half("encodings_gradient", p.encodings_gradient);  // without columns, gradient's dtype has not been looked at
     arguments.workspace(p.workspace, p.workspace_bytes, plan.workspace_bytes);
   }
   const std::initializer_list<perfusion_dtype> any = {PERFUSION_FLOAT16, PERFUSION_BFLOAT16, PERFUSION_FLOAT32};

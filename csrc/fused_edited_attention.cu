@@ -91,6 +91,9 @@ extern "C" perfusion_status perfusion_fused_edited_attention(const perfusion_fus
   FusedEditedAttentionLaunch arguments{attention_of(p), p.encodings, p.key_weight, p.value_weight, p.D, {}, nullptr};
   perfusion_status status = check(p, arguments.call);
   if (status != PERFUSION_OK || is_empty({p.B, p.N, p.H})) return status;
+  if (p.B * p.H > most_of_a_size) {
+    return fail(PERFUSION_UNSUPPORTED, "fused_edited_attention: B * H must be at most 2^30; got %lld", static_cast<long long>(p.B * p.H));
+  }
 
   Device here;
   status = device("fused_edited_attention", &here);
@@ -98,10 +101,6 @@ extern "C" perfusion_status perfusion_fused_edited_attention(const perfusion_fus
   if (status != PERFUSION_OK) return status;
   arguments.errors = here.errors;
   const int64_t blocks = arguments.plan.attention.blocks = p.B * p.H * arguments.plan.attention.splits;
-  if (blocks > most_of_a_size) {
-    return fail(PERFUSION_UNSUPPORTED, "fused_edited_attention: B * H must be below 2^30; got %lld",
-                static_cast<long long>(p.B * p.H));
-  }
   return p.query.dtype == PERFUSION_FLOAT16 ? launch_fused_edited_attention<Half>(arguments, blocks, stream)
                                             : launch_fused_edited_attention<BFloat16>(arguments, blocks, stream);
 }

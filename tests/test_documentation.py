@@ -22,6 +22,7 @@ from perfusion import cli, models
 from perfusion.captions import everyday_captions
 from perfusion.covariance import compute_covariance
 from perfusion.serve import Settings, running
+from tests.perfusion.tiny import SMALL
 from tests.stand_in import save_concept, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:the covariance of")  # of few captions, in a tiny model
@@ -55,9 +56,9 @@ def commands(code):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("documentation")
-    model = save_model(folder / "model")
-    save_concept(folder / "teddy.safetensors", "teddy", seed=1)
-    save_concept(folder / "teapot.safetensors", "teapot", seed=2)
+    model = save_model(folder / "model", unet=SMALL)
+    save_concept(folder / "teddy.safetensors", "teddy", seed=1, unet=SMALL)
+    save_concept(folder / "teapot.safetensors", "teapot", seed=2, unet=SMALL)
     (folder / "pictures").mkdir()
     pipe = models.load_pipeline(model)
     compute_covariance(pipe, everyday_captions(300), progress=False).save(model / "covariance.safetensors")
@@ -77,9 +78,11 @@ def here(world, monkeypatch, tmp_path_factory):
 
 
 def with_blocks(language):
-    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES if blocks(page, language)]
+    smoke = {ROOT / "README.md": pytest.mark.smoke}
+    return [pytest.param(page, id=str(page.relative_to(ROOT)), marks=smoke.get(page, ())) for page in PAGES if blocks(page, language)]
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_python(page, here, tmp_path):
     lines = []
@@ -93,6 +96,7 @@ def test_python(page, here, tmp_path):
         exec(compile(text, str(page), "exec"), {"__name__": "__main__"})  # so that errors name the page's line
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("page", with_blocks("bash"))
 def test_commands(page, here):
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -1,10 +1,10 @@
 """tests/peers.py finds a test that passes plain and is lost with perfusion attached, and counts no other."""
 
+import json
+
 import pytest
 
 from tests import peers
-
-pytestmark = pytest.mark.proof  # three runs of pytest
 
 TESTS = f"""
 import sys
@@ -38,17 +38,31 @@ def test_fails_anyway():
 """
 
 
+@pytest.mark.proof  # a run of pytest by itself
 def test_lost_tests_are_named(tmp_path, capfd):
     folder = tmp_path / "tests/pipelines/stable_diffusion"
     folder.mkdir(parents=True)
     (folder / "test_stand_in.py").write_text(TESTS, encoding="utf-8")
-    assert peers.main([str(tmp_path), "-p", "no:cacheprovider"]) == 1
+    rows = tmp_path / "rows.jsonl"
+    assert peers.main([str(tmp_path), "--rows", str(rows), "-p", "no:cacheprovider"]) == 1
     said = capfd.readouterr().out
     assert "attached: 3 of 4 tests that pass plain" in said and "loaded: 2 of 4 tests that pass plain" in said
     lost = [line.rpartition("::")[2] for line in said.splitlines() if line.startswith("  lost: ")]
     assert lost == ["test_knows_nothing_of_perfusion"] * 2 + ["test_leaves_the_processors"]
+    row = json.loads(rows.read_text(encoding="utf-8"))
+    assert (row["file"], row["passed"], row["failed"], row["skipped"]) == ("stable_diffusion/test_stand_in.py", 4, 1, 0)
+    assert peers.table([row])[2] == "| stable_diffusion/test_stand_in.py | 4 | 3 | 2 | 1 | 0 |"
 
 
 def test_a_folder_that_is_no_checkout(tmp_path):
     with pytest.raises(SystemExit, match="give a checkout of diffusers"):
         peers.main([str(tmp_path)])
+
+
+def test_the_page_shows_the_rows_and_nothing_is_lost():
+    assert peers.PAGE.read_text(encoding="utf-8") == peers.page(), "docs/pipelines.md is stale: python -m tests.peers --page"
+    rows = [json.loads(line) for line in peers.ROWS.read_text(encoding="utf-8").splitlines()]
+    assert rows and not any(row["lost"]["attached"] for row in rows)
+    # it asks for the very type of the processors, and while a concept is loaded these are ours
+    lost = [name.rpartition("::")[2] for row in rows for name in row["lost"]["loaded"]]
+    assert set(lost) <= {"test_from_pipe_consistent_forward_pass"}

@@ -11,7 +11,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
-JOBS = {"lint", "test", "proof", "lower-bounds", "docs", "wheel"}
+JOBS = {"lint", "test", "proof", "tiers", "studio", "lower-bounds", "wheel"}
 
 
 def jobs():
@@ -49,6 +49,24 @@ def test_what_it_calls_is_there():
     for line in commands():
         for path in re.findall(r"(?<![\w/])(?:tests|bench|\.ci)[\w./-]*", line):
             assert (ROOT / path).exists(), line
+
+
+def test_every_tier_is_a_marker_and_a_target_that_is_run():
+    """And `make test` has a little of it."""
+    makefile = (ROOT / "Makefile").read_text()
+    tiers = re.search(r"^tiers := (.*)", makefile, re.MULTILINE)[1].split()
+    markers = re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert set(markers) >= {*tiers, "proof", "numeric", "smoke"}
+    usual = re.search(r"TIERS:-([^}]*)", (ROOT / ".ci/run").read_text())[1].split()
+    assert set(usual) >= {"lint", "test", "numeric", "docs", *(f"test-{tier}" for tier in tiers)}
+    ran = " ".join(commands())
+    tests = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    for tier in tiers:
+        assert re.search(rf"^test-{tier}: ## .", makefile, re.MULTILINE) and f"test-{tier}" in ran, tier
+        assert any(f"pytest.mark.{tier}\n" in text and "pytest.mark.smoke" in text for text in tests), tier
+    assert set(re.findall(r"^(test-[\w-]+|test|proof|numeric):", makefile, re.MULTILINE)) <= {
+        found for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() for found in re.findall(r"^\| `make ([\w-]+)`", line)
+    }
 
 
 def test_pythons_are_those_of_the_package():

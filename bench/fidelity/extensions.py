@@ -28,11 +28,13 @@ __all__ = ["Extended", "Extension"]
 
 @dataclasses.dataclass(frozen=True)
 class Extension:
-    """rank: of a layer's value update: with g the gate, o*_V + B Aᵀ(e − i*) in place of o*_V, B [O, rank − 1] and A [D, rank − 1] learned.
+    """rank: of a layer's value update: with g the gate, o*_V + B Aᵀ(e − i*) in place of o*_V, B [O, rank − 1] and A [D, rank − 1] learned,
+    at rank_rate.
     words: vectors of the word, all but the last as tokens before it. value_noise: the timesteps that o*_V learns from, as `Recipe.noise`,
     while the word learns from all. biases: β of the values of coarse and of fine layers, when pictures are drawn; keys keep the default."""
 
     rank: int = 1
+    rank_rate: float = 0.001  # at 0.03, the values' rate, B outgrows o*_V and other captions lose the thing: identity 0.1
     words: int = 1
     value_noise: str = "all"
     biases: tuple[float, float] | None = None
@@ -65,7 +67,7 @@ class ExtendedSession(TrainingSession):
         generator = torch.Generator().manual_seed(self.config.seed)
         self.down = torch.nn.Parameter(torch.randn(width, more, generator=generator).to(self.device) / width**0.5)
         self.up = torch.nn.Parameter(torch.zeros(outputs, more, device=self.device))
-        added = [{"params": [self.down, self.up], "lr": self.config.learning_rate}] if more else []
+        added = [{"params": [self.down, self.up], "lr": self.extension.rank_rate}] if more else []
         if self.tokens:
             self.table.requires_grad_(True)
             added.append({"params": [self.table], "lr": self.config.word_learning_rate})

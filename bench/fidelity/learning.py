@@ -55,7 +55,7 @@ def squeezed(timesteps: Tensor, scheduler: Any, noise: str) -> Tensor:
     """Timesteps that were drawn alike, as `noise` would draw them."""
     total = scheduler.config.num_train_timesteps
     if noise != "snr":
-        return timesteps * 2 // 3 + (total - 2 * total // 3 if noise == "late" else 0)
+        return timesteps * 2 // 3 + (total - 1 - 2 * (total - 1) // 3 if noise == "late" else 0)
     kept = scheduler.alphas_cumprod.double()
     ratio = kept / (1 - kept)
     weight = ratio.clamp(max=5) / (ratio + 1 if scheduler.config.prediction_type == "v_prediction" else ratio)

@@ -7,11 +7,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 import perfusion.edit
-import perfusion.engine
+import perfusion.fast_path
 from bench.fidelity.lab import Lab
 from bench.fidelity.learning import Recipe, concept_of
 from bench.fidelity.subjects import Target
@@ -73,7 +74,8 @@ class Base(Method):
 @dataclasses.dataclass
 class Ours(Method):
     """This project. settings: of every prompt (`Request`). halves: a region each, left and right. approximate: a_j = c_j in place of the
-    Gram solve. scales: factors of o*_V − W_V s by the resolution of a layer, "coarse" and "fine": a strength, and so a bias, per layer."""
+    Gram solve. scales: factors of o*_V − W_V s by the resolution of a layer, "coarse" and "fine": a strength, and so a bias, per layer.
+    floor: of gates by word."""
 
     name: str
     recipe: Recipe = Recipe()
@@ -81,6 +83,7 @@ class Ours(Method):
     halves: bool = False
     approximate: bool = False
     scales: dict[str, float] = dataclasses.field(default_factory=dict)
+    floor: float | None = None
     joint = True
     combines = True
 
@@ -93,6 +96,8 @@ class Ours(Method):
         with attach(lab.pipe) as handle, contextlib.ExitStack() as undo:
             if self.approximate:
                 undo.enter_context(overlaps_ignored())
+            if self.floor is not None:
+                undo.enter_context(mock.patch("perfusion.batch_plan.WORD_GATE_FLOOR", self.floor))
             for each in learned:
                 concept = Concept.load(each.path)
                 handle.load(scaled(concept, lab.pipe, self.scales) if self.scales else concept)
@@ -114,7 +119,7 @@ class Ours(Method):
 @contextlib.contextmanager
 def overlaps_ignored() -> Iterator[None]:
     """Compose as the paper's approximation does: each concept's component as if it were the prompt's only one (a_j = c_j)."""
-    users, exact = (perfusion.edit, perfusion.engine), perfusion.edit.gates_of
+    users, exact = (perfusion.edit, perfusion.fast_path), perfusion.edit.gates_of
 
     def approximate(encodings: torch.Tensor, tables: Any, rows: Any) -> Any:
         parts = []

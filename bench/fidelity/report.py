@@ -17,6 +17,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,19 @@ PLACE = re.compile(r"(<!-- fidelity: (?P<section>[\w ]+) -->\n).*?(<!-- end of f
 
 
 def current(found: Rows) -> Rows:
-    """Of the weights and guidance measured last; of each method and section those of its largest scale; of a row made twice the last."""
+    """Of the weights and guidance measured last; of each method and section those of its largest scale and of the most pictures a thing;
+    of a row made twice the last."""
     own = [row for row in found if _weights(row) == _weights(found[-1])]
-    order, best = list(SCALES), {}
+    order = list(SCALES)
+
+    def rank(row: dict[str, Any]) -> tuple[int, int]:
+        return -order.index(row["scale"]), row["prompts"] * row["seeds"]
+
+    best: dict[tuple[str, str], tuple[int, int]] = {}
     for row in own:
         key = row["section"], row["variant"]
-        best[key] = min(best.get(key, len(order)), order.index(row["scale"]))
-    kept = [row for row in own if row["scale"] == order[best[row["section"], row["variant"]]]]
+        best[key] = max(best.get(key, rank(row)), rank(row))
+    kept = [row for row in own if rank(row) == best[row["section"], row["variant"]]]
     sections = {name: number for number, name in enumerate(SECTIONS)}
     last = {(row["section"], row["variant"], row["subject"]): row for row in kept}
     return sorted(last.values(), key=lambda row: sections[row["section"]])
@@ -124,13 +131,12 @@ def _line(group: Rows, names: Sequence[str]) -> list[str]:
 
 
 def default_rows(found: Rows, groups: dict[str, Rows]) -> Rows:
-    """Ours as it is by default on the things of some methods, and where they were measured on the same prompts and seeds."""
-    shown = {row["subject"] for name, group in groups.items() if name != "perfusion" for row in group}
-    for section in ("peers", "concepts"):
-        own = [row for row in found if (row["section"], row["variant"]) == (section, "perfusion") and row["subject"] in shown]
-        if own:
-            return own
-    return []
+    """Ours as it is by default on the things of some methods, measured on the same prompts and seeds if anywhere."""
+    others = [row for name, group in groups.items() if name != "perfusion" for row in group]
+    shown, amounts = {row["subject"] for row in others}, {(row["prompts"], row["seeds"]) for row in others}
+    own = [row for row in found if row["section"] in ("peers", "concepts") and row["variant"] == "perfusion" and row["subject"] in shown]
+    alike = [row for row in own if (row["prompts"], row["seeds"]) in amounts]
+    return [row for row in alike or own if row["section"] == (alike or own)[0]["section"]]
 
 
 def pairs(found: Rows, section: str) -> str:
@@ -368,7 +374,7 @@ def examples(found: Rows, work: Path, path: Path) -> bool:
     brush, font = ImageDraw.Draw(whole), ImageFont.load_default(15)
     for number, (name, file) in enumerate(files.items()):
         row = next(each for each in found if each["variant"] == name and each["section"] == chosen[name])
-        brush.multiline_text((8, tile * number + 40), name.replace(", ", ",\n").replace(" and ", "\nand "), INK, font)
+        brush.multiline_text((8, tile * number + 40), "\n".join(textwrap.wrap(name, 24)), INK, font)
         sheet, columns = Image.open(file), row["seeds"] * 4
         for prompt in range(shown):
             place = prompt * row["seeds"]

@@ -11,9 +11,9 @@ __all__ = ["SCALES", "Scale"]
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """subjects, prompts, seeds: of every main row; subset_*: of peers and ablations. steps, batch: of a training. ladder: settings of each
-    sweep, at most. sampling_steps: of DDIM. guidance: what toybox is drawn with. drawn_in: the arithmetic that the model draws in, for
-    every method (autocast); trainings are in float32."""
+    """subjects, prompts, seeds: of every main row, and of peers and β where `widely`; subset_*: of ablations, and of those where not.
+    steps, batch: of a training. ladder: settings of each sweep, at most. sampling_steps: of DDIM. guidance: what toybox is drawn with.
+    drawn_in: the arithmetic that the model draws in, for every method (autocast); trainings are in float32."""
 
     name: str
     subjects: int = 12
@@ -30,17 +30,19 @@ class Scale:
     guidance: float = GUIDANCE
     drawn_in: str = "bfloat16"
     ladder: int = 9
+    widely: bool = False
 
     def identity(self) -> dict[str, int]:
         """What rows of one scale share: a row of other numbers is another row."""
-        found = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("name", "subjects", "pairs", "ladder")}
+        not_theirs = ("name", "subjects", "pairs", "ladder", "widely")
+        found = {key: value for key, value in dataclasses.asdict(self).items() if key not in not_theirs}
         if self.drawn_in == "float32":
             del found["drawn_in"]
         return found
 
 
 SCALES = {
-    "full": Scale("full"),
+    "full": Scale("full", widely=True),
     "product": Scale("product", steps=400, batch=16),  # trainings as long as those of `perfusion train`
     "medium": Scale(
         "medium", subjects=6, prompts=12, seeds=3, subset_subjects=2, subset_prompts=8, subset_seeds=3, pairs=3, pair_prompts=4, ladder=7,

@@ -17,8 +17,9 @@ __all__ = ["SECTIONS", "Job", "jobs"]
 
 NOISE = {"late": "the upper two thirds", "early": "the lower two thirds", "snr": "min-SNR's weights, γ = 5"}
 BIASES = (0.7, 0.9, 0.3, 0.5, 0.8, 0.6, 0.4, 1.0, 0.2)  # in the order in which a smaller scale takes them
+FLOORS = (0.7, 0.5, 0.9, 0.0, 1.0)
 SECTIONS = (  # in the order in which they are worth most
-    "concepts", "peers", "pairs", "peer pairs", "bias", "layers", "training", "pictures", "lag", "extensions", "triples",
+    "concepts", "peers", "pairs", "peer pairs", "bias", "layers", "training", "pictures", "lag", "extensions", "triples", "floor pairs",
 )  # fmt: skip
 
 
@@ -91,6 +92,10 @@ def variants(scale: Scale) -> dict[str, list[Method]]:
             Ours("coarse layers × 1.2", scales={"coarse": 1.2, "fine": 1.0}),
             Ours("fine layers × 1.2", scales={"coarse": 1.0, "fine": 1.2}),
         ][: max(2, ladder)],
+        "floor pairs": [
+            Ours("published gates"),
+            *(Ours(f"gates by word, g₀ = {floor:g}", settings={"gate": "word"}, floor=floor) for floor in FLOORS[:ladder]),
+        ],
         "pairs": [
             Ours("local lock, published gates"),
             Ours("gates by word", settings={"gate": "word"}),
@@ -123,15 +128,18 @@ def jobs(scale: Scale, sections: tuple[str, ...] = SECTIONS) -> Iterator[Job]:
     everything, subset = targets()[: scale.subjects], targets()[: scale.subset_subjects]
     ours = variants(scale)
     for section in sorted(sections, key=SECTIONS.index):
-        if section in ("pairs", "peer pairs", "triples"):
-            rivals = [method for method in peers() if method.combines] if section == "peer pairs" else [Base(), *ours[section]]
+        if section in ("pairs", "peer pairs", "floor pairs", "triples"):
+            rivals = [method for method in peers() if method.combines] if section == "peer pairs" else ours[section]
+            rivals = rivals if section in ("peer pairs", "floor pairs") else [Base(), *rivals]
             for method in rivals:
                 for several in triples(scale) if section == "triples" else pairs(scale):
                     yield Job(section, method, several, scale.pair_prompts, scale.subset_seeds, pair=True)
             continue
         own = section == "concepts"
         rivals = [Base(), Ours("perfusion")] if own else [Ours("perfusion"), *peers()] if section == "peers" else ours[section]
-        amount = (scale.prompts, scale.seeds) if own else (scale.subset_prompts, scale.subset_seeds)
         for method in rivals:
-            for target in everything if own else subset:
+            # ours among the peers is what ablations are compared with, on as much as they are
+            full = own or (section in ("peers", "bias") and scale.widely and method.name != "perfusion")
+            amount = (scale.prompts, scale.seeds) if full else (scale.subset_prompts, scale.subset_seeds)
+            for target in everything if full else subset:
                 yield Job(section, method, (target,), *amount)

@@ -5,8 +5,9 @@
 //   sweep [dense] [OPERATOR…]      all of them without a name; dense: without views. The exit status is the number of cases that
 //                                  failed, at most 99
 //
-// A tensor has memory of its own and of exactly its size. That of a view has gaps, filled with NaN, which must be neither read nor written.
-// In cases with views some indices and slots are out of range: nothing is read for them, and the device notes it.
+// A tensor has memory of its own and of exactly its size. That of a view has layout, filled with NaN, which must be neither read nor written:
+// every second element of a row and more between rows, or what makes rows whole pieces of 16 bytes, for accesses of these.
+// In the former some indices and slots are out of range: nothing is read for them, and the device notes it.
 #include <perfusion_kernels.h>
 
 #include <algorithm>
@@ -22,6 +23,8 @@
 namespace {
 
 using Shape = std::vector<int64_t>;
+
+enum Layout { dense, apart, padded };  // how elements lie: one after the other; with gaps between all; rows of whole 16 bytes
 
 std::mt19937 generator(1);
 int failures = 0;
@@ -66,15 +69,17 @@ double rounding(perfusion_dtype dtype) {
 // A tensor on the device and its values on the host, in the order of its shape.
 class Tensor {
  public:
-  Tensor(perfusion_dtype dtype, Shape shape, bool gaps, std::function<double(int64_t)> value) : dtype(dtype) {
+  Tensor(perfusion_dtype dtype, Shape shape, Layout layout, std::function<double(int64_t)> value) : dtype(dtype) {
     view.dtype = dtype;
-    int64_t stride = gaps ? 2 : 1, begin = gaps ? 3 : 0, elements = 1;
+    int64_t stride = layout == apart ? 2 : 1;
+    const int64_t begin = layout == apart ? 3 : 0;
     for (size_t i = shape.size(); i-- > 0;) {
       view.strides[i] = stride;
-      stride *= shape[i] + (gaps ? 1 : 0);
+      stride *= shape[i] + (layout == apart);
+      if (layout == padded && i + 1 == shape.size()) stride = (stride + 7) / 8 * 8;
       count *= shape[i];
     }
-    elements = gaps ? begin + stride : count;
+    const int64_t elements = begin + stride;
     width = dtype == PERFUSION_FLOAT16 || dtype == PERFUSION_BFLOAT16 ? 2 : 4;
     image.assign(elements * width, 0xff);  // NaN; as an index out of any range
     for (int64_t i = 0; i < count; ++i) {
@@ -179,14 +184,14 @@ std::string label(const char *name, perfusion_dtype dtype, std::initializer_list
 
 // Concepts of B rows: row 0 has none, the others all of J places but, in every second row, the first: it is absent, or out of range.
 struct Edit {
-  Edit(int64_t B, int64_t T, int64_t J, int64_t O, perfusion_dtype dtype, bool gaps)
-      : T(T), J(J), O(O), S(J + 2), out_of_range(gaps && J % 2),
-        gates(PERFUSION_FLOAT32, {B, T, J}, gaps, normal), components(PERFUSION_FLOAT32, {B, T, J}, gaps, normal),
-        index(PERFUSION_INT32, {B, J}, gaps, [=](int64_t i) -> double {
-          if (i >= J && i / J % 2 && i % J == 0) return out_of_range ? J + 2 : -1;
+  Edit(int64_t B, int64_t T, int64_t J, int64_t O, perfusion_dtype dtype, Layout layout)
+      : T(T), J(J), O(O), S(J + 2), out_of_range(layout == apart && J % 2),
+        gates(PERFUSION_FLOAT32, {B, T, J}, layout, normal), components(PERFUSION_FLOAT32, {B, T, J}, layout, normal),
+        index(PERFUSION_INT32, {B, J}, layout, [=](int64_t i) -> double {
+          if (i >= J && i / J % 2 && i % J == 0) return !out_of_range ? -1 : J % 4 == 1 ? J + 2 : -2;
           return i < J ? -1 : 1 + (i + i / J) % J;
         }),
-        outputs(dtype, {J + 2, O}, gaps, normal), targets(dtype, {J + 2, O}, gaps, normal) {}
+        outputs(dtype, {J + 2, O}, layout, normal), targets(dtype, {J + 2, O}, layout, normal) {}
 
   int64_t slot(int64_t b, int64_t j) const {
     const auto found = static_cast<int64_t>(index[b * J + j]);
@@ -206,15 +211,15 @@ struct Edit {
 };
 
 // words: gates by word, for concepts of up to two words, some of whose places are beyond the text.
-void concept_gates(perfusion_dtype dtype, int64_t T, int64_t D, int64_t J, bool gaps, bool words = false) {
+void concept_gates(perfusion_dtype dtype, int64_t T, int64_t D, int64_t J, Layout layout, bool words = false) {
   const int64_t B = 3, S = J + 2, P = 2;
-  Edit edit(B, T, J, 1, PERFUSION_FLOAT32, gaps);  // for its index
-  Tensor encodings(dtype, {B, T, D}, gaps, normal), targets(PERFUSION_FLOAT32, {S, D}, gaps, normal);
-  Tensor bias(PERFUSION_FLOAT32, {B, J}, gaps, [](int64_t i) { return 0.1 * (i % 7); });
-  Tensor temperature(PERFUSION_FLOAT32, {B, J}, gaps, [](int64_t i) { return 0.5 + 0.1 * (i % 3); });
-  Tensor gates(PERFUSION_FLOAT32, {B, T, J}, gaps, nothing), components(PERFUSION_FLOAT32, {B, T, J}, gaps, nothing);
-  Tensor places(PERFUSION_INT32, {B, J, P}, gaps, [T](int64_t i) { return i % 5 == 4 ? -1 : i * 3 % (T + 1); });
-  Tensor floor(PERFUSION_FLOAT32, {B, J}, gaps, [](int64_t i) { return 0.25 * (i % 4); });
+  Edit edit(B, T, J, 1, PERFUSION_FLOAT32, layout);  // for its index
+  Tensor encodings(dtype, {B, T, D}, layout, normal), targets(PERFUSION_FLOAT32, {S, D}, layout, normal);
+  Tensor bias(PERFUSION_FLOAT32, {B, J}, layout, [](int64_t i) { return 0.1 * (i % 7); });
+  Tensor temperature(PERFUSION_FLOAT32, {B, J}, layout, [](int64_t i) { return 0.5 + 0.1 * (i % 3); });
+  Tensor gates(PERFUSION_FLOAT32, {B, T, J}, layout, nothing), components(PERFUSION_FLOAT32, {B, T, J}, layout, nothing);
+  Tensor places(PERFUSION_INT32, {B, J, P}, layout, [T](int64_t i) { return i % 5 == 4 ? -1 : i * 3 % (T + 1); });
+  Tensor floor(PERFUSION_FLOAT32, {B, J}, layout, [](int64_t i) { return 0.25 * (i % 4); });
   perfusion_concept_gates_params p = {};
   p.B = B, p.T = T, p.D = D, p.J = J, p.S = S;
   if (words) p.places = places.view, p.P = P, p.floor = floor.view;
@@ -226,7 +231,7 @@ void concept_gates(perfusion_dtype dtype, int64_t T, int64_t D, int64_t J, bool 
   p.workspace = workspace.data;
   if (status == PERFUSION_OK) status = perfusion_concept_gates(&p, nullptr);
 
-  Case one(label("concept_gates", dtype, {{"T", T}, {"D", D}, {"J", J}, {"gaps", gaps}, {"words", words}}), status);
+  Case one(label("concept_gates", dtype, {{"T", T}, {"D", D}, {"J", J}, {"layout", layout}, {"words", words}}), status);
   one.results({&gates, &components});
   one.noted(false, edit.out_of_range);
   const auto is_word = [&](int64_t b, int64_t j, int64_t t) {
@@ -265,11 +270,11 @@ void concept_gates(perfusion_dtype dtype, int64_t T, int64_t D, int64_t J, bool 
   }
 }
 
-void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, int64_t J, bool gaps) {
+void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, int64_t J, Layout layout) {
   const int64_t B = 3;
-  Edit edit(B, T, J, O, dtype, gaps);
-  Tensor encodings(dtype, {B, T, D}, gaps, normal), weight(dtype, {O, D}, gaps, normal);
-  Tensor result(dtype, {B, T, O}, gaps, nothing), gradient(dtype, {B, T, O}, gaps, normal);
+  Edit edit(B, T, J, O, dtype, layout);
+  Tensor encodings(dtype, {B, T, D}, layout, normal), weight(dtype, {O, D}, layout, normal);
+  Tensor result(dtype, {B, T, O}, layout, nothing), gradient(dtype, {B, T, O}, layout, normal);
   perfusion_edited_projection_params p = {};
   p.B = B, p.T = T, p.D = D, p.O = O, p.J = J, p.S = edit.S;
   p.encodings = encodings.view, p.weight = weight.view, p.gates = edit.gates.view, p.components = edit.components.view;
@@ -277,7 +282,7 @@ void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, i
   for (bool fused : {false, true}) {
     const perfusion_status status = fused ? perfusion_fused_edited_projection(&p, nullptr) : perfusion_edited_projection(&p, nullptr);
     const char *name = fused ? "fused_edited_projection" : "edited_projection";
-    Case one(label(name, dtype, {{"T", T}, {"D", D}, {"O", O}, {"J", J}, {"gaps", gaps}}), status);
+    Case one(label(name, dtype, {{"T", T}, {"D", D}, {"O", O}, {"J", J}, {"layout", layout}}), status);
     one.results({&result});
     one.noted(false, edit.out_of_range);
     for (int64_t i = 0; i < B * T * O; ++i) {
@@ -288,9 +293,9 @@ void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, i
     }
   }
 
-  Tensor by_encodings(dtype, {B, T, D}, gaps, nothing);
-  Tensor by_outputs(dtype, {edit.S, O}, gaps, nothing), by_targets(dtype, {edit.S, O}, gaps, nothing);
-  Tensor by_gates(PERFUSION_FLOAT32, {B, T, J}, gaps, nothing), by_components(PERFUSION_FLOAT32, {B, T, J}, gaps, nothing);
+  Tensor by_encodings(dtype, {B, T, D}, layout, nothing);
+  Tensor by_outputs(dtype, {edit.S, O}, layout, nothing), by_targets(dtype, {edit.S, O}, layout, nothing);
+  Tensor by_gates(PERFUSION_FLOAT32, {B, T, J}, layout, nothing), by_components(PERFUSION_FLOAT32, {B, T, J}, layout, nothing);
   perfusion_edited_projection_backward_params q = {};
   q.B = B, q.T = T, q.D = D, q.O = O, q.J = J, q.S = edit.S;
   q.gradient = gradient.view, q.weight = p.weight, q.gates = p.gates, q.components = p.components, q.index = p.index;
@@ -302,7 +307,7 @@ void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, i
   q.workspace = workspace.data;
   if (status == PERFUSION_OK) status = perfusion_edited_projection_backward(&q, nullptr);
 
-  Case one(label("edited_projection_backward", dtype, {{"T", T}, {"D", D}, {"O", O}, {"J", J}, {"gaps", gaps}}), status);
+  Case one(label("edited_projection_backward", dtype, {{"T", T}, {"D", D}, {"O", O}, {"J", J}, {"layout", layout}}), status);
   one.results({&by_encodings, &by_gates, &by_components, &by_outputs, &by_targets});
   one.noted(false, edit.out_of_range);
   for (int64_t i = 0; i < B * T * D; ++i) {
@@ -328,18 +333,19 @@ void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, i
 }
 
 // edited_attention, or with a D fused_edited_attention; J = 0 is the plain one. mapped: slots and regions too.
-void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J, int64_t D, bool gaps, bool mapped = false) {
+void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J, int64_t D, Layout layout, bool mapped = false) {
   const int64_t B = 3, H = 2, O = H * d, P = mapped ? 4 : B;
   const double scale = 0.7 / std::sqrt(static_cast<double>(d));
-  Edit of_keys(P, T, J, O, dtype, gaps);
-  Tensor slots(PERFUSION_INT32, {B}, gaps, [=](int64_t b) { return gaps && b == 1 ? P : (b + 3) % 4; });
-  Tensor query_regions(PERFUSION_INT32, {B, N}, gaps, [](int64_t i) { return 1 << i % 3; });
-  Tensor key_regions(PERFUSION_INT32, {B, T}, gaps, [](int64_t i) { return i % 4 ? 1 << i % 3 : 0; });
-  Tensor value_outputs(dtype, {J + 2, O}, gaps, normal), value_targets(dtype, {J + 2, O}, gaps, normal);
-  Tensor query(dtype, {B, N, H, d}, gaps, normal), key(dtype, {P, T, H, d}, gaps, normal), value(dtype, {P, T, H, d}, gaps, normal);
-  Tensor output(dtype, {B, N, H, d}, gaps, nothing);
+  Edit of_keys(P, T, J, O, dtype, layout);
+  Tensor slots(PERFUSION_INT32, {B}, layout, [=](int64_t b) { return layout == apart && b == 1 ? P : (b + 3) % 4; });
+  // the first row has tokens with a bit of no key's, and no key for all: nothing is left for these
+  Tensor query_regions(PERFUSION_INT32, {B, N}, layout, [N](int64_t i) { return i < N && i % 5 == 4 ? 8 : 1 << i % 3; });
+  Tensor key_regions(PERFUSION_INT32, {B, T}, layout, [T](int64_t i) { return i < T || i % 4 ? 1 << i % 3 : 0; });
+  Tensor value_outputs(dtype, {J + 2, O}, layout, normal), value_targets(dtype, {J + 2, O}, layout, normal);
+  Tensor query(dtype, {B, N, H, d}, layout, normal), key(dtype, {P, T, H, d}, layout, normal), value(dtype, {P, T, H, d}, layout, normal);
+  Tensor output(dtype, {B, N, H, d}, layout, nothing);
   const auto small = [D](int64_t i) { return normal(i) / std::sqrt(D + 1.0); };
-  Tensor encodings(dtype, {B, T, D}, gaps, normal), key_weight(dtype, {O, D}, gaps, small), value_weight(dtype, {O, D}, gaps, small);
+  Tensor encodings(dtype, {B, T, D}, layout, normal), key_weight(dtype, {O, D}, layout, small), value_weight(dtype, {O, D}, layout, small);
   const auto fill = [&](auto &p) {
     p.B = B, p.N = N, p.T = T, p.H = H, p.d = d, p.J = J, p.S = of_keys.S, p.scale = static_cast<float>(scale);
     p.query = query.view, p.output = output.view;
@@ -363,9 +369,9 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
   }
 
   const char *name = D ? "fused_edited_attention" : "edited_attention";
-  Case one(label(name, dtype, {{"N", N}, {"T", T}, {"D", D}, {"d", d}, {"J", J}, {"gaps", gaps}, {"mapped", mapped}}), status);
+  Case one(label(name, dtype, {{"N", N}, {"T", T}, {"D", D}, {"d", d}, {"J", J}, {"layout", layout}, {"mapped", mapped}}), status);
   one.results({&output});
-  one.noted(mapped && gaps, of_keys.out_of_range);
+  one.noted(mapped && layout == apart, of_keys.out_of_range);
   const auto side = [&](const Tensor &base, const Tensor &weight, const Tensor &outputs, const Tensor &targets, int64_t m, int64_t o) {
     const int64_t b = m / T, t = m % T;
     Sum sum;
@@ -399,7 +405,7 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
         for (int64_t t = 0; t < T; ++t) sum += std::exp(score[t].value - most);
         for (int64_t x = 0; x < d; ++x) {
           Sum expected;
-          for (int64_t t = 0; t < T; ++t) expected.add(std::exp(score[t].value - most) / sum, v[t * O + h * d + x]);
+          for (int64_t t = 0; t < T && most > -INFINITY; ++t) expected.add(std::exp(score[t].value - most) / sum, v[t * O + h * d + x]);
           one.compare(output, at + x, expected.value, expected.terms * (1 + 0.1 * loose), 1);
         }
       }
@@ -407,39 +413,89 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
   }
 }
 
+// Sizes whose products exceed what blocks are counted in, or 64 bits: refused before anything is multiplied, planned or read.
+template <class Params>
+void too_large(const char *name, std::initializer_list<int64_t Params::*> sizes, Params p, perfusion_status (*function)(const Params *, perfusion_stream)) {
+  for (int64_t size : {int64_t{1} << 30, int64_t{1} << 62}) {
+    for (auto each : sizes) p.*each = size;
+    const perfusion_status status = function(&p, nullptr);
+    if (status == PERFUSION_INVALID_ARGUMENT || status == PERFUSION_UNSUPPORTED) continue;
+    std::printf("%s: sizes of %lld are not refused\n", name, static_cast<long long>(size)), ++failures;
+  }
+}
+
+void too_large(const std::string &name) {
+  if (name == "concept_gates") {
+    using P = perfusion_concept_gates_params;
+    too_large<P>("concept_gates", {&P::B, &P::T, &P::D, &P::J}, {}, perfusion_concept_gates);
+  }
+  if (name == "edited_projection") {
+    using P = perfusion_edited_projection_params;
+    using Q = perfusion_edited_projection_backward_params;
+    for (auto function : {perfusion_edited_projection, perfusion_fused_edited_projection}) {
+      too_large<P>("edited_projection", {&P::B, &P::T, &P::D, &P::O, &P::J}, {}, function);
+    }
+    too_large<Q>("edited_projection_backward", {&Q::B, &Q::T, &Q::D, &Q::O, &Q::J, &Q::S}, {}, perfusion_edited_projection_backward);
+  }
+  static int nothing;  // only their product is too large, so that tensors are asked for
+  const perfusion_tensor there = {&nothing, PERFUSION_FLOAT16, {}};
+  const auto heads = [&](auto p) {
+    p.N = p.T = 1, p.d = 40, p.query = p.output = there;
+    return p;
+  };
+  if (name == "edited_attention") {
+    using P = perfusion_edited_attention_params;
+    P p = heads(P{});
+    p.key = p.value = there;
+    too_large<P>("edited_attention", {&P::B, &P::H}, p, perfusion_edited_attention);
+  }
+  if (name == "fused_edited_attention") {
+    using P = perfusion_fused_edited_attention_params;
+    P p = heads(P{});
+    p.D = 8, p.encodings = p.key_weight = p.value_weight = there;
+    too_large<P>("fused_edited_attention", {&P::B, &P::H}, p, perfusion_fused_edited_attention);
+  }
+}
+
 }  // namespace
 
 int main(int count, char **names) {
-  const bool dense = count > 1 && std::string(names[1]) == "dense";
-  const auto first = names + 1 + dense, last = names + count;
+  const bool only_dense = count > 1 && std::string(names[1]) == "dense";
+  const auto first = names + 1 + only_dense, last = names + count;
   const auto wanted = [&](const std::string &name) { return first == last || std::count(first, last, name) > 0; };
   constexpr auto half = PERFUSION_FLOAT16, brain = PERFUSION_BFLOAT16, single = PERFUSION_FLOAT32;
-  for (bool gaps : {false, true}) {
-    if (gaps && dense) break;
+  for (const char *name : {"concept_gates", "edited_projection", "edited_attention", "fused_edited_attention"}) {
+    if (wanted(name)) too_large(name);
+  }
+  for (Layout layout : {dense, apart, padded}) {
+    if (layout != dense && only_dense) break;
     if (wanted("concept_gates")) {
-      concept_gates(half, 18, 37, 3, gaps);
-      concept_gates(brain, 5, 64, 8, gaps);
-      concept_gates(single, 5, 64, 11, gaps);
-      concept_gates(half, 18, 37, 3, gaps, true);
-      concept_gates(brain, 17, 603, 2, gaps);           // more slices of columns than warps
-      if (!gaps) concept_gates(half, 17, 192, 130, gaps);  // in the workspace
+      concept_gates(half, 18, 37, 3, layout);
+      concept_gates(brain, 5, 64, 8, layout);
+      concept_gates(single, 5, 64, 11, layout);
+      concept_gates(half, 18, 37, 3, layout, true);
+      concept_gates(brain, 17, 603, 2, layout);           // more slices of columns than warps
+      if (layout == dense) concept_gates(single, 1, 16, 128, layout);  // the most in shared memory
+      if (layout == dense) concept_gates(half, 3, 40, 130, layout);  // in the workspace
     }
     if (wanted("edited_projection")) {  // with fused_edited_projection and the derivatives of both
-      edited_projection(half, 17, 19, 300, 2, gaps);
-      edited_projection(brain, 3, 16, 24, 9, gaps);
-      edited_projection(brain, 41, 72, 131, 1, gaps);
+      edited_projection(half, 17, 19, 300, 2, layout);
+      edited_projection(brain, 3, 16, 24, 9, layout);
+      edited_projection(brain, 41, 72, 131, 1, layout);
     }
     if (wanted("edited_attention")) {
-      attention(half, 70, 77, 40, 2, 0, gaps);
-      attention(brain, 5, 81, 40, 1, 0, gaps);
-      attention(brain, 150, 16, 40, 9, 0, gaps);
-      attention(half, 33, 154, 40, 0, 0, gaps);
-      attention(half, 70, 77, 40, 2, 0, gaps, true);
-      attention(brain, 300, 21, 40, 1, 0, gaps, true);
+      attention(half, 70, 77, 40, 2, 0, layout);
+      attention(brain, 5, 81, 40, 1, 0, layout);
+      attention(brain, 150, 16, 40, 9, 0, layout);
+      attention(half, 33, 154, 40, 0, 0, layout);
+      attention(half, 1, 1, 40, 1, 0, layout);
+      attention(brain, 17, 231, 40, 2, 0, layout);  // more keys than there are scores at once
+      attention(half, 70, 77, 40, 2, 0, layout, true);
+      attention(brain, 300, 21, 40, 1, 0, layout, true);
     }
     if (wanted("fused_edited_attention")) {
-      attention(half, 33, 77, 40, 2, 100, gaps);
-      attention(brain, 5, 81, 40, 1, 72, gaps);
+      attention(half, 33, 77, 40, 2, 100, layout);
+      attention(brain, 5, 81, 40, 1, 72, layout);
     }
   }
   if (failures == 0) std::puts("every case is right");

@@ -12,8 +12,8 @@ from torch import Tensor
 from perfusion.client_concepts import HeldConcepts
 from perfusion.edit import RowSettings, Tables
 from perfusion.loaded_concept import Schedule, value_at
-from perfusion.prompts import Mention
-from perfusion.requests import RowRequest
+from perfusion.prompts import Mention, PromptError
+from perfusion.requests import RowRequest, check_schedule
 from perfusion.settings import SETTINGS, WORD_GATE_FLOOR
 
 __all__ = ["Client", "GivenRows", "Plan"]
@@ -59,8 +59,8 @@ class Plan:
     number: of all plans; an id() may be that of another, once it is gone. client, rows: who knows which rows, and row -> request.
     contents: for each row the first row of equal content and request. names: of the concepts, in the order of `tables`. scheduled:
     whether a setting follows the steps. locked: whether a row takes its keys from another encoding. held: keeps the concepts in
-    their places. least: how many places for concepts a row has at least. slots, shown, regions: the engine's, where the rows' keys
-    and values are and how layers read them.
+    their places. least: how many places for concepts a row has at least. slots, regions: the fast path's, where the rows' keys and values
+    are and what reads them.
     """
 
     def __init__(self, encodings: Tensor, number: int):
@@ -75,7 +75,6 @@ class Plan:
         self.held: HeldConcepts | None = None
         self.least = 1
         self.slots: list[int] = []
-        self.shown: Any = None  # keys and values as the layers read them, where rows do not read slots by index
         self.regions: tuple[Any, ...] = ()
         self._tables: Tables | None = None
 
@@ -116,7 +115,7 @@ class Plan:
             return torch.tensor([each + [empty] * (width - len(each)) for each in values], dtype=dtype, device=device)
 
         def setting(key: str) -> Any:
-            return lambda request, number: value_at(self._setting(request.mentions[number], key), max(step, 0))
+            return lambda request, number: self._value(request.mentions[number], key, max(step, 0))
 
         settings = RowSettings(
             table(lambda request, number: self.names.index(request.mentions[number].name), -1, torch.int32),
@@ -130,6 +129,18 @@ class Plan:
     def _setting(self, mention: Mention, key: str) -> Schedule:
         own = getattr(mention, key)
         return getattr(self.held[mention.name], key) if own is None else own
+
+    def _value(self, mention: Mention, key: str, step: int) -> float:
+        """A setting at a step. PromptError for what a function must not return; numbers and lists were checked when they were given."""
+        schedule = self._setting(mention, key)
+        if not callable(schedule):
+            return value_at(schedule, step)
+        try:
+            value = value_at(schedule, step)
+        except (TypeError, ValueError) as error:
+            raise PromptError(f"<{mention.name}>: the function that is its {key} returned no number at step {step} ({error}).") from None
+        check_schedule(f"<{mention.name}> at step {step}", key, value)
+        return value
 
     def _places(self, requests: list[RowRequest | None], width: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """The concepts' words, in rows whose gates go by them."""

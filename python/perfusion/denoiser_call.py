@@ -29,6 +29,7 @@ class DenoiserCall:
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._places = {name: place for place, name in enumerate(names)}
         self._sample = "sample" if "sample" in self._places else names[0] if names else "sample"
+        self._scales = "down_blocks" in model._modules  # diffusers' UNets scale LoRA in their forward, and its transformers do not
         self._texts: Any = WeakTensorKeyDictionary()  # encodings -> (their stamp, that of the projection, what it makes of them)
         self._masks: Any = WeakTensorKeyDictionary()  # a text mask -> (its stamp, what closes the fast path, the bits of padding)
 
@@ -45,6 +46,11 @@ class DenoiserCall:
     def size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
         """Height and width of the latents."""
         return tuple(self.argument(self._sample, args, kwargs).shape[-2:])
+
+    def lora_scale(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        """What the denoiser multiplies LoRA by in this call, which `cross_attention_kwargs` say."""
+        given = self.argument("cross_attention_kwargs", args, kwargs) if self._scales else None
+        return 1.0 if given is None else given.get("scale", 1.0)
 
     def stamp(self) -> tuple[Any, ...]:
         """Changes with the weights of the text's projection."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-__all__ = ["offloaded_block", "parameter_stamp", "projection_stamp"]
+__all__ = ["lora_scaled", "offloaded_block", "parameter_stamp", "projection_stamp"]
 
 
 def projection_stamp(layers: list[torch.nn.Module]) -> tuple[Any, ...]:
@@ -29,14 +31,31 @@ def projection_stamp(layers: list[torch.nn.Module]) -> tuple[Any, ...]:
 
 def _adapted(module: torch.nn.Module) -> tuple[Any, ...]:
     """The state of a module that wraps a layer, as peft's LoRA does."""
-    names = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
+    names = ("active_adapters", "merged_adapters", "disable_adapters")
     state = [id(module), *(repr(getattr(module, name, None)) for name in names)]
-    return (*state, *parameter_stamp(module))
+    scaling = getattr(module, "scaling", None)
+    # rounded: diffusers multiplies it by a call's scale and divides it again, which may leave another last bit
+    scales = tuple((name, f"{value:.9g}") for name, value in scaling.items()) if isinstance(scaling, dict) else repr(scaling)
+    return (*state, scales, *parameter_stamp(module))
 
 
 def parameter_stamp(module: torch.nn.Module) -> tuple[Any, ...]:
     """Changes when a parameter of a module is written, cast, moved or exchanged."""
     return tuple((id(each), 0 if each.is_inference() else each._version, each.dtype, each.device) for each in module.parameters())
+
+
+@contextlib.contextmanager
+def lora_scaled(layers: Iterable[torch.nn.Module], scale: float) -> Iterator[None]:
+    """LoRA of `to_k` and `to_v` times a number, as diffusers' UNets have it within their forward, and as it was afterwards."""
+    projections = [] if scale == 1 else [each for layer in layers for part in (layer.to_k, layer.to_v) for each in part.modules()]
+    adapted = [(module, dict(module.scaling)) for module in projections if isinstance(getattr(module, "scaling", None), dict)]
+    try:
+        for module, held in adapted:
+            module.scaling.update({name: value * scale for name, value in held.items()})
+        yield
+    finally:
+        for module, held in adapted:
+            module.scaling.update(held)
 
 
 def offloaded_block(unet: torch.nn.Module) -> str | None:

@@ -66,6 +66,8 @@ def resolve(model: str | Path, *, half: bool = False) -> Path:
         return path
     if not os.path.isdir(path):
         raise ModelError(f"model {str(model)!r} is neither a folder nor a file: give {FORMS}.")
+    if os.path.isfile(path / "manifest.json"):
+        raise ModelError(f"model {str(model)!r} is an exported one: draw with it by `perfusion generate --runtime onnx`, or give {FORMS}.")
     inside = sorted(each.name for each in path.glob("*.safetensors"))
     hint = f" It holds {', '.join(inside[:5])}: give one of these files." if inside else ""
     raise ModelError(f"model {str(model)!r} has no model_index.json: give {FORMS}.{hint}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,9 +48,10 @@ class Request(str):
         regions: Mapping[str, Any] | None = None,
     ) -> Request:
         self = super().__new__(cls, text)
-        self.names, self.key_lock, self.gate = dict(names or {}), key_lock, gate
+        self.names, self.key_lock, self.gate = {own.lower(): name for own, name in (names or {}).items()}, key_lock, gate
         given = {"strength": strength, "bias": bias, "temperature": temperature}
-        self.settings = {key: value for key, value in given.items() if value is not None}
+        by_name = {key: isinstance(value, Mapping) and {name.lower(): each for name, each in value.items()} for key, value in given.items()}
+        self.settings = {key: by_name[key] or value for key, value in given.items() if value is not None}
         where = f"request {text!r}"
         for key, value in self.settings.items():
             for each in value.values() if isinstance(value, Mapping) else [value]:
@@ -65,6 +66,15 @@ class Request(str):
         """What the request sets for a concept, by the name that its prompt uses; None if nothing."""
         value = self.settings.get(key)
         return value.get(name) if isinstance(value, Mapping) else value
+
+    def check_names(self, known: Collection[str]) -> None:
+        """PromptError if a setting or a region is for a name that no prompt could write here."""
+        given = {f"sets {key}": value for key, value in self.settings.items() if isinstance(value, Mapping)}
+        for what, named in {**given, "sets a region": self.regions}.items():
+            unknown = [name for name in named if name not in known]
+            if unknown:
+                there = ", ".join(f"<{name}>" for name in sorted(known)) or "none"
+                raise PromptError(f"request {str(self)!r} {what} for <{unknown[0]}>, which is no concept here; there are: {there}.")
 
 
 def check_schedule(where: str, key: str, value: Any) -> None:
@@ -81,7 +91,10 @@ def _mask(where: str, name: str, mask: Any) -> Tensor:
     tensor = torch.as_tensor(mask)
     if tensor.dim() != 2 or not tensor.numel():
         raise PromptError(f"{where}: the region of <{name}> must be a mask [H, W], got shape {list(tensor.shape)}.")
-    return tensor.detach().to("cpu", torch.float32)
+    tensor = tensor.detach().to("cpu", torch.float32)
+    if not tensor.isfinite().all() or not (tensor > 0.5).any():
+        raise PromptError(f"{where}: the region of <{name}> must have finite values, some of them above 0.5: there <{name}> acts.")
+    return tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

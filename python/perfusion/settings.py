@@ -43,7 +43,8 @@ TRAINING_BIAS, TRAINING_TEMPERATURE = 0.75, 0.1
 KEY_LOCKS = ("local", "global")  # keys of the edited encoding, or of the superclass prompt (arXiv 2305.01644, section 4)
 GATES = ("similarity", "word")  # as published, or by the places of the words (DESIGN.md, "Gates by word")
 # The least gate at a concept's own word under gate="word": what the published gate is there in first place, .47 to .89 with the default
-# bias and temperature, from similarities of .68 to 1.01 on toybox (bench/recognition.py)
+# bias and temperature, from similarities of .68 to 1.01 on toybox (bench/recognition.py);
+# no picture of two things there depends on it up to .7 (docs/fidelity.md)
 WORD_GATE_FLOOR = 0.7
 
 

@@ -21,9 +21,9 @@ class Slots:
     keys, values [P, T, O]: None before the first `write`.
     """
 
-    def __init__(self, length: int, layers: Sequence[tuple[int, int]], device: torch.device):
-        """length: T. layers: (heads, width) of each layer. The dtype is that of what is written."""
-        self.length, self.shapes, self.device = length, tuple(layers), device
+    def __init__(self, length: int, columns: int, device: torch.device):
+        """length: T. columns: O. The dtype is that of what is written."""
+        self.length, self.columns, self.device = length, columns, device
         self.capacity = 0
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
@@ -55,7 +55,7 @@ class Slots:
 
     def write(self, slots: Sequence[int], keys: Tensor, values: Tensor) -> None:
         """keys, values [n, T, O] into slots."""
-        shape = (self.capacity, self.length, sum(width for _, width in self.shapes))
+        shape = (self.capacity, self.length, self.columns)
         if self.keys is None or self.keys.shape != shape or self.keys.dtype != keys.dtype:
             with torch.inference_mode(False):  # an inference tensor could not be written later
                 self.keys, self.values = (torch.zeros(shape, device=self.device, dtype=keys.dtype) for _ in range(2))
@@ -68,13 +68,3 @@ class Slots:
     @property
     def nbytes(self) -> int:
         return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
-
-    def split(self, table: Tensor) -> list[Tensor]:
-        """A table [P, T, O] as one view [P, T, H, d] per layer."""
-        pieces = table.split([width for _, width in self.shapes], -1)
-        return [piece.unflatten(-1, (heads, -1)) for piece, (heads, _) in zip(pieces, self.shapes)]
-
-    def gathered(self, table: Tensor, rows: Sequence[int]) -> list[Tensor]:
-        """Rows of a table as one [R, T, H, d] per layer, contiguous: a layer then reads no more pages than its own keys fill."""
-        where = torch.tensor(rows, device=self.device)
-        return [piece[where].contiguous() for piece in self.split(table)]

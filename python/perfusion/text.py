@@ -171,6 +171,7 @@ class TextHook:
         request = text if isinstance(text, Request) else None
         if request is not None:
             superclasses |= {own: self._named(text, name).superclass for own, name in request.names.items()}
+            request.check_names(superclasses)
         prompt = parse_prompt(str(text), superclasses, tokens)
         mentions = [self._settled(mention, request) for mention in prompt.mentions]
         return Prompt(prompt.text, tuple(mention for mention in mentions if mention.strength != 0), request)

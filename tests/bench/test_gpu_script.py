@@ -12,6 +12,8 @@ import pytest
 from bench import rows, suites
 from bench.run import parse
 
+pytestmark = pytest.mark.bench
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = (ROOT / "bench/gpu.sh").read_text()
 STAGES = re.search(r'known="([\w ]+)"', SCRIPT)[1].split()

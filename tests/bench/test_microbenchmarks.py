@@ -11,6 +11,8 @@ import torch
 from bench import microbenchmarks
 from tests.cuda_host.build import FLAGS, ROOT
 
+pytestmark = pytest.mark.bench
+
 HOST = ("status.cpp", "host/block.cpp", "host/cache.cpp", "host/copies.cpp", "host/fiber.cpp", "host/warp.cpp")
 
 

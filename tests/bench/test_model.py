@@ -14,6 +14,8 @@ from bench import model, rows
 from bench.suites import storage
 from perfusion_kernels import ConceptBank
 
+pytestmark = pytest.mark.bench
+
 ROOT = Path(__file__).parents[2]
 A = model.Assumptions()
 VIEWS = ("view", "reshape", "expand", "permute", "transpose", "slice", "split", "chunk", "unsqueeze", "squeeze", "detach", "alias", "select", "t")
@@ -80,6 +82,7 @@ def test_what_follows_from_what(name):
     assert model.miss_seconds(name, A, on_disk=False) < model.miss_seconds(name, A, on_disk=True) < model.lora_seconds(name, A)
 
 
+@pytest.mark.smoke
 def test_the_saved_predictions_are_those_of_today():
     saved = rows.read(ROOT / "bench/results/model.jsonl")
     assert saved == [{**row, "assumptions": saved[0]["assumptions"]} for row in model.predictions(A)], "python bench/model.py --out ..."

@@ -17,6 +17,8 @@ from perfusion.base import describe_base
 from tests.perfusion.editing import make_concept
 from tests.perfusion.tiny import tiny_sd
 
+pytestmark = pytest.mark.bench
+
 ROOT = Path(__file__).parents[2]
 MUST_RUN = {
     "step": {"stock", "attached", "perfusion", "perfusion, hooks", "expert", "gated edit", "LoRA", "LoRA fused"},

@@ -15,6 +15,8 @@ from bench.report import PLACE, refreshed, tables
 from bench.timing import Candidate, Times, interleave
 from perfusion_kernels.schemas import SCHEMAS
 
+pytestmark = pytest.mark.bench
+
 ROOT = Path(__file__).parents[2]
 EVERY = {"suite", "case", "provider", "device", "dtype", "shapes", "torch", "triton", "diffusers", "commit", "date", "gate", "quick"}
 TIMED = {"median_us", "p20_us", "p80_us", "repeats", "l2", "clock", "ratios"}
@@ -74,6 +76,7 @@ def test_every_suite_runs_in_small(suite, folder):
                 assert row["ratios"].keys() == ran - {row["provider"]}
 
 
+@pytest.mark.smoke
 def test_overheads_are_rows(folder):
     found = quick_rows("overhead", folder)
     assert {row["case"] for row in found} == set(SCHEMAS)
@@ -156,6 +159,7 @@ def test_a_case_measured_twice_counts_as_it_was_last():
     assert "| c | 1 | 0.25 |" in page and "0.50" not in page
 
 
+@pytest.mark.smoke
 def test_tables_of_pages_are_those_of_the_rows():
     pages = [page for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if "<!-- rows: " in page.read_text()]
     assert {ROOT / "README.md", ROOT / "docs/benchmarks.md"} <= set(pages)
@@ -172,6 +176,7 @@ def problem(*candidates):
     return Problem("c", {"B": 2}, torch.float32, torch.tensor([[1], [2]]), lambda: exact, lambda: exact.float(), list(candidates))
 
 
+@pytest.mark.smoke
 def test_who_is_wrong_is_not_timed():
     right = torch.linspace(0, 1, 8).reshape(2, 4)
     slots = torch.stack([right[0], right[1] + 1e-3])

@@ -11,6 +11,8 @@ from PIL import Image
 from bench import rows, serve_sim
 from bench.report import tables
 
+pytestmark = pytest.mark.bench
+
 FLAT = serve_sim.Machine("flat", "passed", {rows: 1.0 for rows in (2, 64)}, 0.0, 0.0, 0.0, 0.0, 1000)  # a batch costs what one row costs
 A = serve_sim.Assumptions(concepts=1000, least_pictures=600, pictures=100, shortest_run=4, longest_run=12)
 

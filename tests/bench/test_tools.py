@@ -13,6 +13,8 @@ from bench import compare, nsight, plot, predictions, roofline, rows
 from bench.regression.__main__ import compared, ratios
 from bench.report import tables
 
+pytestmark = pytest.mark.bench
+
 ROOT = Path(__file__).parents[2]
 
 # plot
@@ -22,6 +24,7 @@ def saved():
     return [row for row in plot.read(sorted(plot.RESULTS.glob("*.jsonl"))) if {"suite", "gate", "provider"} <= row.keys()]
 
 
+@pytest.mark.smoke
 def test_shipped_plots_are_of_the_shipped_rows():
     assert plot.stale(saved(), plot.PLOTS) == [], "python bench/plot.py"
     assert {path.stem for path in plot.PLOTS.glob("*.png")} == set(plot.PLOTTED)

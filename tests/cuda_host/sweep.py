@@ -6,7 +6,7 @@ import subprocess
 from .build import Change, build, only_widths
 
 OPERATORS = ("concept_gates", "edited_projection", "edited_attention", "fused_edited_attention")
-SCHEDULES = ("0", "64")  # multiprocessors: one block a head and large tiles; several blocks and small ones
+SCHEDULES = ("0", "64", "1")  # multiprocessors: one block a head and large tiles; several blocks and small ones; several heads a block
 
 
 def sweep(

@@ -3,41 +3,10 @@
 import pytest
 import torch
 
-from perfusion_kernels import concept_gates
-
 from ..kernels import cases
-from .host import Refused, compare
+from .host import Refused
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def compare_exactly_absent(host, case):
-    compare(host, "concept_gates", case)
-    absent = (case.index < 0)[:, None].expand_as(case.gates)
-    for result in host.concept_gates(**case.arguments("concept_gates")):
-        assert (result[absent] == 0).all() and torch.isfinite(result).all()
-
-
-def test_words(host):
-    """Each concept's own places, some of them another's too, and none; in registers' few places and in shared memory's many."""
-    for J in (3, 9):
-        case = cases.make(B=4, T=13, J=J)
-        arguments = case.arguments("concept_gates")
-        generator = torch.Generator().manual_seed(J)
-        words = torch.randint(-1, 13, (4, J, 2), generator=generator, dtype=torch.int32)
-        words[1, 1, 0] = words[1, 0, 0]
-        floor = torch.rand(4, J, generator=generator)
-        gates, _ = host.concept_gates(**arguments, places=words, floor=floor)
-        expected, _ = concept_gates(**{n: x.double() if x.is_floating_point() else x for n, x in arguments.items()}, places=words,
-                                    floor=floor.double(), validate=False)  # fmt: skip
-        torch.testing.assert_close(gates.double(), expected, rtol=1e-4, atol=1e-4)
-        assert not torch.equal(gates, host.concept_gates(**arguments)[0])
-
-
-def test_more_than_a_block_holds(host):
-    """Up to 128 places stay in shared memory, more in the workspace, of which each block has a part; and more places than threads."""
-    for J, T, D, dtype in ((128, 3, 350, torch.float32), (129, 18, 350, torch.bfloat16), (259, 2, 500, torch.float16)):
-        compare_exactly_absent(host, cases.make(B=2, J=J, D=D, T=T, dtype=dtype, seed=J))
 
 
 def test_workspace(host):
@@ -52,18 +21,6 @@ def test_workspace(host):
         assert refused.value.status == 1
 
 
-def test_mixed_rows(host):
-    compare_exactly_absent(host, cases.make(B=8, J=4, D=64, seed=3))
-
-
-def test_many_slices(host):
-    """More columns than the warps of a block take in one turn: the next slice comes while this one is multiplied."""
-    for order in ("forward", "backward"):
-        host.configure(order=order)
-        compare_exactly_absent(host, cases.make(B=2, T=17, J=3, D=1100))
-        compare_exactly_absent(host, cases.make(B=2, T=5, J=8, D=1088, dtype=torch.float16))
-
-
 def test_any_order(host):
     """The order in which threads run changes nothing."""
     for J, D in ((5, 40), (11, 40), (3, 600), (9, 600)):
@@ -73,24 +30,6 @@ def test_any_order(host):
             host.configure(order=order)
             results.append(torch.stack(host.concept_gates(**case.arguments("concept_gates"))))
         assert all(torch.equal(result, results[0]) for result in results) and torch.isfinite(results[0]).all()
-
-
-def within_longer_rows(x, length):
-    """The same values, in rows of `length` elements that go on with NaN."""
-    return torch.cat([x, x.new_full((*x.shape[:-1], length - x.shape[-1]), torch.nan)], -1)[..., : x.shape[-1]]
-
-
-def test_a_width_within_longer_rows(host):
-    """Read 16 bytes at a time, but for the last columns."""
-    for D, dtype in ((50, torch.float16), (70, torch.float32)):
-        case = cases.make(J=3, D=D, dtype=dtype)
-        arguments = case.arguments("concept_gates")
-        expected = host.concept_gates(**arguments)
-        host.configure()
-        rows = {name: within_longer_rows(arguments[name], 80) for name in ("encodings", "targets", "metric_targets")}
-        found = host.concept_gates(**{**arguments, **rows})
-        assert all(torch.equal(*pair) for pair in zip(found, expected))
-        assert host.counted()["read_wide"] > 4 * host.counted()["read_narrow"]
 
 
 def apart(x):
@@ -127,18 +66,6 @@ def test_nothing_else_is_read(host):
     assert 0 < rows < 4 and rows < used < 4 * rows
     assert host.counted()["read_wide"] == rows * 20 * 64 * 2 + 2 * used * 2 * 64 * 4
     assert host.counted()["read_narrow"] == 2 * (4 * 4 * 4 + used * 2 * 4)
-
-
-def test_dependent_concepts_stay_in_their_row(host):
-    case = cases.make()
-    arguments = case.arguments("concept_gates")
-    expected = host.concept_gates(**arguments)
-    index = arguments["index"].clone()
-    index[1] = 2
-    gates, components = host.concept_gates(**{**arguments, "index": index})
-    assert not torch.isfinite(components[1]).all()
-    others = [0, 2, 3]
-    assert torch.equal(gates[others], expected[0][others]) and torch.equal(components[others], expected[1][others])
 
 
 def test_refusals(host):

@@ -26,10 +26,6 @@ def plainly(case):
     return {name: getattr(case, name) for name in ("query", "key", "value")}
 
 
-def test_mixed_rows(host):
-    compare(host, "edited_attention", small(J=3, dtype=torch.bfloat16, seed=5))
-
-
 def test_heads_first_layout_is_read_in_place(host):
     case = small()
     expected = host.edited_attention(**plainly(case))
@@ -37,19 +33,6 @@ def test_heads_first_layout_is_read_in_place(host):
     host.configure()
     assert torch.equal(host.edited_attention(**heads_first), expected)
     assert host.counted()["read_narrow"] == 0
-
-
-def test_nothing_is_written_outside(host):
-    """Between the rows of a strided output, sentinels stay."""
-    case = small(N=19, T=13)
-    guarded = torch.full((6, 19, 2, 40), 7.0, dtype=torch.float16)
-    host.edited_attention(**plainly(case), output=guarded[1:5])
-    assert (guarded[0] == 7).all() and (guarded[5] == 7).all()
-    for room in (8, 3):  # accesses of 16 bytes, and of one element
-        memory = torch.full((4, 19, 2, 40 + room), 7.0, dtype=torch.float16)
-        result = host.edited_attention(**plainly(case), output=memory[..., :40])
-        assert (memory[..., 40:] == 7).all()
-        assert torch.equal(result, host.edited_attention(**plainly(case)))
 
 
 def test_schedules_agree(host):
@@ -68,26 +51,6 @@ def test_schedules_agree(host):
     assert torch.isfinite(results[0]).all()
 
 
-def test_long_streams(host):
-    """Many tiles through every warp, with a last one that is not full, in both orders of the threads."""
-    case = small(B=2, H=1, N=150)
-    for order in ("forward", "backward"):
-        host.configure(0, order=order)
-        compare(host, "edited_attention", case)
-
-
-def test_short_last_group(host):
-    """T that ends inside a piece of 8 keys: what stands behind it in memory is not attended to, nor is a zero in its place."""
-    longer = small(T=80, N=5, H=1)
-    key, value = longer.key.clone(), longer.value + 2  # a mean that a stray weight would move
-    key[:, 77:], value[:, 77:] = 30.0, 30.0
-    arguments = {"query": longer.query, "key": key[:, :77], "value": value[:, :77]}
-    query, key, value = (x.double() for x in arguments.values())
-    scores = torch.einsum("bnhd,bthd->bhnt", query, key) * 0.05
-    expected = torch.einsum("bhnt,bthd->bnhd", torch.softmax(scores, -1), value)
-    torch.testing.assert_close(host.edited_attention(**arguments, scale=0.05).double(), expected, rtol=1e-3, atol=2e-3)
-
-
 @pytest.mark.parametrize("chip", plans.CHIPS)
 def test_one_even_wave(host, chip):
     """No block waits for another to end, every tile has one block, and where all have tiles, nobody has many more than others."""
@@ -104,42 +67,6 @@ def test_one_even_wave(host, chip):
 def test_the_committed_predictions_are_of_these_plans(host):
     """The remedy: python bench/plans.py."""
     assert predictions.FILE.read_text().splitlines() == [json.dumps(row) for row in plans.predictions(host)]
-
-
-def test_stretches(host):
-    """Blocks whose tiles are of one head and a part of the next, on a machine that holds a few."""
-    host.configure(3, shared_per_multiprocessor=40000)
-    case = small(B=3, H=2, N=330, T=20, d=40)
-    assert host.plan(**plainly(case))["splits"] == 0
-    compare(host, "edited_attention", case)
-
-
-def test_slots_and_regions(host):
-    """Rows that read others' slots, one of which is none; tokens with all, some and no positions."""
-    host.configure()
-    case = small(B=4, N=40, T=30, d=40)
-    generator = torch.Generator().manual_seed(0)
-    regions = {
-        "query_regions": torch.randint(0, 4, (4, 40), generator=generator, dtype=torch.int32),
-        "key_regions": torch.randint(0, 4, (4, 30), generator=generator, dtype=torch.int32),
-    }
-    regions["key_regions"][3], regions["query_regions"][3, :5] = 4, -5
-    given = {**plainly(case), **regions, "slots": torch.tensor([2, -1, 1, 0], dtype=torch.int32)}
-    result = host.edited_attention(**given)
-    expected = edited_attention(**{**given, **plainly(case.double())}, scale=0.3, backend="reference", validate=False)
-    torch.testing.assert_close(result.double(), expected, rtol=2e-3, atol=4e-3)
-    assert not result[1].any() and not result[3, :5].any() and host.module.device_errors() == [True, False]
-    assert host.module.device_errors() == [False, False]
-
-
-def test_long_contexts(host):
-    """More keys than there are scores at once, the largest of which come last."""
-    host.configure()
-    case = small(B=1, N=33, T=231, d=40)
-    key = case.key * torch.linspace(0.1, 3, 231)[:, None, None].half()
-    given = {**plainly(case), "key": key}
-    expected = edited_attention(**{name: x.double() for name, x in given.items()}, scale=0.3, backend="reference")
-    torch.testing.assert_close(host.edited_attention(**given).double(), expected, rtol=2e-3, atol=4e-3)
 
 
 @pytest.mark.parametrize("m", (1, 2))

@@ -41,26 +41,6 @@ def test_every_tile(host, tile, dtype):
     compare(host, "edited_projection", case)
 
 
-def test_mixed_rows(host):
-    """Rows of several prompts in one tile, each with its own concepts, and slots that some of them share."""
-    for J in (3, 10):
-        compare(host, "edited_projection", small(B=8, T=11, J=J, dtype=torch.bfloat16, seed=J))
-
-
-def test_ragged_rows(host):
-    """Widths that are no multiple of 8 in rows that are: what stands behind the last element is not read, 16 bytes at a time or not."""
-    case = small(T=9, D=67, O=43, J=2)
-    arguments = case.arguments("edited_projection")
-    padded = {}
-    for name, x in arguments.items():
-        wider = torch.full((*x.shape[:-1], -x.shape[-1] // 8 * -8), 10**6 if name == "index" else torch.nan).to(x)
-        wider[..., : x.shape[-1]] = x
-        padded[name] = wider[..., : x.shape[-1]]
-    host.configure()
-    assert torch.equal(host.edited_projection(**padded), host.edited_projection(**arguments))
-    assert host.counted()["read_wide"] > 0
-
-
 def test_rows_without_a_concept(host):
     """The bits of the plain product, signs of zeros included, beside rows that are edited."""
     for dtype in HALVES:
@@ -84,19 +64,6 @@ def test_rounded_once_more(host):
         once = host.edited_projection(**plainly(arguments)).double() + edit
         error = (host.edited_projection(**arguments).double() - once).abs()
         assert error.le(1.01 * torch.finfo(dtype).eps / 2 * once.abs() + 1e-5).all()
-
-
-def test_nothing_is_written_outside(host):
-    """The destination is a slot per row among others, and some of each slot's columns."""
-    case = small(B=3, T=33, O=43)
-    arguments = case.arguments("edited_projection")
-    expected = host.edited_projection(**arguments)
-    for columns, first in ((48, 0), (64, 8), (50, 3)):  # accesses of 16 bytes, twice, and of one element
-        slots = torch.full((7, 35, columns + 8), 7.0, dtype=torch.float16)
-        here = slots[1::2][:3, 1:34, first : first + 43]
-        assert torch.equal(host.edited_projection(**arguments, result=here), expected)
-        here.fill_(7)
-        assert (slots == 7).all()
 
 
 def test_schedules_agree(host):

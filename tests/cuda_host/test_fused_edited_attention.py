@@ -20,32 +20,11 @@ def small(T=77, D=40, d=40, N=17, H=2, dtype=torch.float16, **sizes):
     return cases.make(T=T, D=D, d=d, N=N, H=H, dtype=dtype, **sizes)
 
 
-def test_mixed_rows(host):
-    for order in ("forward", "backward"):
-        host.configure(order=order)
-        compare(host, OPERATOR, small(J=3, D=72, N=5, dtype=torch.bfloat16, seed=5))
-
-
 def test_one_side_after_the_other(host):
     """Heads so wide that values are projected after keys, and more tokens than one tile has."""
     for order in ("forward", "backward"):
         host.configure(order=order)
         compare(host, OPERATOR, small(d=96, T=100, D=40, H=1, B=2, N=20, seed=3))
-
-
-def test_a_width_within_longer_rows(host):
-    """D that ends inside 16 bytes, in rows that go on with NaN: read in wide accesses, as far as D goes."""
-    case = small(D=44, T=13, N=5)
-
-    def longer(name, tensor):
-        if name not in ("encodings", "key_weight", "value_weight"):
-            return tensor
-        room = torch.full((*tensor.shape[:-1], 48), torch.nan, dtype=tensor.dtype)
-        room[..., :44] = tensor
-        return room[..., :44]
-
-    results = [host.fused_edited_attention(**each.arguments(OPERATOR)) for each in (case, case.map(longer))]
-    assert torch.isfinite(results[0]).all() and torch.equal(*results)
 
 
 def test_the_reference_s_roundings(host):

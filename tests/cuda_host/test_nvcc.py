@@ -40,6 +40,7 @@ def test_instructions_are_counted():
 def test_what_no_kernel_may_have():
     good = nvcc_matrix.Kernel("edited_attention, float16, 40, 5, 2", "sm_80", registers=96, tensor=1, wide_loads=1, wide_stores=1)
     bad = nvcc_matrix.Kernel(good.name, "sm_80", registers=96, stack=16, spills=20)
+    assert nvcc_matrix.complaints([replace(good, spills=20, runs=False)]) == []  # no call is for it
     assert nvcc_matrix.complaints([good]) == []
     assert nvcc_matrix.complaints([bad]) == [
         f"{good.name} for sm_80: {text}"

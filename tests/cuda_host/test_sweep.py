@@ -7,6 +7,6 @@ from .sweep import OPERATORS, SCHEDULES, sweep
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_case_is_right(operator):
-    for multiprocessors, order in zip(SCHEDULES, ("0", "1")):
+    for multiprocessors, order in zip(SCHEDULES, ("0", "1", "2"), strict=True):
         ran = sweep(operator, multiprocessors=multiprocessors, order=order)
         assert (ran.returncode, ran.stdout, ran.stderr) == (0, "every case is right\n", "")

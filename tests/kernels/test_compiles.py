@@ -25,11 +25,10 @@ def test_triton_compiles_an_operator_for_every_architecture(tmp_path):
 @pytest.mark.parametrize("architecture", CUDA)
 def test_nvcc_compiles_a_kernel(architecture, tmp_path):
     """The smallest that has all of the device layer: asynchronous copies, matrix loads and products, wide stores."""
-    number = architecture.replace(".", "")
-    target = f"-gencode=arch=compute_{number},code=sm_{number}"
+    target = f"-arch=sm_{architecture.replace('.', '')}"
     kernel = "edited_projection_kernel<perfusion::Half, 32, 64>(PERFUSION_CONSTANT perfusion::EditedProjectionLaunch)"
     (tmp_path / "one.cu").write_text(f'#include "{ROOT}/csrc/edited_projection.cuh"\ntemplate __global__ void perfusion::{kernel};\n')
-    command = ["nvcc", "-std=c++17", target, "-Xptxas=-v", "-c", tmp_path / "one.cu", "-o", tmp_path / "object.o"]
+    command = ["nvcc", "-std=c++17", target, "-Xptxas=-v", "-cubin", tmp_path / "one.cu", "-o", tmp_path / "one.cubin"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     words = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", ran.stderr)

@@ -63,6 +63,7 @@ def library(sources):
     return sources / "page.so"
 
 
+@pytest.mark.docs
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_the_page_runs(library, tmp_path):
     program = tmp_path / "page.py"  # a file, because Triton reads a kernel's source
@@ -71,6 +72,7 @@ def test_the_page_runs(library, tmp_path):
     run(sys.executable, program, env=environment)
 
 
+@pytest.mark.docs
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_nvcc_compiles_the_page(sources):
     run("nvcc", "-std=c++17", "-arch=sm_90", "-Werror", "all-warnings", "-c", sources / "concept_energies.cu", "-o", sources / "page.o")

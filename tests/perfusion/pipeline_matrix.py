@@ -455,6 +455,7 @@ OPTIONS = [
     Case("FreeU", change=call("enable_freeu", s1=0.9, s2=0.2, b1=1.4, b2=1.6)),
     Case("LoRA before attach", change=lora, before=True),
     Case("LoRA after attach", change=lora),
+    Case("LoRA scaled by the call (`cross_attention_kwargs`)", change=lora, options=dict(cross_attention_kwargs={"scale": 0.3})),
     Case("LoRA fused", change=fused_lora),
     Case("LoRA unloaded", change=unloaded_lora, neutral=True),
     Case("textual inversion", change=textual_inversion, before=True, prompts=with_style),

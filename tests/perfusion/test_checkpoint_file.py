@@ -13,6 +13,8 @@ from perfusion.models import ModelError, load_pipeline
 from tests.perfusion.editing import draw
 from tests.perfusion.original_layout import original_layout, pipeline_of, use_small_families
 
+pytestmark = pytest.mark.pipelines
+
 KINDS = [
     Kind("sd1", 4, "epsilon", True), Kind("sd1", 9, "epsilon", True), Kind("sd2", 4, "v_prediction", True),
     Kind("sd2", 9, "epsilon", True), Kind("sdxl", 4, "epsilon", True), Kind("sdxl", 9, "epsilon", True),

@@ -13,6 +13,8 @@ from perfusion.handle import attach
 from tests.perfusion.editing import make_concept
 from tests.perfusion.tiny import SMALL, tiny_sd
 
+pytestmark = pytest.mark.pipelines
+
 COUNT = 100
 NAMES = ("teddy", "teapot", "robot", "kettle", "vase")
 SCENES = ("on a beach", "in the snow", "and a red cube", "at night", "in the kitchen")
@@ -34,24 +36,31 @@ def requests(form):
         )  # fmt: skip
 
 
+COMPILED = {
+    "the UNet": lambda unet: unet.compile(backend="eager", fullgraph=True),
+    "its repeated blocks": lambda unet: unet.compile_repeated_blocks(backend="eager", fullgraph=True),  # of equal shape here
+}
+
+
 @pytest.mark.parametrize("attached", ["before", "after"])
-def test_a_graph_of_each_form_serves_a_hundred_prompts_concepts_and_settings(attached):
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_a_graph_of_each_form_serves_a_hundred_prompts_concepts_and_settings(compiled, attached):
     torch._dynamo.reset()
     pipe = tiny_sd(unet=SMALL)
     if attached == "after":
-        pipe.unet.compile(backend="eager", fullgraph=True)
+        COMPILED[compiled](pipe.unet)
     with attach(pipe, capacity=len(NAMES)) as handle, torch.no_grad():
         for seed, name in enumerate(NAMES):
             handle.load(make_concept(handle.base, name, seed=seed))
         if attached == "before":
-            pipe.unet.compile(backend="eager", fullgraph=True)
+            COMPILED[compiled](pipe.unet)
         latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         for form in (STOCK, SLOTS, SCHEDULE, FUSED):
             counters.clear()
             handle._engine.counts[form], found = 0, set()
             for row in pipe.encode_prompt(list(requests(form)), "cpu", 1, False)[0]:
                 if form == FUSED:  # the encodings of one run are new at every step
-                    handle._engine._changed = 10
+                    handle._engine._run.changed = 10
                 else:
                     handle._engine.begin_run()
                 found.add(pipe.unet(latents, 500, row[None].clone()).sample.numpy().tobytes())

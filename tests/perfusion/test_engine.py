@@ -1,10 +1,12 @@
 """perfusion.engine: which operators run, what is computed when, and what a request can say for its row."""
 
 import copy
+import gc
 import pickle
 import sys
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -98,7 +100,7 @@ def test_encodings_that_change_at_every_step_take_one_call_for_all(handle, pipe,
 
 @pytest.mark.parametrize("by_index", [False, True])
 def test_a_batch_is_its_single_runs(handle, pipe, by_index):
-    handle._engine.by_index = by_index
+    handle._engine.fast_path.by_index = by_index
     prompts = [PROMPT, "a cat", "a <teapot:0.5> and a <teddy>", Request("a <teddy>", bias=0.9), "a <teddy|bias=0.0>"]
     noise = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(3))
     together = draw(pipe, prompts, latents=noise)
@@ -142,6 +144,7 @@ def exchanged(layer):
 # name -> what is done before the first picture, and between it and the second one
 CHANGES = {
     "the LoRA's scale": (None, lambda pipe: pipe.set_adapters("style", 0.3)),
+    "the scale in a call": (None, lambda pipe: {"cross_attention_kwargs": {"scale": 0.3}}),
     "LoRA fused": (None, lambda pipe: pipe.fuse_lora(lora_scale=0.3)),
     "LoRA unfused": (lambda pipe: pipe.fuse_lora(lora_scale=0.3), lambda pipe: pipe.unfuse_lora()),
     "LoRA off": (None, lambda pipe: pipe.disable_lora()),
@@ -167,8 +170,7 @@ def test_slots_are_written_anew_when_layers_change_under_the_same_embeddings(ted
         if before is not None:
             before(pipe)
         yield pipe
-        between(pipe)
-        yield pipe
+        yield between(pipe)
 
     def bound(pipe):
         handle = attach(pipe)
@@ -180,14 +182,28 @@ def test_slots_are_written_anew_when_layers_change_under_the_same_embeddings(ted
     with bound(next(one)) as handle:
         first = draw(handle.pipe, **options)
         slots = handle._engine.slots
-        next(one)
-        second = draw(handle.pipe, **options)
+        given = next(one)
+        given = given if isinstance(given, dict) else {}
+        second = draw(handle.pipe, **options, **given)
         assert handle._engine.form == "slots" and not torch.equal(second.float(), first)
         assert change == "LoRA unfused" or not torch.allclose(second.float(), first, atol=1e-3)  # which changes roundings alone
         assert change == "dtype" or handle._engine.slots is slots
+    fresh = next(other)
     next(other)
-    with bound(next(other)) as handle:
-        assert torch.equal(draw(handle.pipe, **options), second)
+    with bound(fresh) as handle:
+        assert torch.equal(draw(handle.pipe, **options, **given), second)
+
+
+def test_a_lora_scaled_by_the_call_projects_once_a_prompt(pipe, teddy):
+    lora(pipe)
+    calls = []
+    for layer in cross_attention_layers(pipe.unet).values():
+        layer.to_k.scaling["style"] = 0.9  # times 0.3, and divided by it again, it is another number
+        layer.to_k.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    with attach(pipe) as handle:
+        handle.load(teddy)
+        draw(pipe, PROMPT, num_inference_steps=4, cross_attention_kwargs={"scale": 0.3})
+    assert len(calls) == 4 and pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.scaling["style"] != 0.9
 
 
 def test_replaced_processors_are_noticed_and_said_once(handle, pipe):
@@ -257,6 +273,30 @@ def test_regions_hide_a_concepts_word_from_the_rest_of_the_picture(handle, pipe,
         draw(pipe, request)
     with pytest.raises(PromptError, match=r"the region of <teddy> must be a mask \[H, W\], got shape \[3\]"):
         Request(prompt, regions={"teddy": [1, 2, 3]})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(bias={"teapott": 0.5}), r"sets bias for <teapott>, which is no concept here; there are: <teapot>, <teddy>\."),
+        (dict(regions={"cat": torch.ones(4, 4)}), "sets a region for <cat>, which is no concept here"),
+        (dict(regions={"teddy": torch.zeros(4, 4)}), "the region of <teddy> must have finite values, some of them above 0.5"),
+        (dict(regions={"teddy": [[float("nan")]]}), "the region of <teddy> must have finite values"),
+        (dict(strength=lambda step: float("nan")), "<teddy> at step 0: strength must be a number between 0 and 4, got nan"),
+        (dict(bias=lambda step: [0.5, "high"][step]), "<teddy>: the function that is its bias returned no number at step 1"),
+    ],
+)
+def test_what_a_request_says_of_nothing_is_refused_and_the_next_one_drawn(handle, pipe, given, message):
+    expected = draw(pipe, PROMPT)
+    with pytest.raises(PromptError, match=message):
+        draw(pipe, Request(PROMPT, **given), num_inference_steps=2)
+    assert torch.equal(draw(pipe, PROMPT), expected)
+
+
+def test_names_in_a_request_may_be_written_as_in_a_prompt(handle, pipe):
+    names = {"Bear": "teddy"}
+    same = draw(pipe, Request("a <Bear> here", names=names, bias={"BEAR": 0.4}))
+    torch.testing.assert_close(draw(pipe, "a <teddy|bias=0.4> here"), same, **NEAR)
 
 
 def test_gates_by_word_follow_the_places_of_the_words(handle, pipe, called):
@@ -344,6 +384,19 @@ def test_exchanged_parts_and_copies_are_refused_in_a_sentence(handle, pipe):
     draw(pipe, PROMPT)
 
 
+@pytest.mark.parametrize("detached", [True, False])
+def test_a_pipeline_that_is_forgotten_is_freed_with_all_that_served_it(detached):
+    pipe = tiny_sd()
+    unet, handle = weakref.ref(pipe.unet), attach(pipe)
+    handle.load(make_concept(handle.base, "teddy"))
+    draw(pipe, PROMPT, num_inference_steps=1)
+    if detached:
+        handle.detach()
+    del pipe, handle
+    gc.collect()
+    assert unet() is None
+
+
 def test_threads_that_share_a_unet_do_not_disturb_each_other(pipe, teddy):
     pipes = [type(pipe)(**pipe.components, requires_safety_checker=False) for _ in range(2)]
     for each in pipes:
@@ -365,6 +418,37 @@ def test_threads_that_share_a_unet_do_not_disturb_each_other(pipe, teddy):
             thread.join()
     assert len(results[0]) == len(results[1]) == 3
     assert all(torch.equal(image, expected) for image in results[0]) and all(torch.equal(image, plain) for image in results[1])
+
+
+def test_threads_that_share_a_unet_count_the_steps_of_their_own_schedules(pipe, teddy):
+    """One thread is a step ahead of the other, so timesteps go up and down from one forward of the UNet to the next."""
+    pipes = [type(pipe)(**pipe.components, requires_safety_checker=False) for _ in range(2)]
+    fading = Request(PROMPT, bias=[-0.5, 0.0, 0.5, 1.0])
+    with attach(pipes[0]) as one, attach(pipes[1]) as other:
+        for handle in (one, other):
+            handle.pipe.scheduler = copy.deepcopy(pipe.scheduler)
+            handle.pipe.set_progress_bar_config(disable=True)
+            handle.load(teddy)
+        expected = [draw(each, fading, num_inference_steps=4) for each in pipes]
+        turns, results = [threading.Semaphore(1), threading.Semaphore(0)], {}
+
+        def work(number):
+            def hand_over(pipe, step, timestep, tensors):
+                if (number, step) != (0, 0) and step < 3:
+                    turns[1 - number].release()
+                    assert turns[number].acquire(timeout=60)
+                return tensors
+
+            assert turns[number].acquire(timeout=60)
+            results[number] = draw(pipes[number], fading, num_inference_steps=4, callback_on_step_end=hand_over)
+            turns[1 - number].release(4)  # the other's remaining steps
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(results[number], expected[number]) for number in range(2))
 
 
 def test_graphs_without_cuda_say_so(pipe):

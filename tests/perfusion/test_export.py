@@ -1,5 +1,7 @@
 """`perfusion.export` and `perfusion.runtime`: exported models draw the pictures of the pipelines they came from."""
 
+import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ from perfusion import cli
 from perfusion.base import describe_base
 from perfusion.exporting import ExportError, folder, writers
 from perfusion.exporting.scheduler import read_schedule
+from perfusion.families import CUSTOM, FAMILIES
 from perfusion.prompts import PromptError
 from perfusion.runtime import Concept, ExportedFolderError, Request, Runtime
 from perfusion.runtime.manifest import MANIFEST, Manifest, digest
@@ -26,11 +29,14 @@ from tests.perfusion.editing import make_concept
 from tests.perfusion.tiny import SMALL, tiny_sd, tiny_sdxl
 
 pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.export
+
 STEPS = 3
 # a row without a concept, several concepts in a row, settings in the prompt, keys without the lock, a concept in the negative prompt
 PROMPTS = ["a photo of a <teddy> on a beach", "a <teddy:0.5> and <teapot|bias=0.5> on a <mug>", "a cat", "<mug> in the sea"]
 NEGATIVES = ["dark", "a <teapot>", "", "bright"]
-PIPELINES = {"sd": tiny_sd, "sdxl": tiny_sdxl}
+ONE_LEVEL = dict(SMALL, block_out_channels=(16,), transformer_layers_per_block=(2,))  # `sd` has an UNet of several
+PIPELINES = {"sd": tiny_sd, "sdxl": functools.partial(tiny_sdxl, unet=ONE_LEVEL)}
 
 
 def run(*arguments):
@@ -474,6 +480,8 @@ def test_concepts_of_another_base_are_refused(sd, concepts):
         (dict(prompt="cat " * 80 + "<teddy>"), "lies beyond the 77 tokens"),
         (dict(prompt="a <teddy>", bias=[0.5, 9]), "bias must be a number between -2 and 2"),
         (dict(prompt="a <teddy>", bias={"teddy": []}), "a schedule of bias must have at least one number"),
+        (dict(prompt="a <teddy>", bias={"tedy": 0.5}), r"sets bias for <tedy>, which is no concept here; there are: .*<teddy>"),
+        (dict(prompt="a <teddy>", strength=lambda step: float("inf")), "<teddy> at step 0: strength must be a number between 0 and 4"),
         (dict(prompt="a <teddy>", key_lock="both"), "key_lock must be 'local' or 'global', got 'both'"),
         (dict(prompt="a <teddy>", guidance_scale=float("nan")), "guidance_scale must be a number from 0 to 100"),
         (dict(prompt="a <teddy>", latents=np.zeros((4, 8, 9))), r"latents must be finite numbers of shape \(4, 8, 8\)"),
@@ -482,6 +490,13 @@ def test_concepts_of_another_base_are_refused(sd, concepts):
 def test_requests_are_checked(change, match, sd):
     with pytest.raises(ValueError, match=match):
         sd.sample([Request(**change)], steps=1)
+
+
+def test_guidance_and_steps_are_those_that_suit_the_model(sd, monkeypatch):
+    monkeypatch.setitem(FAMILIES, sd.manifest.base.family, dataclasses.replace(CUSTOM, steps=3, guidance_scale=2.5))
+    usual = sd.sample([Request("a cat", seed=3)])
+    assert np.array_equal(usual, sd.sample([Request("a cat", seed=3, guidance_scale=2.5)], steps=3))
+    assert not np.allclose(usual, sd.sample([Request("a cat", seed=3, guidance_scale=6.0)], steps=3), atol=1e-3)
 
 
 def test_settings_that_there_are_not(sd):
@@ -540,6 +555,7 @@ assert not Absent.names & set(sys.modules), Absent.names & set(sys.modules)
 """
 
 
+@pytest.mark.smoke
 def test_a_process_without_torch_draws_the_same(tmp_path, exported, pipelines, concepts):
     """Two users with their own <teddy> in one batch, in numpy and onnxruntime alone, and the command; against the pipeline in torch."""
     files = []

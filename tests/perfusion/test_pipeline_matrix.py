@@ -11,13 +11,18 @@ from perfusion.handle import attach
 from tests.perfusion.pipeline_matrix import CASES, REFUSED, Case, animatediff, drawn_plainly, row_of, rows, run
 from tests.perfusion.tiny import tiny_sd
 
+pytestmark = pytest.mark.pipelines
+
 
 def largest(a, b, case: Case) -> float:
     """The largest difference, as a part of the tolerance."""
     return float((a - b).abs().max() / b.abs().max() / case.tolerance)
 
 
-@pytest.mark.parametrize("name", CASES)
+SMOKE = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "PixArtSigmaPipeline")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.smoke if name in SMOKE else ()) for name in CASES])
 def test_equal_edited_and_restored(name):
     case = CASES[name]
     if case.needs is not None:
@@ -45,6 +50,7 @@ def test_a_concept_of_the_image_pipeline_fits_the_video_pipeline_around_its_unet
     assert describe_base(tiny_sd(unet=dict(attention_head_dim=2))).mismatch(describe_base(animatediff())) is None
 
 
+@pytest.mark.smoke
 def test_the_page_lists_what_is_tested():
     assert list(rows()) == [*CASES, *(refusal.name for refusal in REFUSED)]
     assert all(rows()[refusal.name] == row_of(refusal) for refusal in REFUSED)

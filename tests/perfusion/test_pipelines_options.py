@@ -13,6 +13,8 @@ from tests.perfusion.editing import PLAIN, PROMPTS, check_rows, draw, guided, ho
 from tests.perfusion.pipeline_matrix import ip_adapter
 from tests.perfusion.tiny import SMALL, tiny_sd
 
+pytestmark = pytest.mark.pipelines
+
 
 def test_attention_slicing_and_default_processors_on_and_off(attached, sd, teddy):
     before = sd.unet.attn_processors

@@ -24,6 +24,8 @@ from perfusion.models import ModelError, _beside, add_embedding, add_lora, load_
 from tests.perfusion.learning import write_pictures
 from tests.perfusion.original_layout import original_layout, pipeline_of, use_small_families
 
+pytestmark = pytest.mark.pipelines
+
 PAGE = Path(__file__).parents[2] / "docs" / "real-models.md"
 SHORT = {"train": ["--steps", "2", "--batch-size", "2", "--covariance", "c.safetensors", "--device", "cpu", "--no-tensorboard", "--validation-every", "0",
                    "--resolution", "64"], "generate": ["--steps", "1", "--device", "cpu", "--overwrite"]}  # fmt: skip
@@ -78,6 +80,7 @@ def test_every_command_of_the_page_works(here, monkeypatch):
     assert add_lora(other, str(lora)) == "mug" and add_embedding(other, str(embedding), token="<mug>") == "<mug>"
 
 
+@pytest.mark.smoke
 def test_folders_of_every_kind(tmp_path):
     """fp16 variants alone, pickles, and sharded files."""
     import torch

@@ -62,7 +62,7 @@ def pipe():
 @pytest.fixture
 def handle(pipe):
     with attached_with_two(pipe) as handle:
-        handle._engine.by_index = True  # as on a device
+        handle._engine.fast_path.by_index = True  # as on a device
         yield handle
 
 

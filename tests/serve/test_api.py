@@ -15,7 +15,10 @@ import openai
 import pytest
 from PIL import Image
 
+from perfusion.families import family_by_id
 from perfusion.serve.run import running
+
+pytestmark = pytest.mark.serve
 
 
 @pytest.fixture
@@ -41,6 +44,7 @@ def png(color="red", size=(20, 12), mode="RGB"):
 SHORT = {"steps": 3}
 
 
+@pytest.mark.smoke
 def test_five_lines_with_the_openai_client(client, teddy):
     answer = client.images.generate(prompt="a <teddy> on the beach", n=2, size="16x24", extra_body={**SHORT, "seed": 5})
     assert [picture(each.b64_json).size for each in answer.data] == [(16, 24)] * 2
@@ -77,6 +81,17 @@ def test_models_and_concepts_are_listed(client, teddy):
     assert client.models.retrieve("toybox:teddy").id == "toybox:teddy"
 
 
+def test_models_say_what_suits_them(http):
+    """The steps and the guidance of requests without their own: the family's, and no more steps than the server allows."""
+    (base,) = (each for each in http.get("/v1/models").json()["data"] if each["kind"] == "base")
+    family = family_by_id(base["family"])
+    assert (base["steps"], base["guidance_scale"]) == (min(family.steps, 20), family.guidance_scale)
+    body = {"prompt": "a cat", "seed": 1}
+    plain = http.post("/v1/images/generations", json=body).json()
+    said = http.post("/v1/images/generations", json={**body, "steps": base["steps"], "guidance_scale": base["guidance_scale"]}).json()
+    assert plain["steps"] == base["steps"] and abs(pixels(plain["data"][0]["b64_json"]) - pixels(said["data"][0]["b64_json"])).max() <= 2
+
+
 WRONG = [
     ({"prompt": ""}, 400, "prompt", "at least 1 character"),
     ({"size": "17x16"}, 400, "size", "multiples of"),
@@ -90,8 +105,8 @@ WRONG = [
     ({"prompt": "cat " * 100 + "<teddy>"}, 400, "prompt", "beyond the 77 tokens"),
     ({"extra_body": {"steps": 100}}, 400, "steps", "at most 20"),
     ({"extra_body": {"strenght": 1}}, 400, "strenght", "no field"),
-    ({"extra_body": {"beta": [0.5, "x"]}}, 400, None, ""),
-    ({"extra_body": {"tau": -1}}, 400, None, ""),
+    ({"extra_body": {"beta": [0.5, "x"]}}, 400, "beta", ""),
+    ({"extra_body": {"tau": -1}}, 400, "tau", ""),
     ({"extra_body": {"concepts": [{"name": "cup"}]}}, 400, "concepts", "does not name <cup>"),
     ({"extra_body": {"concepts": [{"name": "teddy", "region": {"box": [0.5, 0, 0.5, 1]}}]}}, 400, "concepts.0.region", "empty"),
     ({"extra_body": {"concepts": [{"name": "teddy", "region": {"mask": "http://127.0.0.1/x.png"}}]}}, 400, "concepts.0.region", "no address is fetched"),
@@ -108,22 +123,37 @@ def test_errors_are_openais(client, teddy, wrong, status, param, part):
     assert isinstance(caught.value, openai.BadRequestError if status == 400 else openai.NotFoundError)
 
 
+def test_null_is_as_if_left_out(http):
+    body = {"prompt": "a cat", "steps": 2, "seed": 1}
+    nulls = dict.fromkeys(("n", "size", "output_format", "negative_prompt", "strength", "concepts", "user", "input_fidelity"))
+    plain, null = (http.post("/v1/images/generations", json=each).json() for each in (body, {**body, **nulls}))
+    assert abs(pixels(plain["data"][0]["b64_json"]) - pixels(null["data"][0]["b64_json"])).max() <= 2
+    assert http.post("/v1/images/generations", json={"prompt": None}).json()["error"]["param"] == "prompt"
+
+
 def test_what_is_no_request_is_told_so(http):
     for answer, status in [
         (http.post("/v1/images/generations", content=b"{", headers={"content-type": "application/json"}), 400),
         (http.post("/v1/images/generations", content=b"\xff\xfe"), 400),
         (http.post("/v1/images/generations", json=[1]), 400),
+        (no_type := http.post("/v1/images/generations", content=b'{"prompt": "a cat"}'), 400),
         (http.get("/v1/images/generations"), 405),
         (http.get("/nowhere"), 404),
         (http.post("/v1/images/generations", json={"prompt": "x" * 2**21}), 413),
         (http.post("/v1/images/generations", content=(b"x" * 2**16 for _ in range(40))), 413),
     ]:
         assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}, answer.text
+    assert "Content-Type: application/json" in no_type.json()["error"]["message"]
 
 
 @pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # variations, says the client
 def test_edits_and_variations(client, teddy):
     edited = client.images.edit(image=("a.png", png()), prompt="a <teddy>", size="16x16", extra_body={**SHORT, "seed": "1", "image_strength": "0.7"})
+    listed = client.images.edit(image=[("a.png", png())], prompt="a <teddy>", size="16x16", extra_body={**SHORT, "seed": "1", "image_strength": "0.7"})
+    assert abs(pixels(listed.data[0].b64_json) - pixels(edited.data[0].b64_json)).max() <= 2, "a list of one, as OpenAI's own examples have it"
+    for images, said in (([("a.png", png()), ("b.png", png())], "got 2"), ([], "got none")):
+        with pytest.raises(openai.BadRequestError, match=said):
+            client.images.edit(image=images, prompt="a <teddy>")
     clear = png((0, 0, 0, 0), (20, 12), "RGBA")
     masked = client.images.edit(image=("a.png", png()), mask=("m.png", clear), prompt="a <teddy>", size="16x16", extra_body={**SHORT, "seed": "1", "image_strength": "0.7"})
     assert abs(pixels(edited.data[0].b64_json) - pixels(masked.data[0].b64_json)).max() <= 2, "a mask that is clear everywhere is none"
@@ -153,11 +183,17 @@ def test_a1111(http, teddy):
     assert http.get("/sdapi/v1/progress").json()["progress"] == 0
     assert http.get("/sdapi/v1/sd-models").json()[0]["model_name"] == "toybox"
     assert http.post("/sdapi/v1/img2img", json={**body, "init_images": ["/etc/passwd"]}).status_code == 400
+    plain = http.post("/sdapi/v1/txt2img", json={"prompt": "a cat", "override_settings": {"sd_model_checkpoint": "toybox"}}).json()
+    suited = http.get("/v1/models/toybox").json()
+    assert [json.loads(plain["info"])[key] for key in ("steps", "cfg_scale")] == [suited["steps"], suited["guidance_scale"]]
+    nowhere = http.post("/sdapi/v1/txt2img", json={**body, "override_settings": {"sd_model_checkpoint": "sd9"}})
+    assert nowhere.status_code == 404 and "there are toybox" in nowhere.json()["error"]["message"]
 
 
 def test_health_and_metrics(http, client, teddy):
     assert http.get("/health").json() == {"status": "ok"}
     assert http.get("/ready").json() == {"status": "ready", "models": ["toybox"]}
+    assert [http.head(path).status_code for path in ("/health", "/ready")] == [200, 200], "as balancers ask"
 
     def value(name):
         lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith(f"perfusion_{name} ")]

@@ -21,6 +21,8 @@ from perfusion.serve.drawing import ConceptUse, Drawing, Failure, Picture
 from perfusion.serve.store import DamagedFile
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
+pytestmark = pytest.mark.serve
+
 CLOSE = 2  # of 255: what other orders of the same sums may change in a pixel
 
 

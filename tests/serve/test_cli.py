@@ -11,6 +11,8 @@ from perfusion import cli
 from perfusion.cli.serve import named_models
 from perfusion.serve.keys import Keys
 
+pytestmark = pytest.mark.serve
+
 
 def run(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], prog_name="perfusion")

@@ -13,6 +13,8 @@ from perfusion.serve import running
 from perfusion.serve.store import DamagedFile, Store
 from tests.stand_in import save_concept
 
+pytestmark = pytest.mark.serve
+
 
 def upload(http, data, **form):
     return http.post("/v1/concepts", files={"file": data}, data=form)
@@ -58,7 +60,7 @@ def test_nothing_is_kept_of_what_is_no_concept_for_these_models(http, world, tmp
 
 def test_namespaces_scopes_and_quotas(settings_of, world, tmp_path):
     """Each key has its own teddy, sees its own concepts, and may do what its scopes say."""
-    with running(settings_of(tmp_path / "state")) as url, httpx.Client(base_url=url, timeout=120) as http:
+    with running(settings_of(tmp_path / "state", queue_per_key=5)) as url, httpx.Client(base_url=url, timeout=120) as http:
         made = http.post("/v1/keys", json={"name": "root", "scopes": ["admin"]})
         assert made.status_code == 201, "without keys whoever reaches a server on loopback is its admin"
         root = {"authorization": f"Bearer {made.json()['key']}"}
@@ -77,6 +79,8 @@ def test_namespaces_scopes_and_quotas(settings_of, world, tmp_path):
         drawn = [http.post("/v1/images/generations", json=body, headers=who) for who in (alice, bob, guest)]
         assert [answer.status_code for answer in drawn] == [200, 200, 404]
         assert drawn[0].json()["data"] != drawn[1].json()["data"], "one name, two concepts"
+        never = http.post("/v1/images/generations", json={**body, "n": 6}, headers=alice)
+        assert never.status_code == 400 and never.json()["error"]["param"] == "n", "what can never be taken is not told to come back"
         secret = Concept.load(world / "teddy.safetensors")
         for name in (secret.name, "c" + hashlib.sha256((world / "teddy.safetensors").read_bytes()).hexdigest()[:31]):
             assert http.post("/v1/images/generations", json={**body, "prompt": f"a <{name}>"}, headers=guest).status_code == 404

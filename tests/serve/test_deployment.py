@@ -9,6 +9,8 @@ import time
 import httpx
 import pytest
 
+pytestmark = pytest.mark.serve
+
 pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
 

@@ -4,6 +4,8 @@ import pytest
 
 from perfusion.serve.fair_queue import FairQueue, Full
 
+pytestmark = pytest.mark.serve
+
 
 def drain(queue, busy=()):
     found = []

@@ -18,6 +18,8 @@ from perfusion.serve import running
 from tests.serve.test_api import gauge, pixels, until
 from tests.serve.test_jobs import pictures
 
+pytestmark = pytest.mark.serve
+
 
 def ask(url, seed, prompt="a <teddy>", headers=None, **more):
     body = {"prompt": prompt, "seed": seed, "steps": 12, "size": "32x32", **more}
@@ -160,8 +162,8 @@ def test_sigterm_under_load_finishes_what_is_drawn_and_refuses_what_waits(world,
         with httpx.Client(base_url=url, timeout=300) as http:
             clients = stack.enter_context(concurrent.futures.ThreadPoolExecutor(8))
             stack.callback(server.kill)  # before the clients are waited for
-            answers = [clients.submit(ask, url, seed, "a cat", steps=150, size="64x64") for seed in range(8)]
-            until(lambda: gauge(http, "queue_pictures") >= 4)
+            answers = [clients.submit(ask, url, seed, "a cat", steps=40, size="64x64") for seed in range(8)]
+            until(lambda: gauge(http, "queue_pictures") >= 4 and gauge(http, "drawing_pictures") >= 1)
             server.send_signal(signal.SIGTERM)
             answers = [answer.result() for answer in answers]
             server.wait(300)

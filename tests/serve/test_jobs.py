@@ -6,9 +6,12 @@ import time
 
 import httpx
 import numpy
+import pytest
 from PIL import Image
 
 from perfusion.serve import running
+
+pytestmark = pytest.mark.serve
 
 
 def pictures(count=4, size=(20, 16)):

@@ -10,6 +10,8 @@ from perfusion.studio.client import Client, ServerError
 from perfusion.studio.painting import BOXES, box_mask, png
 from tests.serve.test_jobs import pictures
 
+pytestmark = pytest.mark.serve
+
 
 @pytest.fixture
 def client(url):

@@ -17,6 +17,8 @@ from perfusion.serve.state import open_database
 from perfusion.serve.store import Store
 from tests.stand_in import save_concept
 
+pytestmark = pytest.mark.serve
+
 
 def program(name):
     return shutil.which(name) or next(iter(sorted(glob.glob(f"/usr/lib/postgresql/*/bin/{name}"), reverse=True)), None)

@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import schemathesis
 
+pytestmark = pytest.mark.serve
+
 SETTINGS = hypothesis.settings(
     max_examples=8, deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate],
     suppress_health_check=list(hypothesis.HealthCheck),

@@ -31,6 +31,9 @@ FACTS = {
 }
 
 
+BASES = ({"id": "toybox", "steps": 24, "guidance_scale": 2.5}, {"id": "large", "steps": 40, "guidance_scale": 6.0})
+
+
 class Refusal(Exception):
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", retry: int | None = None):
         super().__init__(message)
@@ -60,10 +63,14 @@ def event(kind: str, **data: Any) -> str:
 
 
 class StandIn:
-    """`address` once started. key: what requests must carry, None for nothing. refuse: answers the next drawing with this. pause: seconds between events."""
+    """`address` once started. key: what requests must carry, None for nothing. refuse: answers the next drawing with this.
+
+    pause: seconds between events. held: a picture's events wait, each, until `go_on` is called.
+    """
 
     def __init__(self, key: str | None = None, pause: float = 0.02):
-        self.key, self.pause, self.refuse = key, pause, None
+        self.key, self.pause, self.refuse, self.held = key, pause, None, False
+        self.let_go = threading.Semaphore(0)
         self.seen: list[tuple[str, Any]] = []
         self.concepts = {name: self.concept(name, name) for name in ("teddy", "teapot")}
         self.jobs: dict[str, dict[str, Any]] = {}
@@ -82,6 +89,14 @@ class StandIn:
     def __exit__(self, *_: object) -> None:
         self.server.should_exit = True
         self.thread.join(10)
+
+    def go_on(self) -> None:
+        self.let_go.release()
+
+    async def wait(self) -> None:
+        await asyncio.sleep(self.pause)
+        while self.held and not self.let_go.acquire(blocking=False):
+            await asyncio.sleep(0.02)
 
     @staticmethod
     def concept(name: str, superclass: str) -> dict[str, Any]:
@@ -109,7 +124,7 @@ class StandIn:
 
         @app.get("/v1/models")
         def models() -> dict[str, Any]:
-            return {"object": "list", "data": [{"id": "toybox", "object": "model", "kind": "base", "size": "96x96"}]}
+            return {"object": "list", "data": [{"object": "model", "kind": "base", "size": "96x96", **base} for base in BASES]}
 
         @app.get("/v1/concepts")
         def concepts() -> dict[str, Any]:
@@ -202,11 +217,11 @@ class StandIn:
             async def stream() -> Any:
                 try:
                     for n in range(wanted.get("partial_images", 0)):
-                        await asyncio.sleep(self.pause)
+                        await self.wait()
                         step = (n + 1) * wanted["steps"] // 4
                         yield event("image_generation.partial_image", b64_json=png_of(wanted, (n + 1) / 4), partial_image_index=n, step=step,
                                     steps=wanted["steps"])  # fmt: skip
-                    await asyncio.sleep(self.pause)
+                    await self.wait()
                     yield event("image_generation.completed", b64_json=png_of(wanted), seed=wanted["seed"])
                 except (asyncio.CancelledError, GeneratorExit):  # who asked has gone away
                     self.cancelled.set()

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image, ImageDraw
 
-from tests.studio.conftest import Studio, shot
+from tests.studio.conftest import Studio, free_port, shot
 from tests.studio.stand_in_server import Refusal, StandIn
 
 TABS = ("Draw", "Train", "Concepts", "Strips", "Combine")
@@ -29,11 +29,10 @@ def studio(chromium, server):
 
 @pytest.fixture
 def tab(studio, server):
-    server.refuse = None
+    server.refuse, server.held = None, False
     server.seen.clear()
     server.concepts.pop("mycat", None)
-    found = studio.open()
-    found.wait_for_function("[...document.querySelectorAll('input')].some(input => input.value === 'teddy')")  # lists are filled
+    found = studio.open(shows="teddy")
     yield found
     found.close()
 
@@ -69,15 +68,38 @@ def test_draws_by_keyboard_alone_and_shows_the_picture_as_it_comes(tab, server):
     outline = tab.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid", "where one is on the page is seen"
     tab.keyboard.type("a <teddy> & a hat")
+    server.held = True
     tab.keyboard.press("Enter")
-    for step in ("Step 7 of 30", "Step 15 of 30"):
+    for step in ("Step 6 of 24", "Step 12 of 24", "Step 18 of 24"):
+        server.go_on()
         see(tab, step)
+    server.go_on()
     see(tab, "Seed ")
     tab.locator("#gallery img").first.wait_for()
-    assert tab.locator("#picture img").count() == 1
+    shown = tab.locator("#picture img").bounding_box()
+    assert shown["width"] == shown["height"] > 300, "a picture of 96 pixels is shown as large as its column"
     (sent,) = requests(server)
     assert sent["prompt"] == "a <teddy> & a hat" and sent["stream"] and sent["partial_images"] == 3 and "beta" not in sent
+    assert (sent["model"], sent["steps"], sent["guidance_scale"]) == ("toybox", 24, 2.5), "what the server says suits the model"
     shot(tab, "draw")
+
+
+def test_settings_follow_the_model_until_they_are_moved(tab, server):
+    tab.get_by_label("Prompt").first.fill("a <teddy>")
+    tab.get_by_role("button", name="More").first.click()
+    tab.locator("#guidance input[type=number]").fill("3.5")
+    tab.locator("#guidance input[type=number]").press("Tab")
+    tab.get_by_role("button", name="Connection").click()
+    tab.get_by_role("button", name="Connect", exact=True).click()  # fills the lists anew
+    see(tab, "answers.")
+    tab.get_by_role("button", name="Draw", exact=True).click()
+    see(tab, "Seed ")
+    tab.get_by_label("Model").first.click()
+    tab.get_by_role("option", name="large").click()
+    tab.wait_for_function("document.querySelector('#guidance input[type=number]').value === '6'")
+    tab.get_by_role("button", name="Draw", exact=True).click()
+    tab.locator("#gallery img").nth(1).wait_for()
+    assert [(sent["model"], sent["steps"], sent["guidance_scale"]) for sent in requests(server)] == [("toybox", 24, 3.5), ("large", 40, 6)]
 
 
 def test_several_pictures_and_a_beta(tab, server):
@@ -95,12 +117,14 @@ def test_several_pictures_and_a_beta(tab, server):
 
 
 def test_stop_gives_up_the_picture_at_the_server(chromium):
-    with StandIn(pause=2.0) as slow:
+    with StandIn() as slow:
+        slow.held = True
+        slow.go_on()
         studio = Studio(chromium, slow.address)
-        tab = studio.open()
+        tab = studio.open(shows="teddy")
         tab.get_by_label("Prompt").first.fill("a <teddy>")
         tab.keyboard.press("Enter")
-        see(tab, "Step 7 of 30")
+        see(tab, "Step 6 of 24")
         tab.get_by_role("button", name="Stop").first.click()
         see(tab, "Stopped.")
         assert slow.cancelled.wait(10)
@@ -187,14 +211,14 @@ def test_trains_with_a_painted_mask_and_an_uploaded_one(tab, server, tmp_path):
 def test_a_job_is_cancelled_and_found_again_after_a_reload(chromium, tmp_path):
     with StandIn(pause=0.3) as server:
         studio = Studio(chromium, server.address)
-        tab = studio.open()
+        tab = studio.open(shows="teddy")
         tab.get_by_role("tab", name="Train").click()
         tab.locator("#pictures input[type=file]").set_input_files(pictures(tmp_path))
         tab.get_by_text("all of it").nth(2).wait_for()
         tab.get_by_placeholder("mycat").fill("mycat")
         tab.get_by_placeholder("cat", exact=True).fill("cat")
         tab.get_by_role("button", name="Train", exact=True).click()
-        see(tab, "Step 10 of 400")
+        see(tab, "of 400, loss")
         tab.close()  # the job goes on
         tab = studio.open()
         tab.get_by_role("tab", name="Train").click()
@@ -277,10 +301,11 @@ def test_a_key_is_asked_for_and_typed(chromium):
     with StandIn(key="secret") as server:
         studio = Studio(chromium, server.address)
         tab = studio.open()
+        tab.get_by_role("button", name="Connection").click()
+        see(tab, "Type your key under Connection.")
         tab.get_by_label("Prompt").first.fill("a <teddy>")
         tab.keyboard.press("Enter")
-        see(tab, "Type your key under Connection.")
-        tab.get_by_role("button", name="Connection").click()
+        tab.get_by_text("Type your key under Connection.").nth(1).wait_for()
         tab.get_by_label("Key").fill("secret")
         tab.keyboard.press("Enter")
         see(tab, "answers.")
@@ -296,12 +321,23 @@ def test_a_server_that_goes_away_is_said(chromium):
     server = StandIn()
     with server:
         studio = Studio(chromium, server.address)
-        tab = studio.open()
+        tab = studio.open(shows="teddy")
     tab.get_by_label("Prompt").first.fill("a <teddy>")
     tab.keyboard.press("Enter")
     see(tab, f"The server at {server.address} does not answer; start one with `perfusion serve`.")
     tab.close()
     studio.close()
+
+
+def test_starts_where_the_environment_names_a_proxy(monkeypatch):
+    pytest.importorskip("gradio", minversion="6")
+    from perfusion.studio import Client, launch
+
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody answers
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "elsewhere.example")
+    launch(Client("http://127.0.0.1:9"), port=free_port(), block=False).close()
 
 
 def test_nothing_is_wider_than_a_narrow_screen(studio):
@@ -314,6 +350,7 @@ def test_nothing_is_wider_than_a_narrow_screen(studio):
         shown.first.click()
         tab.wait_for_timeout(700)
         assert tab.evaluate("document.documentElement.scrollWidth") <= 360, name
+        assert not tab.evaluate("[...document.querySelectorAll('.form')].filter(form => form.scrollWidth > form.clientWidth + 1).length"), name
         shot(tab, f"narrow-{name.lower()}")
     tab.close()
 

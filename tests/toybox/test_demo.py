@@ -14,12 +14,18 @@ from perfusion import Concept, cli
 from perfusion.demo import run_demo
 from perfusion.demo.report import duration
 from perfusion.demo.run import BIASES, STYLED, TOGETHER
+from perfusion.toybox import score
 from perfusion.toybox.sheets import weights_digest
+
+pytestmark = pytest.mark.toybox
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    return run_demo(tmp_path_factory.mktemp("demo"), steps=3, samples=6, device="cpu")
+    """Of three steps of training, and four of each picture's 25."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "STEPS", 4)
+        return run_demo(tmp_path_factory.mktemp("demo"), steps=3, samples=6, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +33,7 @@ def folder(result):
     return result.report.parent
 
 
+@pytest.mark.smoke
 def test_the_page_is_one_file_with_every_picture_inside(result):
     page = result.report.read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
@@ -52,6 +59,7 @@ def test_the_overview_shows_references_beside_results(folder):
     assert (folder / "overview.png").stat().st_size <= 400_000
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["demo", "toybox-classes", "toybox-ten"])
 def test_pictures_in_the_docs_were_drawn_with_these_weights(name):
     """`make picture` draws them anew."""
@@ -118,6 +126,7 @@ def test_no_setting_is_turned_by_hand():
     assert all(re.fullmatch(r"a <teddy> (in|next to) a <teapot>", prompt) for prompt in TOGETHER.values())
 
 
+@pytest.mark.smoke
 def test_the_files_are_concepts(folder):
     for name in ("teddy", "teapot"):
         concept = Concept.load(folder / f"{name}.safetensors")

@@ -12,6 +12,8 @@ from perfusion.toybox.score import identity
 from perfusion.toybox.words import OBJECTS
 from perfusion.toybox.world import repeat_instance, sample_instances, sample_pictures
 
+pytestmark = pytest.mark.toybox
+
 
 @pytest.fixture(scope="module")
 def judge():

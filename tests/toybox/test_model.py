@@ -8,10 +8,12 @@ from safetensors.torch import load_file
 
 from perfusion.toybox import ablate, train
 from perfusion.toybox.model import LATENT_CHANNELS, build_tokenizer, vocabulary
-from perfusion.toybox.recipe import stage
+from perfusion.toybox.recipe import judge, pictures, stage
 from perfusion.toybox.render import render
 from perfusion.toybox.vae import PatchAutoencoder
 from perfusion.toybox.world import sample_pictures
+
+pytestmark = pytest.mark.toybox
 
 
 def test_before_training_the_autoencoder_is_the_best_linear_one():
@@ -57,7 +59,7 @@ def test_the_same_ids_every_time(tmp_path):
     assert ids[0] == ids[1] == ids[2]
 
 
-RECIPE = ["--device", "cpu", "--pictures", "256", "--autoencoder-steps", "2", "--text-steps", "2", "--judge-steps", "2", "--batch", "4"]
+RECIPE = ["--device", "cpu", "--pictures", "48", "--autoencoder-steps", "2", "--text-steps", "2", "--judge-steps", "2", "--batch", "4"]
 RECIPE += ["--denoiser-steps", "4", "--annealing-steps", "2"]
 
 
@@ -65,6 +67,9 @@ def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
     """Interrupted between two checkpoints and run again, it goes on from the first and ends where it would have ended."""
     monkeypatch.setattr(stage, "SAVE_EVERY", 2)
     monkeypatch.setattr(train, "COVARIANCE_CAPTIONS", 200)
+    monkeypatch.setattr(pictures, "PER_FILE", 48)  # a batch of the judge's
+    monkeypatch.setattr(judge, "INSTANCES", 64)
+    monkeypatch.setattr(judge, "REPEATS", 2)
     average, steps = stage.Stage._average, []
 
     def counting(self):

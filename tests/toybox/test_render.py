@@ -9,6 +9,8 @@ from perfusion.toybox.render import hsv_to_rgb, render
 from perfusion.toybox.words import OBJECTS, RELATIONS, SCENES
 from perfusion.toybox.world import repeat_instance, sample_instances, sample_pictures
 
+pytestmark = pytest.mark.toybox
+
 
 def pictures(count=64, seed=0, **kinds):
     return sample_pictures(count, torch.Generator().manual_seed(seed), **kinds)
@@ -68,6 +70,7 @@ def test_an_instance_keeps_its_colours_in_every_scene():
     assert images.mean((2, 3)).std(0).max() > 0.1
 
 
+@pytest.mark.smoke
 def test_in_hides_the_lower_part_and_on_does_not():
     teddies = sample_instances(64, torch.Generator().manual_seed(1), "teddy")
     pots = sample_instances(64, torch.Generator().manual_seed(2), "teapot")

@@ -12,6 +12,8 @@ from perfusion.toybox.recipe.text_encoder import encode_embeddings
 from perfusion.toybox.text import EMBEDDING_SCALE, codes, targets_of
 from perfusion.toybox.words import SCENES
 
+pytestmark = pytest.mark.toybox
+
 
 @pytest.fixture(scope="module")
 def pipe():

@@ -13,6 +13,8 @@ from perfusion.toybox.judge import load_judge
 from perfusion.toybox.model import make_readable_by_transformers_4
 from perfusion.toybox.score import accuracy, draw, held_out, judge_accuracy, one_prompts
 
+pytestmark = pytest.mark.toybox
+
 
 @pytest.fixture(scope="module")
 def pipe():
@@ -24,10 +26,12 @@ def judge():
     return load_judge(TOYBOX / "judge.safetensors")
 
 
+@pytest.mark.smoke
 def test_it_is_small():
     assert sum(path.stat().st_size for path in TOYBOX.rglob("*") if path.is_file()) <= 16 * 2**20
 
 
+@pytest.mark.smoke
 def test_both_majors_of_transformers_read_it(tmp_path):
     """What `make_readable_by_transformers_4` writes is there, and what transformers 5 reads is unchanged by it."""
     shutil.copytree(TOYBOX, tmp_path / "weights")
@@ -54,6 +58,7 @@ def test_the_base_model_draws_what_it_is_told(pipe, judge):
         assert found[label] >= published[label] - 0.09, found  # 96 pictures: two standard errors
 
 
+@pytest.mark.smoke
 def test_the_covariance_is_its_own(pipe):
     from perfusion.base import fingerprints_match, text_encoder_fingerprint
 

@@ -1,9 +1,12 @@
 """The world: what captions say, what they leave open, and where things stand."""
 
+import pytest
 import torch
 
 from perfusion.toybox.words import COLOURS, CONTAINERS, HUE_SPREAD, OBJECTS, PATTERNS, RELATIONS, SCENES, SIZES, STYLES
 from perfusion.toybox.world import ATTRIBUTES, caption, repeat_instance, sample_instances, sample_pictures, with_article
+
+pytestmark = pytest.mark.toybox
 
 
 def pictures(count=512, seed=0, **kinds):

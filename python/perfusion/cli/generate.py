@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from perfusion.concept import Concept
     from perfusion.handle import Handle
 
+TOYBOX = FAMILIES["toybox"]
 PER_CONCEPT = "VALUE for every concept, or NAME=VALUE for one; by default as the concept's file says."
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from perfusion.concept_fields import check_name
+from perfusion.families import CUSTOM, FAMILIES, Family
 from perfusion.files import user_path
 from perfusion.prompts import PromptError, check_settings
 from perfusion.runtime import manifest as facts
@@ -61,12 +62,12 @@ class Request:
     strength, bias, temperature   for all concepts of the prompts, or name -> value; each a number, one number per step, or a
                      function of the step. What the prompt's text sets goes before them, and they go before `Runtime.set`
     key_lock, gate   for all concepts of the prompts, as in `Runtime.set`
-    guidance_scale   up to 1 switches guidance off
+    guidance_scale   up to 1 switches guidance off; by default what suits the model
     seed             the picture's noise, that of torch.Generator("cpu").manual_seed(seed)
     latents          [C, h, w] instead of noise from the seed
     """
 
-    prompt: str
+    prompt: str = dataclasses.field(kw_only=False)
     negative_prompt: str | None = ""
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     strength: Any = None
@@ -74,7 +75,7 @@ class Request:
     temperature: Any = None
     key_lock: str | None = None
     gate: str | None = None
-    guidance_scale: float = 6.0
+    guidance_scale: float | None = None
     seed: int = 0
     latents: np.ndarray | None = None
 
@@ -195,9 +196,8 @@ class Runtime:
             raise ValueError("there must be at least one request")
         _, h, w = self.manifest.latent_shape(height, width)
         lines = [self._line(request, request.prompt) for request in requests]
-        negative = {
-            number: self._line(request, request.negative_prompt or "") for number, request in enumerate(requests) if _guidance(request) > 1
-        }
+        guided = [number for number, request in enumerate(requests) if self._guidance(request) > 1]
+        negative = {number: self._line(requests[number], requests[number].negative_prompt or "") for number in guided}
         zeros = {number for number in negative if requests[number].negative_prompt is None and self.manifest.zero_negative}
         every = [*lines, *negative.values()]
         encoded = self.text.encode([*(line for line, _ in every), *(line.plain() for line, settings in every if _global(settings))])
@@ -231,12 +231,12 @@ class Runtime:
         self,
         requests: Sequence[Request],
         *,
-        steps: int = 50,
+        steps: int | None = None,
         height: int | None = None,
         width: int | None = None,
         progress: Callable[[int], None] = lambda step: None,
     ) -> list[Image.Image]:
-        """One picture per request, drawn together; `decode` and `sample` are its two halves."""
+        """One picture per request, drawn together; `decode` and `sample` are its two halves. steps: by default what suits the model."""
         from PIL import Image
 
         images = self.decode(self.sample(requests, steps=steps, height=height, width=width, progress=progress))
@@ -246,7 +246,7 @@ class Runtime:
         self,
         requests: Sequence[Request],
         *,
-        steps: int = 50,
+        steps: int | None = None,
         height: int | None = None,
         width: int | None = None,
         progress: Callable[[int], None] = lambda step: None,
@@ -254,9 +254,9 @@ class Runtime:
         """The final latents [n, C, h, w] of requests. progress is called with the number of each finished step."""
         shape = self.manifest.latent_shape(height, width)
         noise = [_noise(request, shape) for request in requests]  # a wrong one is said before anything is computed
-        scheduler = sampler(self.manifest.schedule, self.alphas_cumprod, steps)
+        scheduler = sampler(self.manifest.schedule, self.alphas_cumprod, self._family.steps if steps is None else steps)
         batch = self.prepare(requests, height=height, width=width)
-        scales = np.array([_guidance(request) for request in requests], np.float32)[:, None, None, None]
+        scales = np.array([self._guidance(request) for request in requests], np.float32)[:, None, None, None]
         latents = np.stack(noise) * np.float32(scheduler.initial_scale)
         added = {} if batch.text_embeds is None else {"text_embeds": batch.text_embeds, "time_ids": batch.time_ids}
         for step, timestep in enumerate(scheduler.timesteps):
@@ -286,9 +286,20 @@ class Runtime:
         parts = [{name: array[start : start + most] for name, array in arrays.items()} for start in range(0, rows, most)]
         return np.concatenate([self.graphs["unet"](**part)[0] for part in parts]).astype(np.float32)
 
+    @property
+    def _family(self) -> Family:
+        return FAMILIES.get(self.manifest.base.family, CUSTOM)
+
+    def _guidance(self, request: Request) -> float:
+        scale = self._family.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= 100:
+            raise ValueError(f"guidance_scale must be a number from 0 to 100, got {scale!r}")
+        return float(scale)
+
     def _line(self, request: Request, text: str) -> tuple[Line, dict[str, Loaded]]:
         """A prompt of a request with the concepts that act in it, and how each is set."""
         known = self._loaded | {name: self._loaded[self._require(inside)] for name, inside in request.names.items()}
+        _check_names(request, known)
         prompt = self.text.parse(text, {name: loaded.concept for name, loaded in known.items()})
         settings: dict[str, Loaded] = {}
         own: dict[str, dict[str, float]] = {}
@@ -327,11 +338,14 @@ def _asked(request: Request, name: str) -> dict[str, Any]:
     return {key: value for key, value in each.items() if value is not None}
 
 
-def _guidance(request: Request) -> float:
-    scale = request.guidance_scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= 100:
-        raise ValueError(f"guidance_scale must be a number from 0 to 100, got {scale!r}")
-    return float(scale)
+def _check_names(request: Request, known: Mapping[str, Any]) -> None:
+    """PromptError if something is set for a name that no prompt could write here."""
+    for key in (*SETTINGS, "key_lock", "gate"):
+        value = getattr(request, key)
+        unknown = [name for name in value if name not in known] if isinstance(value, Mapping) else []
+        if unknown:
+            there = ", ".join(f"<{name}>" for name in sorted(known)) or "none"
+            raise PromptError(f"request {request.prompt!r} sets {key} for <{unknown[0]}>, which is no concept here; there are: {there}.")
 
 
 def _noise(request: Request, shape: tuple[int, int, int]) -> np.ndarray:
@@ -370,7 +384,18 @@ def _changed(name: str, loaded: Loaded, settings: Mapping[str, Any]) -> Loaded:
             raise ValueError(f"<{name}>: regions need attention that reads masks, which an export does not have. Use a pipeline.")
         else:
             raise ValueError(f"<{name}>: there is no setting {key!r}; there are {', '.join(SETTINGS)}, key_lock and gate")
-    return dataclasses.replace(loaded, **settings)
+    return dataclasses.replace(loaded, **{key: _checked(name, key, each) if callable(each) else each for key, each in settings.items()})
+
+
+def _checked(name: str, key: str, schedule: Callable[[int], Any]) -> Callable[[int], float]:
+    """A function of the step that raises PromptError where it gives what the setting cannot be."""
+
+    def at(step: int) -> float:
+        value = schedule(step)
+        check_settings(f"<{name}> at step {step}", **{key: value})
+        return float(value)
+
+    return at
 
 
 def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:

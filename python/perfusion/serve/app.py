@@ -14,7 +14,7 @@ from sqlalchemy.exc import DataError, OperationalError
 from starlette.exceptions import HTTPException
 
 import perfusion
-from perfusion.serve.errors import ApiError, error_response
+from perfusion.serve.errors import ApiError, error_response, field_at
 from perfusion.serve.guard import Guard
 from perfusion.serve.routes import concepts, jobs, openai, operations, sdapi
 from perfusion.serve.server import Server
@@ -60,9 +60,11 @@ async def _api_error(request: Request, error: ApiError) -> Any:
 async def _invalid(request: Request, error: RequestValidationError) -> Any:
     """FastAPI's 422, as OpenAI's clients read it."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")) or None
+    where = field_at([part for part in first["loc"] if part not in ("body", "query", "path", "header")])
     if first["type"] == "json_invalid":
         where, message = None, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}"
+    elif where is None and not request.headers.get("content-type", "").startswith("application/json"):
+        message = "the body is not taken for JSON; send it with the header Content-Type: application/json"
     elif first["type"] == "extra_forbidden":
         message = f"there is no field {where!r}"
     else:

@@ -497,7 +497,8 @@ def _explained(error: BaseException, concepts: Sequence[ConceptUse]) -> tuple[st
 def encode_picture(image: Image.Image, drawing: Drawing) -> bytes:
     """The file of a picture, as the drawing wants it."""
     file = io.BytesIO()
-    options = {"png": {}, "jpeg": {"quality": drawing.quality}, "webp": {"quality": drawing.quality}}[drawing.format]
+    # of PNG's levels 4 takes half the time of the usual 6 and 1 % more bytes
+    options = {"png": {"compress_level": 4}, "jpeg": {"quality": drawing.quality}, "webp": {"quality": drawing.quality}}[drawing.format]
     image.save(file, drawing.format, **options)
     return file.getvalue()
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.responses import Response
 
-__all__ = ["ApiError", "error_response"]
+__all__ = ["ApiError", "error_response", "field_at"]
 
 TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     405: "invalid_request_error", 408: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error",
     429: "rate_limit_error",
 }  # fmt: skip
+
+
+def field_at(place: Sequence[str | int]) -> str | None:
+    """The field of a request that a validation error is about, by pydantic's `loc`, which also names members of unions."""
+    return ".".join(str(part) for part in place if "-" not in str(part)) or None
 
 
 class ApiError(Exception):

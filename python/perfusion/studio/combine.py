@@ -27,8 +27,8 @@ def build(shared: Shared) -> None:
             prompt = gr.Textbox("a <{1}> and a <{2}>", label="Prompt", info="{1} and {2} stand for the concepts' names.", lines=1)
             layout = gr.Radio([*BOXES, "painted", "everywhere"], value="left and right", label="Regions")
             with gr.Row():
-                seed = seed_box()
-                steps = gr.Slider(1, 150, 30, step=1, label="Steps")
+                seed, model = seed_box(), shared.base_list()
+            steps = shared.steps_slider(model)
             with gr.Row():
                 go, stop = gr.Button("Draw both", variant="primary", elem_id="draw-both"), gr.Button("Stop")
         with gr.Column(min_width=280):
@@ -45,7 +45,7 @@ def build(shared: Shared) -> None:
 
     @guarded
     def draw(key: str, state: Running, first: str, second: str, one: float, two: float, text: str, layout: str, painting: Any, seed: str,
-             steps: float) -> Iterator[Any]:  # fmt: skip
+             model: str, steps: float) -> Iterator[Any]:  # fmt: skip
         names = none_yet(first), none_yet(second)
         if first == second:
             raise ValueError("choose two different concepts")
@@ -66,7 +66,7 @@ def build(shared: Shared) -> None:
                     raise ValueError(f"paint where <{use['name']}> is to be, in {colour}, or choose other regions")
                 use["region"] = {"mask": base64.b64encode(png(mask)).decode()}
         number = seed_of(seed)
-        request = {"prompt": text, "seed": number, "concepts": uses, **settings_of(steps)}
+        request = {"prompt": text, "seed": number, "concepts": uses, **settings_of(steps, model=model)}
         yield gr.skip(), None, said("Waiting for its turn …")
         for event in shared.client.with_key(key).watch_drawing(request, opened=state.opened):
             image = decode(event.picture)
@@ -75,7 +75,7 @@ def build(shared: Shared) -> None:
             else:
                 yield image, None, said(f"Step {event.data['step']} of {event.data['steps']}")
 
-    inputs = [shared.key, state, first, second, *strengths, prompt, layout, canvas, seed, steps]
+    inputs = [shared.key, state, first, second, *strengths, prompt, layout, canvas, seed, model, steps]
     running = go.click(draw, inputs, [picture, shown, status], show_progress="hidden")
     stop.click(Running.end, state, status, cancels=[running])
-    layout.change(lambda layout: gr.ImageEditor(visible=layout == "painted"), layout, canvas)
+    layout.change(lambda layout: gr.ImageEditor(visible=layout == "painted"), layout, canvas, show_progress="hidden")

@@ -25,7 +25,7 @@ def build(shared: Shared) -> gr.on:
             with gr.Row():
                 file = gr.DownloadButton("File", elem_id="file", interactive=False)
                 whole = gr.DownloadButton("File, card and pictures", elem_id="archive", interactive=False)
-            text = gr.Code(label="Its card", language="markdown", interactive=False, lines=8, max_lines=16)
+            text = gr.Code(label="Its card", language="markdown", interactive=False, lines=8, max_lines=16, wrap_lines=True)
             gr.Markdown("To share it on the Hugging Face hub, unpack the archive and run `perfusion push FOLDER USER/NAME`.")
             with gr.Row():
                 sure = gr.Checkbox(label="I want to delete it", elem_id="sure")

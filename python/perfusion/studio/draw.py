@@ -36,14 +36,13 @@ def build(shared: Shared) -> None:
                 concept = shared.concept_list("Concept", scale=2)
                 insert = gr.Button("Put into the prompt", size="sm", scale=1)
             negative = gr.Textbox("", label="Not wanted", lines=1)
-            with gr.Row():
-                strength = gr.Slider(0, 2, 1, step=0.05, label="Strength", info="How much of the concept")
+            strength = gr.Slider(0, 2, 1, step=0.05, label="Strength", info="How much of the concept")
+            with gr.Column():
                 own = gr.Checkbox(True, label="β of the concept's own")
                 beta = gr.Slider(0, 1, 0.7, step=0.01, label="β", info="Lower shows more of it", visible=False, elem_id="beta")
             with gr.Accordion("More", open=False):
                 model = shared.base_list()
-                steps = gr.Slider(1, 150, 30, step=1, label="Steps")
-                guidance = gr.Slider(0, 30, 6, step=0.5, label="Guidance")
+                steps, guidance = shared.steps_slider(model), shared.guidance_slider(model)
                 count = gr.Slider(1, 10, 1, step=1, label="Pictures", elem_id="count")
                 seed = seed_box()
             with gr.Row():

@@ -59,7 +59,7 @@ def create_page(client: Client) -> gr.Blocks:
             try:
                 found = shared.refreshed(key, *shown)
             except ServerError as error:
-                return [f"{client.server}: {error}", *(gr.skip() for _ in shared.lists), gr.skip()]
+                return [f"{client.server}: {error}", *(gr.skip() for _ in shared.follows), gr.skip()]
             try:
                 own_jobs = train._jobs(client.with_key(key))
             except ServerError:  # a key that may not train
@@ -67,9 +67,9 @@ def create_page(client: Client) -> gr.Blocks:
             return [f"{client.server} answers.", *found, own_jobs]
 
         every = [key, *shared.lists]
-        gr.on([page.load, again.click, key.submit], connect, every, [where, *shared.lists, jobs], show_progress="hidden")
+        gr.on([page.load, again.click, key.submit], connect, every, [where, *shared.follows, jobs], show_progress="hidden")
         for event in (*learned, *changed):
-            event.then(refresh, every, shared.lists, show_progress="hidden")
+            event.then(refresh, every, shared.follows, show_progress="hidden")
     return page
 
 
@@ -78,11 +78,14 @@ def launch(client: Client, *, host: str = "127.0.0.1", port: int = 7860, open: b
 
     OSError where the port is taken.
     """
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio asks its own address whether it is there, which no proxy is to answer
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost", "127.0.0.1", host)))
     page = create_page(client)
     page.queue(default_concurrency_limit=16, api_open=False)
     page.launch(
         server_name=host, server_port=port, inbrowser=open, share=False, quiet=True, prevent_thread_lock=True, theme=_theme(), css=STYLE,
         footer_links=[], ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, max_file_size=UPLOAD,
+        _frontend=False,  # else Gradio refuses to start where the page is not answered within three seconds
     )  # fmt: skip
     print(f"perfusion studio: http://{host}:{port}, over {client.server}", flush=True)
     if block:

@@ -30,7 +30,11 @@ NO_CONCEPTS = "No concepts yet. Train one, or upload a file under Concepts."
 
 @dataclasses.dataclass
 class Shared:
-    """Components and helpers of one page. concepts: every list of concepts on it. places: which concept each shows at first."""
+    """Components and helpers of one page.
+
+    concepts: every list of concepts on it. places: which concept each shows at first. bases: every list of base models.
+    suited: a list of base models, a setting, and the slider of it, which shows what suits the model until it is moved.
+    """
 
     client: Client
     key: gr.Textbox
@@ -38,6 +42,7 @@ class Shared:
     concepts: list[gr.Dropdown] = dataclasses.field(default_factory=list)
     places: list[int] = dataclasses.field(default_factory=list)
     bases: list[gr.Dropdown] = dataclasses.field(default_factory=list)
+    suited: list[tuple[gr.Dropdown, str, gr.Slider]] = dataclasses.field(default_factory=list)
 
     def concept_list(self, label: str, place: int = 0, **options: Any) -> gr.Dropdown:
         """A list of concepts that `refreshed` fills."""
@@ -46,26 +51,58 @@ class Shared:
         return self.concepts[-1]
 
     def base_list(self) -> gr.Dropdown:
+        """A list of base models that `refreshed` fills."""
         self.bases.append(gr.Dropdown([], label="Model", interactive=True, filterable=False))
         return self.bases[-1]
+
+    def steps_slider(self, model: gr.Dropdown) -> gr.Slider:
+        return self._suited(model, "steps", gr.Slider(1, 150, 30, step=1, label="Steps"))
+
+    def guidance_slider(self, model: gr.Dropdown) -> gr.Slider:
+        return self._suited(model, "guidance_scale", gr.Slider(0, 30, 6, step=0.5, label="Guidance", elem_id="guidance"))
+
+    def _suited(self, model: gr.Dropdown, field: str, slider: gr.Slider) -> gr.Slider:
+        self.suited.append((model, field, slider))
+
+        @guarded
+        def follow(key: str, name: str | None) -> Any:
+            return self._suits(self.client.with_key(key).bases(), name, field)
+
+        model.input(follow, [self.key, model], slider, show_progress="hidden")
+        return slider
+
+    @staticmethod
+    def _suits(bases: list[dict[str, Any]], name: str | None, field: str) -> Any:
+        """The slider at what the server says of a base model."""
+        value = next((base.get(field) for base in bases if base["id"] == name), None)
+        return gr.skip() if value is None else gr.Slider(value=value)
 
     @property
     def lists(self) -> list[gr.Dropdown]:
         return [*self.concepts, *self.bases]
 
+    @property
+    def follows(self) -> list[Any]:
+        """What `refreshed` has updates for: the lists, and the sliders that suit a model."""
+        return [*self.lists, *(slider for _, _, slider in self.suited)]
+
     def refreshed(self, key: str, *shown: str | None) -> list[Any]:
-        """Updates for `lists`, which show `shown` now; what is shown stays, if it is still there."""
+        """Updates for `follows`. shown: what the lists show now, which stays if it is still there, and with a model its sliders."""
         client = self.client.with_key(key)
-        names = [concept["name"] for concept in client.concepts()]
-        bases = [base["id"] for base in client.bases()]
-        updates, before = [], None
+        names, known = [concept["name"] for concept in client.concepts()], client.bases()
+        bases = [base["id"] for base in known]
+        updates, values, before = [], [], None
         places = [*self.places, *(0 for _ in self.bases)]
         for number, (value, place) in enumerate(zip(shown, places)):
             choices = names if number < len(self.concepts) else bases
             if value not in choices:  # the second of two lists has another than the first, or nothing
                 value = next((choice for choice in choices if not place or choice != before), None)
             before = value
+            values.append(value)
             updates.append(gr.Dropdown(choices=choices, value=value))
+        for model, field, _ in self.suited:
+            place = self.lists.index(model)
+            updates.append(gr.skip() if shown[place] == values[place] else self._suits(known, values[place], field))
         return updates
 
 

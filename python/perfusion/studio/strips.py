@@ -33,8 +33,8 @@ def build(shared: Shared) -> None:
                 beta_low, beta_high = gr.Number(0.5, label="β from"), gr.Number(0.9, label="to")
             count = gr.Slider(2, 8, 5, step=1, label="Pictures along each", elem_id="along")
             with gr.Row():
-                seed = seed_box("0")
-                steps = gr.Slider(1, 150, 30, step=1, label="Steps")
+                seed, model = seed_box("0"), shared.base_list()
+            steps = shared.steps_slider(model)
     with gr.Row():
         go, stop = gr.Button("Draw the strip", variant="primary", elem_id="draw-strip"), gr.Button("Stop")
     status = gr.HTML(elem_classes="status", elem_id="strip-status")
@@ -43,7 +43,7 @@ def build(shared: Shared) -> None:
 
     @guarded
     def draw(key: str, name: str, text: str, axis: str, low: float, high: float, beta_low: float, beta_high: float, count: float,
-             seed: str, steps: float) -> Iterator[Any]:  # fmt: skip
+             seed: str, model: str, steps: float) -> Iterator[Any]:  # fmt: skip
         client, fields, count = shared.client.with_key(key), AXES[axis], int(count)
         text = text.replace("{}", none_yet(name))
         if f"<{name}" not in text:
@@ -56,7 +56,8 @@ def build(shared: Shared) -> None:
         ]
         number = seed_of(seed)
         points = list(itertools.product(*reversed(values)))  # with both: β downwards, strength to the right
-        requests = [{"prompt": text, "seed": number, **settings_of(steps), **dict(zip(reversed(fields), point))} for point in points]
+        common = {"prompt": text, "seed": number, **settings_of(steps, model=model)}
+        requests = [{**common, **dict(zip(reversed(fields), point))} for point in points]
         titles = [", ".join(f"{field} {value:g}" for field, value in zip(reversed(fields), point)) for point in points]
         yield None, said(f"0 of {len(points)} …"), gr.DownloadButton(interactive=False)
         images = []
@@ -73,6 +74,6 @@ def build(shared: Shared) -> None:
         file = kept(f"{name}-{axis.replace('β', 'beta')}.png", png(page))
         yield page, said(f"Seed {number}, “{text}”"), gr.DownloadButton(value=file, interactive=True)
 
-    inputs = [shared.key, concept, prompt, axis, low, high, beta_low, beta_high, count, seed, steps]
+    inputs = [shared.key, concept, prompt, axis, low, high, beta_low, beta_high, count, seed, model, steps]
     running = go.click(draw, inputs, [strip, status, save], show_progress="hidden")
     stop.click(lambda: said("Stopped."), None, status, cancels=[running])

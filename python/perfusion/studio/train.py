@@ -61,12 +61,10 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
                 seed = seed_box("0")
                 flip = gr.Checkbox(False, label="Mirror pictures at random")
                 author, licence = gr.Textbox("", label="Author", lines=1), gr.Textbox("", label="Licence", lines=1)
+            go = gr.Button("Train", variant="primary", elem_id="train")
+            job = gr.Dropdown([], label="Jobs", interactive=True, filterable=False, elem_id="jobs")
             with gr.Row():
-                go = gr.Button("Train", variant="primary", elem_id="train")
-                cancel = gr.Button("Cancel the job")
-            with gr.Row():
-                job = gr.Dropdown([], label="Jobs", interactive=True, filterable=False, elem_id="jobs", scale=3)
-                watch, resume = gr.Button("Watch", size="sm", min_width=70), gr.Button("Go on", size="sm", min_width=70)
+                watch, resume, cancel = (gr.Button(text, size="sm", min_width=70) for text in ("Watch", "Go on", "Cancel the job"))
             progress = gr.HTML(elem_id="progress")
             preview = shown_picture("Preview", "preview")
 

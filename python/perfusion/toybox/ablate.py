@@ -23,7 +23,7 @@ from .judge import load_judge
 from .model import LATENT_CHANNELS, build_pipeline
 from .recipe.autoencoder import train_autoencoder
 from .recipe.denoiser import train_denoiser
-from .recipe.pictures import PICTURES_SEED, make_latents, make_pictures
+from .recipe.pictures import PER_FILE, PICTURES_SEED, make_latents, make_pictures
 from .score import GUIDANCE, WEIGHTS, score_base
 from .words import PATTERNS
 
@@ -41,7 +41,7 @@ def mirrored(data: dict, vae: Any, paths: list[Path]) -> dict:
     latents, masks = data["latents"].clone(), data["masks"].clone()
     for number, path in enumerate(paths):
         images = torch.load(path, weights_only=True)["images"][::2].flip(3)
-        rows = slice(256 * number, 256 * (number + 1), 2)
+        rows = slice(PER_FILE * number, PER_FILE * (number + 1), 2)
         latents[rows] = torch.cat([vae.encode(part.float() / 127.5 - 1).latents.half() for part in images.split(32)])
         masks[rows] = masks[rows].flip(3)
     return data | {"latents": latents, "masks": masks}

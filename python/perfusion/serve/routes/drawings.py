@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import numpy
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from perfusion.families import family_by_id
 from perfusion.prompts import PromptError, parse_prompt
@@ -24,7 +24,7 @@ from perfusion.serve.pool import Busy, Ticket
 from perfusion.serve.server import Server
 from perfusion.settings import BIAS, STRENGTH, TEMPERATURE, Setting
 
-__all__ = ["ConceptField", "PictureFields", "begin", "outcome", "outcomes", "size_of"]
+__all__ = ["ConceptField", "PictureFields", "begin", "outcome", "outcomes", "size_of", "suited_to"]
 
 log = logging.getLogger("perfusion.serve")
 
@@ -83,6 +83,12 @@ class PictureFields(Strict):
     key_lock: str | None = Field(None, pattern="^(local|global)$")
     concepts: list[ConceptField] = Field(default_factory=list, max_length=MOST_CONCEPTS)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, values: Any) -> Any:
+        """As OpenAI's API has it."""
+        return {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
+
 
 def size_of(server: Server, model: str, text: str | None, fallback: tuple[int, int] | None = None) -> tuple[int, int]:
     """Width and height that a request asks for. ApiError where they break a rule."""
@@ -113,16 +119,25 @@ def model_of(server: Server, name: str | None) -> str:
     return base
 
 
+def suited_to(server: Server, model: str) -> dict[str, Any]:
+    """`steps` and `guidance_scale` of a request that leaves them out."""
+    family = family_by_id(server.pool.bases[model].base.family)
+    return {"steps": min(family.steps, server.settings.most_steps), "guidance_scale": family.guidance_scale}
+
+
 def make(server: Server, namespace: str, fields: PictureFields, **more: Any) -> list[Drawing]:
     """The drawings of a request, one per picture. Looks into the database: call it from a thread. more: further fields of them."""
     model = model_of(server, fields.model)
     if "width" not in more:
         more["width"], more["height"] = size_of(server, model, fields.size)
-    family = family_by_id(server.pool.bases[model].base.family)
-    steps = min(family.steps, server.settings.most_steps) if fields.steps is None else fields.steps
-    guidance_scale = family.guidance_scale if fields.guidance_scale is None else fields.guidance_scale
+    suited = suited_to(server, model)
+    steps = suited["steps"] if fields.steps is None else fields.steps
+    guidance_scale = suited["guidance_scale"] if fields.guidance_scale is None else fields.guidance_scale
     if steps > server.settings.most_steps:
         raise ApiError(400, f"steps must be at most {server.settings.most_steps}, got {steps}", param="steps")
+    room = min(server.settings.queue, server.settings.queue_per_key)
+    if fields.n > room:
+        raise ApiError(400, f"n: at most {room} pictures of a key may wait, so no more are taken at once, got {fields.n}", param="n")
     seed = secrets.randbelow(2**31) if fields.seed is None else fields.seed
     if seed + fields.n - 1 >= 2**63:
         raise ApiError(400, "seed: seeds of several pictures count up, and pass 2^63 - 1", param="seed")

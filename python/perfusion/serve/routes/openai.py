@@ -16,10 +16,10 @@ from pydantic_core import from_json
 
 from perfusion.serve.concepts import shown
 from perfusion.serve.drawing import Drawing, Picture
-from perfusion.serve.errors import ApiError
+from perfusion.serve.errors import ApiError, field_at
 from perfusion.serve.images import BadPicture, mask_of, read_picture, rgb_of
 from perfusion.serve.routes.access import Drawer, Namespace, ServerOf
-from perfusion.serve.routes.drawings import PictureFields, make, model_of, outcome, outcomes, size_of, tickets_of
+from perfusion.serve.routes.drawings import PictureFields, make, model_of, outcome, outcomes, size_of, suited_to, tickets_of
 from perfusion.serve.server import Server
 
 router = APIRouter(prefix="/v1", tags=["pictures"])
@@ -40,6 +40,7 @@ class Generation(PictureFields):
     background: Any = None
     moderation: Any = None
     user: Any = None
+    input_fidelity: Any = None
 
 
 @router.post("/images/generations", responses=STREAM)
@@ -107,6 +108,16 @@ def event(kind: str, data: dict[str, Any]) -> str:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n"
 
 
+Images = Annotated[list[UploadFile], File(description="One picture.")]
+Listed = Annotated[list[UploadFile], File(alias="image[]", description="The same, as clients send it that have a list of one.")]
+
+
+def _one(images: list[UploadFile]) -> UploadFile:
+    if len(images) != 1:
+        raise ApiError(400, f"image: give one picture to draw from, got {len(images) or 'none'}", param="image")
+    return images[0]
+
+
 async def _picture(server: Server, param: str, file: UploadFile) -> Any:
     try:
         return await run_in_threadpool(read_picture, await file.read(), server.settings.pixels)
@@ -131,26 +142,26 @@ async def form_fields(request: Request, kind: type[PictureFields], without: tupl
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or None
+        where = field_at(first["loc"])
         raise ApiError(400, f"{where}: {first['msg']}", param=where) from None
 
 
 @router.post("/images/edits")
 async def edit(
     request: Request, server: ServerOf, principal: Drawer, namespace: Namespace,
-    image: Annotated[UploadFile, File()], prompt: Annotated[str, Form(min_length=1, max_length=4000)],
+    prompt: Annotated[str, Form(min_length=1, max_length=4000)], image: Images = (), images: Listed = (),
     mask: Annotated[UploadFile | None, File()] = None, image_strength: Annotated[float, Form(ge=0, le=1, allow_inf_nan=False)] = 0.8,
 ) -> Any:  # fmt: skip
     """Draw a picture anew from one that is given: all of it, or where the mask is transparent."""
     body = await form_fields(request, Generation, ("image", "mask", "image_strength"))
-    drawings = await _from_image(server, namespace, body, image, mask, image_strength)
+    drawings = await _from_image(server, namespace, body, _one([*image, *images]), mask, image_strength)
     return await _answer(request, server, principal.name, drawings, bool(body.stream))
 
 
 @router.post("/images/variations")
 async def vary(
     request: Request, server: ServerOf, principal: Drawer, namespace: Namespace,
-    image: Annotated[UploadFile, File()], image_strength: Annotated[float, Form(ge=0, le=1, allow_inf_nan=False)] = 0.6,
+    image: Images = (), images: Listed = (), image_strength: Annotated[float, Form(ge=0, le=1, allow_inf_nan=False)] = 0.6,
 ) -> Any:  # fmt: skip
     """Draw pictures that are like one that is given."""
 
@@ -158,7 +169,7 @@ async def vary(
         prompt: str = Field("a picture", min_length=1, max_length=4000)
 
     body = await form_fields(request, Variation, ("image", "image_strength"))
-    drawings = await _from_image(server, namespace, body, image, None, image_strength)
+    drawings = await _from_image(server, namespace, body, _one([*image, *images]), None, image_strength)
     return await _answer(request, server, principal.name, drawings, False)
 
 
@@ -195,7 +206,7 @@ def _models(server: Server, namespace: str) -> list[dict[str, Any]]:
     bases = [
         {
             "id": name, "object": "model", "created": 0, "owned_by": "perfusion", "kind": "base", "family": facts.base.family,
-            "size": f"{facts.width}x{facts.height}", "multiple": facts.multiple,
+            "size": f"{facts.width}x{facts.height}", "multiple": facts.multiple, **suited_to(server, name),
         }
         for name, facts in server.pool.bases.items()
     ]  # fmt: skip

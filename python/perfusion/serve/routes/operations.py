@@ -16,12 +16,14 @@ from perfusion.serve.routes.drawings import Strict
 router = APIRouter(tags=["operations"])
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> Any:
     """The process lives."""
     return {"status": "ok"}
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses={503: {"description": "Not yet, or not any more"}})
 async def ready(server: ServerOf) -> Any:
     """A worker has drawn its first picture and waits for more."""

@@ -19,6 +19,14 @@ from perfusion.serve.server import Server
 router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
 
 
+class Overrides(BaseModel):
+    """Of A1111's `override_settings`: which model draws."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    sd_model_checkpoint: str | None = Field(None, max_length=128)
+
+
 class TextToImage(BaseModel):
     """The fields that are read; the many others of A1111 are passed over."""
 
@@ -28,11 +36,12 @@ class TextToImage(BaseModel):
     negative_prompt: str = Field("", max_length=4000)
     seed: int = Field(-1, ge=-1, le=2**62)
     steps: int | None = Field(None, ge=1, le=1000)
-    cfg_scale: float = Field(7.0, ge=0, le=30, allow_inf_nan=False)
+    cfg_scale: float | None = Field(None, ge=0, le=30, allow_inf_nan=False)
     width: int | None = Field(None, ge=8, le=16384)
     height: int | None = Field(None, ge=8, le=16384)
     batch_size: int = Field(1, ge=1, le=10)
     n_iter: int = Field(1, ge=1, le=10)
+    override_settings: Overrides = Field(default_factory=lambda: Overrides())
 
 
 class ImageToImage(TextToImage):
@@ -66,7 +75,7 @@ async def _picture(server: Server, param: str, text: str) -> Any:
 
 
 def _size(server: Server, body: TextToImage) -> tuple[int, int]:
-    model = model_of(server, None)
+    model = model_of(server, body.override_settings.sd_model_checkpoint)
     facts = server.pool.bases[model]
     return size_of(server, model, f"{body.width or facts.width}x{body.height or facts.height}")
 
@@ -77,14 +86,14 @@ async def _draw(request: Request, server: Server, key: str, namespace: str, body
     width, height = _size(server, body)
     fields = PictureFields(
         prompt=body.prompt or " ", negative_prompt=body.negative_prompt, n=body.batch_size * body.n_iter, steps=body.steps,
-        seed=None if body.seed == -1 else body.seed, guidance_scale=body.cfg_scale,
+        seed=None if body.seed == -1 else body.seed, guidance_scale=body.cfg_scale, model=body.override_settings.sd_model_checkpoint,
     )  # fmt: skip
     drawings = await run_in_threadpool(make, server, namespace, fields, width=width, height=height, **more)
     pictures = await outcomes(request, server, key, drawings)
     seeds = [drawing.seed for drawing in drawings]
     info = {
         "prompt": body.prompt, "negative_prompt": body.negative_prompt, "seed": seeds[0], "all_seeds": seeds, "width": width,
-        "height": height, "steps": drawings[0].steps, "cfg_scale": body.cfg_scale, "sd_model_name": drawings[0].model,
+        "height": height, "steps": drawings[0].steps, "cfg_scale": drawings[0].guidance_scale, "sd_model_name": drawings[0].model,
     }  # fmt: skip
     images = [base64.b64encode(picture.data).decode() for picture in pictures]
     return {"images": images, "parameters": body.model_dump(), "info": json.dumps(info)}

@@ -19,25 +19,26 @@ from .stage import mixed_precision
 __all__ = ["PICTURES_SEED", "as_bytes", "make_latents", "make_pictures", "scenes"]
 
 PICTURES_SEED = 2
+PER_FILE = 256  # pictures
 
 
 def scenes(count: int, seed: int) -> Iterator[Pictures]:
-    """What `count` pictures show, in blocks of 256, the same for the same seed."""
+    """What `count` pictures show, in blocks of `PER_FILE`, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    return (sample_pictures(256, generator) for _ in range(math.ceil(count / 256)))
+    return (sample_pictures(PER_FILE, generator) for _ in range(math.ceil(count / PER_FILE)))
 
 
 def _rendered(count: int, seed: int) -> Iterator[tuple[Pictures, Tensor, Tensor]]:
-    """The same with images [256, 3, 128, 128] and masks [256, 2, 128, 128] of first and second things."""
-    for pictures in tqdm(scenes(count, seed), total=math.ceil(count / 256), desc="render", mininterval=10):
+    """The same with images [PER_FILE, 3, 128, 128] and masks [PER_FILE, 2, 128, 128] of first and second things."""
+    for pictures in tqdm(scenes(count, seed), total=math.ceil(count / PER_FILE), desc="render", mininterval=10):
         yield pictures, *render(pictures)
 
 
 def make_pictures(work: Path, count: int, seed: int) -> list[Path]:
-    """Render pictures into files of 256 each: images in bytes, masks [256, 2, 16, 16] in half precision, and captions."""
+    """Render pictures into files of `PER_FILE` each: images in bytes, masks [PER_FILE, 2, 16, 16] in half precision, and captions."""
     folder = work / f"pictures-{seed}"
     folder.mkdir(exist_ok=True)
-    paths = [folder / f"{number:04d}.pt" for number in range(math.ceil(count / 256))]
+    paths = [folder / f"{number:04d}.pt" for number in range(math.ceil(count / PER_FILE))]
     if not all(path.exists() for path in paths):
         words = torch.Generator().manual_seed(20 + seed)
         for path, (pictures, images, masks) in zip(paths, _rendered(count, seed)):
