@@ -271,7 +271,9 @@ def push(source: str | Path, repo: str, *, private: bool = False, references: bo
     except Exception as error:
         if not _of_the_network(error):
             raise
-        raise HubError(f"{repo!r} could not be written: {str(error).splitlines()[0]} Log in with `hf auth login` first.") from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        advice = "Check the connection." if status is None else "Log in with `hf auth login` first."
+        raise HubError(f"{repo!r} could not be written: {str(error).splitlines()[0].rstrip('.')}. {advice}") from error
     return str(url)
 
 

@@ -3,7 +3,9 @@
 import itertools
 import threading
 
+import numpy
 import pytest
+import torch
 from diffusers import ControlNetModel
 from PIL import Image
 from typer.testing import CliRunner
@@ -130,3 +132,26 @@ def test_steps_and_guidance_suit_the_model_where_nothing_is_said():
     assert [(each.of(CUSTOM).steps, each.of(CUSTOM).guidance_scale) for each in cells(["steps=3,5"], steps=None, guidance_scale=None)] == [
         (3, 6.0), (5, 6.0)
     ]
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler-a", "heun"])
+def test_a_part_drawn_anew_with_latents_of_eight_channels(tmp_path, scheduler):
+    """Toybox's, which diffusers' inpainting refuses: the black part stays as the autoencoder has it, the white one is drawn."""
+    pipe = load_pipeline("toybox", device="cpu")
+    start = pipe("a teapot", num_inference_steps=4, generator=torch.Generator().manual_seed(3)).images[0]
+    start.save(tmp_path / "start.png")
+    Image.fromarray(numpy.repeat([[255] * 64 + [0] * 64], 128, 0).astype(numpy.uint8)).save(tmp_path / "left.png")
+    Image.new("L", (128, 128)).save(tmp_path / "black.png")
+
+    def draw(mask, code=0):
+        words = ["generate", "a teddy", "--model", "toybox", "--steps", 5, "--scheduler", scheduler, "--device", "cpu", "--overwrite",
+                 "--init-image", tmp_path / "start.png", "--mask-image", tmp_path / mask, "--output", tmp_path / "x.png"]  # fmt: skip
+        result = CliRunner().invoke(cli.app, list(map(str, words)), prog_name="perfusion")
+        assert result.exit_code == code, result.output
+        return result.stderr
+
+    draw("left.png")
+    with Image.open(tmp_path / "x.png") as drawn:
+        change = abs(numpy.asarray(drawn.convert("RGB"), float) - numpy.asarray(start, float))
+    assert change[:, 72:].mean() < 8 < 2 * 8 < change[:, :56].mean()
+    assert "is black everywhere, so nothing would be drawn anew" in draw("black.png", code=2)

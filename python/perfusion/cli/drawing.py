@@ -126,9 +126,12 @@ def prepare(
 ) -> tuple[Any, dict[str, Any]]:
     """The pipeline that draws this, of the same parts, and the options of its call beside prompts and seeds.
 
+    "after_step" among them is for its `callback_on_step_end`.
+
     ValueError for options that do not go together, with what is missing.
     """
     from perfusion.base import denoiser
+    from perfusion.cli.inpainting import KeepOutside, known
 
     inpainting = denoiser(pipe).config.in_channels == 9
     if (mask_image is not None or inpainting) and init_image is None:
@@ -148,9 +151,14 @@ def prepare(
         options |= {"image": _picture("--init-image", init_image, size), "strength": init_strength}
     if mask_image is not None:
         options["mask_image"] = _picture("--mask-image", mask_image, size, mask=True)
+        if options["mask_image"].getextrema()[1] < 128:
+            raise ValueError(f"--mask-image: {str(mask_image)!r} is black everywhere, so nothing would be drawn anew; white is drawn.")
     if control_image is not None:
         options["image" if init_image is None else "control_image"] = _picture("--control-image", control_image, size)
-    pipe = _pipeline(pipe, init_image is not None, mask_image is not None, controlnet)
+    own = mask_image is not None and not known(denoiser(pipe))
+    pipe = _pipeline(pipe, init_image is not None, mask_image is not None and not own, controlnet)
+    if own:
+        options["after_step"] = KeepOutside(pipe, options["image"], options.pop("mask_image"))
     if width is not None or height is not None or mask_image is not None:
         if "width" in _parameters(pipe):
             options |= {"width": size[0], "height": size[1]}
@@ -210,9 +218,10 @@ def _picture(option: str, path: Path, size: tuple[int, int], mask: bool = False)
 def _scheduler(pipe: Any, name: str) -> Any:
     import diffusers
 
-    if name not in SCHEDULERS:
+    found = name.lower().replace("_", "-")  # DDIM and euler_a, as other tools write them
+    if found not in SCHEDULERS:
         raise ValueError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}")
-    cls, options = SCHEDULERS[name]
+    cls, options = SCHEDULERS[found]
     return getattr(diffusers, cls).from_config(pipe.scheduler.config, **options)
 
 

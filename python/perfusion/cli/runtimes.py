@@ -68,13 +68,14 @@ def torch_session(
     pipe = load_pipeline(model, device=device, dtype=None if dtype is None else getattr(torch, dtype.value), **parts)
     words = add_parts(pipe, model, embeddings, loras)
     pipe, options = prepare(pipe, **drawing)
+    after_step = options.pop("after_step", None)
 
     def draw(
         prompts: list[str], seeds: list[int], steps: int, guidance_scale: float, negative_prompt: str, advance: Callable[[], None]
     ) -> list[Image.Image]:
         def step_end(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
             advance()
-            return tensors
+            return tensors if after_step is None else after_step(pipe, step, timestep, tensors)
 
         return pipe(
             prompts,
