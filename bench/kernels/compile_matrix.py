@@ -151,8 +151,11 @@ def _counts(operator: str, what: str, d: int, architecture: str, quick: bool) ->
     return what == operator or architecture in FEW
 
 
-def page(found: list[dict]) -> str:
-    """The rows as tables, one per operator; a line has what one kernel becomes on all architectures."""
+def page(found: list[dict], missing: int = 0) -> str:
+    """The rows as tables, one per operator; a line has what one kernel becomes on all architectures.
+
+    missing: how many cases have no rows yet, because the run was interrupted.
+    """
     architectures = [name for name in TARGETS if any(row["architecture"] == name for row in found)]
     kernels = [row for row in found if row["kernel"] != "refused"]
     wrong = [row for row in kernels if row["spills"] or row["local_bytes"]]
@@ -160,6 +163,8 @@ def page(found: list[dict]) -> str:
         f"triton {', '.join(sorted({row['triton'] for row in found}))}; {len(kernels)} compiled kernels, of which {len(wrong)} spill."
         " A dash: refused there, for want of shared memory."
     ]
+    if missing:
+        lines += ["", f"{missing} cases are still to be compiled: `python bench/kernels/compile_matrix.py` goes on."]
     if wrong:
         lines += ["", "| spills | d | J | dtype | architecture | instructions | local bytes |", "|---|---|---|---|---|---|---|"]
     for row in wrong:
@@ -200,6 +205,11 @@ def write(page_file: Path, table: str) -> None:
     page_file.write_text(f"{before}{BEGIN}\n{table}{END}{after or chr(10)}", encoding="utf-8")
 
 
+def save(page_file: Path, found: list[dict], order: list[Case]) -> None:
+    found.sort(key=lambda row: (order.index(tuple(row["case"])), row["operator"]))
+    write(page_file, page(found, len(order) - len({tuple(row["case"]) for row in found})))
+
+
 def operators_here() -> list[str]:
     """Those that have a file of Triton kernels."""
     return [name for name in SCHEMAS if (ROOT / "perfusion_kernels/triton" / f"{name}.py").exists()]
@@ -233,8 +243,8 @@ def main() -> None:
             found += rows
             print("".join(json.dumps(row) + "\n" for row in rows), end="", file=file, flush=True)
             print(f"{time.monotonic() - start:6.0f} s  {' '.join(map(str, case))}: {len(rows)} rows", flush=True)
-    found.sort(key=lambda row: (order.index(tuple(row["case"])), row["operator"]))
-    write(options.page, page(found))
+            save(options.page, found, order)
+    save(options.page, found, order)
     print(f"{len(found)} rows in {options.rows}, table in {options.page}")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from perfusion.errors import advise
 from perfusion.settings import SETTINGS
 
-__all__ = ["Mention", "Prompt", "PromptError", "check_settings", "near_tags", "parse_prompt"]
+__all__ = ["Mention", "Prompt", "PromptError", "check_settings", "near_tags", "parse_prompt", "quoted"]
 
 _TAG = re.compile(r"<(?:perfusion:)?([A-Za-z0-9][\w-]{0,31})(?::([^<>|]*))?(?:\|([^<>]*))?>")
 
@@ -19,6 +19,11 @@ _NEAR = re.compile(r"<(\s*)(?:perfusion:)?([A-Za-z0-9][\w-]*)[^<>]*>?")
 
 class PromptError(ValueError):
     """A prompt that names a concept in a way that cannot be understood."""
+
+
+def quoted(text: str) -> str:
+    """A prompt for a message: in quotes, and the middle of a long one left out."""
+    return repr(text if len(text) <= 160 else f"{text[:80]} … {text[-72:]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +60,14 @@ def parse_prompt(text: str, superclasses: Mapping[str, str], tokens: Collection[
         if tag.group(0).lower() in tokens:
             if name in superclasses:
                 raise PromptError(
-                    f"prompt {text!r}: {tag.group(0)} is both a loaded concept and a word of the tokenizer (a textual inversion). "
+                    f"prompt {quoted(text)}: {tag.group(0)} is both a loaded concept and a word of the tokenizer (a textual inversion). "
                     f"Write <perfusion:{name}> for the concept, or load one of them under another name."
                 )
             continue
         if name not in superclasses:
             known = ", ".join(f"<{each}>" for each in sorted(superclasses)) or "none"
             raise advise(
-                PromptError(f"prompt {text!r}: no concept {tag.group(0)} is loaded; loaded are: {known}."),
+                PromptError(f"prompt {quoted(text)}: no concept {tag.group(0)} is loaded; loaded are: {known}."),
                 python="Load it with handle.load(path).",
                 command="Give its file with --concept FILE.",
             )
@@ -90,7 +95,7 @@ def near_tags(text: str, names: Collection[str]) -> list[str]:
 
 
 def _settings(tag: re.Match[str], text: str) -> dict[str, float]:
-    where = f"prompt {text!r}: {tag.group(0)}"
+    where = f"prompt {quoted(text)}: {tag.group(0)}"
     pairs = [] if tag.group(2) is None else [("strength", tag.group(2))]
     for pair in (tag.group(3) or "").split(","):
         key, _, value = pair.partition("=")

@@ -22,7 +22,7 @@ from perfusion.base import UnsupportedPipeline, text_encoders
 from perfusion.base.parts import plain_module, prepared_text, tokenizers
 from perfusion.encoding_registry import EncodingRegistry
 from perfusion.loaded_concept import LoadedConcept
-from perfusion.prompts import Mention, Prompt, PromptError, parse_prompt
+from perfusion.prompts import Mention, Prompt, PromptError, parse_prompt, quoted
 from perfusion.requests import Request, RowRequest
 from perfusion.settings import SETTINGS
 
@@ -180,13 +180,18 @@ class TextHook:
         """Where text encoder `number` reads each concept of a prompt, after textual inversions before it have become their tokens."""
         return [position for _, position, _ in self._expect(number, [self.parse(text)]).substitutions]
 
+    def overlong(self, text: str) -> bool:
+        """Whether a text encoder reads a prompt's beginning only."""
+        plain = self.parse(text).text
+        return any(len(self._ids(number, plain, truncation=False)) > self._length(number) for number in range(len(self._expected)))
+
     def check(self, text: str, tokens: Collection[str] | None = None) -> tuple[Mention, ...]:
         """The concepts that act in a prompt. PromptError, or what else would stop it when it is drawn; nothing is encoded."""
         prompt = self.parse(text, tokens)
         try:
             mentions = _Side(0, [[prompt]]).mentions(0, 1)
         except PromptError as error:
-            raise PromptError(f"prompt {text!r}: {error}") from None
+            raise PromptError(f"prompt {quoted(text)}: {error}") from None
         for number in range(len(self._expected)):
             self._expect(number, [prompt])
         return mentions
@@ -203,12 +208,13 @@ class TextHook:
         key_encoding = None
         if self._locks(mentions, prompt.request):
             if not self._expected:
-                raise PromptError(f"prompt {text!r}: the global key lock encodes the superclass prompt, and there is no text encoder.")
+                raise PromptError(f"prompt {quoted(text)}: the global key lock encodes the superclass prompt; there is no text encoder.")
             with torch.no_grad():
                 encoded = self._encoded_plainly(prompt.text, row)
                 key_encoding = _parts(encoded, {})[0][0].cpu()
             if key_encoding.shape != row.shape:
-                raise PromptError(f"prompt {text!r}: the global key lock needs encodings of {len(key_encoding)} tokens, got {len(row)}.")
+                needed = f"the global key lock needs encodings of {len(key_encoding)} tokens"
+                raise PromptError(f"prompt {quoted(text)}: {needed}, got {len(row)}.")
         request = self.row_request(mentions, [prompt] * max(1, len(self.tokenizers())), key_encoding)
         length = self._length(0, len(row)) if self.tokenizers() else len(row)
         return dataclasses.replace(request, places=tuple(_in_chunks(places, length, len(row)) for places in request.places))
@@ -323,10 +329,11 @@ class TextHook:
         for row, prompt in enumerate(prompts):
             for mention in prompt.mentions:
                 word, position = self._word(number, mention), self._position(number, mention, prompt.text)
+                where = f"prompt {quoted(prompt.text)}: <{mention.name}>"
                 if position >= length - behind:
-                    raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> lies beyond the {length} tokens that the encoder reads.")
+                    raise PromptError(f"{where} lies beyond the {length} tokens that the encoder reads.")
                 if table[row, position + 1 - len(word) : position + 1].tolist() != word:
-                    raise PromptError(f"prompt {prompt.text!r}: <{mention.name}> must stand as a word of its own.")
+                    raise PromptError(f"{where} must stand as a word of its own.")
                 substitutions.append((row, position, mention))
         return _Expected(table, substitutions)
 
@@ -433,7 +440,8 @@ class TextHook:
         gate = None if request is None else request.gate
         by_word = any((gate or self.words[mention.name].gate) == "word" for mention in mentions)
         if not all(places) and (by_word or (request is not None and request.regions)):
-            raise PromptError(f"prompt {prompts[0].text!r}: gates by word and regions need the words' places, and there is no tokenizer.")
+            where = f"prompt {quoted(prompts[0].text)}"
+            raise PromptError(f"{where}: gates by word and regions need the words' places, and there is no tokenizer.")
         if request is None:
             return RowRequest(mentions, places, key_encoding)
         called = {name: own for own, name in request.names.items()}

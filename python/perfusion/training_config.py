@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ class TrainingConfig:
             right = isinstance(value, _KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
             self._check(field.name, right, f"be of type {kind}")
             self._check(field.name, rule.holds(value), rule.words)
+        ends = not unicodedata.category(self.superclass.rstrip()[-1:] or "a").startswith("P")
+        self._check("superclass", ends, "end in a word, as the concept takes the place of its last token")
         for field in ("instance_prompts", "validation_prompts"):
             for prompt in getattr(self, field):
                 self._check(field, isinstance(prompt, str) and prompt.count("{}") == 1, 'hold "{}" once, for the concept', prompt)

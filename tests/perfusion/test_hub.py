@@ -36,6 +36,7 @@ def server(files, tmp_path, monkeypatch):
     concept = {"my-teddy.safetensors": (files / "my-teddy.safetensors").read_bytes(), "README.md": b"# a card"}
     with hub_server({"user/model": model, "user/teddy": concept, "user/two": {"a.safetensors": b"", "b.safetensors": b""}}) as running:
         monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
+        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)  # which was read from there when it was imported
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -39,6 +39,8 @@ def test_the_defaults_are_the_recipe():
         ({"validation_every": -1}, r"validation_every must be 0 \(never\)"),
         ({"checkpoint_limit": 0}, "checkpoint_limit must be at least 1"),
         ({"seed": -1}, "seed must be a number"),
+        ({"superclass": "teddy."}, "superclass must end in a word, as the concept takes the place of its last token, got 'teddy.'"),
+        ({"superclass": "bear (toy) "}, "superclass must end in a word"),
         ({"superclass": None}, "superclass must be of type str"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import zlib
 
 import pytest
@@ -318,6 +319,36 @@ def test_state_is_a_copy_and_fits_its_own_shape_only(pipe, folder):
         assert session.train_step() == one
         with pytest.raises(ValueError, match=r"value_outputs must be of shape \[40\]"):
             session.restore(1, {**kept, "value_outputs": torch.zeros(3)})
+
+
+# Long captions
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+def test_a_caption_that_is_cut_is_said_once(make, tmp_path, caplog):
+    folder = write_pictures(tmp_path / "in")
+    (folder / "0.txt").write_text("a <mine> " + "in the snow " * 40)
+    (folder / "1.txt").write_text("a <mine> in the snow")
+    pipe = make()
+    logger = logging.getLogger(type(pipe).__module__)
+    before = list(logger.filters)
+    logging.getLogger("diffusers").propagate = True  # to caplog
+    try:
+        with pytest.warns(UserWarning, match="their ends count for nothing: 'a <mine> in the snow.* … .*in the snow' of .*0.png. Shorter"):
+            with session_on(pipe, folder) as session:
+                for _ in range(3):
+                    session.train_step()
+        assert not [record for record in caplog.records if "truncated" in record.getMessage()] and logger.filters == before
+    finally:
+        logging.getLogger("diffusers").propagate = False
+
+
+def test_a_caption_whose_word_is_cut_names_its_picture(tmp_path):
+    folder = write_pictures(tmp_path / "in")
+    (folder / "0.txt").write_text("in the snow " * 40 + "a <mine>")
+    with pytest.raises(ValueError, match="images: caption of .*0.png: prompt 'in the snow .* … .* a teddy': <mine> lies beyond the 77 tokens"):
+        with session_on(tiny_sd(), folder):
+            pass
 
 
 # Less memory

@@ -12,6 +12,7 @@ weights. What such a pipeline draws is noise; what it computes has every shape, 
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import json
 import random
@@ -242,7 +243,16 @@ def tiny_t5_tokenizer(length: int = 300) -> T5Tokenizer:
     pieces += [(f"▁{word}", -1.0 - number / 1000) for number, word in enumerate(dict.fromkeys(WORDS))]
     known = {piece for piece, _ in pieces}
     pieces += [(letter, -10.0) for letter in map(chr, range(33, 127)) if letter not in known]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
+    if "vocab" in inspect.signature(T5Tokenizer).parameters:
+        return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors  # transformers 4, whose own wants a SentencePiece file
+    from transformers import T5TokenizerFast
+
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    spaces = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), spaces])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
+    return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=length)
 
 
 def _t5(tokenizer: T5Tokenizer, width: int) -> T5EncoderModel:

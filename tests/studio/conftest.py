@@ -46,12 +46,15 @@ class Studio:
         self.asked: list[str] = []
         self.page = launch(Client(server, key), port=self.port, block=False)
 
-    def open(self, width=1200, height=900):
+    def open(self, width=1200, height=900, shows=None):
+        """shows: a concept that one of the lists is to show; before the page has heard of the server it may miss what is typed."""
         tab = self.browser.new_page(viewport={"width": width, "height": height})
         tab.set_default_timeout(30_000)
         tab.on("request", lambda request: self.asked.append(request.url))
         tab.goto(f"http://127.0.0.1:{self.port}")
         tab.get_by_label("Prompt").first.wait_for()
+        if shows:
+            tab.wait_for_function("shown => [...document.querySelectorAll('input')].some(input => input.value === shown)", arg=shows)
         return tab
 
     def close(self):

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image, ImageDraw
 
-from tests.studio.conftest import Studio, shot
+from tests.studio.conftest import Studio, free_port, shot
 from tests.studio.stand_in_server import Refusal, StandIn
 
 TABS = ("Draw", "Train", "Concepts", "Strips", "Combine")
@@ -32,8 +32,7 @@ def tab(studio, server):
     server.refuse, server.held = None, False
     server.seen.clear()
     server.concepts.pop("mycat", None)
-    found = studio.open()
-    found.wait_for_function("[...document.querySelectorAll('input')].some(input => input.value === 'teddy')")  # lists are filled
+    found = studio.open(shows="teddy")
     yield found
     found.close()
 
@@ -122,7 +121,7 @@ def test_stop_gives_up_the_picture_at_the_server(chromium):
         slow.held = True
         slow.go_on()
         studio = Studio(chromium, slow.address)
-        tab = studio.open()
+        tab = studio.open(shows="teddy")
         tab.get_by_label("Prompt").first.fill("a <teddy>")
         tab.keyboard.press("Enter")
         see(tab, "Step 6 of 24")
@@ -212,7 +211,7 @@ def test_trains_with_a_painted_mask_and_an_uploaded_one(tab, server, tmp_path):
 def test_a_job_is_cancelled_and_found_again_after_a_reload(chromium, tmp_path):
     with StandIn(pause=0.3) as server:
         studio = Studio(chromium, server.address)
-        tab = studio.open()
+        tab = studio.open(shows="teddy")
         tab.get_by_role("tab", name="Train").click()
         tab.locator("#pictures input[type=file]").set_input_files(pictures(tmp_path))
         tab.get_by_text("all of it").nth(2).wait_for()
@@ -302,10 +301,11 @@ def test_a_key_is_asked_for_and_typed(chromium):
     with StandIn(key="secret") as server:
         studio = Studio(chromium, server.address)
         tab = studio.open()
+        tab.get_by_role("button", name="Connection").click()
+        see(tab, "Type your key under Connection.")
         tab.get_by_label("Prompt").first.fill("a <teddy>")
         tab.keyboard.press("Enter")
-        see(tab, "Type your key under Connection.")
-        tab.get_by_role("button", name="Connection").click()
+        tab.get_by_text("Type your key under Connection.").nth(1).wait_for()
         tab.get_by_label("Key").fill("secret")
         tab.keyboard.press("Enter")
         see(tab, "answers.")
@@ -321,12 +321,23 @@ def test_a_server_that_goes_away_is_said(chromium):
     server = StandIn()
     with server:
         studio = Studio(chromium, server.address)
-        tab = studio.open()
+        tab = studio.open(shows="teddy")
     tab.get_by_label("Prompt").first.fill("a <teddy>")
     tab.keyboard.press("Enter")
     see(tab, f"The server at {server.address} does not answer; start one with `perfusion serve`.")
     tab.close()
     studio.close()
+
+
+def test_starts_where_the_environment_names_a_proxy(monkeypatch):
+    pytest.importorskip("gradio", minversion="6")
+    from perfusion.studio import Client, launch
+
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody answers
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "elsewhere.example")
+    launch(Client("http://127.0.0.1:9"), port=free_port(), block=False).close()
 
 
 def test_nothing_is_wider_than_a_narrow_screen(studio):

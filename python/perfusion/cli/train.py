@@ -106,6 +106,7 @@ def train(
         )
     else:
         beside = ["README.md", "gallery.png", "references.png", "config.yaml", "log.jsonl"]
+        beside = [name for name in beside if (folder / name).is_file()]  # a picture that could not be drawn is not there
         beside += [f"{name}/" for name in ("validation", "checkpoints", "tensorboard") if (folder / name).is_dir()]
         print(f"Wrote {path} ({path.stat().st_size:,} bytes) and, beside it, {', '.join(beside)}.")
         command = ["perfusion", "generate", f"a photo of a <{concept.name}>", "--concept", str(path), "--model", model]

@@ -153,10 +153,12 @@ def _write_text_side(pipe: Any, folder: Path, alphas: np.ndarray) -> dict[str, A
 def _write_tokenizer(pipe: Any, tokenizer: Any, path: Path) -> TokenizerFacts:
     """The tokenizer's file. ExportError unless the program beside it gives the same ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if backend is None:  # transformers 4
         from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
-        backend = convert_slow_tokenizer(tokenizer)
+        backend = convert_slow_tokenizer(tokenizer)  # without what was added, as the "!" that SDXL fills up with
+        for _, token in sorted(tokenizer.added_tokens_decoder.items()):
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     path.write_text(backend.to_str(), encoding="utf-8")
     convert = getattr(pipe, "maybe_convert_prompt", lambda text, _: text)  # textual inversions of several tokens
     words = {word: convert(word, tokenizer) for word in tokenizer.get_added_vocab()}

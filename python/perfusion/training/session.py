@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
+import logging
 import math
+import warnings
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +30,7 @@ from perfusion.edit import RowSettings, Tables
 from perfusion.loaded_concept import LoadedConcept
 from perfusion.masks import masked_loss
 from perfusion.projection_hooks import HookEdit, ProjectionHooks, hook_edit
+from perfusion.prompts import PromptError, quoted
 from perfusion.text import TextHook, superclass_tokens
 from perfusion.training.conditioning import beside_text, encode, noise_of
 from perfusion.training.data import Picture, digest, encode_pictures
@@ -37,6 +40,24 @@ from perfusion.training_config import TrainingConfig
 __all__ = ["Measures", "TrainingSession"]
 
 HALF_SCALE = 1024.0  # the loss is scaled where activations are float16; AdamW does not see a constant factor
+
+
+class _Said(logging.Filter):
+    """A context in which a pipeline does not say anew, at every step, that a caption was cut: it was said once."""
+
+    def __init__(self, pipe: Any):
+        super().__init__()
+        owner = next((kind for kind in type(pipe).__mro__ if "encode_prompt" in vars(kind)), type(pipe))
+        self.logger = logging.getLogger(owner.__module__)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "was truncated because" not in str(record.msg)
+
+    def __enter__(self) -> None:
+        self.logger.addFilter(self)
+
+    def __exit__(self, *exception: Any) -> None:
+        self.logger.removeFilter(self)
 
 
 @dataclasses.dataclass
@@ -84,6 +105,7 @@ class TrainingSession:
     def __init__(self, pipe: Any, base: Base, config: TrainingConfig, covariance: Covariance, pictures: list[Picture]):
         self.pipe, self.base, self.config, self.covariance, self.pictures = pipe, base, config, covariance, pictures
         self.device = torch.device(pipe._execution_device)
+        self._said = _Said(pipe)
         self._texts = Offloaded([encoder for _, encoder in text_encoders(pipe)] if config.low_memory else [], self.device)
         self._vae = Offloaded([pipe.vae] if config.low_memory else [], self.device)
         self.noise_scheduler = _noise_scheduler(pipe)
@@ -106,6 +128,7 @@ class TrainingSession:
     def __enter__(self) -> TrainingSession:
         with contextlib.ExitStack() as undo:
             self._freeze(undo)
+            undo.enter_context(self._said)
             undo.callback(self._text.remove)
             self._text.install()
             self._start()
@@ -288,15 +311,28 @@ class TrainingSession:
 
         ValueError where two text encoders read it at different places: their encodings of one token lie side by side.
         """
-        found = []
+        found, cut = [], []
         for caption in captions:
-            places = {self._text.read_at(number, caption)[0] for number in range(len(text_encoders(self.pipe)))}
+            files = ", ".join(picture.path for picture, own in zip(self.pictures, self.captions) if caption in own)
+            try:
+                places = {self._text.read_at(number, caption)[0] for number in range(len(text_encoders(self.pipe)))}
+            except PromptError as error:
+                raise PromptError(f"images: caption of {files}: {error}") from None
             if len(places) > 1:
                 raise ValueError(
-                    f"caption {caption!r}: a textual inversion in it has more vectors for one text encoder than for the other, "
-                    "so that the two read the words behind it at different places. Leave it out of the captions."
+                    f"images: caption {quoted(caption)} of {files}: a textual inversion in it has more vectors for one text encoder than "
+                    "for the other, so that the two read the words behind it at different places. Leave it out of the captions."
                 )
             found += places
+            if self._text.overlong(caption):
+                cut.append(f"{quoted(caption)} of {files}")
+        if cut:
+            more = f", and {len(cut) - 3} more" if len(cut) > 3 else ""
+            warnings.warn(
+                f"images: captions are longer than a text encoder of this model reads, and their ends count for nothing: "
+                f"{'; '.join(cut[:3])}{more}. Shorter ones say more.",
+                stacklevel=5,
+            )
         return found
 
     def _places_of(self, captions: list[str]) -> Tensor:
