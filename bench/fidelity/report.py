@@ -131,12 +131,24 @@ def _line(group: Rows, names: Sequence[str]) -> list[str]:
 
 
 def default_rows(found: Rows, groups: dict[str, Rows]) -> Rows:
-    """Ours as it is by default on the things of some methods, measured on the same prompts and seeds if anywhere."""
-    others = [row for name, group in groups.items() if name != "perfusion" for row in group]
-    shown, amounts = {row["subject"] for row in others}, {(row["prompts"], row["seeds"]) for row in others}
-    own = [row for row in found if row["section"] in ("peers", "concepts") and row["variant"] == "perfusion" and row["subject"] in shown]
-    alike = [row for row in own if (row["prompts"], row["seeds"]) in amounts]
-    return [row for row in alike or own if row["section"] == (alike or own)[0]["section"]]
+    """Ours as it is by default, on the pictures that some methods were measured on."""
+    return on_pictures_of([row for rows_ in groups.values() for row in rows_], by_variant(found, "concepts").get("perfusion", []))
+
+
+def on_pictures_of(others: Rows, found: Rows) -> Rows:
+    """Rows of the things of others, and where these have fewer prompts and seeds each, on those alone: they are the first."""
+    things = {row["subject"] for row in others}
+    prompts, seeds = max(((row["prompts"], row["seeds"]) for row in others), default=(0, 0))
+    kept = []
+    for row in found:
+        if row["subject"] not in things:
+            continue
+        if "scores" in row and prompts <= row["prompts"] and seeds <= row["seeds"]:
+            first = [prompt * row["seeds"] + seed for prompt in range(prompts) for seed in range(seeds)]
+            scores = {name: [values[place] for place in first] for name, values in row["scores"].items()}
+            row = {**row, "prompts": prompts, "seeds": seeds, "scores": scores}
+        kept.append(row)
+    return kept
 
 
 def pairs(found: Rows, section: str) -> str:
@@ -152,7 +164,7 @@ def peers(found: Rows) -> str:
     groups, together = by_variant(found, "peers"), by_variant(found, "peer pairs")
     own = default_rows(found, groups)
     lines = []
-    for name, group in {"**perfusion**": own, **{name: group for name, group in groups.items() if name != "perfusion"}}.items():
+    for name, group in {"**perfusion**": own, **groups}.items():
         measured = [row for row in group if "scores" in row]
         if not measured:
             continue
@@ -290,7 +302,7 @@ def tidy(axes: Any) -> None:
 
 
 def pareto(figure: Any, found: Rows) -> None:
-    """Identity against text: one file of ours over β, and everybody else as a point."""
+    """Identity against text: one file of ours over β, and everybody else as a point, on the same pictures."""
     axes = figure.subplots()
 
     def point(group: Rows, colour: str, mark: str, label: str | None) -> tuple[float, float]:
@@ -308,7 +320,10 @@ def pareto(figure: Any, found: Rows) -> None:
         above = 26 if number % 2 == 0 else -32
         axes.annotate(f"β {bias:g}", line[-1], textcoords="offset points", xytext=(-9, above), fontsize=8, color=OURS)
     axes.plot(*zip(*line), color=OURS, lw=1.2) if line else None
-    measured = {name: group for name, group in by_variant(found, "peers").items() if "scores" in group[0] and name != "perfusion"}
+    on = [row for _, group in sweep for row in group]
+    measured = {name: group for name, group in by_variant(found, "peers").items() if "scores" in group[0]}
+    measured = {name: on_pictures_of(on, group) if on else group for name, group in measured.items()}
+    measured = {name: group for name, group in measured.items() if group}
     for number, (name, group) in enumerate(measured.items()):
         point(group, OTHERS[number % len(OTHERS)], "sD^v"[number // len(OTHERS) * 2 % 4], f"{name}, {size(_mean(group, 'bytes'))}")
     axes.set_xlabel("share of what the prompt asked for")

@@ -11,7 +11,7 @@ __all__ = ["SCALES", "Scale"]
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """subjects, prompts, seeds: of every main row, and of peers and β where `widely`; subset_*: of ablations, and of those where not.
+    """subjects, prompts, seeds: of every main row, and of peers where `widely`; subset_*: of ablations, and of peers where not.
     steps, batch: of a training. ladder: settings of each sweep, at most. sampling_steps: of DDIM. guidance: what toybox is drawn with.
     drawn_in: the arithmetic that the model draws in, for every method (autocast); trainings are in float32."""
 

@@ -135,11 +135,9 @@ def jobs(scale: Scale, sections: tuple[str, ...] = SECTIONS) -> Iterator[Job]:
                 for several in triples(scale) if section == "triples" else pairs(scale):
                     yield Job(section, method, several, scale.pair_prompts, scale.subset_seeds, pair=True)
             continue
-        own = section == "concepts"
-        rivals = [Base(), Ours("perfusion")] if own else [Ours("perfusion"), *peers()] if section == "peers" else ours[section]
+        rivals = [Base(), Ours("perfusion")] if section == "concepts" else peers() if section == "peers" else ours[section]
+        full = section == "concepts" or (section == "peers" and scale.widely)
+        amount = (scale.prompts, scale.seeds) if full else (scale.subset_prompts, scale.subset_seeds)
         for method in rivals:
-            # ours among the peers is what ablations are compared with, on as much as they are
-            full = own or (section in ("peers", "bias") and scale.widely and method.name != "perfusion")
-            amount = (scale.prompts, scale.seeds) if full else (scale.subset_prompts, scale.subset_seeds)
             for target in everything if full else subset:
                 yield Job(section, method, (target,), *amount)

@@ -1,10 +1,11 @@
-"""Errors with advice for two readers, who calls Python and who types a command; and `UnsupportedPipeline`."""
+"""What messages are made of: advice for two readers, who calls Python and who types a command; lists cut short; `UnsupportedPipeline`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
-__all__ = ["UnsupportedPipeline", "advise", "for_command_line"]
+__all__ = ["UnsupportedPipeline", "advise", "few", "for_command_line"]
 
 _Error = TypeVar("_Error", bound=Exception)
 
@@ -23,3 +24,8 @@ def advise(error: _Error, *, python: str, command: str) -> _Error:
 def for_command_line(error: Exception) -> str:
     """What the command line says of an error."""
     return getattr(error, "_command_line", str(error))
+
+
+def few(names: Sequence[str], count: int, between: str = ", ") -> str:
+    """The first `count` of some names, and how many more there are."""
+    return between.join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

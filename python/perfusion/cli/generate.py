@@ -53,8 +53,10 @@ def generate(
     scheduler: Annotated[
         Optional[str], typer.Option(help=f"{', '.join(SCHEDULERS)}; by default the model's own.", show_default=False)
     ] = None,
-    width: Annotated[Optional[int], typer.Option(min=8, help="Of a picture in pixels; by default the model's.", show_default=False)] = None,
-    height: Annotated[Optional[int], typer.Option(min=8, help="Likewise.", show_default=False)] = None,
+    width: Annotated[
+        Optional[int], typer.Option(min=8, max=16384, help="Of a picture in pixels; by default the model's.", show_default=False)
+    ] = None,
+    height: Annotated[Optional[int], typer.Option(min=8, max=16384, help="Likewise.", show_default=False)] = None,
     init_image: Annotated[Optional[Path], typer.Option(help="A picture to start from.")] = None,
     init_strength: Annotated[float, typer.Option(min=0, max=1, help="How much of it may change, 0 to 1.")] = 0.8,
     mask_image: Annotated[Optional[Path], typer.Option(help="With --init-image: white where the picture is drawn anew.")] = None,

@@ -27,6 +27,7 @@ from perfusion.batched_projection import BatchedProjection, obstacle
 from perfusion.concept import Concept
 from perfusion.covariance import Covariance
 from perfusion.edit import RowSettings, Tables
+from perfusion.errors import few
 from perfusion.loaded_concept import LoadedConcept
 from perfusion.masks import masked_loss
 from perfusion.projection_hooks import HookEdit, ProjectionHooks, hook_edit
@@ -313,7 +314,7 @@ class TrainingSession:
         """
         found, cut = [], []
         for caption in captions:
-            files = ", ".join(picture.path for picture, own in zip(self.pictures, self.captions) if caption in own)
+            files = few([picture.path for picture, own in zip(self.pictures, self.captions) if caption in own], 3)
             try:
                 places = {self._text.read_at(number, caption)[0] for number in range(len(text_encoders(self.pipe)))}
             except PromptError as error:
@@ -327,10 +328,9 @@ class TrainingSession:
             if self._text.overlong(caption):
                 cut.append(f"{quoted(caption)} of {files}")
         if cut:
-            more = f", and {len(cut) - 3} more" if len(cut) > 3 else ""
             warnings.warn(
                 f"images: captions are longer than a text encoder of this model reads, and their ends count for nothing: "
-                f"{'; '.join(cut[:3])}{more}. Shorter ones say more.",
+                f"{few(cut, 3, '; ')}. Shorter ones say more.",
                 stacklevel=5,
             )
         return found

@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from perfusion.errors import few
 from perfusion.files import user_path
 from perfusion.masks import mask_rank, masked_stem
 from perfusion.pictures import ENDINGS, is_picture, unreadable_kind
@@ -171,8 +172,4 @@ def _unused(unused: Sequence[tuple[Path, str]]) -> str:
     reasons: dict[str, list[str]] = {}
     for path, reason in unused:
         reasons.setdefault(reason, []).append(path.name)
-    return f"Not used: {'; '.join(f'{_few(names)} ({reason})' for reason, names in reasons.items())}." if unused else ""
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return f"Not used: {'; '.join(f'{few(names, 12)} ({reason})' for reason, names in reasons.items())}." if unused else ""
