@@ -371,7 +371,7 @@ def draw(found: Rows, folder: Path) -> None:
 
 
 def examples(found: Rows, work: Path, path: Path) -> bool:
-    """One picture of each prompt by every peer, of the first thing, from sheets that measuring kept; False where they are not all there."""
+    """One picture of each of the first prompts by every peer, of the first thing, from sheets that measuring kept; False where they are not all there."""
     from PIL import Image, ImageDraw, ImageFont
 
     chosen = {"superclass words": "concepts", "perfusion": "concepts"}
@@ -384,7 +384,7 @@ def examples(found: Rows, work: Path, path: Path) -> bool:
         files = {name: folder / f"{section}, {name}, {subject}.png".replace("/", "-") for name, section in chosen.items()}
     if not files or not all(file.exists() for file in files.values()):
         return False
-    tile, shown = 128, min(row["prompts"] for row in found if row["section"] in ("concepts", "peers"))
+    tile, shown = 128, min(8, *(row["prompts"] for row in found if row["section"] in ("concepts", "peers")))
     whole = Image.new("RGB", (tile * (shown + 2), tile * len(files)), "white")
     brush, font = ImageDraw.Draw(whole), ImageFont.load_default(15)
     for number, (name, file) in enumerate(files.items()):

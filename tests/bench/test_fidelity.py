@@ -123,18 +123,36 @@ def test_tables_say_how_much_each_row_rests_on():
         scores = {"identity": [identity] * 2, "text": [1.0] * 2}
         kept = {"steps": 1, "batch": 1, "sampling_steps": 1, "guidance": guidance}
         facts = {"subject": subject, "prompts": 2, "seeds": 1, "bytes": 9, "settings": kept}
-        return {"section": "peers", "variant": variant, "scale": scale, "toybox": toybox, "scores": scores, **facts}
+        section = "concepts" if variant == "perfusion" else "peers"
+        return {"section": section, "variant": variant, "scale": scale, "toybox": toybox, "scores": scores, **facts}
 
     found = report.current([
         row("perfusion", "full", 0.1, toybox="old"), row("perfusion", "full", 0.2, guidance=4.0), row("LoRA, rank 4", "small", 0.3),
         row("perfusion", "small", 0.4), row("perfusion", "full", 0.5), row("perfusion", "full", 0.6),
         row("perfusion", "full", 0.6, subject="teapot"),
     ])  # fmt: skip
-    assert [(each["variant"], each["scores"]["identity"][0]) for each in found] == [("LoRA, rank 4", 0.3), ("perfusion", 0.6), ("perfusion", 0.6)]
+    said = [(each["variant"], each["scores"]["identity"][0]) for each in found]
+    assert said == [("perfusion", 0.6), ("perfusion", 0.6), ("LoRA, rank 4", 0.3)]
     short = report.text_of("in short", found)
     assert "| **perfusion** | 1 × 2 × 1 |" in short and "| LoRA, rank 4 | 1 × 2 × 1, small |" in short  # on the things that they share
     held = report.text_of("goals", found)
     assert "| ahead of LoRA, rank 4, picture by picture | identity +0.30 (+0.30 to +0.30), text +0.00 (+0.00 to +0.00) | in identity |" in held
+
+
+def test_methods_are_compared_on_the_same_pictures():
+    """A row of more prompts and seeds is cut to the first of them, prompt by prompt; of things that others have not, nothing is left."""
+
+    def row(subject, prompts, seeds, identity):
+        return {"subject": subject, "prompts": prompts, "seeds": seeds, "scores": {"identity": identity}}
+
+    few = [row("teddy", 2, 1, [0.5, 0.5])]
+    (cut,) = report.on_pictures_of(few, [row("teddy", 3, 2, [1, 2, 3, 4, 5, 6]), row("mug", 3, 2, [0] * 6)])
+    assert (cut["prompts"], cut["seeds"], cut["scores"]["identity"]) == (2, 1, [1, 3])
+    assert report.on_pictures_of([row("teddy", 4, 1, [0] * 4)], few) == few  # what was not drawn cannot be shown
+    assert report.current([few[0] | KEPT, row("teddy", 3, 2, [0] * 6) | KEPT, few[0] | KEPT])[0]["prompts"] == 3
+
+
+KEPT = {"section": "peers", "variant": "OFT", "scale": "full", "toybox": "new", "settings": {"guidance": 2.5}}
 
 
 def test_a_picture_does_not_depend_on_what_shares_its_batch(lab):
