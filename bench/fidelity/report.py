@@ -371,7 +371,7 @@ def draw(found: Rows, folder: Path) -> None:
 
 
 def examples(found: Rows, work: Path, path: Path) -> bool:
-    """A picture of each of the first prompts by every peer, of the first thing, from sheets that measuring kept; False where not all are there."""
+    """A picture of each of the first prompts by every peer, of the first thing, from sheets in `work`; False where one is missing."""
     from PIL import Image, ImageDraw, ImageFont
 
     chosen = {"superclass words": "concepts", "perfusion": "concepts"}
