@@ -76,6 +76,6 @@ def build(shared: Shared) -> None:
                 yield image, None, said(f"Step {event.data['step']} of {event.data['steps']}")
 
     inputs = [shared.key, state, first, second, *strengths, prompt, layout, canvas, seed, model, steps]
-    running = go.click(draw, inputs, [picture, shown, status], show_progress="hidden", trigger_mode="always_last")  # as in the tab Draw
+    running = go.click(draw, inputs, [picture, shown, status], show_progress="hidden", trigger_mode="always_last")
     stop.click(Running.end, state, status, cancels=[running])
     layout.change(lambda layout: gr.ImageEditor(visible=layout == "painted"), layout, canvas, show_progress="hidden")

@@ -84,7 +84,8 @@ def build(shared: Shared) -> None:
     inputs = [shared.key, state, shared.drawn, prompt, negative, strength, own, beta, model, steps, guidance, count, seed]
     # a click while a picture is drawn, or before its answer has ended, is kept and drawn next; "once" would drop it without a word
     running = gr.on(
-        [go.click, prompt.submit], draw, inputs, [picture, status, gallery, shared.drawn], show_progress="hidden", trigger_mode="always_last"
+        [go.click, prompt.submit], draw, inputs, [picture, status, gallery, shared.drawn], show_progress="hidden",
+        trigger_mode="always_last",
     )
     stop.click(Running.end, state, status, cancels=[running])
     own.change(lambda own: gr.Slider(visible=not own), own, beta)

@@ -75,5 +75,5 @@ def build(shared: Shared) -> None:
         yield page, said(f"Seed {number}, “{text}”"), gr.DownloadButton(value=file, interactive=True)
 
     inputs = [shared.key, concept, prompt, axis, low, high, beta_low, beta_high, count, seed, model, steps]
-    running = go.click(draw, inputs, [strip, status, save], show_progress="hidden", trigger_mode="always_last")  # as in the tab Draw
+    running = go.click(draw, inputs, [strip, status, save], show_progress="hidden", trigger_mode="always_last")
     stop.click(lambda: said("Stopped."), None, status, cancels=[running])
