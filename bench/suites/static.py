@@ -106,13 +106,17 @@ def _launches(name: str, pipe: Any, options: Options) -> Iterator[dict[str, Any]
 
 
 def _memory(name: str, options: Options) -> Iterator[dict[str, Any]]:
-    layers = [(layer.H, layer.C) for layer in roofline.UNETS[name] for _ in range(layer.count)]
-    outputs = sum(width for _, width in layers)
+    row = {**common("static", name, None, options), "provider": "perfusion", "gate": "counted", "unit": "bytes"}
+    for what, value in memory(name).items():
+        yield {**row, "what": what, "value": value}
+
+
+def memory(name: str) -> dict[str, int]:
+    """Bytes on a device, in float16, of a concept in the bank and of a slot of 77 tokens in all layers: of a UNet of `roofline.UNETS`."""
+    outputs = sum(layer.C * layer.count for layer in roofline.UNETS[name])
     bank = ConceptBank(2, roofline.TEXT_WIDTHS[name], outputs, dtype=torch.float16)
-    slots = Slots(77, layers, torch.device("cpu"))
+    slots = Slots(77, outputs, torch.device("cpu"))
     _, missing = slots.place(["a", "b"])
     slots.write(list(missing.values()), *torch.zeros(2, 2, 77, outputs, dtype=torch.float16))
-    row = {**common("static", name, None, options), "provider": "perfusion", "gate": "counted", "unit": "bytes"}
     held = sum(table.nbytes for table in vars(bank).values() if isinstance(table, torch.Tensor))
-    yield {**row, "what": "memory, a concept", "value": held // 2}
-    yield {**row, "what": "memory, a slot", "value": slots.nbytes // slots.capacity}
+    return {"memory, a concept": held // 2, "memory, a slot": slots.nbytes // slots.capacity}

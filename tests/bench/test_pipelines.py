@@ -69,6 +69,12 @@ def test_launches_are_counted(found):
     assert counted["perfusion"] < counted["stock"] < counted["gated edit"] < counted["PEFT mixed batch, 16"]
 
 
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_memory_of_a_concept_and_of_a_slot_is_as_the_rows_say(name):
+    kept = {row["what"]: row["value"] for row in rows.read(ROOT / "bench/results/static.jsonl") if row["case"] == name and "memory" in row["what"]}
+    assert len(kept) == 2 and static.memory(name) == kept
+
+
 def test_operators_that_only_call_others_count_for_nothing():
     a, b = torch.randn(4, 4), torch.randn(4, 4)
     assert static.launches(lambda: torch.nn.functional.linear(a, b)) == 1
