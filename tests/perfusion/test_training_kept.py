@@ -251,20 +251,27 @@ def in_a_process(act):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bits(pipe, pictures, tmp_path):
     """SIGKILL, which nobody can catch, at random moments: of loading, of steps, of checkpoints, of drawing."""
-    options = dict(steps=12, checkpoint_every=1, checkpoint_limit=2, validation_every=5)
-    started = time.monotonic()
+    options = dict(steps=20, checkpoint_every=1, checkpoint_limit=2, validation_every=5)
     whole = learn(pipe, pictures, output=tmp_path / "whole", **options)
-    duration, chance, folder, kills = time.monotonic() - started, random.Random(0), tmp_path / "killed", 0
+    chance, folder, kills = random.Random(0), tmp_path / "killed", 0
+
+    def step():
+        found = checkpoints.latest(folder / "checkpoints")
+        return int(found.stem.split("-")[-1]) if found else 0
 
     def run():
-        found = checkpoints.latest(folder / "checkpoints")
         if (folder / "README.md").exists():
             return  # killed on its way out, with all done
-        learn(pipe, pictures, output=folder, **options, **({"resume": "latest"} if found else {"overwrite": True}))
+        learn(pipe, pictures, output=folder, **options, **({"resume": "latest"} if step() else {"overwrite": True}))
 
     for _ in range(40):
-        process = in_a_process(run)
-        process.join(chance.uniform(0.05, 0.6) * duration if kills < 6 else None)
+        process, target = in_a_process(run), step() + chance.randint(1, 2)
+        if kills < 6:  # a random moment after the next steps; the first time, of loading
+            while kills and process.is_alive() and step() < target:
+                time.sleep(0.002)
+            process.join(chance.uniform(0, 0.05))
+        else:
+            process.join()
         if process.is_alive():
             process.kill()
             process.join()
