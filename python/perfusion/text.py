@@ -393,6 +393,7 @@ class TextHook:
         """Forward hook of a token embedding: ids [R, T] -> output [R, T, width]."""
         waiting = self._expected[number]
         if not waiting:
+            self._warn_of_names(number, args[0])
             return None
         ids = args[0].detach().cpu()
         call = next((call for call in waiting if call.reads(ids)), None)
@@ -410,6 +411,20 @@ class TextHook:
             whole = mention.strength == 1 or not isinstance(mention.strength, numbers.Real)
             output[rows, position] = embedding if whole else torch.lerp(output[rows, position], embedding, mention.strength)
         return output
+
+    def _warn_of_names(self, number: int, ids: Tensor) -> None:
+        """Of `<name>` that reaches the text encoder as it is: from a pipeline of the same parts, or from whoever calls the encoder."""
+        tokenizer, _ = text_encoders(self.pipe, required=False)[number]
+        for name in self.words:
+            written = tokenizer(f"<{name}>", add_special_tokens=False).input_ids
+            if not 1 < len(written) <= ids.shape[-1]:  # one token: a textual inversion of that name
+                continue
+            if (ids.detach().cpu().unfold(-1, len(written), 1) == torch.tensor(written)).all(-1).any():
+                warnings.warn(
+                    f"a text with <{name}> was encoded by something else than the pipeline that perfusion is attached to, so it is plain "
+                    "text: neither concept nor superclass word. Attach to the pipeline that reads it, or tell the handle by handle.bind.",
+                    stacklevel=2,
+                )
 
     def _remember(self, original: Callable[..., Any], bound: inspect.BoundArguments, result: Any, sides: list[_Side]) -> None:
         copies = bound.arguments.get("num_images_per_prompt") or 1
