@@ -96,7 +96,7 @@ class _Method:
 
 def _encode_methods(pipe: Any) -> list[tuple[Any, str]]:
     """(object, method) of where a pipeline encodes prompts: itself, or the blocks of a modular one that do."""
-    blocks = getattr(pipe, "_blocks", None)
+    blocks = getattr(pipe, "_blocks", None) or getattr(pipe, "blocks", None)  # diffusers 0.35 has no underscore
     if blocks is None:
         name = "_encode_prompt" if any(kind.__name__ == JOINS for kind in type(pipe).__mro__) else "encode_prompt"
         return [(pipe, name)] if callable(getattr(pipe, name, None)) else []

@@ -126,7 +126,8 @@ def drawn_plainly(build: Callable[[], Any]) -> Tensor:
 
 def leftovers(pipe: Any) -> list[str]:
     """What perfusion left in a pipeline."""
-    owners = [pipe] if not hasattr(pipe, "_blocks") else [*pipe._blocks.sub_blocks.values()]
+    blocks = getattr(pipe, "_blocks", None) or getattr(pipe, "blocks", None)
+    owners = [*blocks.sub_blocks.values()] if blocks else [pipe]
     found = [name for owner in owners for name in ("encode_prompt", "_encode_prompt") if name in vars(owner)]
     for part in (denoiser(pipe), pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
         for name, module in () if part is None else part.named_modules():

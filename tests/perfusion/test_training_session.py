@@ -205,19 +205,13 @@ def test_gradient_checkpointing_changes_no_bit_and_moves_the_target_once(folder)
 
 
 def test_the_loss_falls(pipe, folder):
-    with session_on(pipe, folder) as session:
-
-        def losses():
-            start, kept = session.step, session.state()
+    """Of one batch with its noise, which every step has again."""
+    with session_on(pipe, folder, learning_rate=0.3) as session:
+        losses = []
+        for _ in range(20):
             session.step = 0
-            values = [session.train_step().loss for _ in range(4)]
-            session.restore(start, kept)
-            return sum(values)
-
-        before = losses()
-        for _ in range(30):
-            session.train_step()
-        assert losses() < before
+            losses.append(session.train_step().loss)
+        assert losses[-1] < losses[0] - 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -337,5 +337,8 @@ def tiny_sdxl_modular(guider) -> StableDiffusionXLModularPipeline:
     base = tiny_sdxl()
     pipe = StableDiffusionXLAutoBlocks().init_pipeline()
     parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+    for name in parts:
+        if not hasattr(base.components[name], "_diffusers_load_id"):  # diffusers 0.35 takes only what says where it was loaded from
+            base.components[name]._diffusers_load_id = f"{name}|null|null|null"
     pipe.update_components(**{name: base.components[name] for name in parts}, guider=guider)
     return pipe
