@@ -89,7 +89,7 @@ coverage: $(VENV)/.installed-test ## which lines the tests of all tiers but the 
 
 test-lower: $(VENV)-lower/.installed ## run the tests at the lowest versions that pyproject.toml allows
 	$(say) 'Running the tests at the lower bounds'
-	@OMP_NUM_THREADS=1 $(VENV)-lower/bin/python -m pytest -n $(JOBS) --dist loadfile -m 'not proof' -k 'not triton and not mutant' \
+	@OMP_NUM_THREADS=1 $(VENV)-lower/bin/python -m pytest -n $(JOBS) --dist loadfile -m 'not proof' \
 		tests/perfusion tests/toybox tests/kernels $(wildcard tests/test_*.py) $(ARGS)
 
 wheel: $(VENV)/.installed-release ## build the wheel that is given away, with kernels for every architecture, into dist

@@ -117,7 +117,7 @@ def test_public_names():
         perfusion.nonsense
 
 
-# the step of the build that compiles the CUDA kernels; tests/cuda_host/test_torch_library.py lets it do so
+# the step of the build that compiles the CUDA kernels; tests/compiled/test_torch_library.py lets it do so
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def conflicts(host) -> list[str]:
             host.configure(multiprocessors)
             q, k = torch.randn(1, N, 1, d).half(), torch.randn(1, plans.T, 1, d).half()
             tensors = dict(query=q, key=k, value=k)
-            rows = 16 * host.plan(**tensors)["m"]
+            rows = 16 * host.planned("edited_attention", tensors)["m"]
             host.edited_attention(**tensors)
             counted = host.counted()
             lines.append(f"| {d} | {rows} | {counted['matrices']:,} | {counted['matrix_cycles']:,} |")

@@ -61,11 +61,11 @@ class Cell:
         return self.moved / self.least
 
 
-def run(host: Host, chip: str, case: str, operator: str, arguments: dict, launches: dict[str, roofline.Work], *given) -> list[Cell]:
+def run(host: Host, chip: str, case: str, operator: str, arguments: dict, launches: dict[str, roofline.Work]) -> list[Cell]:
     """One call, whose launches are named with what each must move at least."""
     machine = CHIPS[chip]
     host.configure(**vars(machine))
-    getattr(host, operator)(*given, **arguments)
+    getattr(host, operator)(**arguments)
     traffic = host.counted()["traffic"]
     if len(traffic) != len(launches):
         raise RuntimeError(f"{operator} has made {len(traffic)} launches, and {len(launches)} are known")
@@ -91,14 +91,13 @@ def model_cells(host: Host, chip: str, D: int, O: int) -> Iterator[Cell]:
     for operator in ("concept_gates", "edited_projection"):
         arguments = one.arguments(operator)
         yield from run(host, chip, case, operator, arguments, {operator: roofline.of(operator, arguments)})
+    arguments["gradient"] = torch.randn(B, T, O).half()
     host.configure(**vars(CHIPS[chip]))
-    splits = host.projection_workspace_bytes(**arguments) // (4 * B * T * D)
+    splits = host.workspace_bytes("edited_projection_backward", **arguments) // (4 * B * T * D)
     names = "encodings_gradient", "sum_of_splits", "coefficients_gradient", "tables_gradient"
     works = roofline.edited_projection_backward_launches(B=B, T=T, D=D, O=O, J=J, splits=splits)
-    needs = "encodings", "gates", "components", "outputs", "projected_targets"
-    gradient = torch.randn(B, T, O).half()
     launches = {f"edited_projection_backward, {name}": work for name, work in zip(names, works)}
-    yield from run(host, chip, case, "edited_projection_backward", arguments, launches, gradient, needs)
+    yield from run(host, chip, case, "edited_projection_backward", arguments, launches)
 
 
 def cells(host: Host, chip: str, model: str) -> Iterator[Cell]:

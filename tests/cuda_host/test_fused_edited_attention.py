@@ -9,7 +9,7 @@ import torch
 from bench import roofline
 
 from ..kernels import cases
-from .host import Refused, compare
+from .host import compare
 
 HALVES = (torch.float16, torch.bfloat16)
 WIDTHS = (32, 40, 64, 80, 96, 128, 160)
@@ -39,20 +39,6 @@ def test_the_reference_s_roundings(host):
     torch.testing.assert_close(fused, parts, rtol=2e-3, atol=2e-3)
 
 
-def test_schedules_agree(host):
-    """One block or several for a head, one stage or two, any order of the threads: the same bits."""
-    arguments = small(B=1, H=1, N=130, J=2, D=24, d=160).arguments(OPERATOR)
-    seen, results = set(), []
-    for multiprocessors, shared, order in ((0, 232448, "forward"), (0, 92160, "backward"), (64, 92160, "shuffled"), (64, 232448, "backward")):
-        host.configure(multiprocessors, shared, order)
-        plan = host.fused_plan(**arguments)
-        seen.add((plan["stages"], plan["splits"] > 1))
-        results.append(host.fused_edited_attention(**arguments))
-    assert len(seen) == 4
-    assert all(torch.equal(result, results[0]) for result in results)
-    assert torch.isfinite(results[0]).all()
-
-
 def test_no_other_share_is_cheaper(host):
     """Against the sentence of the header, written down again."""
 
@@ -78,7 +64,7 @@ def test_bytes(host, d, passes):
     for multiprocessors in (0, 64):
         host.configure(multiprocessors)
         arguments = {name: getattr(case, name) for name in ("query", "encodings", "key_weight", "value_weight")}
-        splits = host.fused_plan(**arguments)["splits"]
+        splits = host.planned(OPERATOR, arguments)["splits"]
         assert (splits > 1) == (multiprocessors > 0)
         host.fused_edited_attention(**arguments)
         counted = host.counted()
@@ -92,7 +78,7 @@ def test_rows_share_weights(host):
     case = small(B=2, H=4, N=64, D=768, d=40)
     arguments = {name: getattr(case, name) for name in ("query", "encodings", "key_weight", "value_weight")}
     host.configure(2, 101376, shared_per_multiprocessor=102400, cache=480 << 10)
-    assert host.fused_plan(**arguments)["splits"] == 1
+    assert host.planned(OPERATOR, arguments)["splits"] == 1
     host.fused_edited_attention(**arguments)
     [(_, read, written)] = host.counted()["traffic"]
     assert read + written <= 1.1 * roofline.of(OPERATOR, arguments).bytes
@@ -118,25 +104,3 @@ def test_products(host, d, columns):
     host.configure(0)
     host.fused_edited_attention(**case.arguments(OPERATOR))
     assert host.counted()["products"] == 80 * 64 * columns + 2 * 32 * d * 80
-
-
-def test_refusals(host):
-    case = small(T=13, d=32, N=3)
-    arguments = case.arguments(OPERATOR)
-    for changes, status, message in (
-        (small(T=13, d=48, N=3).arguments(OPERATOR), 2, "fused_edited_attention: d must be one of 32, 40, 64, 80, 96, 128, 160; got 48"),
-        (small(T=257, d=32, N=3).arguments(OPERATOR), 2, "fused_edited_attention: T must be at most 256; got 257"),
-        ({"query": case.query.float()}, 1, "query must be float16 or another supported dtype; got float32"),
-        ({"encodings": case.encodings.bfloat16()}, 1, "fused_edited_attention: encodings must be float16; got bfloat16"),
-        ({"value_weight": case.value_weight.bfloat16()}, 1, "value_weight must be float16; got bfloat16"),
-        ({"encodings": case.encodings[..., :0]}, 1, r"fused_edited_attention: D must lie in 1 ... 1073741824; got 0"),
-        ({"key_targets": None}, 1, "fused_edited_attention: key_targets must be given; got NULL"),
-        ({"gates": arguments["gates"].half()}, 1, "fused_edited_attention: gates must be float32; got float16"),
-    ):
-        with pytest.raises(Refused, match=message) as refused:
-            host.fused_edited_attention(**{**arguments, **changes})
-        assert refused.value.status == status
-    host.configure(shared_per_block=101376)
-    message = "and a step of their projection must fit into shared memory, 101376 bytes a block on this device; got T = 154 and d = 160, which need 145920"
-    with pytest.raises(Refused, match=message):
-        host.fused_edited_attention(**small(T=154, d=160, N=3, B=1, H=1).arguments(OPERATOR))

@@ -1,11 +1,14 @@
 """Deliberate faults in the kernels, each of which must be found: by the sweep, or by a check that looks at what no result shows."""
 
+from functools import partial
+
 import pytest
 
 from . import test_concept_gates as gates
 from . import test_edited_projection as projection
 from . import test_edited_projection_backward as projection_backward
 from . import test_fused_edited_attention as fused
+from . import test_operators as operators
 from .build import Change, build_module, only_widths
 from .host import Host, Refused
 from .sweep import SCHEDULES, concerned, sweep
@@ -190,7 +193,7 @@ CHECKS = {  # of bits, bytes and order, or at another head width
     "tokens behind the last": gates.test_nothing_else_is_read,
     "each concept's edit is rounded by itself": projection.test_rounded_once_more,
     "absent places are added as zeros": projection.test_rows_without_a_concept,
-    "the sums of eight places are overwritten before they are read": projection_backward.test_any_order,
+    "the sums of eight places are overwritten before they are read": partial(operators.test_schedules_agree, operator="edited_projection_backward"),
     "sides that share a gradient run apart": projection_backward.test_sides_and_slots_share_the_gradient,
     "rows that share a head's weights run apart": fused.test_rows_share_weights,
     "the second tile of tokens is the first": fused.test_one_side_after_the_other,

@@ -63,7 +63,7 @@ def test_gates_of_many_places_write_their_workspace_once(host, chip):
     host.configure(**vars(traffic_matrix.CHIPS[chip]))
     host.concept_gates(**arguments)
     [(_, read, written)] = host.counted()["traffic"]
-    assert read + written <= LIMIT * (roofline.of("concept_gates", arguments).bytes + host.gates_workspace_bytes(**arguments))
+    assert read + written <= LIMIT * (roofline.of("concept_gates", arguments).bytes + host.workspace_bytes("concept_gates", **arguments))
 
 
 def test_every_launch_of_the_table_moves_at_most_a_tenth_more():

@@ -3,7 +3,7 @@
 import re
 import subprocess
 
-from .build import ROOT
+from ..cuda_host.build import ROOT
 
 HEADER = (ROOT / "csrc/include/perfusion_kernels.h").read_text(encoding="utf-8")
 EXPORTED = set(re.findall(r"^PERFUSION_API [^;(]*?(perfusion_\w+)\(", HEADER, re.MULTILINE))

@@ -11,8 +11,8 @@ import torch
 
 from perfusion_kernels.cuda import OPERATORS
 
+from ..cuda_host.build import ROOT
 from ..kernels import cases
-from .build import ROOT
 from .test_torch_library import ARCHITECTURES, compiled, facts  # noqa: F401, fixtures
 
 ELEMENTS = {"perfusion::Half": "float16", "perfusion::BFloat16": "bfloat16", "float": "float32"}
@@ -65,7 +65,7 @@ def test_shared_memory_is_that_of_the_launch_plans(host, table):
         assert size is None or 0 <= size <= 232448, (kernel, tile)
     host.configure(1)
     plain = cases.make(B=1, T=77, N=1024, H=1, d=40, D=11, J=1, dtype=torch.float16)
-    plan = host.plan(query=plain.query, key=plain.key, value=plain.value)
+    plan = host.planned("edited_attention", dict(query=plain.query, key=plain.key, value=plain.value))
     assert found["edited_attention", f"head_dim 40, keys 80, query_rows {16 * plan['m']}"] == plan["bytes"]
     assert found["concept_gates", "resident 1"] is None
 

@@ -1,6 +1,6 @@
 """The wheel that is given away: built, repaired and checked by the tools that everybody uses, installed in a clean environment, loaded there.
 
-For all architectures, from the objects that tests/cuda_host compiles too. PERFUSION_WHEEL_ARCHITECTURES=9.0 compiles one, which shows all but
+For all architectures, from the objects that test_torch_library.py compiles too. PERFUSION_WHEEL_ARCHITECTURES=9.0 compiles one, which shows all but
 the wheel's final size.
 """
 
@@ -19,18 +19,15 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PLATFORM = "manylinux_2_28_x86_64"
 LIBRARY = "perfusion_kernels/cuda/libperfusion_kernels_torch.so"
 LARGEST = 40 * 2**20
 PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
-pytestmark = [
-    pytest.mark.proof,
-    pytest.mark.skipif(
-        not (shutil.which("nvcc") and shutil.which("patchelf", path=PATH) and all(map(importlib.util.find_spec, ("build", "auditwheel")))),
-        reason="a wheel takes nvcc, build, auditwheel and patchelf",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("nvcc") and shutil.which("patchelf", path=PATH) and all(map(importlib.util.find_spec, ("build", "auditwheel")))),
+    reason="a wheel takes nvcc, build, auditwheel and patchelf",
+)
 
 LOAD = """
 import json, sys

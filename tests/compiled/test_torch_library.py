@@ -11,7 +11,7 @@ import pytest
 from bench.kernels import nvcc_matrix
 from perfusion_kernels.cuda import OPERATORS, library
 
-from .build import ROOT
+from ..cuda_host.build import ROOT
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "compute_100", "sm_120")
 

@@ -1,0 +1,18 @@
+"""What an installation compiles: the libraries, the wheel, and what nvcc made of each kernel. All of it is proof, as nvcc takes its time."""
+
+import shutil
+
+import pytest
+
+from ..cuda_host.conftest import built, host  # noqa: F401, fixtures
+
+TOOLS = {"test_install": ("g++", "cmake"), "test_wheel": ()}  # the wheel's tests look for their own
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent.name == "compiled":
+            item.add_marker("proof")
+            needed = TOOLS.get(item.path.stem, ("g++", "cmake", "ninja", "nvcc"))
+            if missing := [tool for tool in needed if shutil.which(tool) is None]:
+                item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}"))
