@@ -72,6 +72,12 @@ def loaded() -> ctypes.CDLL:
 
 
 @functools.cache
+def device_type() -> str:
+    """Of the tensors that the loaded library takes: "cuda", or "cpu" where it was built for the host, without a CUDA runtime."""
+    return "cuda" if cuda_versions(loaded())[0] else "cpu"
+
+
+@functools.cache
 def why_not_loaded() -> str | None:
     """Loads the library. None, or why it must not be called."""
     try:
@@ -100,13 +106,19 @@ def types(schema: str) -> str:
     return re.sub(r" \w+(?=[,)])", "", schema)
 
 
-def too_new(library: ctypes.CDLL) -> str | None:
-    """The driver must know the CUDA of the library's runtime; within a major version any does."""
+def cuda_versions(library: ctypes.CDLL) -> tuple[int, int]:
+    """Major versions of the library's CUDA runtime, 0 where it was built for the host, and of the driver, 0 where there is none."""
     runtime, driver = ctypes.c_int(), ctypes.c_int()
     library.perfusion_torch_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
-    if 0 < driver.value < runtime.value:
+    return runtime.value, driver.value
+
+
+def too_new(library: ctypes.CDLL) -> str | None:
+    """The driver must know the CUDA of the library's runtime; within a major version any does."""
+    runtime, driver = cuda_versions(library)
+    if 0 < driver < runtime:
         return (
-            f"the kernels were compiled with CUDA {runtime.value}, and the driver here supports CUDA {driver.value}:"
+            f"the kernels were compiled with CUDA {runtime}, and the driver here supports CUDA {driver}:"
             " it takes a newer driver, or an older nvcc and another installation"
         )
     return None

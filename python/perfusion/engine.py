@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+import perfusion_kernels
 from perfusion.attention_processor import FUSED, SCHEDULE, SLOTS, STOCK, AttentionState
 from perfusion.base import UnsupportedPipeline, cross_attention_layers
 from perfusion.batch_plan import Client, GivenRows, Plan
 from perfusion.denoiser_call import DenoiserCall
+from perfusion.errors import advise
 from perfusion.fast_path import FastPath, Forward, offloaded
 from perfusion.own_processors import OwnProcessors
 from perfusion.path_report import outlook, paths_of, what_ran
@@ -37,6 +39,14 @@ from perfusion.unet_graphs import CudaRecorder, Recorder, UNetGraphs
 __all__ = ["Client", "Engine", "GivenRows", "engine_of"]
 
 CHANGING = 3  # forwards in a row with new encodings, after which they are taken to change at every step
+
+# the operators that look up slots or concepts in a forward of each form, for messages
+OPERATORS = {
+    SLOTS: "concept_gates, fused_edited_projection, edited_attention",
+    SCHEDULE: "concept_gates, edited_attention",
+    FUSED: "concept_gates, fused_edited_attention",
+    "hooks": "concept_gates",
+}
 
 _ENGINES: Any = weakref.WeakKeyDictionary()  # UNet -> a weak reference to its engine, which holds the UNet: what keeps it are its clients
 
@@ -85,6 +95,7 @@ class Engine:
         self._given: GivenRows | None = None
         self._graphs: UNetGraphs | None = None
         self._warned: set[str] = set()
+        self._device: torch.device | None = None  # where operators ran last
 
     def __deepcopy__(self, memo: Any) -> Engine:
         raise RuntimeError("a UNet with perfusion attached cannot be copied: perfusion.detach(pipe), copy, and attach to both.")
@@ -158,6 +169,28 @@ class Engine:
             self._run.changed = -1  # the next tensor is no new encoding
             self.fast_path.forget()
 
+    def check_device(self) -> None:
+        """Raises what kernels have noted on the device since the last check: a slot or an index out of range.
+
+        Asked before each forward and after each call of a pipeline. It waits for nothing, so a forward that the device has not
+        reached is told of by the next check. RuntimeError says what happened; everything is computed anew after it.
+        """
+        if self._device is None:
+            return
+        try:
+            perfusion_kernels.check_device(self._device, synchronize=False)
+        except RuntimeError as error:
+            form, operators = self.form, OPERATORS.get(self.form, "the operators of the last forward with concepts")
+            self.forget()
+            raise advise(
+                RuntimeError(f"What was drawn last may be wrong. The UNet's last form was {form!r} ({operators}), and {error}."),
+                python=(
+                    "Concepts and settings are as they were, and all that the device reads is written anew: draw again. If it comes "
+                    "back, other code writes into memory of this handle; compute-sanitizer names the kernel."
+                ),
+                command="Run the command again; if it comes back, compute-sanitizer names the kernel.",
+            ) from error
+
     @property
     def slots(self) -> Slots | None:
         """Keys and values of prompts; None before the first."""
@@ -198,7 +231,9 @@ class Engine:
         self._lock.acquire()
         self._depth += 1
         self.state.form, self._hooks.asleep = STOCK, True
+        self.check_device()
         if self._given is not None:
+            self._device = self._given.keys.device
             self._count(SLOTS, "keys and values were given")
             self.fast_path.show_given(self._given)
             return None
@@ -210,6 +245,7 @@ class Engine:
         if not plan.rows:
             self._count(STOCK, "no row of the batch has a concept")
             return None
+        self._device = encodings.device
         if plan.scheduled:
             self._count_step(self._call.argument("timestep", args, kwargs))
         reason = self._obstacle(plan, encodings, self._call.lora_scale(args, kwargs)) or self._call.mask_obstacle(args, kwargs, encodings)

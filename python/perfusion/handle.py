@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from perfusion.loaded_concept import LoadedConcept, Schedule
 from perfusion.requests import RowRequest, check_schedule
 from perfusion.settings import GATES, KEY_LOCKS, one_of
 from perfusion.text import TextHook, added_tokens, superclass_tokens
+from perfusion.wrapped_method import WrappedMethod
 
 __all__ = ["Handle", "LoadedConcept", "attach", "detach"]
 
@@ -71,6 +73,11 @@ class Handle:
     """The concepts of one pipeline. A context manager: leaving it detaches.
 
     pipe: the pipeline; base: its Base; enabled: see `disable`; exact: see `attach`.
+
+    Kernels that meet a slot or an index out of range read nothing for it and note it on the device, where no call can raise. RuntimeError
+    tells of it before the UNet's next forward, or at the end of the pipeline's call, whichever comes first after the device has met it:
+    at both the note is read and nothing waits for the device. Concepts and settings stay, and the handle goes on: keys, values and
+    indices are written anew. `perfusion_kernels.check_device(device)` waits and asks at once, as after latents, for which no call waits.
     """
 
     def __init__(
@@ -85,7 +92,10 @@ class Handle:
         self._text = TextHook(pipe, self._concepts, self._begin_prompt)
         self._encoders = text_encoders(pipe, required=False)
         self._engine = engine_of(plain_module(denoiser(pipe)))
+        self._end = WrappedMethod(pipe, "maybe_free_model_hooks") if callable(getattr(pipe, "maybe_free_model_hooks", None)) else None
         self._text.install()
+        if self._end is not None:
+            self._end.wrap(self._ending)
         self._engine.add(self)
         if graphs:
             self._engine.use_graphs()
@@ -113,6 +123,8 @@ class Handle:
         self._require_attached()
         self._engine.remove(self)
         self._text.remove()
+        if self._end is not None:
+            self._end.unwrap()
         delattr(self.pipe, _MARK)
 
     def load(self, concept: str | os.PathLike[str] | Concept, name: str | None = None) -> str:
@@ -253,6 +265,18 @@ class Handle:
         """Bytes that are held for concepts: the bank, slots of keys and values, stacked weights, edits."""
         self._require_attached()
         return {"bank": self._concepts.nbytes(), **self._engine.memory()}
+
+    def _ending(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """What pipelines call last, when images are in host memory and the device has nothing left to do."""
+
+        @functools.wraps(original)
+        def maybe_free_model_hooks(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self._attached:
+                self._engine.check_device()
+            return result
+
+        return maybe_free_model_hooks
 
     def _begin_prompt(self) -> None:
         """A prompt is going to be encoded: nothing may have been exchanged since attach."""

@@ -25,6 +25,7 @@ from perfusion.loaded_concept import LoadedConcept
 from perfusion.prompts import Mention, Prompt, PromptError, parse_prompt, quoted
 from perfusion.requests import Request, RowRequest
 from perfusion.settings import SETTINGS
+from perfusion.wrapped_method import WrappedMethod
 
 __all__ = ["TextHook", "added_tokens", "superclass_tokens", "warn_of_unknown_word"]
 
@@ -75,25 +76,6 @@ class _Expected:
         return len(self.ids) in (1, len(ids)) and torch.equal(self.ids.expand(len(ids), -1), ids)
 
 
-class _Method:
-    """A method of one object, wrapped and given back as it was: what the object itself had of that name, normally nothing."""
-
-    def __init__(self, owner: Any, name: str):
-        self.owner, self.name = owner, name
-        self.own = self.wrapper = None
-
-    def wrap(self, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        self.own = vars(self.owner).get(self.name)
-        self.wrapper = make(getattr(self.owner, self.name))
-        setattr(self.owner, self.name, self.wrapper)
-
-    def unwrap(self) -> None:
-        if self.wrapper is not None and vars(self.owner).get(self.name) is self.wrapper:
-            delattr(self.owner, self.name)
-            if self.own is not None:
-                setattr(self.owner, self.name, self.own)
-
-
 def _encode_methods(pipe: Any) -> list[tuple[Any, str]]:
     """(object, method) of where a pipeline encodes prompts: itself, or the blocks of a modular one that do."""
     blocks = getattr(pipe, "_blocks", None) or getattr(pipe, "blocks", None)  # diffusers 0.35 has no underscore
@@ -118,7 +100,7 @@ class TextHook:
     """
 
     def __init__(self, pipe: Any, words: Mapping[str, LoadedConcept], on_encode: Callable[[], None] = lambda: None):
-        self._methods = [_Method(owner, name) for owner, name in _encode_methods(pipe)]
+        self._methods = [WrappedMethod(owner, name) for owner, name in _encode_methods(pipe)]
         if not self._methods:
             raise UnsupportedPipeline(f"{type(pipe).__name__} is not supported: it has no encode_prompt, where concepts are read.")
         self._parameters = inspect.signature(getattr(self._methods[0].owner, self._methods[0].name)).parameters

@@ -42,6 +42,12 @@ def test_pipelines_take_them():
     assert re.fullmatch(r"\d+ passed.*", ran.stdout.splitlines()[-1]) and "skipped" not in ran.stdout.splitlines()[-1]
 
 
+def test_the_handle_tells_what_they_note():
+    """A bad slot in the index of a pipeline's batch: the compiled kernel notes it, and the pipeline's call raises."""
+    ran = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda", "tests/perfusion/test_device_errors.py")
+    assert ran.returncode == 0 and re.fullmatch(r"1 passed.*", ran.stdout.splitlines()[-1]), ran.stdout[-6000:]
+
+
 def test_the_doctor_tries_them():
     script = f"{REGISTER}; from perfusion.cli import doctor; [*map(print, doctor.examine())]"
     found = [line for line in run("-c", script).stdout.splitlines() if "cuda on cpu" in line]
