@@ -36,6 +36,16 @@ inline cudaError_t ask_dependent_launch(int ordinal, bool* result) {
   return error;
 }
 
+// PERFUSION_MULTIPROCESSORS=N has launch plans count N multiprocessors, 0 to 65536; anything else is not read. A plan shares work out and
+// is right for any number, so one device can run the plans of others: those that csrc/host/ runs with PERFUSION_HOST_MULTIPROCESSORS.
+inline int planned_multiprocessors(int there) {
+  const char* wish = std::getenv("PERFUSION_MULTIPROCESSORS");
+  if (wish == nullptr || *wish < '0' || *wish > '9') return there;
+  char* end = nullptr;
+  const long count = std::strtol(wish, &end, 10);
+  return *end == '\0' && count <= 65536 ? static_cast<int>(count) : there;
+}
+
 inline cudaError_t ask_device(int ordinal, Device* result) {
   const struct {
     cudaDeviceAttr attribute;
@@ -50,6 +60,7 @@ inline cudaError_t ask_device(int ordinal, Device* result) {
     const cudaError_t error = cudaDeviceGetAttribute(each.value, each.attribute, ordinal);
     if (error != cudaSuccess) return error;
   }
+  result->multiprocessors = planned_multiprocessors(result->multiprocessors);
   cudaError_t error = ask_dependent_launch(ordinal, &result->dependent_launch);
   if (error != cudaSuccess) return error;
   const BesideCapture beside;

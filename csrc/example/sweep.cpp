@@ -2,12 +2,15 @@
 // each result is compared with the formula in double precision. Links the C API and nothing else of the library, so it runs on
 // the CPU build, and on a GPU under compute-sanitizer's memcheck, racecheck, synccheck and initcheck.
 //
-//   sweep [dense] [OPERATOR…]      all of them without a name; dense: without views. The exit status is the number of cases that
-//                                  failed, at most 99
+//   sweep [dense] [WIDTH] [OPERATOR…]      all operators without a name; dense: without views. WIDTH: columns of a head, 40 without
+//                                          one. The exit status is the number of cases that failed, at most 99
 //
-// A tensor has memory of its own and of exactly its size. That of a view has layout, filled with NaN, which must be neither read nor written:
-// every second element of a row and more between rows, or what makes rows whole pieces of 16 bytes, for accesses of these.
-// In the former some indices and slots are out of range: nothing is read for them, and the device notes it.
+// Each tensor has memory of its own and of exactly its size. There are three layouts: "dense"; "apart", in which only every second element
+// of a row is the tensor's and rows are further apart too; and "padded", in which rows begin at multiples of 16 bytes, so that kernels
+// access 16 bytes at once. The elements between those of the tensor are NaN, and must be neither read nor written. In the layout "apart"
+// some indices and slots are out of range: kernels must read nothing for them, and the device notes it.
+//
+// On a GPU the sizes here are too small for its default plans to differ; PERFUSION_MULTIPROCESSORS (csrc/README.md) chooses others.
 #include <perfusion_kernels.h>
 
 #include <algorithm>
@@ -270,11 +273,70 @@ void concept_gates(perfusion_dtype dtype, int64_t T, int64_t D, int64_t J, Layou
   }
 }
 
-void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, int64_t J, Layout layout) {
+// Which derivatives are asked for.
+struct Derivatives {
+  bool encodings, gates, components, outputs, targets;
+};
+
+void edited_projection_backward(const perfusion_edited_projection_params &p, const Tensor &weight, const Edit &edit, Layout layout,
+                                const Derivatives &wanted) {
+  const int64_t B = p.B, T = p.T, D = p.D, O = p.O, J = p.J;
+  const perfusion_dtype dtype = p.encodings.dtype, tables = p.outputs.dtype;
+  Tensor gradient(dtype, {B, T, O}, layout, normal), by_encodings(dtype, {B, T, D}, layout, nothing);
+  Tensor by_outputs(tables, {edit.S, O}, layout, nothing), by_targets(tables, {edit.S, O}, layout, nothing);
+  Tensor by_gates(PERFUSION_FLOAT32, {B, T, J}, layout, nothing), by_components(PERFUSION_FLOAT32, {B, T, J}, layout, nothing);
+  perfusion_edited_projection_backward_params q = {};
+  q.B = B, q.T = T, q.D = D, q.O = O, q.J = J, q.S = edit.S;
+  q.gradient = gradient.view, q.weight = p.weight, q.gates = p.gates, q.components = p.components, q.index = p.index;
+  q.outputs = p.outputs, q.projected_targets = p.projected_targets;
+  if (wanted.encodings) q.encodings_gradient = by_encodings.view;
+  if (wanted.gates) q.gates_gradient = by_gates.view;
+  if (wanted.components) q.components_gradient = by_components.view;
+  if (wanted.outputs) q.outputs_gradient = by_outputs.view;
+  if (wanted.targets) q.projected_targets_gradient = by_targets.view;
+  perfusion_status status = perfusion_edited_projection_backward_workspace(&q, &q.workspace_bytes);
+  Workspace workspace(q.workspace_bytes);
+  q.workspace = workspace.data;
+  if (status == PERFUSION_OK) status = perfusion_edited_projection_backward(&q, nullptr);
+
+  const bool edited = wanted.gates || wanted.components || wanted.outputs || wanted.targets;
+  Case one(label("edited_projection_backward", dtype,
+                 {{"T", T}, {"D", D}, {"O", O}, {"J", J}, {"tables", tables}, {"layout", layout}, {"by encodings", wanted.encodings},
+                  {"by gates", wanted.gates}, {"by components", wanted.components}, {"by outputs", wanted.outputs},
+                  {"by targets", wanted.targets}}), status);
+  one.results({&by_encodings, &by_gates, &by_components, &by_outputs, &by_targets});
+  one.noted(false, edit.out_of_range && edited);
+  for (int64_t i = 0; i < B * T * D && wanted.encodings; ++i) {
+    Sum sum;
+    for (int64_t o = 0; o < O; ++o) sum.add(gradient[i / D * O + o] * weight[o * D + i % D]);
+    one.compare(by_encodings, i, sum.value, sum.terms, 1);
+  }
+  const double roundings = tables == PERFUSION_FLOAT32 ? 16 : 1;  // of a sum in float32, or of its result
+  std::vector<Sum> of_outputs(edit.S * O), of_targets(edit.S * O);
+  for (int64_t i = 0; i < B * T * J; ++i) {
+    const int64_t m = i / J, slot = edit.slot(m / T, i % J);
+    Sum of_gate, of_component;
+    for (int64_t o = 0; o < O && slot >= 0; ++o) {
+      const double dy = gradient[m * O + o];
+      of_gate.add(dy * edit.outputs[slot * O + o]), of_component.add(-dy * edit.targets[slot * O + o]);
+      of_outputs[slot * O + o].add(edit.gates[i] * dy), of_targets[slot * O + o].add(-edit.components[i] * dy);
+    }
+    if (wanted.gates) one.compare(by_gates, i, of_gate.value, of_gate.terms, 16);
+    if (wanted.components) one.compare(by_components, i, of_component.value, of_component.terms, 16);
+  }
+  for (int64_t i = 0; i < edit.S * O; ++i) {
+    if (wanted.outputs) one.compare(by_outputs, i, of_outputs[i].value, of_outputs[i].terms, roundings);
+    if (wanted.targets) one.compare(by_targets, i, of_targets[i].value, of_targets[i].terms, roundings);
+  }
+}
+
+// tables: the dtype of outputs and targets, and of their derivatives. partial: derivatives by the encodings alone, then by gates and
+// projected_targets alone, instead of all.
+void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, int64_t J, Layout layout, perfusion_dtype tables, bool partial) {
   const int64_t B = 3;
-  Edit edit(B, T, J, O, dtype, layout);
+  Edit edit(B, T, J, O, tables, layout);
   Tensor encodings(dtype, {B, T, D}, layout, normal), weight(dtype, {O, D}, layout, normal);
-  Tensor result(dtype, {B, T, O}, layout, nothing), gradient(dtype, {B, T, O}, layout, normal);
+  Tensor result(dtype, {B, T, O}, layout, nothing);
   perfusion_edited_projection_params p = {};
   p.B = B, p.T = T, p.D = D, p.O = O, p.J = J, p.S = edit.S;
   p.encodings = encodings.view, p.weight = weight.view, p.gates = edit.gates.view, p.components = edit.components.view;
@@ -282,7 +344,7 @@ void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, i
   for (bool fused : {false, true}) {
     const perfusion_status status = fused ? perfusion_fused_edited_projection(&p, nullptr) : perfusion_edited_projection(&p, nullptr);
     const char *name = fused ? "fused_edited_projection" : "edited_projection";
-    Case one(label(name, dtype, {{"T", T}, {"D", D}, {"O", O}, {"J", J}, {"layout", layout}}), status);
+    Case one(label(name, dtype, {{"T", T}, {"D", D}, {"O", O}, {"J", J}, {"tables", tables}, {"layout", layout}}), status);
     one.results({&result});
     one.noted(false, edit.out_of_range);
     for (int64_t i = 0; i < B * T * O; ++i) {
@@ -293,55 +355,35 @@ void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, i
     }
   }
 
-  Tensor by_encodings(dtype, {B, T, D}, layout, nothing);
-  Tensor by_outputs(dtype, {edit.S, O}, layout, nothing), by_targets(dtype, {edit.S, O}, layout, nothing);
-  Tensor by_gates(PERFUSION_FLOAT32, {B, T, J}, layout, nothing), by_components(PERFUSION_FLOAT32, {B, T, J}, layout, nothing);
-  perfusion_edited_projection_backward_params q = {};
-  q.B = B, q.T = T, q.D = D, q.O = O, q.J = J, q.S = edit.S;
-  q.gradient = gradient.view, q.weight = p.weight, q.gates = p.gates, q.components = p.components, q.index = p.index;
-  q.outputs = p.outputs, q.projected_targets = p.projected_targets;
-  q.encodings_gradient = by_encodings.view, q.gates_gradient = by_gates.view, q.components_gradient = by_components.view;
-  q.outputs_gradient = by_outputs.view, q.projected_targets_gradient = by_targets.view;
-  perfusion_status status = perfusion_edited_projection_backward_workspace(&q, &q.workspace_bytes);
-  Workspace workspace(q.workspace_bytes);
-  q.workspace = workspace.data;
-  if (status == PERFUSION_OK) status = perfusion_edited_projection_backward(&q, nullptr);
-
-  Case one(label("edited_projection_backward", dtype, {{"T", T}, {"D", D}, {"O", O}, {"J", J}, {"layout", layout}}), status);
-  one.results({&by_encodings, &by_gates, &by_components, &by_outputs, &by_targets});
-  one.noted(false, edit.out_of_range);
-  for (int64_t i = 0; i < B * T * D; ++i) {
-    Sum sum;
-    for (int64_t o = 0; o < O; ++o) sum.add(gradient[i / D * O + o] * weight[o * D + i % D]);
-    one.compare(by_encodings, i, sum.value, sum.terms, 1);
-  }
-  std::vector<Sum> of_outputs(edit.S * O), of_targets(edit.S * O);
-  for (int64_t i = 0; i < B * T * J; ++i) {
-    const int64_t m = i / J, slot = edit.slot(m / T, i % J);
-    Sum of_gate, of_component;
-    for (int64_t o = 0; o < O && slot >= 0; ++o) {
-      const double dy = gradient[m * O + o];
-      of_gate.add(dy * edit.outputs[slot * O + o]), of_component.add(-dy * edit.targets[slot * O + o]);
-      of_outputs[slot * O + o].add(edit.gates[i] * dy), of_targets[slot * O + o].add(-edit.components[i] * dy);
-    }
-    one.compare(by_gates, i, of_gate.value, of_gate.terms, 16), one.compare(by_components, i, of_component.value, of_component.terms, 16);
-  }
-  for (int64_t i = 0; i < edit.S * O; ++i) {
-    one.compare(by_outputs, i, of_outputs[i].value, of_outputs[i].terms, 1);
-    one.compare(by_targets, i, of_targets[i].value, of_targets[i].terms, 1);
+  if (partial) {
+    edited_projection_backward(p, weight, edit, layout, {true, false, false, false, false});
+    edited_projection_backward(p, weight, edit, layout, {false, true, false, false, true});
+  } else {
+    edited_projection_backward(p, weight, edit, layout, {true, true, true, true, true});
   }
 }
 
-// edited_attention, or with a D fused_edited_attention; J = 0 is the plain one. mapped: slots and regions too.
-void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J, int64_t D, Layout layout, bool mapped = false) {
-  const int64_t B = 3, H = 2, O = H * d, P = mapped ? 4 : B;
+// What a case of attention has beside query, key and value, or lacks: flags.
+enum : unsigned {
+  with_slots = 1,
+  with_regions = 2,
+  keys_alone = 4,      // K is edited, V is not
+  values_alone = 8,    // V is edited, K is not
+  single_tables = 16,  // the tables are float32
+};
+
+// edited_attention, or with a D fused_edited_attention; J = 0 is the plain one.
+void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J, int64_t D, Layout layout, unsigned given = 0) {
+  const int64_t B = 3, H = 2, O = H * d, P = given & with_slots ? 4 : B;
+  const bool edited_keys = !(given & values_alone), edited_values = !(given & keys_alone);
+  const perfusion_dtype tables = given & single_tables ? PERFUSION_FLOAT32 : dtype;
   const double scale = 0.7 / std::sqrt(static_cast<double>(d));
-  Edit of_keys(P, T, J, O, dtype, layout);
+  Edit of_keys(P, T, J, O, tables, layout);
   Tensor slots(PERFUSION_INT32, {B}, layout, [=](int64_t b) { return layout == apart && b == 1 ? P : (b + 3) % 4; });
   // the first row has tokens with a bit of no key's, and no key for all: nothing is left for these
   Tensor query_regions(PERFUSION_INT32, {B, N}, layout, [N](int64_t i) { return i < N && i % 5 == 4 ? 8 : 1 << i % 3; });
   Tensor key_regions(PERFUSION_INT32, {B, T}, layout, [T](int64_t i) { return i < T || i % 4 ? 1 << i % 3 : 0; });
-  Tensor value_outputs(dtype, {J + 2, O}, layout, normal), value_targets(dtype, {J + 2, O}, layout, normal);
+  Tensor value_outputs(tables, {J + 2, O}, layout, normal), value_targets(tables, {J + 2, O}, layout, normal);
   Tensor query(dtype, {B, N, H, d}, layout, normal), key(dtype, {P, T, H, d}, layout, normal), value(dtype, {P, T, H, d}, layout, normal);
   Tensor output(dtype, {B, N, H, d}, layout, nothing);
   const auto small = [D](int64_t i) { return normal(i) / std::sqrt(D + 1.0); };
@@ -351,15 +393,16 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
     p.query = query.view, p.output = output.view;
     if (J == 0) return;
     p.gates = of_keys.gates.view, p.components = of_keys.components.view, p.index = of_keys.index.view;
-    p.key_outputs = of_keys.outputs.view, p.key_targets = of_keys.targets.view;
-    p.value_outputs = value_outputs.view, p.value_targets = value_targets.view;
+    if (edited_keys) p.key_outputs = of_keys.outputs.view, p.key_targets = of_keys.targets.view;
+    if (edited_values) p.value_outputs = value_outputs.view, p.value_targets = value_targets.view;
   };
   perfusion_status status;
   if (D == 0) {
     perfusion_edited_attention_params p = {};
     fill(p);
     p.key = key.view, p.value = value.view;
-    if (mapped) p.slots = slots.view, p.P = P, p.query_regions = query_regions.view, p.key_regions = key_regions.view;
+    if (given & with_slots) p.slots = slots.view, p.P = P;
+    if (given & with_regions) p.query_regions = query_regions.view, p.key_regions = key_regions.view;
     status = perfusion_edited_attention(&p, nullptr);
   } else {
     perfusion_fused_edited_attention_params p = {};
@@ -367,29 +410,34 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
     p.D = D, p.encodings = encodings.view, p.key_weight = key_weight.view, p.value_weight = value_weight.view;
     status = perfusion_fused_edited_attention(&p, nullptr);
   }
+  if (status == PERFUSION_UNSUPPORTED && T > 80 && d > 40) {  // K and V of a wide head need more shared memory than some devices have
+    std::printf("not tried: %s\n", perfusion_last_message());
+    return;
+  }
 
   const char *name = D ? "fused_edited_attention" : "edited_attention";
-  Case one(label(name, dtype, {{"N", N}, {"T", T}, {"D", D}, {"d", d}, {"J", J}, {"layout", layout}, {"mapped", mapped}}), status);
+  Case one(label(name, dtype, {{"N", N}, {"T", T}, {"D", D}, {"d", d}, {"J", J}, {"layout", layout}, {"given", given}}), status);
   one.results({&output});
-  one.noted(mapped && layout == apart, of_keys.out_of_range);
-  const auto side = [&](const Tensor &base, const Tensor &weight, const Tensor &outputs, const Tensor &targets, int64_t m, int64_t o) {
+  one.noted(given & with_slots && layout == apart, of_keys.out_of_range);
+  const auto side = [&](const Tensor &base, const Tensor &weight, const Tensor &outputs, const Tensor &targets, bool edited,
+                        int64_t m, int64_t o) {
     const int64_t b = m / T, t = m % T;
     Sum sum;
     if (D == 0) sum.add(base[(b * T + t) * O + o]);
     for (int64_t x = 0; x < D; ++x) sum.add(encodings[(b * T + t) * D + x] * weight[o * D + x]);
-    of_keys.add_to(sum, b, t, o, outputs, targets);
+    if (edited) of_keys.add_to(sum, b, t, o, outputs, targets);
     return sum;
   };
   std::vector<Sum> k(T * O), v(T * O);
   for (int64_t b = 0; b < B; ++b) {
-    const int64_t row = mapped ? static_cast<int64_t>(slots[b]) : b;
+    const int64_t row = given & with_slots ? static_cast<int64_t>(slots[b]) : b;
     if (row >= P) {
       for (int64_t i = 0; i < N * O; ++i) one.compare(output, b * N * O + i, 0, 0);
       continue;
     }
     for (int64_t i = 0; i < T * O; ++i) {
-      k[i] = side(key, key_weight, of_keys.outputs, of_keys.targets, row * T + i / O, i % O);
-      v[i] = side(value, value_weight, value_outputs, value_targets, row * T + i / O, i % O);
+      k[i] = side(key, key_weight, of_keys.outputs, of_keys.targets, edited_keys, row * T + i / O, i % O);
+      v[i] = side(value, value_weight, value_outputs, value_targets, edited_values, row * T + i / O, i % O);
     }
     for (int64_t n = 0; n < N; ++n) {
       for (int64_t h = 0; h < H; ++h) {
@@ -399,7 +447,7 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
         for (int64_t t = 0; t < T; ++t) {
           for (int64_t x = 0; x < d; ++x) score[t].add(scale * query[at + x], k[t * O + h * d + x]);
           const int reach = static_cast<int>(key_regions[b * T + t]);
-          if (mapped && reach != 0 && !(reach & static_cast<int>(query_regions[b * N + n]))) score[t].value = -INFINITY;
+          if (given & with_regions && reach != 0 && !(reach & static_cast<int>(query_regions[b * N + n]))) score[t].value = -INFINITY;
           most = std::max(most, score[t].value), loose = std::max(loose, score[t].terms);
         }
         for (int64_t t = 0; t < T; ++t) sum += std::exp(score[t].value - most);
@@ -460,8 +508,11 @@ void too_large(const std::string &name) {
 }  // namespace
 
 int main(int count, char **names) {
-  const bool only_dense = count > 1 && std::string(names[1]) == "dense";
-  const auto first = names + 1 + only_dense, last = names + count;
+  char **first = names + 1, **const last = names + count;
+  const bool only_dense = first < last && std::string(*first) == "dense";
+  first += only_dense;
+  const int64_t d = first < last ? std::atoll(*first) : 0, width = d > 0 ? d : 40;
+  first += d > 0;
   const auto wanted = [&](const std::string &name) { return first == last || std::count(first, last, name) > 0; };
   constexpr auto half = PERFUSION_FLOAT16, brain = PERFUSION_BFLOAT16, single = PERFUSION_FLOAT32;
   for (const char *name : {"concept_gates", "edited_projection", "edited_attention", "fused_edited_attention"}) {
@@ -479,23 +530,23 @@ int main(int count, char **names) {
       if (layout == dense) concept_gates(half, 3, 40, 130, layout);  // in the workspace
     }
     if (wanted("edited_projection")) {  // with fused_edited_projection and the derivatives of both
-      edited_projection(half, 17, 19, 300, 2, layout);
-      edited_projection(brain, 3, 16, 24, 9, layout);
-      edited_projection(brain, 41, 72, 131, 1, layout);
+      edited_projection(half, 17, 19, 300, 2, layout, half, false);
+      edited_projection(brain, 3, 16, 24, 9, layout, single, true);
+      edited_projection(brain, 41, 72, 131, 1, layout, brain, false);
     }
     if (wanted("edited_attention")) {
-      attention(half, 70, 77, 40, 2, 0, layout);
-      attention(brain, 5, 81, 40, 1, 0, layout);
-      attention(brain, 150, 16, 40, 9, 0, layout);
-      attention(half, 33, 154, 40, 0, 0, layout);
-      attention(half, 1, 1, 40, 1, 0, layout);
-      attention(brain, 17, 231, 40, 2, 0, layout);  // more keys than there are scores at once
-      attention(half, 70, 77, 40, 2, 0, layout, true);
-      attention(brain, 300, 21, 40, 1, 0, layout, true);
+      attention(half, 70, 77, width, 2, 0, layout);
+      attention(brain, 5, 81, width, 1, 0, layout, with_slots);
+      attention(brain, 150, 16, width, 9, 0, layout, single_tables);
+      attention(half, 33, 154, width, 0, 0, layout);
+      attention(half, 1, 1, width, 1, 0, layout, keys_alone);
+      attention(brain, 17, 231, width, 2, 0, layout, values_alone);  // more keys than there are scores at once
+      attention(half, 70, 77, width, 2, 0, layout, with_slots | with_regions);
+      attention(brain, 300, 21, width, 1, 0, layout, with_slots | with_regions);
     }
     if (wanted("fused_edited_attention")) {
-      attention(half, 33, 77, 40, 2, 100, layout);
-      attention(brain, 5, 81, 40, 1, 72, layout);
+      attention(half, 33, 77, width, 2, 100, layout, values_alone | single_tables);
+      attention(brain, 5, 81, width, 1, 72, layout);
     }
   }
   if (failures == 0) std::puts("every case is right");

@@ -9,7 +9,11 @@ struct Arguments { int x; };
 void first(Arguments) {}
 void second(Arguments) {}
 
-int main() {
+int main(int count, char** planned) {
+  if (count > 1) {  // PERFUSION_MULTIPROCESSORS is set: how many plans count
+    perfusion::Device device;
+    return perfusion::device("launches", &device) != PERFUSION_OK || device.multiprocessors != std::atoi(planned[1]);
+  }
   std::vector<std::thread> threads;
   std::vector<int> failures(16);
   std::vector<perfusion::Device> devices(16);

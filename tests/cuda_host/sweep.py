@@ -10,11 +10,13 @@ SCHEDULES = ("0", "64", "1")  # multiprocessors: one block a head and large tile
 
 
 def sweep(
-    *operators: str, flags: tuple[str, ...] = (), changes: tuple[Change, ...] = (), multiprocessors: str = "0", order: str = "0", drop: str = ""
+    *operators: str, flags: tuple[str, ...] = (), changes: tuple[Change, ...] = (), multiprocessors: str = "0", order: str = "0", drop: str = "",
+    width: int = 40,
 ) -> subprocess.CompletedProcess:
     """Exit status 0 and "every case is right", or what is wrong. order: of a block's threads, 0 forward, 1 backward, 2 shuffled;
-    drop: FILE:LINE of a barrier to leave out."""
-    command = [build("sweep", "csrc/example/sweep.cpp", flags=flags, changes=only_widths(40) + changes), *operators]
+    drop: FILE:LINE of a barrier to leave out. width: of a head; no other is compiled."""
+    dense, names = [name for name in operators if name == "dense"], [name for name in operators if name != "dense"]
+    command = [build("sweep", "csrc/example/sweep.cpp", flags=flags, changes=only_widths(width) + changes), *dense, str(width), *names]
     environment = {
         **os.environ, "TSAN_OPTIONS": "halt_on_error=1", "PERFUSION_HOST_MULTIPROCESSORS": multiprocessors, "PERFUSION_HOST_ORDER": order,
         "PERFUSION_HOST_DROP": drop,
