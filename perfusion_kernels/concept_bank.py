@@ -21,6 +21,11 @@ ROWS = {  # table: the argument of `add` that is one row of it
 OPTIONAL = ("value_target", "key_target")
 
 
+def _rows(*rows: Tensor | None) -> dict[str, Tensor | None]:
+    """By name, in the order of ROWS."""
+    return dict(zip(ROWS.values(), rows, strict=True))
+
+
 class ConceptBank:
     """Up to `capacity` = S concepts in tables that are allocated once and written in place.
 
@@ -130,15 +135,7 @@ class ConceptBank:
             raise ValueError(f"ConceptBank: all {self.capacity} slots are in use; remove one or make a larger bank")
         if name in self._slots:
             raise ValueError(f"ConceptBank: slot {self._slots[name]} has the name {name!r}; replace or remove it")
-        rows = {
-            "target": target,
-            "metric_target": metric_target,
-            "superclass": superclass,
-            "value_output": value_output,
-            "value_target": value_target,
-            "key_output": key_output,
-            "key_target": key_target,
-        }
+        rows = _rows(target, metric_target, superclass, value_output, value_target, key_output, key_target)
         slot = self._free[0]
         self._write(slot, "a new concept" if name is None else repr(name), rows)
         heapq.heappop(self._free)
@@ -169,15 +166,7 @@ class ConceptBank:
             raise ValueError(
                 f"ConceptBank: target and metric_target of {self.describe(slot)} must be replaced together"
             )
-        rows = {
-            "target": target,
-            "metric_target": metric_target,
-            "superclass": superclass,
-            "value_output": value_output,
-            "value_target": value_target,
-            "key_output": key_output,
-            "key_target": key_target,
-        }
+        rows = _rows(target, metric_target, superclass, value_output, value_target, key_output, key_target)
         for name, table in self._tables().items():
             if table is None or rows[ROWS[name]] is not None:
                 continue

@@ -9,7 +9,7 @@ Tensor edited_attention(const Tensor& query, const Tensor& key, const Tensor& va
                         const MaybeTensor& slots, const MaybeTensor& query_regions, const MaybeTensor& key_regions, double scale) {
   const Call call("edited_attention", query);
   const auto [B, N, H, d] = call.sizes<4>("query", query);
-  const int64_t T = call.sizes<4>("key", key)[1], O = H * d;
+  const int64_t T = call.sizes<4>("key", key)[1];
   const int64_t J = index ? call.sizes<2>("index", *index)[1] : 0;
   const MaybeTensor& table = key_outputs ? key_outputs : value_outputs;
   const int64_t S = table ? call.sizes<2>(key_outputs ? "key_outputs" : "value_outputs", *table)[0] : 0;
@@ -21,13 +21,7 @@ Tensor edited_attention(const Tensor& query, const Tensor& key, const Tensor& va
   p.query = call.tensor("query", query, {B, N, H, d});
   p.key = call.tensor("key", key, {P, T, H, d});
   p.value = call.tensor("value", value, {P, T, H, d});
-  p.gates = call.tensor("gates", gates, {P, T, J});
-  p.components = call.tensor("components", components, {P, T, J});
-  p.index = call.tensor("index", index, {P, J});
-  p.key_outputs = call.tensor("key_outputs", key_outputs, {S, O});
-  p.key_targets = call.tensor("key_targets", key_targets, {S, O});
-  p.value_outputs = call.tensor("value_outputs", value_outputs, {S, O});
-  p.value_targets = call.tensor("value_targets", value_targets, {S, O});
+  fill_edit(call, &p, P, gates, components, index, key_outputs, key_targets, value_outputs, value_targets);
   p.output = call.tensor("output", output, {B, N, H, d});
   p.P = P;
   p.slots = call.tensor("slots", slots, {B});

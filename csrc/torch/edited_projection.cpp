@@ -17,11 +17,7 @@ Tensor project(const char* operation, Function function, const Tensor& encodings
   p.B = B, p.T = T, p.D = D, p.O = O, p.J = J, p.S = S;
   p.encodings = call.tensor("encodings", encodings, {B, T, D});
   p.weight = call.tensor("weight", weight, {O, D});
-  p.gates = call.tensor("gates", gates, {B, T, J});
-  p.components = call.tensor("components", components, {B, T, J});
-  p.index = call.tensor("index", index, {B, J});
-  p.outputs = call.tensor("outputs", outputs, {S, O});
-  p.projected_targets = call.tensor("projected_targets", projected_targets, {S, O});
+  fill_edit(call, &p, gates, components, index, outputs, projected_targets);
   p.result = call.tensor("result", result, {B, T, O});
   call.finish(function(&p, call.stream()));
   return result;

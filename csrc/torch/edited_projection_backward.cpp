@@ -25,11 +25,7 @@ std::vector<Tensor> edited_projection_backward(const Tensor& gradient, const Ten
   p.B = B, p.T = T, p.D = D, p.O = O, p.J = J, p.S = S;
   p.gradient = call.tensor("gradient", gradient, {B, T, O});
   p.weight = call.tensor("weight", weight, {O, D});
-  p.gates = call.tensor("gates", gates, {B, T, J});
-  p.components = call.tensor("components", components, {B, T, J});
-  p.index = call.tensor("index", index, {B, J});
-  p.outputs = call.tensor("outputs", outputs, {S, O});
-  p.projected_targets = call.tensor("projected_targets", projected_targets, {S, O});
+  fill_edit(call, &p, gates, components, index, outputs, projected_targets);
   p.encodings_gradient = wanted(0, encodings, {B, T, D});
   p.gates_gradient = wanted(2, gates, {B, T, J});
   p.components_gradient = wanted(3, components, {B, T, J});

@@ -20,13 +20,7 @@ Tensor fused_edited_attention(const Tensor& query, const Tensor& encodings, cons
   p.encodings = call.tensor("encodings", encodings, {B, T, D});
   p.key_weight = call.tensor("key_weight", key_weight, {O, D});
   p.value_weight = call.tensor("value_weight", value_weight, {O, D});
-  p.gates = call.tensor("gates", gates, {B, T, J});
-  p.components = call.tensor("components", components, {B, T, J});
-  p.index = call.tensor("index", index, {B, J});
-  p.key_outputs = call.tensor("key_outputs", key_outputs, {S, O});
-  p.key_targets = call.tensor("key_targets", key_targets, {S, O});
-  p.value_outputs = call.tensor("value_outputs", value_outputs, {S, O});
-  p.value_targets = call.tensor("value_targets", value_targets, {S, O});
+  fill_edit(call, &p, B, gates, components, index, key_outputs, key_targets, value_outputs, value_targets);
   p.output = call.tensor("output", output, {B, N, H, d});
   p.scale = static_cast<float>(scale);
   call.finish(perfusion_fused_edited_attention(&p, call.stream()));

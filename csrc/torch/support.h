@@ -134,6 +134,35 @@ class Call {
   Guard guard;
 };
 
+// What an edit of `rows` rows has in every operator; p has its sizes already.
+template <class Params, class Argument>
+void fill_coefficients(const Call& call, Params* p, int64_t rows, const Argument& gates, const Argument& components, const Argument& index) {
+  p->gates = call.tensor("gates", gates, {rows, p->T, p->J});
+  p->components = call.tensor("components", components, {rows, p->T, p->J});
+  p->index = call.tensor("index", index, {rows, p->J});
+}
+
+// The edit of one projection.
+template <class Params>
+void fill_edit(const Call& call, Params* p, const Tensor& gates, const Tensor& components, const Tensor& index, const Tensor& outputs,
+               const Tensor& projected_targets) {
+  fill_coefficients(call, p, p->B, gates, components, index);
+  p->outputs = call.tensor("outputs", outputs, {p->S, p->O});
+  p->projected_targets = call.tensor("projected_targets", projected_targets, {p->S, p->O});
+}
+
+// The edit of keys and values.
+template <class Params, class Argument>
+void fill_edit(const Call& call, Params* p, int64_t rows, const Argument& gates, const Argument& components, const Argument& index,
+               const Argument& key_outputs, const Argument& key_targets, const Argument& value_outputs, const Argument& value_targets) {
+  fill_coefficients(call, p, rows, gates, components, index);
+  const std::initializer_list<int64_t> shape = {p->S, p->H * p->d};
+  p->key_outputs = call.tensor("key_outputs", key_outputs, shape);
+  p->key_targets = call.tensor("key_targets", key_targets, shape);
+  p->value_outputs = call.tensor("value_outputs", value_outputs, shape);
+  p->value_targets = call.tensor("value_targets", value_targets, shape);
+}
+
 // A function's type as a schema writes it, without names: "(Tensor, Tensor?, float) -> Tensor".
 template <class T>
 std::string type_name();

@@ -72,6 +72,16 @@ def load_tile(pointer, rows, columns, row_stride, column_stride, row_count, colu
 
 
 @triton.jit
+def load_pieces(pointer, rows, row_stride, column_stride, row_count, d, D0: tl.constexpr, D1: tl.constexpr):
+    """pointer[rows, d columns] as two tiles of D0 and D1 columns; the first one twice where there is no second."""
+    x0 = load_tile(pointer, rows, tl.arange(0, D0), row_stride, column_stride, row_count, d)
+    x1 = x0
+    if D1 > 0:
+        x1 = load_tile(pointer, rows, D0 + tl.arange(0, D1), row_stride, column_stride, row_count, d)
+    return x0, x1
+
+
+@triton.jit
 def store_tile(pointer, tile, rows, columns, row_stride, row_count, column_count):
     """pointer[rows, columns] = tile inside the counts; columns are neighbours."""
     inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]

@@ -17,7 +17,7 @@ from .attention_tiles import (
     along,
     at_head,
     base_2,
-    load_tile,
+    load_pieces,
     padded,
     precision,
     scores,
@@ -26,7 +26,7 @@ from .attention_tiles import (
     unsupported_sizes,
     within_regions,
 )
-from .edited_tiles import SMALL, edit_arguments, load_edited
+from .edited_tiles import SMALL, edit_arguments, load_head
 from .tuning import launch
 from .waves import share
 
@@ -119,17 +119,13 @@ def _attend(
         there = (slot >= 0) & (slot < P)
         tl.store(errors, 1, mask=(slot < 0) | (slot >= P))
         row = tl.where(there, slot, 0)
-    k00, k01, k10, k11 = load_edited(
-        key + row * key_b + at_head(h, key_h, ALIGNED), gates, components, index, key_outputs, key_targets,
+    k00, k01, k10, k11, v00, v01, v10, v11 = load_head(
+        key, value, gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
         row, h, 0, T, J, S, errors,
-        key_t, key_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
-        key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, T0, T1, D0, D1,
-    )  # fmt: skip
-    v00, v01, v10, v11 = load_edited(
-        value + row * value_b + at_head(h, value_h, ALIGNED), gates, components, index, value_outputs, value_targets,
-        row, h, 0, T, J, S, errors,
-        value_t, value_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
-        value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, T0, T1, D0, D1,
+        key_b, key_t, key_h, key_d, value_b, value_t, value_h, value_d,
+        gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+        key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
+        value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, ALIGNED, T0, T1, D0, D1,
     )  # fmt: skip
     if query_regions is not None:
         query_regions += b * query_regions_b
@@ -158,10 +154,7 @@ def attend_tiles(
         bits1 = tl.load(key_regions + t1 * key_regions_t, mask=t1 < T, other=0)
     for tile in range(first, min(first + each, tl.cdiv(N, BLOCK_N))):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        q0 = load_tile(query, n, c0, query_n, query_d, N, d)
-        q1 = q0
-        if D1 > 0:
-            q1 = load_tile(query, n, D0 + tl.arange(0, D1), query_n, query_d, N, d)
+        q0, q1 = load_pieces(query, n, query_n, query_d, N, d, D0, D1)
         s0, s1, largest = scores(q0, q1, k00, k01, k10, k11, scale, T, T0, T1, D1, POSITIVE, PRECISION)
         if query_regions is not None:
             bits = tl.load(query_regions + n * query_regions_n, mask=n < N, other=0)

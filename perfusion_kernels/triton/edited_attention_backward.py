@@ -22,7 +22,7 @@ from .attention_tiles import (
     along,
     at_head,
     base_2,
-    load_tile,
+    load_pieces,
     padded,
     pieces,
     precision,
@@ -32,7 +32,7 @@ from .attention_tiles import (
     unsupported_sizes,
 )
 from .device import rounded
-from .edited_tiles import SMALL, edit_arguments, load_edited
+from .edited_tiles import SMALL, edit_arguments, load_head
 from .rank_one import rank_one_backward
 from .tuning import launch
 from .waves import share
@@ -184,17 +184,13 @@ def _by_query(
     """by_query = dS K̃ with dS = scale · P (dP - Σ_t dP P) and dP = dO Ṽᵀ; logarithms of base 2, sums = Σ_t dP P."""
     pair = tl.program_id(0) // programs
     b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
-    k00, k01, k10, k11 = load_edited(
-        key + b * key_b + at_head(h, key_h, ALIGNED), gates, components, index, key_outputs, key_targets,
+    k00, k01, k10, k11, v00, v01, v10, v11 = load_head(
+        key, value, gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
         b, h, 0, T, J, S, errors,
-        key_t, key_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
-        key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, T0, T1, D0, D1,
-    )  # fmt: skip
-    v00, v01, v10, v11 = load_edited(
-        value + b * value_b + at_head(h, value_h, ALIGNED), gates, components, index, value_outputs, value_targets,
-        b, h, 0, T, J, S, errors,
-        value_t, value_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
-        value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, T0, T1, D0, D1,
+        key_b, key_t, key_h, key_d, value_b, value_t, value_h, value_d,
+        gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+        key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
+        value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, ALIGNED, T0, T1, D0, D1,
     )  # fmt: skip
     query += b * query_b + at_head(h, query_h, ALIGNED)
     gradient += b * gradient_b + at_head(h, gradient_h, ALIGNED)
@@ -205,11 +201,8 @@ def _by_query(
     first = (tl.program_id(0) % programs) * each
     for tile in range(first, min(first + each, tl.cdiv(N, BLOCK_N))):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        q0, g0 = load_tile(query, n, c0, query_n, query_d, N, d), load_tile(gradient, n, c0, gradient_n, gradient_d, N, d)
-        q1, g1 = q0, g0
-        if D1 > 0:
-            q1 = load_tile(query, n, D0 + tl.arange(0, D1), query_n, query_d, N, d)
-            g1 = load_tile(gradient, n, D0 + tl.arange(0, D1), gradient_n, gradient_d, N, d)
+        q0, q1 = load_pieces(query, n, query_n, query_d, N, d, D0, D1)
+        g0, g1 = load_pieces(gradient, n, gradient_n, gradient_d, N, d, D0, D1)
         s0, s1, largest = scores(q0, q1, k00, k01, k10, k11, scale, T, T0, T1, D1, POSITIVE, PRECISION)
         factor = base_2(scale, POSITIVE)
         largest *= factor
@@ -256,17 +249,13 @@ def _by_key_and_value(
     part, pair = tl.program_id(0) % programs, tl.program_id(0) // programs
     block, pair = pair % blocks, pair // blocks
     b, h = (pair // H).to(tl.int64), (pair % H).to(tl.int64)
-    k0, k1, _, _ = load_edited(
-        key + b * key_b + at_head(h, key_h, ALIGNED), gates, components, index, key_outputs, key_targets,
+    k0, k1, _, _, v0, v1, _, _ = load_head(
+        key, value, gates, components, index, key_outputs, key_targets, value_outputs, value_targets,
         b, h, block * BLOCK_T, T, J, S, errors,
-        key_t, key_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
-        key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, BLOCK_T, 0, D0, D1,
-    )  # fmt: skip
-    v0, v1, _, _ = load_edited(
-        value + b * value_b + at_head(h, value_h, ALIGNED), gates, components, index, value_outputs, value_targets,
-        b, h, block * BLOCK_T, T, J, S, errors,
-        value_t, value_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
-        value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, BLOCK_T, 0, D0, D1,
+        key_b, key_t, key_h, key_d, value_b, value_t, value_h, value_d,
+        gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+        key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
+        value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, ALIGNED, BLOCK_T, 0, D0, D1,
     )  # fmt: skip
     query += b * query_b + at_head(h, query_h, ALIGNED)
     gradient += b * gradient_b + at_head(h, gradient_h, ALIGNED)
@@ -282,11 +271,8 @@ def _by_key_and_value(
     first = part * each
     for tile in range(first, min(first + each, tl.cdiv(N, BLOCK_N))):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        q0, g0 = load_tile(query, n, c0, query_n, query_d, N, d), load_tile(gradient, n, c0, gradient_n, gradient_d, N, d)
-        q1, g1 = q0, g0
-        if D1 > 0:
-            q1 = load_tile(query, n, D0 + tl.arange(0, D1), query_n, query_d, N, d)
-            g1 = load_tile(gradient, n, D0 + tl.arange(0, D1), gradient_n, gradient_d, N, d)
+        q0, q1 = load_pieces(query, n, query_n, query_d, N, d, D0, D1)
+        g0, g1 = load_pieces(gradient, n, gradient_n, gradient_d, N, d, D0, D1)
         # a query beyond N has no weight anywhere
         logarithm = tl.load(logarithms + n, mask=n < N, other=float("inf"))
         mean = tl.load(sums + n, mask=n < N, other=0.0)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..reference.edit import Edit
-from .attention_tiles import load_tile
+from .attention_tiles import at_head, load_pieces
 from .device import rounded, slots_at
 
 SMALL = ["gates", "components", "index"]
@@ -78,20 +78,41 @@ def load_edited(
     T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
 ):  # fmt: skip
     """The four tiles of one head's keys or values from position `first` on, edited where there are tables."""
-    t0, c0 = first + tl.arange(0, T0), tl.arange(0, D0)
-    x00 = load_tile(base, t0, c0, base_t, base_d, T, d)
-    x01, x10, x11 = x00, x00, x00
-    if D1 > 0:
-        x01 = load_tile(base, t0, D0 + tl.arange(0, D1), base_t, base_d, T, d)
+    x00, x01 = load_pieces(base, first + tl.arange(0, T0), base_t, base_d, T, d, D0, D1)
+    x10, x11 = x00, x01
     if T1 > 0:
-        x10 = load_tile(base, first + T0 + tl.arange(0, T1), c0, base_t, base_d, T, d)
-    if T1 > 0 and D1 > 0:
-        x11 = load_tile(base, first + T0 + tl.arange(0, T1), D0 + tl.arange(0, D1), base_t, base_d, T, d)
+        x10, x11 = load_pieces(base, first + T0 + tl.arange(0, T1), base_t, base_d, T, d, D0, D1)
     return edit_tiles(
         x00, x01, x10, x11, gates, components, index, outputs, targets, b, h, first, T, J, S, errors,
         gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
         outputs_s, outputs_c, targets_s, targets_c, d, PLACES, T0, T1, D0, D1,
     )  # fmt: skip
+
+
+@triton.jit
+def load_head(
+    key, value, gates, components, index, key_outputs, key_targets, value_outputs, value_targets, row, h, first, T, J, S, errors,
+    key_b, key_t, key_h, key_d, value_b, value_t, value_h, value_d,
+    gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+    key_outputs_s, key_outputs_c, key_targets_s, key_targets_c,
+    value_outputs_s, value_outputs_c, value_targets_s, value_targets_c,
+    d: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+):  # fmt: skip
+    """The tiles of one head's keys, then of its values, of batch row `row`, each as `load_edited` gives them."""
+    k00, k01, k10, k11 = load_edited(
+        key + row * key_b + at_head(h, key_h, ALIGNED), gates, components, index, key_outputs, key_targets,
+        row, h, first, T, J, S, errors,
+        key_t, key_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+        key_outputs_s, key_outputs_c, key_targets_s, key_targets_c, d, PLACES, T0, T1, D0, D1,
+    )  # fmt: skip
+    v00, v01, v10, v11 = load_edited(
+        value + row * value_b + at_head(h, value_h, ALIGNED), gates, components, index, value_outputs, value_targets,
+        row, h, first, T, J, S, errors,
+        value_t, value_d, gates_b, gates_t, gates_j, components_b, components_t, components_j, index_b, index_j,
+        value_outputs_s, value_outputs_c, value_targets_s, value_targets_c, d, PLACES, T0, T1, D0, D1,
+    )  # fmt: skip
+    return k00, k01, k10, k11, v00, v01, v10, v11
 
 
 @triton.jit
