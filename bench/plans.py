@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:python python bench/plans.py --out bench/predictions.jsonl     # needs g++, for the plan itself; no GPU
 
-The plans are the library's own (csrc/, built for the CPU). The rest is arithmetic over the numbers of `CHIPS`, of which
+The plans are the library's own (csrc/, built for the CPU). The rest is arithmetic over the numbers of `bench/chips.py`, of which
 those marked [assumed] are not published. Nothing here was measured, and no row is a speed.
 """
 
@@ -15,36 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench import roofline
+from bench.chips import CHIPS
 
 T = 77
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
-@dataclass(frozen=True)
-class Chip:
-    multiprocessors: int
-    shared_per_block: int  # bytes
-    shared_per_multiprocessor: int
-    cache: int  # bytes of the second level
-    clock: float  # Hz
-    memory: float  # bytes/s
-    second_level: float  # bytes/s, read [assumed]
-    dense: float  # FLOP/s of 16-bit matrix products
-    tensor: int  # multiply-adds a cycle and multiprocessor by mma.sync; of H100, H200 and B200 [assumed], 0.62 and 0.5 of wgmma's
-
-    def floor(self, work: roofline.Work) -> float:
-        """Seconds that no kernel can beat: memory's, or the tensor cores' at their full rate."""
-        return max(work.bytes / self.memory, work.tensor / self.dense)
-
-
-CHIPS = {
-    "A100": Chip(108, 166912, 167936, 40 << 20, 1.41e9, 1.56e12, 3.5e12, 312e12, 1024),
-    "RTX 4090": Chip(128, 101376, 102400, 72 << 20, 2.52e9, 1.01e12, 4.0e12, 165e12, 256),
-    "A10": Chip(72, 101376, 102400, 6 << 20, 1.70e9, 0.60e12, 1.5e12, 125e12, 512),
-    "H100": Chip(132, 232448, 233472, 50 << 20, 1.755e9, 3.35e12, 6.0e12, 989e12, 1270),
-    "H200": Chip(132, 232448, 233472, 50 << 20, 1.755e9, 4.80e12, 6.0e12, 989e12, 1270),
-    "B200": Chip(148, 232448, 233472, 126 << 20, 1.85e9, 7.70e12, 10.0e12, 2250e12, 2048),
-}
 LATENCY = 2.0e-6  # of a launch in a graph, of its first loads, and of what is done behind them, on any chip [assumed]
 REACHED = 0.85  # of the rate of the resource that binds [assumed]
 PRODUCTS = 0.5  # of the tensor cores' rate, in the products of csrc/matrix_product.cuh, whose loads do not hide [assumed]
@@ -146,7 +122,7 @@ class Plan:
 def projections(host, chip: str, unet: str, rows: int) -> Iterator[dict]:
     """K, or V, of a whole model: `edited_projection` and `fused_edited_projection`, which differ in a rounding."""
     one, D, O = CHIPS[chip], roofline.TEXT_WIDTHS[unet], sum(layer.count * layer.C for layer in roofline.UNETS[unet])
-    host.configure(one.multiprocessors, one.shared_per_block, shared_per_multiprocessor=one.shared_per_multiprocessor)
+    host.configure(**{**one.machine(), "cache": 0})
     made = host.planned("edited_projection", {}, B=rows, T=T, D=D, O=O)
     tiles = made["row_tiles"] * made["column_tiles"]
     work = roofline.edited_projection(B=rows, T=T, D=D, O=O)
@@ -165,7 +141,7 @@ def projections(host, chip: str, unet: str, rows: int) -> Iterator[dict]:
 def fused(host, chip: str, layer: roofline.Layer, D: int, rows: int) -> dict:
     """`fused_edited_attention`: a projection for each block, then its tiles of 16 rows."""
     one = CHIPS[chip]
-    host.configure(one.multiprocessors, one.shared_per_block, shared_per_multiprocessor=one.shared_per_multiprocessor)
+    host.configure(**{**one.machine(), "cache": 0})
     made = host.planned("fused_edited_attention", {}, B=rows, N=layer.N, T=T, D=D, H=layer.H, d=layer.d)
     blocks = rows * layer.H * made["splits"]
     of_busiest, columns = -(-blocks // one.multiprocessors), -(-layer.d // 16) * 16
@@ -199,7 +175,7 @@ def _row(kernel: str, chip: str, facts: dict, times: dict[str, float], floor: fl
 def plan(host, chip: str, layer: roofline.Layer, rows: int, tall: bool = True) -> Plan:
     """The library's plan of a call without an edit; host: tests/cuda_host/host.py's. tall: with tiles of 32 rows where it takes them."""
     one = CHIPS[chip]
-    host.configure(one.multiprocessors, one.shared_per_block, shared_per_multiprocessor=one.shared_per_multiprocessor)
+    host.configure(**{**one.machine(), "cache": 0})
     made = host.planned("edited_attention", {}, B=rows, N=layer.N, T=T, H=layer.H, d=layer.d)
     names = ("warps", "m", "stages", "splits", "blocks", "resident", "bytes")
     found = Plan(chip, layer, rows, *(made[name] for name in names))

@@ -77,6 +77,14 @@ class Arguments {
     }
   }
 
+  // A limit of the kernels, not of the operator: another backend may take more.
+  void at_most(const char* name, int64_t value, int64_t most) {
+    if (status == PERFUSION_OK && value > most) {
+      status = fail(PERFUSION_UNSUPPORTED, "%s: %s must be at most %lld; got %lld", operation, name, static_cast<long long>(most),
+                    static_cast<long long>(value));
+    }
+  }
+
   perfusion_status status = PERFUSION_OK;
 
  private:

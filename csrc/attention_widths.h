@@ -7,6 +7,7 @@ namespace perfusion {
 
 constexpr int attention_widths[] = {32, 40, 64, 80, 96, 128, 160};
 constexpr int attention_groups[] = {5, 10, 16};  // of 16 keys
+constexpr int longest_context = 16 * attention_groups[2];
 
 #define PERFUSION_ATTENTION_WIDTHS(CASE) \
   CASE(32)                               \

@@ -15,7 +15,7 @@ void check_sizes(Arguments& arguments, const perfusion_concept_gates_params& p) 
     int64_t value;
   } sizes[] = {{"B", p.B}, {"T", p.T}, {"D", p.D}, {"J", p.J}};
   for (const auto& size : sizes) arguments.size(size.name, size.value, 0, most_of_a_size);
-  arguments.rule(p.J <= most_places, PERFUSION_UNSUPPORTED, "J must be at most 32768", p.J);
+  arguments.at_most("J", p.J, most_places);
   if (arguments.status != PERFUSION_OK) return;
   arguments.rule(p.B * tiles_of(p) <= most_of_a_size, PERFUSION_UNSUPPORTED, "B * T must be below 2^34", p.B * p.T);
 }

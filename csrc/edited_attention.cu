@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <string>
 
 #include "attention_widths.h"
 #include "edited_attention_instances.cuh"
@@ -15,9 +16,13 @@ void check_attention_sizes(Arguments& arguments, const perfusion_edited_attentio
     int64_t value, least;
   } sizes[] = {{"B", p.B, 0}, {"N", p.N, 0}, {"T", p.T, 1}, {"H", p.H, 0}, {"d", p.d, 1}, {"J", p.J, 0}};
   for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, most_of_a_size);
-  arguments.rule(std::find(std::begin(attention_widths), std::end(attention_widths), p.d) != std::end(attention_widths),
-                 PERFUSION_UNSUPPORTED, "d must be one of 32, 40, 64, 80, 96, 128, 160", p.d);
-  arguments.rule(attention_groups_for(p.T) != 0, PERFUSION_UNSUPPORTED, "T must be at most 256", p.T);
+  if (std::find(std::begin(attention_widths), std::end(attention_widths), p.d) == std::end(attention_widths)) {
+    std::string rule = "d must be one of ";
+    for (int width : attention_widths) rule += (width == attention_widths[0] ? "" : ", ") + std::to_string(width);
+    arguments.rule(false, PERFUSION_UNSUPPORTED, rule.c_str(), p.d);
+  }
+  arguments.at_most("T", p.T, longest_context);
+  if (arguments.status == PERFUSION_OK) arguments.at_most("B * H", p.B * p.H, most_of_a_size);  // after the sizes: their product fits 64 bits
 }
 
 void check_edit(Arguments& arguments, const perfusion_edited_attention_params& p) {
@@ -174,9 +179,6 @@ extern "C" perfusion_status perfusion_edited_attention(const perfusion_edited_at
   if (status != PERFUSION_OK || is_empty({p.B, p.N, p.H})) return status;
   if (p.J == 0) p.index.data = nullptr;
   if (p.slots.data == nullptr) p.P = p.B;
-  if (p.B * p.H > most_of_a_size) {
-    return fail(PERFUSION_UNSUPPORTED, "edited_attention: B * H must be at most 2^30; got %lld", static_cast<long long>(p.B * p.H));
-  }
 
   Device here;
   status = device("edited_attention", &here);

@@ -11,8 +11,7 @@ namespace perfusion {
 namespace {
 
 constexpr const char* operation = "edited_projection_backward";
-constexpr int64_t most = int64_t{1} << 30;  // of every size: rows and blocks are counted in 32 bits
-constexpr int least_steps = 4;              // of a split: fewer would not fill the product's stages
+constexpr int least_steps = 4;  // of a split: fewer would not fill the product's stages
 
 int64_t over(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
@@ -22,12 +21,12 @@ perfusion_status check_sizes(const perfusion_edited_projection_backward_params& 
     const char* name;
     int64_t value, least;
   } sizes[] = {{"B", p.B, 0}, {"T", p.T, 0}, {"D", p.D, 1}, {"O", p.O, 0}, {"J", p.J, 0}, {"S", p.S, 0}};
-  for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, most);
+  for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, most_of_a_size);
   if (arguments.status != PERFUSION_OK) return arguments.status;  // before products of sizes that could exceed 64 bits
-  arguments.rule(p.B * p.T <= most / 2, PERFUSION_UNSUPPORTED, "B * T must be at most 2^29", p.B * p.T);
+  arguments.at_most("B * T", p.B * p.T, most_of_a_size / 2);
   if (arguments.status != PERFUSION_OK) return arguments.status;
-  arguments.rule(p.B * p.T * p.D <= int64_t{1} << 41, PERFUSION_UNSUPPORTED, "B * T * D must be at most 2^41", p.B * p.T * p.D);
-  arguments.rule(2 * p.S * over(p.O, rank_one_columns) <= most, PERFUSION_UNSUPPORTED, "S * O must be at most 2^37", p.S * p.O);
+  arguments.at_most("B * T * D", p.B * p.T * p.D, int64_t{1} << 41);
+  arguments.rule(2 * p.S * over(p.O, rank_one_columns) <= most_of_a_size, PERFUSION_UNSUPPORTED, "S * O must be at most 2^37", p.S * p.O);
   return arguments.status;
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +22,14 @@ from triton.runtime.jit import JITFunction
 
 from perfusion_kernels.triton import shared_memory
 
+sys.path[:0] = [str(Path(__file__).parents[2])]
+
+from bench.chips import SHARED_PER_BLOCK  # noqa: E402
+
 TARGETS = {
-    **{f"CUDA {name}": GPUTarget("cuda", int(name.replace(".", "")), 32) for name in ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")},
+    **{f"CUDA {name}": GPUTarget("cuda", int(name.replace(".", "")), 32) for name in SHARED_PER_BLOCK},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-
-KIB = {"CUDA 8.0": 163, "CUDA 8.6": 99, "CUDA 8.9": 99, "CUDA 9.0": 227, "CUDA 10.0": 227, "CUDA 12.0": 99, "gfx942": 64}
-"""Shared memory that a program may have; CUDA C Programming Guide, "Technical specifications per compute capability"."""
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -56,7 +58,7 @@ def compiling(target: GPUTarget) -> Iterator[list[Any]]:
     )
     JITFunction.run, limit = compile_only, shared_memory.limit
     architecture = next(name for name, each in TARGETS.items() if each is target)
-    shared_memory.limit = lambda device: KIB[architecture] * 1024 if target.backend == "cuda" else None
+    shared_memory.limit = lambda device: SHARED_PER_BLOCK[architecture.removeprefix("CUDA ")] if target.backend == "cuda" else None
     kernels: list[Any] = []
     try:
         yield kernels

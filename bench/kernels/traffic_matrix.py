@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 import torch  # noqa: E402
 
-from bench import roofline  # noqa: E402
+from bench import chips, roofline  # noqa: E402
 from tests.cuda_host.build import build_module  # noqa: E402
 from tests.cuda_host.host import Host  # noqa: E402
 from tests.kernels import cases  # noqa: E402
@@ -32,17 +32,7 @@ B, T, J = 2, 77, 3  # a picture with guidance, three concepts a row
 COLUMNS = 12480  # Stable Diffusion 1.5's; of the 83,200 of XL more would be more of the same
 
 
-@dataclass(frozen=True)
-class Chip:
-    """multiprocessors, and bytes: of shared memory that a block may have, of a multiprocessor's, of the second-level cache."""
-
-    multiprocessors: int
-    shared_per_block: int
-    shared_per_multiprocessor: int
-    cache: int
-
-
-CHIPS = {"A10": Chip(72, 101376, 102400, 6 << 20), "H200": Chip(132, 232448, 233472, 50 << 20)}
+CHIPS = {name: chips.CHIPS[name] for name in ("A10", "H200")}
 
 
 @dataclass(frozen=True)
@@ -63,8 +53,7 @@ class Cell:
 
 def run(host: Host, chip: str, case: str, operator: str, arguments: dict, launches: dict[str, roofline.Work]) -> list[Cell]:
     """One call, whose launches are named with what each must move at least."""
-    machine = CHIPS[chip]
-    host.configure(**vars(machine))
+    host.configure(**CHIPS[chip].machine())
     getattr(host, operator)(**arguments)
     traffic = host.counted()["traffic"]
     if len(traffic) != len(launches):
@@ -92,7 +81,7 @@ def model_cells(host: Host, chip: str, D: int, O: int) -> Iterator[Cell]:
         arguments = one.arguments(operator)
         yield from run(host, chip, case, operator, arguments, {operator: roofline.of(operator, arguments)})
     arguments["gradient"] = torch.randn(B, T, O).half()
-    host.configure(**vars(CHIPS[chip]))
+    host.configure(**CHIPS[chip].machine())
     splits = host.workspace_bytes("edited_projection_backward", **arguments) // (4 * B * T * D)
     names = "encodings_gradient", "sum_of_splits", "coefficients_gradient", "tables_gradient"
     works = roofline.edited_projection_backward_launches(B=B, T=T, D=D, O=O, J=J, splits=splits)

@@ -60,7 +60,7 @@ def test_blocks_that_run_at_once_give_the_same_bits(host, operator):
 def test_gates_of_many_places_write_their_workspace_once(host, chip):
     """And find it in the cache, however often they read it: beside the operator's least, that is all that reaches memory."""
     arguments = cases.make(B=1, T=33, D=320, J=130, S=131, dtype=torch.float16, full=True).arguments("concept_gates")
-    host.configure(**vars(traffic_matrix.CHIPS[chip]))
+    host.configure(**traffic_matrix.CHIPS[chip].machine())
     host.concept_gates(**arguments)
     [(_, read, written)] = host.counted()["traffic"]
     assert read + written <= LIMIT * (roofline.of("concept_gates", arguments).bytes + host.workspace_bytes("concept_gates", **arguments))
