@@ -70,7 +70,7 @@ def fills(host, before: dict[tuple, plans.Plan]) -> dict[tuple, tuple[float, flo
 
 def fill_table(found: dict[tuple, tuple[float, float]], chip: str) -> list[str]:
     """A line for each layer, "before → after" for each number of rows."""
-    lines = ["| layer | " + " | ".join(f"{rows} row{'s' * (rows > 1)}" for rows in plans.ROWS) + " |", "|---|" + "---|" * len(plans.ROWS)]
+    lines = ["| layer | " + " | ".join(_rows(rows) for rows in plans.ROWS) + " |", "|---|" + "---|" * len(plans.ROWS)]
     for layer in plans.layers():
         cells = ("{:.2f} → {:.2f}".format(*found[chip, layer, rows]) for rows in plans.ROWS)
         lines.append(f"| N = {layer.N}, {layer.H} heads of {layer.d} | " + " | ".join(cells) + " |")
@@ -88,6 +88,10 @@ def conflicts(host) -> dict[int, float]:
         counted = host.counted()
         found[d] = counted["matrix_cycles"] / counted["matrices"]
     return found
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
 
 
 def mean(numbers) -> float:
@@ -110,7 +114,7 @@ def summary(before: list[list[int]], now: list[list[int]], cycles: dict[int, flo
             cells = [found[chip, layer, rows] for layer in plans.layers()]
             old, new = zip(*cells)
             lines.append(
-                f"| fill of {chip} at {rows} row{"s" * (rows > 1)}, mean and least over the layers "
+                f"| fill of {chip} at {_rows(rows)}, mean and least over the layers "
                 f"| {mean(old):.2f}, {min(old):.2f} | {mean(new):.2f}, {min(new):.2f} |"
             )
     return lines
@@ -121,7 +125,7 @@ def worse(found: dict[tuple, tuple[float, float]]) -> list[str]:
     lines = []
     for chip in CHIPS:
         lost = [
-            f"N = {layer.N}, {layer.H} heads of {layer.d}, {rows} row{"s" * (rows > 1)} ({old:.2f} → {new:.2f})"
+            f"N = {layer.N}, {layer.H} heads of {layer.d}, {_rows(rows)} ({old:.2f} → {new:.2f})"
             for (each, layer, rows), (old, new) in found.items()
             if each == chip and new < old - 0.05
         ]
@@ -152,8 +156,8 @@ def main() -> None:
     page = ["# `edited_attention`, before and after", "", *__doc__.split("\n\n")[2].strip().split("\n")]
     page += ["", f"Before is commit {commit}. A row of 77 keys; code, in which a loop inside counts once.", ""]
     page += summary(before, now, conflicts(host), found)
-    page += ["", "Tiles of 32 rows halve what a row of queries costs in loads, and are half as many: where a call has few, they fill a chip", ""]
-    page[-2] += " less evenly. More than 0.05 lost:"
+    page += ["", "Tiles of 32 rows halve what a row of queries costs in loads, and are half as many: where a call has few, they fill a chip"]
+    page += ["less evenly. More than 0.05 lost:", ""]
     page += worse(found)
     page += ["", "## A warp's tile", "", "For each 16 rows. Tiles of 16 rows are taken where tiles of 32 would be too few.", ""]
     page += instruction_table(before, now)

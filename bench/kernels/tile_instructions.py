@@ -73,7 +73,7 @@ def compile_loop(source: Path, arch: str, widths: list[int]) -> str:
             text = (copy / file).read_text()
             for old, new in changes:
                 if old not in text and source == ROOT / "csrc":  # other commits may lack what is decided here
-                    raise ValueError(f"{file} has not what is to be decided: {old!r}. DECIDED of {Path(__file__).name} must follow the sources.")
+                    raise ValueError(f"{file} lacks what is to be decided: {old!r}. DECIDED here must follow the sources.")
                 text = text.replace(old, new)
             (copy / file).write_text(text)
         text = (copy / "attention_widths.h").read_text()
