@@ -156,8 +156,8 @@ def main() -> None:
     page = ["# `edited_attention`, before and after", "", *__doc__.split("\n\n")[2].strip().split("\n")]
     page += ["", f"Before is commit {commit}. A row of 77 keys; code, in which a loop inside counts once.", ""]
     page += summary(before, now, conflicts(host), found)
-    page += ["", "Tiles of 32 rows halve what a row of queries costs in loads, and are half as many: where a call has few, they fill a chip"]
-    page += ["less evenly. More than 0.05 lost:", ""]
+    page += ["", "Tiles of 32 rows halve what a row of queries costs in loads, and are half as many: where a call has few, they fill a"]
+    page += ["chip less evenly. More than 0.05 lost:", ""]
     page += worse(found)
     page += ["", "## A warp's tile", "", "For each 16 rows. Tiles of 16 rows are taken where tiles of 32 would be too few.", ""]
     page += instruction_table(before, now)
