@@ -182,6 +182,5 @@ def test_gradients_reach_the_word_through_encoder_and_checkpointed_unet(fresh):
 
     plain, checkpointed = gradients(False), gradients(True)
     assert all(gradient.abs().sum() > 0 for gradient in plain)
-    for a, b in zip(plain, checkpointed, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-5)
+    assert all(map(torch.equal, plain, checkpointed))  # the same sums, in the same order
     attach(fresh)

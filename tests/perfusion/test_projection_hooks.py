@@ -241,8 +241,7 @@ def test_gradient_checkpointing_changes_no_gradient(unet, install, uses):
     plain = gradients(unet, install, uses[2].concept)
     checkpointed = gradients(unet, install, uses[2].concept, checkpointing=True)
     assert all(gradient.abs().sum() > 0 for gradient in plain)
-    for a, b in zip(plain, checkpointed, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+    assert all(map(torch.equal, plain, checkpointed))  # the same sums, in the same order
 
 
 # Which tensor has which edit
