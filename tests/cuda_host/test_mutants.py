@@ -36,7 +36,7 @@ MUTANTS = {
             "load_matrices(b, keys + (group * 16 + l % 16) * pitch + d - 8)",
             "load_matrices(b, keys + (group * 16 + l % 16) * pitch + d - 16)",
         ),
-        "positions without a region are seen by nobody": ("if (key != 0 && (query", "if ((query"),
+        "positions without a region are masked": ("if (key != 0 && (query", "if ((query"),
         "the regions of the row above": ("of_row(8 * i + lane() / 4)", "of_row(8 * i + lane() / 8)"),
         "a token with nothing left is not a number": ("high == -infinity() ? 0.0f : high * scale", "high * scale"),
         "what was summed before keeps its scale": (
