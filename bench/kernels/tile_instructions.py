@@ -72,6 +72,8 @@ def compile_loop(source: Path, arch: str, widths: list[int]) -> str:
         for file, changes in DECIDED.items():
             text = (copy / file).read_text()
             for old, new in changes:
+                if old not in text and source == ROOT / "csrc":  # other commits may lack what is decided here
+                    raise ValueError(f"{file} lacks what is to be decided: {old!r}. DECIDED here must follow the sources.")
                 text = text.replace(old, new)
             (copy / file).write_text(text)
         text = (copy / "attention_widths.h").read_text()

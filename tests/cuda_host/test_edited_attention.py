@@ -4,11 +4,13 @@ test_mutants.py calls some of these tests with a changed library.
 """
 
 import json
+import re
 
 import pytest
 import torch
 
 from bench import plans, predictions
+from bench.kernels import attention_before_after
 from perfusion_kernels import edited_attention
 
 from ..kernels import cases
@@ -51,6 +53,17 @@ def test_one_even_wave(host, chip):
 def test_the_committed_predictions_are_of_these_plans(host):
     """The remedy: python bench/plans.py."""
     assert predictions.FILE.read_text().splitlines() == [json.dumps(row) for row in plans.predictions(host)]
+
+
+def test_the_committed_page_is_of_these_plans(host):
+    """The fill that it says there is now. The remedy: python bench/kernels/attention_before_after.py."""
+    page = attention_before_after.PAGE.read_text(encoding="utf-8")
+    for chip in attention_before_after.CHIPS:
+        table = page.split(f"### {chip}\n")[1].split("###")[0]
+        for layer in plans.layers():
+            (line,) = re.findall(rf"^\| N = {layer.N}, {layer.H} heads of {layer.d} \|.*$", table, re.MULTILINE)
+            now = [f"{plans.plan(host, chip, layer, rows).fill():.2f}" for rows in plans.ROWS]
+            assert re.findall(r"→ (\S+)", line) == now, (chip, line)
 
 
 @pytest.mark.parametrize("m", (1, 2))
