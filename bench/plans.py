@@ -85,7 +85,7 @@ class Plan:
         return self.resident * CHIPS[self.chip].multiprocessors
 
     def stretches(self) -> list[tuple[int, int]]:
-        """Each block's tiles, as [first, end) in the line of all heads' tiles: stretch_of of csrc/edited_attention.cuh."""
+        """Each block's tiles, as [first, end) in the line of all heads' tiles: range_of_block of csrc/edited_attention.cuh."""
         if self.splits:
             parts = [self.of_head * part // self.splits for part in range(self.splits + 1)]
             return [(head * self.of_head + a, head * self.of_head + b) for head in range(self.heads) for a, b in zip(parts, parts[1:])]
