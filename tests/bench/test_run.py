@@ -1,6 +1,8 @@
 """bench/run.py: every suite runs in small on a CPU, its rows say all that a row must, and wrong results are never timed."""
 
+import dataclasses
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -8,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 
-from bench import rows, suites
+from bench import providers, rows, suites
 from bench.measure import Options, Problem, measure
 from bench.report import PLACE, refreshed, tables
 from bench.timing import Candidate, Times, interleave
@@ -118,7 +121,6 @@ def test_processes_are_timed_by_their_own_time(folder):
 
 def test_a_graph_goes_through_copies(monkeypatch):
     """Twenty calls, each with the tensors of the next copy, whose results are checked on those of the first."""
-    from bench import providers
 
     class Graph(providers._Graphed):
         def _capture(self):
@@ -133,6 +135,23 @@ def test_a_graph_goes_through_copies(monkeypatch):
     clock = iter(range(10**6))
     (times,) = interleave([graph], torch.device("cpu"), seconds=0, rounds=(3, 3), clock=lambda: next(clock))
     assert times.samples.tolist() == [1 / 20] * 3, "times are of one call"
+
+
+@pytest.mark.parametrize("suite", ["gates", "projection", "attention", "fused", "layer"])
+def test_copies_share_what_is_compiled(suite, monkeypatch):
+    """A problem has up to twenty copies of its tensors for its graphs, and compiles its formula once in each mode for all of them."""
+    made, whole = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **more: made.append(mode) or whole(function, backend=compiler, **more))
+    compiler = torch._dynamo.testing.CompileCounter()
+    providers._compiled.cache_clear()
+    options = dataclasses.replace(CPU, compile=("default", "max-autotune"), places=(1,))
+    (problem,) = importlib.import_module(f"bench.suites.{suite}").problems(options)
+    for candidates in (problem.candidates, *problem.copies()[:3]):
+        for candidate in candidates:
+            if candidate.provider.startswith("compile"):
+                candidate.call()
+    providers._compiled.cache_clear()
+    assert made == ["default", "max-autotune-no-cudagraphs"] and compiler.frame_count == 2
 
 
 def test_reasons_name_what_is_missing(folder):
