@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare, nsight, plot, predictions, roofline, rows
+from bench import compare, nsight, plans, plot, predictions, roofline, rows
 from bench.regression.__main__ import compared, ratios
 from bench.report import tables
 
@@ -58,9 +58,17 @@ def test_a_measured_kernel_stands_beside_its_prediction():
     assert predictions.of(row) == expected
     changes = ({"provider": "cuda"}, {"provider": "expert graph"}, {"device": "cpu"}, {"shapes": {**shapes, "J": 1}}, {"shapes": {}})
     assert all(predictions.of({**row, **change}) is None for change in changes)
-    assert predictions.of({**row, "device": "NVIDIA A100-SXM4-80GB"})["chip"] == "A100"
+    assert predictions.of({**row, "device": "NVIDIA A100-SXM4-40GB"})["chip"] == "A100"
     page = tables([{**row, "dtype": "bfloat16", "median_us": 2 * expected["microseconds"], "ratios": {}}], "expert")
     assert "| attention, c | cuda graph |" in page and "| 2.00 |" in page
+
+
+def test_a_chip_is_known_by_its_whole_name():
+    """Of one with the same letters, or the same name and another memory, nothing was predicted, and no floor is known."""
+    known = ("NVIDIA A100-SXM4-40GB", "NVIDIA GeForce RTX 4090", "NVIDIA A10", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA B200")
+    assert [plans.chip(name) for name in known] == ["A100", "RTX 4090", "A10", "H100", "H200", "B200"]
+    others = ("NVIDIA A10G", "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GH200 480GB")
+    assert not any(plans.chip(name) for name in (*others, "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "cpu"))
 
 
 def test_every_prediction_is_above_its_floor():
