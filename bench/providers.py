@@ -28,13 +28,18 @@ SDPA = {
 }
 
 
+WITHOUT_DEPENDENT_LAUNCH = " without dependent launch"  # which the library reads from the environment once, so a process has one of both
+
+
 def ours(operator: str, arguments: Mapping[str, Tensor | None], form: str = "", **options) -> Iterator[Candidate]:
-    """One per backend; `form` stands behind its name."""
+    """One per backend; `form` stands behind its name, and what the environment leaves out of the compiled kernels."""
     device = next(tensor.device for tensor in arguments.values() if tensor is not None)
     for name in backend.ORDER:
         call = functools.partial(cases.PUBLIC[operator], **arguments, **options, backend=name, validate=False)
         interpreted = name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-        yield Candidate(f"{name}{form}", call, "Triton's interpreter is for tests" if interpreted else "", on_graph=name != "reference")
+        reason = "Triton's interpreter is for tests" if interpreted else ""
+        left_out = WITHOUT_DEPENDENT_LAUNCH if name == "cuda" and os.environ.get("PERFUSION_DEPENDENT_LAUNCH") == "0" else ""
+        yield Candidate(f"{name}{form}{left_out}", call, reason, on_graph=name != "reference")
 
 
 def formula(operator: str, positional: tuple, modes: Sequence[str] = ("default",)) -> Iterator[Candidate]:

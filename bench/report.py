@@ -23,7 +23,6 @@ sys.path.insert(0, str(ROOT))
 from bench import model, predictions, serve_sim  # noqa: E402
 from bench.rows import read  # noqa: E402
 
-
 # What a suite's rows are divided by, the first of these that ran: in a graph, since ours are in one, and launches cost little in either.
 OF_OPERATORS = ("expert graph", "expert")
 BASELINES = {

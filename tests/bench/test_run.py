@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
+import bench.run
 from bench import providers, roofline, rows, suites
 from bench.measure import Options, Problem, _floor, measure
 from bench.report import PLACE, baseline, refreshed, tables
@@ -253,6 +254,23 @@ def test_who_is_wrong_is_not_timed():
     assert found["short"]["reason"] == "it gives torch.float32 [2, 3], not torch.float32 [2, 4]"
     assert "torch.float64" in found["other"]["reason"]
     assert found["fails"]["reason"] == "no such kernel" and found["absent"]["reason"] == "it is not here"
+
+
+def test_a_wrong_kernel_of_ours_is_a_failure_behind_all_rows(tmp_path, monkeypatch, capsys):
+    right = torch.linspace(0, 1, 8).reshape(2, 4)
+    candidates = [("expert", right + 1), ("sdpa flash", right[:1]), ("cuda", right), ("reference", right)]
+
+    def main(*more):
+        found = [Candidate(name, lambda result=result: result) for name, result in (*more, *candidates)]
+        monkeypatch.setattr(bench.run.suites, "measured", lambda suite, options: measure(suite, problem(*found), CPU))
+        monkeypatch.setattr(sys, "argv", ["run.py", "--suite", "gates", "--device", "cpu", "--out", str(tmp_path / "rows.jsonl")])
+        bench.run.main()
+
+    main()
+    with pytest.raises(SystemExit, match="1 results of our own kernels are wrong:\ngates, c, cuda graph: its result is wrong, all rows"):
+        main(("cuda graph", right + 1))
+    found = rows.read(tmp_path / "rows.jsonl")
+    assert [row["provider"] for row in found if row.get("wrong")] == ["expert", "sdpa flash", "cuda graph", "expert", "sdpa flash"]
 
 
 # Times

@@ -1,7 +1,9 @@
 """Plots, comparisons, regressions and counters: read from rows, and wrong by name where they cannot."""
 
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -150,14 +152,25 @@ def test_counters_become_rows_and_a_table(tmp_path, monkeypatch):
         ("echo '==ERROR== ERR_NVGPUCTRPERM - The user does not have permission'; exit 1", "ERR_NVGPUCTRPERM"),
         ("exit 3", "status 3"),
         (f"cat <<'E'\n{PAGE}E", ""),
+        (f"cat <<'E'\n{PAGE}E\nexit 3", "the profiled program ended with status 3"),
     ],
 )
 def test_a_profiler_that_may_not_says_why(tmp_path, monkeypatch, script, said):
     (tmp_path / "ncu").write_text(f"#!/bin/bash\n{script}\n")
     (tmp_path / "ncu").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    (row,) = nsight.measured()
+    row = [*nsight.measured()][-1]
     assert said in row.get("reason", "") and row["gate"] == ("not passed" if said else "profiled")
+    monkeypatch.setattr(sys, "argv", ["nsight.py", "--out", str(tmp_path / "rows.jsonl")])
+    with pytest.raises(SystemExit) as ended:
+        nsight.main()
+    assert ended.value.code == ("status" in said), "who may not read counters is not wrong"
+
+
+def test_our_kernels_alone_are_profiled():
+    names = set(re.findall(r"^(\w+_kernel)\(PERFUSION_CONSTANT", "".join(f.read_text() for f in (ROOT / "csrc").glob("*.cuh")), re.MULTILINE))
+    called = set(re.findall(r"^    +(edited_\w+)\(", inspect.getsource(nsight.target), re.MULTILINE))
+    assert {name for name in names if re.search(nsight.KERNELS, name)} == {f"{name}_kernel" for name in called} and len(called) == 2
 
 
 # storage
