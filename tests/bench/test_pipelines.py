@@ -11,9 +11,11 @@ import torch
 
 from bench import all as everything
 from bench import peers, rows, timing
+from bench.measure import Options
 from bench.report import tables
-from bench.suites import pipelines, static
+from bench.suites import pipelines, static, step
 from perfusion.base import describe_base
+from perfusion_kernels import edited_attention
 from tests.kernels.tolerance import assert_close, exactly
 from tests.perfusion.editing import make_concept
 from tests.perfusion.tiny import tiny_sd
@@ -74,6 +76,19 @@ def test_launches_are_counted(found):
 def test_memory_of_a_concept_and_of_a_slot_is_as_the_rows_say(name):
     kept = {row["what"]: row["value"] for row in rows.read(ROOT / "bench/results/static.jsonl") if row["case"] == name and "memory" in row["what"]}
     assert len(kept) == 2 and static.memory(name) == kept
+
+
+def test_a_step_in_half_precision_agrees(monkeypatch):
+    """As on a GPU, where the kernels take 16 bits alone."""
+    options = Options(device=torch.device("cpu"), dtype=torch.float16, quick=True, rounds=(1, 1), seconds=0.0, compile=())
+    found = {row["provider"]: row for row in step.measured(options)}
+    assert {name for name, row in found.items() if row["gate"] == "passed"} == MUST_RUN["step"]
+    assert {row["dtype"] for row in found.values()} == {"float16"} and "operators" in found["perfusion"]
+
+
+def test_operators_of_a_step_are_named_with_their_backend():
+    query, key = torch.randn(1, 4, 2, 8), torch.randn(1, 3, 2, 8)
+    assert step.operators(lambda: edited_attention(query, key, key, backend="reference")) == ["edited_attention.reference"]
 
 
 def test_operators_that_only_call_others_count_for_nothing():

@@ -94,7 +94,7 @@ class _Changed(TorchDispatchMode):
 
     def __init__(self, seed: int):
         super().__init__()
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed, self.generators = seed, {}  # by device
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         if operation.__name__.split(".")[0] in ARITHMETIC:
@@ -104,7 +104,9 @@ class _Changed(TorchDispatchMode):
     def _changed(self, x):
         if not isinstance(x, Tensor) or x.dtype != torch.float64:
             return x
-        signs = 2 * torch.randint(2, x.shape, generator=self.generator).to(x) - 1
+        if x.device not in self.generators:
+            self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
+        signs = 2 * torch.randint(2, x.shape, generator=self.generators[x.device], device=x.device).to(x) - 1
         return x * (1 + CHANGE * signs)
 
 
