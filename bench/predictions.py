@@ -7,14 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench import roofline
+from bench import plans, roofline
 
 FILE = Path(__file__).with_name("predictions.jsonl")
 T = 77
-KERNELS = {"attention": "edited_attention", "fused": "fused_edited_attention", "gates": "concept_gates", "projection": "edited_projection"}
+KERNELS = {
+    "attention": "edited_attention", "fused": "fused_edited_attention", "gates": "concept_gates", "projection": "edited_projection",
+    "layer": "cross_attention_layer",
+}  # fmt: skip
 SIZES = {
     "edited_attention": ("N", "H", "d"), "fused_edited_attention": ("N", "H", "d", "D"), "concept_gates": ("D", "J"),
     "edited_projection": ("D", "O"), "fused_edited_projection": ("D", "O"),
+    "cross_attention_layer": ("N", "C", "H", "d"), "edited_projection_backward": ("D", "O"),
 }  # fmt: skip
 
 
@@ -37,8 +41,7 @@ def of(row: dict[str, Any]) -> dict[str, Any] | None:
     shapes = row.get("shapes", {})
     if kernel is None or provider not in ("cuda graph", "cuda fused graph") or (kernel == "edited_attention" and shapes.get("J")):
         return None
-    chips = sorted({each["chip"] for each in _all()}, key=len, reverse=True)  # an A100 is no A10
-    chip = next((chip for chip in chips if chip in row["device"]), None)
+    chip = plans.chip(row["device"])
     for each in read(chip) if chip else ():
         if each["kernel"] == kernel and each["rows"] == shapes.get("B") and all(each[name] == shapes.get(name) for name in SIZES[kernel]):
             return each
@@ -50,5 +53,5 @@ def work(each: dict[str, Any]) -> roofline.Work:
     sizes = {name: each[name] for name in SIZES[each["kernel"]]}
     if each["kernel"].endswith("projection"):
         return roofline.edited_projection(B=each["rows"], T=T, J=1, **sizes)
-    more = dict(J=1) if each["kernel"] == "fused_edited_attention" else {}
+    more = dict(J=1) if each["kernel"] in ("fused_edited_attention", "edited_projection_backward") else {}
     return getattr(roofline, each["kernel"])(B=each["rows"], T=T, **sizes, **more)

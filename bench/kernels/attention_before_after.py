@@ -1,15 +1,17 @@
-"""`edited_attention` before and after tiles of 32 rows and stretches over heads, by all that shows without a GPU.
+"""`edited_attention` before and after tiles of 32 rows and blocks that go on from head to head, by all that shows without a GPU.
 
     PYTHONPATH=.:python python bench/kernels/attention_before_after.py [--before COMMIT]     writes bench/results/edited_attention.md
 
-Instructions and bytes of a warp's tile from the disassembly for 9.0, of both commits' sources (nvcc, cuobjdump); how evenly the plans
-fill each chip, for every cross-attention layer of three UNets at 1 to 64 rows; and bank conflicts of matrix loads, counted by the run
-on the host (g++). Nothing here is a time.
+Instructions and bytes of a warp's tile are counted in the disassembly for 9.0 of both commits' sources (nvcc, cuobjdump). Fill is the mean
+work of a multiprocessor over that of the busiest, from the launch plans of both commits' libraries (g++), for every cross-attention layer
+of three UNets at 1 to 64 rows. Bank conflicts of matrix loads are counted by the run on the host, which could not count them before; the
+rows of shared memory are as far apart as they were. Nothing here is a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -27,51 +29,113 @@ PAGE = ROOT / "bench" / "results" / "edited_attention.md"
 BEFORE = "25cfc7d"  # the last commit with tiles of 16 rows alone, and whole blocks of one head
 WIDTHS = [40, 64, 80, 160]
 CHIPS = ("A100", "RTX 4090", "H100", "B200")
+OLD_PLANS = """
+import json, sys, torch
+from tests.cuda_host.build import build_module
+from tests.cuda_host.host import Host, attention_call, described
+host, found = Host(build_module()), []
+for machine, (B, N, T, H, d) in json.load(sys.stdin):
+    host.configure(machine[0], machine[1], shared_per_multiprocessor=machine[2])
+    one = torch.empty(1, dtype=torch.half)
+    query, key = one.expand(B, N, H, d), one.expand(B, T, H, d)
+    sizes, given = attention_call(dict(query=query, key=key, value=key), query)
+    found.append(host.module.plan_edited_attention(sizes, described(given)))
+json.dump(found, sys.stdout)
+"""
 
 
-def before(plan: plans.Plan) -> plans.Plan:
-    """As many parts of a head as fit at once, and another wave where there are more heads than that."""
-    useful = -(-plan.of_head // plan.warps)
-    splits = max(1, min(useful, plan.at_once // plan.heads))
-    return plans.replace(plan, splits=splits, blocks=plan.heads * splits)
+def every(chips: tuple[str, ...] = CHIPS) -> list[tuple]:
+    return [(chip, layer, rows) for chip in chips for layer in plans.layers() for rows in plans.ROWS]
 
 
-def fills(host, chip: str) -> list[str]:
-    """A line for each layer, "before → after" for each number of rows. `before` has tiles of 16 rows."""
-    lines = ["| layer | " + " | ".join(f"{rows} rows" for rows in plans.ROWS) + " |", "|---|" + "---|" * len(plans.ROWS)]
+def plans_before(folder: Path) -> dict[tuple, plans.Plan]:
+    """(chip, layer, rows) -> the plan of the library whose sources are in `folder`."""
+    calls = []
+    for chip, layer, rows in every():
+        one = plans.CHIPS[chip]
+        machine = one.multiprocessors, one.shared_per_block, one.shared_per_multiprocessor
+        calls.append((machine, (rows, layer.N, plans.T, layer.H, layer.d)))
+    command = [sys.executable, "-c", OLD_PLANS]
+    ran = subprocess.run(command, cwd=folder, input=json.dumps(calls), stdout=subprocess.PIPE, text=True, check=True)
+    found = {}
+    for (chip, layer, rows), made in zip(every(), json.loads(ran.stdout), strict=True):
+        blocks = rows * layer.H * made["splits"]
+        found[chip, layer, rows] = plans.Plan(chip, layer, rows, made["warps"], 1, made["stages"], made["splits"], blocks, 0, made["bytes"])
+    return found
+
+
+def fills(host, before: dict[tuple, plans.Plan]) -> dict[tuple, tuple[float, float]]:
+    return {key: (before[key].fill(), plans.plan(host, *key).fill()) for key in every()}
+
+
+def fill_table(found: dict[tuple, tuple[float, float]], chip: str) -> list[str]:
+    """A line for each layer, "before → after" for each number of rows."""
+    lines = ["| layer | " + " | ".join(_rows(rows) for rows in plans.ROWS) + " |", "|---|" + "---|" * len(plans.ROWS)]
     for layer in plans.layers():
-        cells = []
-        for rows in plans.ROWS:
-            now = plans.plan(host, chip, layer, rows)
-            cells.append(f"{before(plans.plan(host, chip, layer, rows, tall=False)).fill():.2f} → {now.fill():.2f}")
+        cells = ("{:.2f} → {:.2f}".format(*found[chip, layer, rows]) for rows in plans.ROWS)
         lines.append(f"| N = {layer.N}, {layer.H} heads of {layer.d} | " + " | ".join(cells) + " |")
     return lines
 
 
-def conflicts(host) -> list[str]:
-    """Shared-memory cycles of 8 x 8 matrices loaded, over their number: 1 without a conflict."""
-    lines = ["| head width | rows of a tile | matrices | cycles |", "|---|---|---|---|"]
+def conflicts(host) -> dict[int, float]:
+    """Head width -> shared-memory cycles of 8 x 8 matrices loaded, over their number: 1 without a conflict. Tiles of both heights."""
+    found = {}
     for d in WIDTHS:
-        for N, multiprocessors in ((32, 1), (512, 1)):
-            host.configure(multiprocessors)
+        host.configure(1)
+        for N in (32, 512):
             q, k = torch.randn(1, N, 1, d).half(), torch.randn(1, plans.T, 1, d).half()
-            tensors = dict(query=q, key=k, value=k)
-            rows = 16 * host.planned("edited_attention", tensors)["m"]
-            host.edited_attention(**tensors)
-            counted = host.counted()
-            lines.append(f"| {d} | {rows} | {counted['matrices']:,} | {counted['matrix_cycles']:,} |")
-    return list(dict.fromkeys(lines))
+            host.edited_attention(query=q, key=k, value=k)
+        counted = host.counted()
+        found[d] = counted["matrix_cycles"] / counted["matrices"]
+    return found
 
 
-def instructions(commit: str) -> list[str]:
-    titles = ("sources", *tile_instructions.TITLES)
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(["git", "archive", commit, "csrc"], cwd=ROOT, check=True, capture_output=True).stdout
-        subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
-        found = [("before", row) for row in tile_instructions.rows(Path(folder, "csrc"), "90", WIDTHS)]
-    found += [("now", row) for row in tile_instructions.rows(ROOT / "csrc", "90", WIDTHS)]
-    found.sort(key=lambda row: (row[1][0], row))
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
+
+
+def mean(numbers) -> float:
+    numbers = list(numbers)
+    return sum(numbers) / len(numbers)
+
+
+def summary(before: list[list[int]], now: list[list[int]], cycles: dict[int, float], found: dict[tuple, tuple[float, float]]) -> list[str]:
+    """The table of all. Tiles are the tallest, as layers of many tokens have them."""
+    lines = ["| | before | now |", "|---|---|---|"]
+    for title in ("all", "tensor", "float", "integer and control", "bytes, shared", "bytes, global"):
+        at = tile_instructions.TITLES.index(title)
+        for d in WIDTHS:
+            old, new = (max((row for row in rows if row[0] == d), key=lambda row: row[1])[at] for rows in (before, now))
+            what = title if title.startswith("bytes") else f"instructions, {title}"
+            lines.append(f"| {what}, for 16 rows of heads of {d} | {old:,} | {new:,} |")
+    lines += [f"| cycles of a matrix load, heads of {d} | not counted | {cycles[d]:.2f} |" for d in WIDTHS]
+    for chip in CHIPS:
+        for rows in plans.ROWS:
+            cells = [found[chip, layer, rows] for layer in plans.layers()]
+            old, new = zip(*cells)
+            lines.append(
+                f"| fill of {chip} at {_rows(rows)}, mean and least over the layers "
+                f"| {mean(old):.2f}, {min(old):.2f} | {mean(new):.2f}, {min(new):.2f} |"
+            )
+    return lines
+
+
+def worse(found: dict[tuple, tuple[float, float]]) -> list[str]:
+    """What lost more than a twentieth of its fill, by chip."""
+    lines = []
+    for chip in CHIPS:
+        lost = [
+            f"N = {layer.N}, {layer.H} heads of {layer.d}, {_rows(rows)} ({old:.2f} → {new:.2f})"
+            for (each, layer, rows), (old, new) in found.items()
+            if each == chip and new < old - 0.05
+        ]
+        lines.append(f"- {chip}: {'; '.join(lost) or 'nothing'}.")
+    return lines
+
+
+def instruction_table(before: list[list[int]], now: list[list[int]]) -> list[str]:
+    lines = ["| " + " | ".join(("sources", *tile_instructions.TITLES)) + " |", "|" + "---|" * (len(tile_instructions.TITLES) + 1)]
+    found = sorted([*(("before", row) for row in before), *(("now", row) for row in now)], key=lambda row: (row[1][0], row))
     return lines + ["| " + " | ".join([name, *(f"{cell:,}" for cell in row)]) + " |" for name, row in found]
 
 
@@ -82,15 +146,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--before", default=BEFORE, metavar="COMMIT")
     commit = parser.parse_args().before
-    host = Host(build_module())
+    with tempfile.TemporaryDirectory() as folder:
+        archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
+        subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
+        old_plans = plans_before(Path(folder))
+        before = tile_instructions.rows(Path(folder, "csrc"), "90", WIDTHS)
+    now, host = tile_instructions.rows(ROOT / "csrc", "90", WIDTHS), Host(build_module())
+    found = fills(host, old_plans)
     page = ["# `edited_attention`, before and after", "", *__doc__.split("\n\n")[2].strip().split("\n")]
-    page += ["", "## A warp's tile", ""]
-    page += [f"For each 16 rows of 77 keys; before is commit {commit}. Code, in which a loop inside counts once."]
-    page += ["", *instructions(commit), ""]
-    page += ["## Fill", "", "Mean work of a multiprocessor over that of the busiest."]
+    page += ["", f"Before is commit {commit}. A row of 77 keys; code, in which a loop inside counts once.", ""]
+    page += summary(before, now, conflicts(host), found)
+    page += ["", "Tiles of 32 rows halve what a row of queries costs in loads, and are half as many: where a call has few, they fill a"]
+    page += ["chip less evenly. More than 0.05 lost:", ""]
+    page += worse(found)
+    page += ["", "## A warp's tile", "", "For each 16 rows. Tiles of 16 rows are taken where tiles of 32 would be too few.", ""]
+    page += instruction_table(before, now)
+    page += ["", "## Fill of each layer"]
     for chip in CHIPS:
-        page += ["", f"### {chip}", "", *fills(host, chip)]
-    page += ["", "## Bank conflicts", "", "Now; the rows of shared memory are as far apart as before.", "", *conflicts(host)]
+        page += ["", f"### {chip}", "", *fill_table(found, chip)]
     PAGE.write_text("\n".join(page) + "\n", encoding="utf-8")
 
 

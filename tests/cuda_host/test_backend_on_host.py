@@ -23,13 +23,22 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+def passed(*arguments: str) -> int:
+    """How many tests passed. Nothing fails and nothing is skipped, in a process of its own: a backend stays registered."""
+    ran = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+    assert ran.returncode == 0, ran.stdout[-6000:]
+    count, others = re.search(r"(\d+) passed(.*) in ", ran.stdout.splitlines()[-1]).groups()
+    assert not re.search("skipped|xfailed", others), ran.stdout[-6000:]
+    return int(count)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_compiled_kernels_are_a_backend_like_any_other(name):
-    """Nothing fails and nothing is skipped, in a process of its own: a backend stays registered."""
-    ran = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda", f"tests/kernels/test_{name}.py")
-    assert ran.returncode == 0, ran.stdout[-6000:]
-    passed, others = re.search(r"(\d+) passed(.*) in ", ran.stdout.splitlines()[-1]).groups()
-    assert int(passed) >= 5 and not re.search("skipped|xfailed", others)
+    assert passed("-k", "cuda and not never_passed_over", f"tests/kernels/test_{name}.py") >= 5  # which asks for a backend that there is not
+
+
+def test_whole_images():
+    assert passed("-k", "cuda", "tests/perfusion/test_whole_images.py") == 4
 
 
 def test_pipelines_take_them():
@@ -37,9 +46,7 @@ def test_pipelines_take_them():
     asked = "select('concept_gates', cases.positional('concept_gates', cases.make().arguments('concept_gates')))"
     script = f"{REGISTER}; from tests.kernels import cases; from perfusion_kernels.backend import select; print({asked})"
     assert run("-c", script).stdout.split()[-1] == "perfusion_kernels.concept_gates.cuda"
-    ran = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/perfusion/test_pipelines.py")
-    assert ran.returncode == 0, ran.stdout[-6000:]
-    assert re.fullmatch(r"\d+ passed.*", ran.stdout.splitlines()[-1]) and "skipped" not in ran.stdout.splitlines()[-1]
+    assert passed("tests/perfusion/test_pipelines.py") >= 5
 
 
 def test_the_handle_tells_what_they_note():

@@ -1,7 +1,7 @@
 """Whole images on toybox through the kernels themselves, on the CPU: slots, strides, index, mixed rows, schedules, regions, prompt travel.
 
-Triton's kernels run in its interpreter. The CUDA sources run compiled for the host, where PERFUSION_CUDA_ON_HOST names the library
-(tests/kernels/cuda_on_host.py). Every step of the UNet, from the latents that the reference's run had there, against a UNet in float64
+Triton's kernels run in its interpreter. The CUDA sources run compiled for the host, in a process where PERFUSION_CUDA_ON_HOST names the
+library (tests/cuda_host/test_backend_on_host.py). Every step of the UNet, from the latents that the reference's run had there, against a UNet in float64
 by the policy of tests/kernels/tolerance.py; then the pictures of a run of their own.
 """
 
@@ -22,7 +22,7 @@ from tests.perfusion.editing import draw, make_concept
 pytestmark = pytest.mark.proof
 # each in the dtype that all of its kernels take
 DTYPES = {"triton": torch.float32, "cuda": torch.float16}
-BACKENDS = ["triton", pytest.param("cuda", marks=pytest.mark.skipif(not cuda_on_host.registered(), reason="PERFUSION_CUDA_ON_HOST is not set"))]
+BACKENDS = ["triton", *["cuda"] * cuda_on_host.registered()]
 STEPS = 4  # of these the third and fourth of a prompt that travels are fused
 LEFT = torch.zeros(64, 64)
 LEFT[:, :32] = 1
