@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from bench import roofline
 
 T = 77
@@ -46,6 +48,7 @@ CHIPS = {
     "H200": Chip(132, 232448, 233472, 50 << 20, 1.755e9, 4.80e12, 6.0e12, 989e12, 1270),
     "B200": Chip(148, 232448, 233472, 126 << 20, 1.85e9, 7.70e12, 10.0e12, 2250e12, 2048),
 }
+LIBRARY = 0.7  # of the dense rate, in a library's products of a layer's size [assumed]
 LATENCY = 2.0e-6  # of a launch in a graph, of its first loads, and of what is done behind them, on any chip [assumed]
 REACHED = 0.85  # of the rate of the resource that binds [assumed]
 PRODUCTS = 0.5  # of the tensor cores' rate, in the products of csrc/matrix_product.cuh, whose loads do not hide [assumed]
@@ -89,7 +92,7 @@ class Plan:
         return self.resident * CHIPS[self.chip].multiprocessors
 
     def stretches(self) -> list[tuple[int, int]]:
-        """Each block's tiles, as [first, end) in the line of all heads' tiles: stretch_of of csrc/edited_attention.cuh."""
+        """Each block's tiles, as [first, end) in the line of all heads' tiles: range_of_block of csrc/edited_attention.cuh."""
         if self.splits:
             parts = [self.of_head * part // self.splits for part in range(self.splits + 1)]
             return [(head * self.of_head + a, head * self.of_head + b) for head in range(self.heads) for a, b in zip(parts, parts[1:])]
@@ -196,6 +199,48 @@ def gates(chip: str, D: int, rows: int) -> dict:
     return _row("concept_gates", chip, dict(D=D, J=1, rows=rows, blocks=5 * rows), times, one.floor(work))
 
 
+def around_attention(host, chip: str, layer: roofline.Layer, rows: int) -> dict:
+    """`cross_attention_layer`: the library's product, `edited_attention`, the library's product with bias and residual. Queries and
+    attention's result go through the second-level cache where both fit there."""
+    one, M, C = CHIPS[chip], rows * layer.N, layer.C
+    between = one.second_level if 2 * 2 * M * C <= one.cache else one.memory
+    attention = plan(host, chip, layer, rows).times()
+    if between == one.second_level:
+        del attention["memory"]
+
+    def product(tensors: int) -> float:
+        """tensors: of M x C, in memory; one more is another launch's."""
+        return max(2 * M * C * C / (LIBRARY * one.dense), 2 * ((tensors * M * C + C * C) / one.memory + M * C / between) / REACHED)
+
+    times = {"to_q": product(1), "edited_attention": max(attention.values()) / REACHED, "to_out": product(2)}
+    work = roofline.cross_attention_layer(B=rows, N=layer.N, C=C, T=T, H=layer.H, d=layer.d)
+    return _launches("cross_attention_layer", chip, dict(N=layer.N, C=C, H=layer.H, d=layer.d, rows=rows), times, one.floor(work))
+
+
+def backward(host, chip: str, unet: str, rows: int) -> dict:
+    """The derivatives of `edited_projection` for a whole model's keys or values, one concept a row: four launches."""
+    one, D, O = CHIPS[chip], roofline.TEXT_WIDTHS[unet], sum(layer.count * layer.C for layer in roofline.UNETS[unet])
+    host.configure(one.multiprocessors, one.shared_per_block, shared_per_multiprocessor=one.shared_per_multiprocessor)
+    half = torch.empty(1, dtype=torch.half)
+    tensors = {"encodings": half.expand(rows, T, D), "weight": half.expand(O, D), "gradient": half.expand(rows, T, O)}
+    splits = host.workspace_bytes("edited_projection_backward", **tensors) // (4 * rows * T * D)
+    works = roofline.edited_projection_backward_launches(B=rows, T=T, D=D, O=O, J=1, splits=splits)
+    names = "encodings' gradient", "sum of its parts", "gradients of the coefficients", "gradients of the tables"
+    times = {name: work.bytes / one.memory / REACHED for name, work in zip(names, works, strict=True)}
+    tiles = -(-rows * T // 80) * -(-D // 128) * splits
+    products = -(-tiles // one.multiprocessors) * 80 * 128 * O / splits / (PRODUCTS * one.tensor * one.clock)
+    times[names[0]] = max(times[names[0]], products)
+    least = roofline.edited_projection_backward(B=rows, T=T, D=D, O=O, J=1)
+    return _launches("edited_projection_backward", chip, dict(D=D, O=O, rows=rows, splits=splits), times, one.floor(least))
+
+
+def _launches(kernel: str, chip: str, facts: dict, times: dict[str, float], floor: float) -> dict:
+    """Of launches that follow each other; `bound` is the longest."""
+    predicted = sum(times.values()) + len(times) * LATENCY
+    found = {"bound": max(times, key=times.get), "microseconds": round(1e6 * predicted, 2), "of_floor": round(floor / predicted, 3)}
+    return {"kernel": kernel, "chip": chip, **facts, **found, "measured": False}
+
+
 def _row(kernel: str, chip: str, facts: dict, times: dict[str, float], floor: float) -> dict:
     bound = max(times, key=times.get)
     predicted = times[bound] + LATENCY
@@ -226,10 +271,12 @@ def predictions(host) -> Iterator[dict]:
         for layer in layers():
             for rows in ROWS:
                 yield plan(host, chip, layer, rows).row()
+                yield around_attention(host, chip, layer, rows)
         for unet, D in roofline.TEXT_WIDTHS.items():
             for rows in (2, 16):
                 yield gates(chip, D, rows)
                 yield from projections(host, chip, unet, rows)
+                yield backward(host, chip, unet, rows)
                 yield from (fused(host, chip, layer, D, rows) for layer in roofline.UNETS[unet])
 
 

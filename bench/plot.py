@@ -322,23 +322,18 @@ def tidy(axes: Any, grid: str) -> None:
 
 def predicted_kernels(rows: Rows) -> Rows:
     """Rows of the operators at real shapes: those measured, or where there are none, those of bench/predictions.jsonl for an H200 and two
-    rows; of the layer, whose products are the library's, the model's share of the floor."""
-    from bench import model, predictions, roofline
+    rows."""
+    from bench import predictions, roofline
 
     measured = [row for row in rows if row.get("flops_per_s") and row.get("bytes") and row["provider"].split()[0] in ("cuda", "triton")]
     if measured:
         return measured
-    a, found = model.Assumptions(), []
-
-    def add(kernel: str, work: roofline.Work, seconds: float) -> None:
-        found.append({"suite": kernel, "gate": "predicted", "flops": work.flops, "bytes": work.bytes, "flops_per_s": work.flops / seconds})
-
+    found = []
     for each in predictions.read(roofline.H200.name):
-        if each["rows"] == 2 and each["kernel"] != "concept_gates":
-            add(each["kernel"], predictions.work(each), 1e-6 * each["microseconds"])
-    for layer in (layer for layers in roofline.UNETS.values() for layer in layers):
-        work = roofline.cross_attention_layer(B=2, N=layer.N, C=layer.C, T=model.T, H=layer.H, d=layer.d)
-        add("cross_attention_layer", work, work.floor(a.machine()) / a.product_efficiency)
+        if each["rows"] == 2 and each["kernel"] not in ("concept_gates", "edited_projection_backward"):
+            work, seconds = predictions.work(each), 1e-6 * each["microseconds"]
+            facts = {"flops": work.flops, "bytes": work.bytes, "flops_per_s": work.flops / seconds}
+            found.append({"suite": each["kernel"], "gate": "predicted", **facts})
     return found
 
 

@@ -11,10 +11,14 @@ from bench import plans, roofline
 
 FILE = Path(__file__).with_name("predictions.jsonl")
 T = 77
-KERNELS = {"attention": "edited_attention", "fused": "fused_edited_attention", "gates": "concept_gates", "projection": "edited_projection"}
+KERNELS = {
+    "attention": "edited_attention", "fused": "fused_edited_attention", "gates": "concept_gates", "projection": "edited_projection",
+    "layer": "cross_attention_layer",
+}  # fmt: skip
 SIZES = {
     "edited_attention": ("N", "H", "d"), "fused_edited_attention": ("N", "H", "d", "D"), "concept_gates": ("D", "J"),
     "edited_projection": ("D", "O"), "fused_edited_projection": ("D", "O"),
+    "cross_attention_layer": ("N", "C", "H", "d"), "edited_projection_backward": ("D", "O"),
 }  # fmt: skip
 
 
@@ -49,5 +53,5 @@ def work(each: dict[str, Any]) -> roofline.Work:
     sizes = {name: each[name] for name in SIZES[each["kernel"]]}
     if each["kernel"].endswith("projection"):
         return roofline.edited_projection(B=each["rows"], T=T, J=1, **sizes)
-    more = dict(J=1) if each["kernel"] == "fused_edited_attention" else {}
+    more = dict(J=1) if each["kernel"] in ("fused_edited_attention", "edited_projection_backward") else {}
     return getattr(roofline, each["kernel"])(B=each["rows"], T=T, **sizes, **more)

@@ -139,6 +139,16 @@ def cross_attention_layer(
     return _sum(moved, projections, _attention(B, N, T, H, d, size), Work(read=(2 * O * C + 2 * B * T * O) * size))
 
 
+def edited_projection_backward(*, B: int, T: int, D: int, O: int, J: int, size: int = 2) -> Work:
+    """Its derivatives to encodings, gates, components and both tables, every place with a concept of its own."""
+    coefficients, tables = 2 * B * T * J * 4, 2 * B * J * O * size
+    products = 2 * B * T * O * D
+    return Work(
+        read=(B * T * O + O * D) * size + tables + coefficients + B * J * 4, written=B * T * D * size + coefficients + tables,
+        tensor=products, scalar=8 * B * T * J * O,
+    )  # fmt: skip
+
+
 def edited_projection_backward_launches(*, B: int, T: int, D: int, O: int, J: int, splits: int, size: int = 2) -> tuple[Work, ...]:
     """Bytes of the launches of csrc/edited_projection_backward.cu and csrc/rank_one_backward.cuh, every place with a concept of its own:
     parts of the encodings' gradient, their sum, the gradients of gates and components, and those of the tables."""

@@ -1,14 +1,14 @@
-// What the attention kernels do with a tile: 16 m image tokens of one warp, and all keys of one head.
+// Attention of one warp's tile, 16 m image tokens, to all keys of one head.
 //
 //        K̃ [keys, d]   Ṽ [keys, d]        S = q K̃ᵀ, all keys of the tokens, in registers (accumulators)
 //       ┌───────────┐ ┌───────────┐        P = exp2(S - max), packed in place: an accumulator has the layout
 //       │ resident  │ │ resident  │            of the left operand of the next product
-//       └───────────┘ └───────────┘        O = P Ṽ / ΣP, through the tile's own place in shared memory,
-//        per warp: q [16 m, d]                 so that it leaves in accesses of 16 bytes
+//       └───────────┘ └───────────┘        O = P Ṽ / ΣP, staged in the tile's shared memory, so that stores
+//        per warp: q [16 m, d]                 to global memory are 16 bytes wide
 //
-// Up to 160 keys all scores of a tile are in registers at once, without online rescaling. Rows of
-// shared memory are an odd number of 16-byte pieces apart, which keeps matrix loads free of bank conflicts. A head width of
-// 16 i + 8 ends in one m16n8k8 product, so no column is padded.
+// Up to 160 keys, all scores of a tile fit in registers, so softmax needs one pass and no online rescaling. The pitch of rows in shared
+// memory is an odd number of 16-byte vectors, so ldmatrix has no bank conflicts. A head width of 16 i + 8 ends in one m16n8k8 product,
+// so no column is padded.
 #pragma once
 
 #include "device/layer.cuh"
@@ -18,15 +18,15 @@ namespace perfusion {
 
 constexpr int max_attention_warps = 4;
 
-// K or V [T, d] of head h of row b into tile[keys][d]; zeros from T on. Asynchronous where the layout allows it.
+// K or V [T, d] of head h of row b into tile[keys][d]; zeros from T on. wide: by cp.async of 16 bytes; else element by element.
 template <class Element, int d>
 PERFUSION_DEVICE void load_head(Element* tile, int keys, const perfusion_tensor& base, int64_t b, int64_t h, int T, bool wide) {
-  constexpr int pieces = d / 8;
+  constexpr int vectors = d / 8;
   const auto* from = static_cast<const Element*>(base.data) + b * base.strides[0] + h * base.strides[2];
-  for (int i = thread(); i < keys * pieces; i += threads()) {
-    const int t = i / pieces, piece = i % pieces;
-    Element* to = tile + t * tile_pitch(d) + piece * 8;
-    const Element* source = t < T ? from + t * base.strides[1] + piece * 8 * base.strides[3] : from;
+  for (int i = thread(); i < keys * vectors; i += threads()) {
+    const int t = i / vectors, vector = i % vectors;
+    Element* to = tile + t * tile_pitch(d) + vector * 8;
+    const Element* source = t < T ? from + t * base.strides[1] + vector * 8 * base.strides[3] : from;
     if (wide) {
       copy_async(to, source, t < T);
     } else {
@@ -36,7 +36,7 @@ PERFUSION_DEVICE void load_head(Element* tile, int keys, const perfusion_tensor&
 }
 
 // Scores of 16 m tokens and all keys: s[i][n] is the accumulator of tokens 16 i … and keys 8 n … 8 n + 7. Groups of 16 keys from
-// `groups` on are left 0. A fragment of keys serves all m.
+// `groups` on are left 0. Each fragment of keys is loaded once and used for all m.
 template <class Element, int d, int max_groups, int m>
 PERFUSION_DEVICE void multiply_by_keys(float (&s)[m][2 * max_groups][4], const Element* queries, const Element* keys, int groups) {
   constexpr int pitch = tile_pitch(d);
@@ -81,7 +81,7 @@ PERFUSION_DEVICE void multiply_by_keys(float (&s)[m][2 * max_groups][4], const E
   }
 }
 
-// -inf to the scores of keys from T on. In all but the shortest contexts of an instance these are among its last 8.
+// Sets the scores of keys from T on to -inf. Unless T is far below the instance's number of keys, only the last 8 need masking.
 template <int keys, int m>
 PERFUSION_DEVICE void mask_end(float (&s)[m][keys / 8][4], int T) {
   constexpr int last = keys / 8 - 1;
@@ -105,7 +105,8 @@ PERFUSION_DEVICE void mask_end(float (&s)[m][keys / 8][4], int T) {
   }
 }
 
-// -inf where a token may not attend. regions: bit sets of all positions, in shared memory; of_row(r): that of row r of the tile.
+// Sets scores to -inf where a token may not attend. regions: bit sets of all positions, in shared memory; of_row(r): the bit set of row r
+// of the tile.
 template <int keys, int m, class OfRow>
 PERFUSION_DEVICE void mask_regions(float (&s)[m][keys / 8][4], const int32_t* regions, OfRow of_row, int groups) {
   const int first = 2 * (lane() % 4);
@@ -129,30 +130,33 @@ PERFUSION_DEVICE void mask_regions(float (&s)[m][keys / 8][4], const int32_t* re
   }
 }
 
-// Of this lane's rows, lane / 4 + 8 r of each 16: the largest score so far, and this lane's part of the sum of exp2(scale (s - largest)).
+// The running state of softmax for this lane's rows, lane / 4 + 8 r of each 16: the largest unscaled score so far, and this lane's partial
+// sum of exp2(scale (s - row_max)).
 template <int m>
 struct Softmax {
-  float high[m][2], sum[m][2];
+  float row_max[m][2], row_sum[m][2];
 
   PERFUSION_DEVICE Softmax() {
     PERFUSION_UNROLL
-    for (int i = 0; i < 2 * m; ++i) high[i / 2][i % 2] = -infinity(), sum[i / 2][i % 2] = 0.0f;
+    for (int i = 0; i < 2 * m; ++i) row_max[i / 2][i % 2] = -infinity(), row_sum[i / 2][i % 2] = 0.0f;
   }
 
-  // 1 over the whole sum; 0 where no key is left.
+  // 1 over the row's sum, reduced over its four lanes; 0 where every key is masked.
   PERFUSION_DEVICE float inverse(int i, int r) const {
-    float all = sum[i][r] + shuffle_xor(sum[i][r], 1);
+    float all = row_sum[i][r] + shuffle_xor(row_sum[i][r], 1);
     all += shuffle_xor(all, 2);
     return all > 0.0f || all != all ? 1.0f / all : 0.0f;
   }
 };
 
-// Scores to weights exp2(scale s - largest), 0 at masked keys, packed as left operands. more: earlier keys have been summed already;
-// the caller multiplies those sums by kept[i][r], which corrects them to the new largest score.
+// Scores to probabilities P = exp2(scale s - scale row_max), 0 at masked keys, packed as the left operand of P V; not yet divided by
+// their sum. more: a step of online softmax. Earlier keys have been accumulated, and the caller multiplies its accumulators by
+// rescale[i][r], which brings them to the new maximum.
 template <class Element, int max_groups, int m, bool more, class OfRow>
-PERFUSION_DEVICE void weigh(uint32_t (&p)[m][max_groups][4], Softmax<m>& softmax, float (&kept)[m][2], float (&s)[m][2 * max_groups][4],
-                            int groups, float scale, int T, const int32_t* regions, OfRow of_row) {
-  if (!(scale > 0.0f)) {  // below, the maximum is taken before the scale is applied, which only a positive scale allows
+PERFUSION_DEVICE void softmax_scores(uint32_t (&p)[m][max_groups][4], Softmax<m>& softmax, float (&rescale)[m][2],
+                                     float (&s)[m][2 * max_groups][4], int groups, float scale, int T, const int32_t* regions,
+                                     OfRow of_row) {
+  if (!(scale > 0.0f)) {  // the maximum below is of unscaled scores, which is right for a positive scale only
     PERFUSION_UNROLL
     for (int i = 0; i < m; ++i) {
       PERFUSION_UNROLL
@@ -170,15 +174,15 @@ PERFUSION_DEVICE void weigh(uint32_t (&p)[m][max_groups][4], Softmax<m>& softmax
     float subtrahend[2], sum[2];
     PERFUSION_UNROLL
     for (int r = 0; r < 2; ++r) {
-      float high = softmax.high[i][r];
+      float high = softmax.row_max[i][r];
       PERFUSION_UNROLL
       for (int n = 0; n < 2 * max_groups; ++n) high = maximum(high, maximum(s[i][n][2 * r], s[i][n][2 * r + 1]));
       high = maximum(high, shuffle_xor(high, 1));
       high = maximum(high, shuffle_xor(high, 2));
-      subtrahend[r] = high == -infinity() ? 0.0f : high * scale;  // nothing is left: exp2(-inf) and not exp2(-inf + inf)
-      kept[i][r] = more ? exp2(softmax.high[i][r] * scale - subtrahend[r]) : 1.0f;
-      sum[r] = more ? softmax.sum[i][r] * kept[i][r] : 0.0f;
-      softmax.high[i][r] = high;
+      subtrahend[r] = high == -infinity() ? 0.0f : high * scale;  // every key is masked: exp2(-inf), not exp2(-inf + inf)
+      rescale[i][r] = more ? exp2(softmax.row_max[i][r] * scale - subtrahend[r]) : 1.0f;
+      sum[r] = more ? softmax.row_sum[i][r] * rescale[i][r] : 0.0f;
+      softmax.row_max[i][r] = high;
     }
     PERFUSION_UNROLL
     for (int n = 0; n < 2 * max_groups; ++n) {
@@ -191,11 +195,11 @@ PERFUSION_DEVICE void weigh(uint32_t (&p)[m][max_groups][4], Softmax<m>& softmax
       p[i][n / 2][n % 2 * 2 + 1] = pack<Element>(s[i][n][2], s[i][n][3]);
     }
     PERFUSION_UNROLL
-    for (int r = 0; r < 2; ++r) softmax.sum[i][r] = sum[r];
+    for (int r = 0; r < 2; ++r) softmax.row_sum[i][r] = sum[r];
   }
 }
 
-// o[i][n], the accumulator of columns `column` + 8 n …, plus P V. A fragment of values serves all m.
+// o[i][n], the accumulator of columns `column` + 8 n …, plus P V. Each fragment of values is loaded once and used for all m.
 template <class Element, int d, int columns, int max_groups, int m>
 PERFUSION_DEVICE void multiply_by_values(float (&o)[m][columns / 8][4], const uint32_t (&p)[m][max_groups][4], const Element* values,
                                          int groups, int column) {
@@ -224,7 +228,7 @@ PERFUSION_DEVICE void multiply_by_values(float (&o)[m][columns / 8][4], const ui
   }
 }
 
-// Columns `column` … of the outputs o to the tile's place.
+// Writes columns `column` … of the outputs, normalised and rounded, over the tile in shared memory.
 template <class Element, int d, int columns, int m>
 PERFUSION_DEVICE void write_outputs(Element* tile, const float (&o)[m][columns / 8][4], const float (&inverse)[m][2], int column) {
   PERFUSION_UNROLL
@@ -240,58 +244,58 @@ PERFUSION_DEVICE void write_outputs(Element* tile, const float (&o)[m][columns /
   }
 }
 
-// Columns of the outputs that are in registers at a time: all of them, or halves where the weights leave no room.
+// Columns of the outputs accumulated at a time: all of them, or one half after the other where registers would spill beside P.
 PERFUSION_BOTH constexpr int output_columns(int d, int m) { return m > 1 && d > 40 ? d / 2 : d; }
 
-// Attention of the tile's 16 m tokens, which its outputs overwrite. Zeros stand in keys and values from T on. The scores of up to 160
-// keys are in registers at once; longer contexts are taken in parts, with what was summed before rescaled to the largest score.
+// Attention of the tile's 16 m tokens; the outputs overwrite the queries in `tile`. Keys and values are zero from T on. Up to 160 keys take
+// one pass; longer contexts are taken in parts with online softmax.
 template <class Element, int d, int max_groups, int m, class OfRow>
 PERFUSION_DEVICE void attend_tile(Element* tile, const Element* keys, const Element* values, int groups, float scale, int T,
                                   const int32_t* regions, OfRow of_row) {
   constexpr int pitch = tile_pitch(d);
   Softmax<m> softmax;
-  float kept[m][2], inverse[m][2];
+  float rescale[m][2], inverse[m][2];
   const auto invert = [&] {
     PERFUSION_UNROLL
     for (int i = 0; i < 2 * m; ++i) inverse[i / 2][i % 2] = softmax.inverse(i / 2, i % 2);
   };
   if constexpr (max_groups <= 10) {
     constexpr int columns = output_columns(d, m);
-    uint32_t weights[m][max_groups][4];
+    uint32_t p[m][max_groups][4];
     {
       float s[m][2 * max_groups][4];
       multiply_by_keys<Element, d, max_groups, m>(s, tile, keys, groups);
-      weigh<Element, max_groups, m, false>(weights, softmax, kept, s, groups, scale, T, regions, of_row);
+      softmax_scores<Element, max_groups, m, false>(p, softmax, rescale, s, groups, scale, T, regions, of_row);
     }
     invert();
     PERFUSION_UNROLL
     for (int column = 0; column < d; column += columns) {
       float o[m][columns / 8][4] = {};
-      multiply_by_values<Element, d, columns, max_groups, m>(o, weights, values, groups, column);
-      if (column == 0) warp_barrier();  // the tile's queries have been read; its outputs take their place
+      multiply_by_values<Element, d, columns, max_groups, m>(o, p, values, groups, column);
+      if (column == 0) warp_barrier();  // all lanes have read the queries, which the outputs overwrite
       write_outputs<Element, d, columns, m>(tile, o, inverse, column);
     }
   } else {
     constexpr int part = d > 64 ? max_groups / 4 : max_groups / 2;
     float o[m][d / 8][4] = {};
     for (int first = 0; first < groups; first += part) {
-      uint32_t weights[m][part][4];
+      uint32_t p[m][part][4];
       float s[m][2 * part][4];
       multiply_by_keys<Element, d, part, m>(s, tile, keys + first * 16 * pitch, groups - first);
-      weigh<Element, part, m, true>(weights, softmax, kept, s, groups - first, scale, T - 16 * first,
-                              regions == nullptr ? nullptr : regions + 16 * first, of_row);
+      softmax_scores<Element, part, m, true>(p, softmax, rescale, s, groups - first, scale, T - 16 * first,
+                                             regions == nullptr ? nullptr : regions + 16 * first, of_row);
       PERFUSION_UNROLL
       for (int i = 0; i < m; ++i) {
         PERFUSION_UNROLL
         for (int n = 0; n < d / 8; ++n) {
           PERFUSION_UNROLL
-          for (int e = 0; e < 4; ++e) o[i][n][e] *= kept[i][e / 2];
+          for (int e = 0; e < 4; ++e) o[i][n][e] *= rescale[i][e / 2];
         }
       }
-      multiply_by_values<Element, d, d, part, m>(o, weights, values + first * 16 * pitch, groups - first, 0);
+      multiply_by_values<Element, d, d, part, m>(o, p, values + first * 16 * pitch, groups - first, 0);
     }
     invert();
-    warp_barrier();  // the tile's queries have been read
+    warp_barrier();  // all lanes have read the queries
     write_outputs<Element, d, d, m>(tile, o, inverse, 0);
   }
   warp_barrier();

@@ -1,4 +1,4 @@
-// What attention kernels are compiled for: the one list of head widths and context lengths.
+// The head widths and context lengths that attention kernels are compiled for.
 #pragma once
 
 #include <cstdint>
@@ -16,18 +16,19 @@ constexpr int attention_groups[] = {5, 10, 16};  // of 16 keys
   CASE(96)                               \
   CASE(128)                              \
   CASE(160)                              \
-  /* the end */
+  /* end of the list */
 
-// Blocks of 128 threads that a multiprocessor holds by its registers: what ptxas manages without a spill, and the plan counts on.
-constexpr int attention_beside(int d, int groups, int m) {
+// Resident blocks of 128 threads on a multiprocessor, as limited by registers: the launch bound of the kernels, which ptxas meets without
+// spills, and the occupancy that the launch plan assumes.
+constexpr int attention_resident_blocks(int d, int groups, int m) {
   if (groups > 5) return 2;
   return m == 2 ? (d <= 64 ? 3 : 2) : d <= 64 ? 4 : d <= 128 ? 3 : 2;
 }
 
-// Rows of a warp's tile, at most: 32 where their scores leave room in registers.
+// The largest number of rows in a warp's tile: 32 where the scores of 32 rows fit in registers, else 16.
 inline int most_tile_rows(int64_t T) { return T <= 80 ? 32 : 16; }
 
-// The smallest that holds T keys; 0 if none does.
+// The smallest compiled number of groups that holds T keys; 0 if there is none.
 inline int attention_groups_for(int64_t T) {
   for (int groups : attention_groups) {
     if (T <= 16 * groups) return groups;

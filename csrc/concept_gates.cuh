@@ -1,10 +1,10 @@
 // Gates and components of every token (DESIGN.md, (5)): similarities c = M e / ε, g = sigmoid((c - β) / τ), R a = c.
 //
-// A block takes 16 tokens of one batch row: products of the row's metric targets with them and with its targets, which are
-// c and R but for the division by the energies, the diagonal of R before it. Then R is factored in place, L U without pivoting,
-// which is stable here, and each token's system solved: by one thread in registers for J <= 8, by a warp beyond. R and the tokens'
-// columns are in shared memory, of more than 128 places in the block's part of the workspace.
-// A row without a concept writes its zeros and is done. Absent places have c = 0 and the identity's row and column in R.
+// A block takes 16 tokens of one batch row. It multiplies the row's metric targets with these tokens and with the row's targets, which
+// gives c and R before the division by the energies ε, the diagonal of undivided R. Then it factors R = L U in place, without pivoting
+// (stable here: DESIGN.md), and solves each token's system: one thread in registers for J <= 8, one warp beyond. R and the tokens'
+// right-hand sides are in shared memory; beyond 128 places, in the block's part of the workspace.
+// A row without a concept writes zeros and returns. An absent place has c = 0 and the identity's row and column in R.
 #pragma once
 
 #include <type_traits>
@@ -13,8 +13,8 @@
 
 namespace perfusion {
 
-constexpr int resident_places = 128;  // in shared memory; the factors of many more would not fit
-constexpr int most_places = 1 << 15;  // whose factors are 4 GiB for each block
+constexpr int resident_places = 128;  // the most places whose R fits in shared memory on every supported device
+constexpr int most_places = 1 << 15;  // R takes 4 GiB of workspace for each block
 
 struct ConceptGatesPlan {
   int tiles;  // of tokens_of_block tokens in T
@@ -27,21 +27,21 @@ struct ConceptGatesLaunch {
   int32_t* errors;
 };
 
-// Lanes that share a row's columns, and threads of a block.
+// Lanes that share the columns of a row, and threads of a block: 16 warps for J <= 8, else 8.
 PERFUSION_BOTH constexpr int gate_lanes(int resident) { return resident == 2 ? 4 : 8; }
 PERFUSION_BOTH constexpr int gate_threads(int resident) { return 32 * 64 / gate_lanes(resident); }
 
 PERFUSION_BOTH constexpr int places_in_steps(int J) { return (J + gate_places - 1) / gate_places * gate_places; }
 
-// Floats of a block: R, a column per token, and energies; in shared memory the warps' slices, and for resident places that all, with
-// biases, temperatures and slots.
+// Floats of a block: R, a right-hand side per token, and energies. In shared memory: the warps' slices; and up to resident_places the
+// system too, with biases, temperatures and slots.
 PERFUSION_BOTH constexpr int system_floats(int J) { return J * J + tokens_of_block * J + J; }
 constexpr int shared_floats(int J) {
   return slices_floats + (J <= resident_places ? system_floats(J) + 2 * J + places_in_steps(J) : 0);
 }
-static_assert(sizeof(float) * shared_floats(resident_places) <= 99 * 1024, "as much as every supported device has");
+static_assert(sizeof(float) * shared_floats(resident_places) <= 99 * 1024, "the least shared memory per block of the supported devices");
 
-// Floats of global memory, to be used as a pointer to shared ones is.
+// Floats of global memory with the interface of a pointer to shared memory, so that the solver is written once.
 struct GlobalFloats {
   struct Float {
     float* at;
@@ -65,8 +65,8 @@ struct SlotsInMemory {
   PERFUSION_DEVICE int operator[](int j) const { return j < J ? bank_slot(index + j * stride, S, errors) : -1; }
 };
 
-// The gate of token t by word, for the concept at place j of row b: at least its floor if t is one of its own words, 0 if t is a word
-// of other concepts alone.
+// The gate by word (DESIGN.md, (5a)) of token t for the concept at place j of row b: at least its floor if t is one of its own words, 0 if
+// t is only a word of other concepts.
 template <class Slots>
 PERFUSION_DEVICE float by_word(float gate, const perfusion_concept_gates_params& p, Slots slots, int64_t b, int j, int t) {
   const auto* places = static_cast<const int32_t*>(p.places.data) + b * p.places.strides[0];
@@ -84,7 +84,7 @@ PERFUSION_DEVICE float by_word(float gate, const perfusion_concept_gates_params&
   return gate < least ? least : gate;
 }
 
-// `resident`: 0 for any number of places, 1 for resident_places at most, 2 for gate_places at most.
+// resident: 2 for J <= gate_places (systems in registers), 1 for J <= resident_places (shared memory), 0 for any J (workspace).
 template <class Element, int resident>
 PERFUSION_KERNEL(gate_threads(resident))
 concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
@@ -105,9 +105,9 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
   std::conditional_t<resident, const int*, SlotsInMemory> slots;
   auto* slices = reinterpret_cast<float*>(shared_memory());  // [warps, slice_floats]
   float* parameters = slices + slices_floats;                // [2, J], biases and temperatures, of resident places
-  float bias = 0.0f, temperature = 1.0f;  // of place thread(), in registers: to store them here would wait for the loads
+  float bias = 0.0f, temperature = 1.0f;  // of place thread(); kept in registers, because a store here would wait for the loads
   if constexpr (resident) {
-    static_assert(resident_places <= gate_threads(resident), "a thread has a place at most");
+    static_assert(resident_places <= gate_threads(resident), "a thread loads at most one place");
     auto* shared_slots = reinterpret_cast<int*>(parameters + 2 * J);  // [places_in_steps(J)]
     slots = shared_slots;
     system = parameters + 2 * J + places_in_steps(J);
@@ -194,7 +194,7 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
   const auto store_component = [&](int t, int j, float a) {
     store(components + (first + t) * p.components.strides[1] + j * p.components.strides[2], slots[j] >= 0 ? a : 0.0f);
   };
-  if constexpr (resident == 2) {  // a thread has all of a token's c in registers
+  if constexpr (resident == 2) {  // one thread per token, c in registers
     const int t = thread();
     if (t >= tokens_of_block || first + t >= T) return;
     float c[gate_places];
@@ -218,7 +218,7 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
     return;
   }
 
-  // the warp's lanes take the rows below, then those above, each solved entry
+  // one warp per token: forward, then backward substitution, lanes over the rows that a solved entry updates
   for (int t = warp(); t < tokens_of_block && first + t < T; t += Products::warps) {
     const auto c = columns + t * J;
     for (int k = 0; k < J; ++k) {

@@ -1,16 +1,18 @@
-// Products of eight metric targets with a block's 16 tokens and with eight targets; each element of all of them is read once.
+// Products of eight metric targets with a block's 16 tokens and with eight targets. Each element is loaded once per block.
 //
 //               64 columns of D a slice
-//               ┌──────┬──────┬─   ─┬──────┬──────┬─     A warp takes every eighth slice, and waits for no other warp. Its
-//   8 metric    │ warp │ warp │  …  │ warp │ warp │  …   metric targets go through shared memory, for all of its lanes need
-//   targets     │  0   │  1   │     │  7   │  0   │      them. Of the other 24 rows each of its four groups of eight lanes
-//               ├──────┼──────┼─   ─┼──────┼──────┼─     has six in registers, eight columns a lane, and their 48 sums.
+//               ┌──────┬──────┬─   ─┬──────┬──────┬─     A warp takes every eighth slice, without synchronising with others.
+//   8 metric    │ warp │ warp │  …  │ warp │ warp │  …   Metric targets, which all lanes need, go through shared memory. Of the
+//   targets     │  0   │  1   │     │  7   │  0   │      other 24 rows, each group of eight lanes keeps six in registers,
+//               ├──────┼──────┼─   ─┼──────┼──────┼─     eight columns a lane, and accumulates 6 x 8 sums.
 //   16 tokens,  │      │      │     │      │      │
-//   8 targets   └──────┴──────┴─   ─┴──────┴──────┴─     A slice is loaded into registers while the one before is multiplied.
+//   8 targets   └──────┴──────┴─   ─┴──────┴──────┴─     The next slice is loaded into registers during the products.
 //
-// A block of 16 warps has slices of 32 columns, and a lane half of the rows: as many columns at a time, in 128 registers a thread.
+// A block of 16 warps has slices of 32 columns, and a lane half of the rows: as many columns in flight, at no more than 128 registers a
+// thread.
 //
-// Sums stay in registers to the end. Then they are added over the lanes of a group, and by the caller over the warps, in order.
+// Sums stay in registers until the last slice. Then they are reduced over the lanes of a group, and by the caller over the warps, in a
+// fixed order.
 #pragma once
 
 #include "device/layer.cuh"
@@ -20,11 +22,11 @@
 namespace perfusion {
 
 constexpr int tokens_of_block = 16;
-constexpr int gate_places = 8;  // of metric targets, and of targets, that are multiplied at a time
+constexpr int gate_places = 8;  // metric targets, and targets, in one pass of products
 constexpr int product_rows = tokens_of_block + gate_places;
 constexpr int slices_floats = 512 * gate_places;  // of shared memory: metric targets of all warps' slices
 
-// Four elements in 16 bytes; zeros from `count` on.
+// The first `count` of 4 strided floats as a 16-byte vector; zeros behind them.
 PERFUSION_DEVICE Words gather(const float* from, int64_t stride, int count) {
   Words words;
   PERFUSION_UNROLL
@@ -32,21 +34,21 @@ PERFUSION_DEVICE Words gather(const float* from, int64_t stride, int count) {
   return words;
 }
 
-// Eight elements, not yet converted: they are widened where they are used, as a conversion here would wait for the load.
+// Eight elements as loaded. They are widened at their use, because a conversion here would wait for the load.
 template <class Element>
 struct Eight {
-  static constexpr int pieces = sizeof(Element) / 2, in_piece = 8 / pieces;
-  Words piece[pieces];
+  static constexpr int vectors = sizeof(Element) / 2, in_vector = 8 / vectors;
+  Words vector[vectors];
 };
 
 PERFUSION_DEVICE void widen(float (&x)[8], const Eight<float>& from) {
   PERFUSION_UNROLL
-  for (int i = 0; i < 8; ++i) x[i] = word_as_float(from.piece[i / 4].word[i % 4]);
+  for (int i = 0; i < 8; ++i) x[i] = word_as_float(from.vector[i / 4].word[i % 4]);
 }
 
 template <class Element>
 PERFUSION_DEVICE void widen(float (&x)[8], const Eight<Element>& from) {
-  widen(x, from.piece[0], Element{});
+  widen(x, from.vector[0], Element{});
 }
 
 // A matrix in global memory.
@@ -55,34 +57,35 @@ struct Rows {
   const Element* data;
   int64_t row, column;  // strides
 
-  // Row r from `first` on; none for r < 0.
+  // Row r from column `first` on; nullptr, a null row, for r < 0.
   PERFUSION_DEVICE const Element* at(int r, int first) const { return r < 0 ? nullptr : data + r * row + first * column; }
 };
 
-// Eight elements of a row, `first` columns on; zeros from `count` on, and of no row. If `wide`, they are all there or none is.
+// Vector load of 8 elements of a row, from column `first` on. Elements from `count` on, and null rows, read zero. wide: count is at least 8
+// or at most 0, and the load is of 16-byte vectors.
 template <class Element>
 PERFUSION_DEVICE void load_eight(Eight<Element>& x, const Element* row, int64_t stride, int first, int count, bool wide) {
   PERFUSION_UNROLL
-  for (int i = 0; i < Eight<Element>::pieces; ++i) {
-    x.piece[i] = Words{};
+  for (int i = 0; i < Eight<Element>::vectors; ++i) {
+    x.vector[i] = Words{};
     if (row == nullptr || count <= 0) continue;
     if (wide) {
-      x.piece[i] = load(reinterpret_cast<const Words*>(row + first) + i);
+      x.vector[i] = load(reinterpret_cast<const Words*>(row + first) + i);
     } else {
-      constexpr int in_piece = Eight<Element>::in_piece;
-      x.piece[i] = gather(row + (first + i * in_piece) * stride, stride, count - i * in_piece);
+      constexpr int in_vector = Eight<Element>::in_vector;
+      x.vector[i] = gather(row + (first + i * in_vector) * stride, stride, count - i * in_vector);
     }
   }
 }
 
-// What a lane has of a slice.
+// A lane's registers of one slice.
 template <class Element, int tokens, int places>
 struct GateSlice {
   Eight<Element> token[tokens];
   Eight<float> target[places], metric_target[places];
 };
 
-// group_lanes: 8 in blocks of 8 warps. Or 4 in blocks of 16: twice the groups, of half the rows, and a lane needs half the registers.
+// group_lanes: 8 in blocks of 8 warps; 4 in blocks of 16 warps, with twice the groups, half the rows a group, half the registers a lane.
 template <class Element, class Slots, int group_lanes>
 struct GateProducts {
   static constexpr int warp_groups = 32 / group_lanes, warps = 64 / group_lanes;
@@ -94,12 +97,12 @@ struct GateProducts {
 
   Rows<Element> encodings;  // of the batch row
   Rows<float> targets, metric_targets;
-  Slots slots;  // by place: -1 where there is none, and up to a multiple of gate_places
+  Slots slots;  // by place, padded to a multiple of gate_places; -1 where absent
   int first, T, D, J;
-  bool wide;  // rows of all three
+  bool wide;  // rows of all three are 16-byte aligned with unit stride
 
-  // This warp's share of the products of metric targets from `place` on: sums[row][place], rows being the block's tokens, where
-  // `other` is 0, and targets from `other` on. Takes slice_floats of shared memory.
+  // This warp's partial products of the metric targets from `place` on: sums[row][place], where rows are the block's tokens (only if
+  // `other` is 0), then the targets from `other` on. sums: slice_floats of shared memory.
   PERFUSION_DEVICE void multiply(float* sums, int place, int other) const {
     const int group = lane() / group_lanes, mine = lane() % group_lanes;
     auto* shared = reinterpret_cast<Words*>(sums) + mine;  // [place][half of eight][lane]: no bank conflicts
@@ -128,7 +131,7 @@ struct GateProducts {
     };
     const auto bring = [&](Slice& slice, int column) {
       const int count = D - column - 8 * mine;
-      if (wide && (count >= 8 || count <= 0)) {  // one branch for all loads, which are then issued back to back
+      if (wide && (count >= 8 || count <= 0)) {  // one branch around all loads, so that they are issued back to back
         bring_as(slice, column, count, true);
       } else {
         bring_as(slice, column, count, false);
@@ -147,8 +150,8 @@ struct GateProducts {
       for (int i = 0; i < group_places; ++i) {
         widen(x[group_tokens + i], next.target[i]);
         Words* to = shared + (i * warp_groups + group) * 2 * group_lanes;
-        to[0] = next.metric_target[i].piece[0];
-        to[group_lanes] = next.metric_target[i].piece[1];
+        to[0] = next.metric_target[i].vector[0];
+        to[group_lanes] = next.metric_target[i].vector[1];
       }
       warp_barrier();
       bring(next, column + step);
@@ -163,7 +166,7 @@ struct GateProducts {
           for (int e = 0; e < 8; ++e) c[r][j] += x[r][e] * m[e];
         }
       }
-      warp_barrier();  // all have read the metric targets
+      warp_barrier();  // all lanes have read the metric targets
     }
     PERFUSION_UNROLL
     for (int r = 0; r < group_rows; ++r) {

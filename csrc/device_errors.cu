@@ -1,4 +1,4 @@
-// C API of the errors that only a device sees; kernels note them by Device::errors.
+// C API of errors found on the device. Kernels set flags in Device::errors, which this reads and clears.
 #include "device/layer.cuh"
 
 extern "C" perfusion_status perfusion_device_errors(int32_t* errors) {

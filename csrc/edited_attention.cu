@@ -86,12 +86,13 @@ void fit_queries(EditedAttentionPlan* plan, const perfusion_edited_attention_par
 namespace {
 
 int resident(const EditedAttentionPlan& plan, const perfusion_edited_attention_params& p, const Device& device) {
-  const int by_registers = attention_beside(static_cast<int>(p.d), attention_groups_for(p.T), plan.m) * max_attention_warps / plan.warps;
+  const int of_four_warps = attention_resident_blocks(static_cast<int>(p.d), attention_groups_for(p.T), plan.m);
+  const int by_registers = of_four_warps * max_attention_warps / plan.warps;
   return resident_blocks(device, plan.bytes, by_registers);
 }
 
-// Warps, stages and places for tiles of 16 m rows. A second stage overlaps loads within a warp; it is given up where a multiprocessor
-// would otherwise hold less than two warps for each of its four schedulers.
+// Warps, stages and places for tiles of 16 m rows. A second stage overlaps loads with computation within a warp; it is dropped where its
+// shared memory would leave fewer than two warps for each of a multiprocessor's four schedulers, which then hide latency for each other.
 void fit(EditedAttentionPlan* plan, const perfusion_edited_attention_params& p, const Device& device, int m) {
   const int keys = keys_of(p.T), regions = p.key_regions.data == nullptr ? 0 : 4 * keys;
   plan->m = m;
@@ -103,26 +104,26 @@ void fit(EditedAttentionPlan* plan, const perfusion_edited_attention_params& p, 
   if (as_good && resident(single, p, device) > resident(*plan, p, device)) *plan = single;
 }
 
-// Splits and blocks. At most as many blocks as the device holds at once: a second wave, of a few, would take as long as the first. Each
-// loads K and V of a head; where whole parts of heads do not share the work out evenly, it takes a stretch of all heads' tiles, and
-// loads those of each head that the stretch touches.
+// Splits and blocks: at most one wave of resident blocks, because a partial second wave would take as long as the first. If equal parts of
+// heads balance the multiprocessors, each block has a part of one head and loads its K and V once. Otherwise blocks own equal ranges of
+// all heads' tiles, and load K and V of every head that the range touches. The cheaper by bytes of the busiest multiprocessor is taken.
 void share_out(EditedAttentionPlan* plan, const perfusion_edited_attention_params& p, const Device& device) {
   const int64_t rows = 16 * plan->m, tiles = (p.N + rows - 1) / rows, heads = p.B * p.H;
   const int64_t each = plan->resident = resident(*plan, p, device);
-  const int64_t at_once = each * device.multiprocessors, useful = (tiles + plan->warps - 1) / plan->warps;
-  plan->splits = static_cast<int>(std::max<int64_t>(1, std::min(useful, at_once / heads)));
+  const int64_t wave = each * device.multiprocessors, useful = (tiles + plan->warps - 1) / plan->warps;
+  plan->splits = static_cast<int>(std::max<int64_t>(1, std::min(useful, wave / heads)));
   plan->blocks = heads * plan->splits;
-  if (at_once == 0 || (plan->splits == useful && plan->blocks <= at_once)) return;
-  // rows of d that a multiprocessor moves: queries and outputs, keys and values
+  if (wave == 0 || (plan->splits == useful && plan->blocks <= wave)) return;
+  // rows of d elements to and from the busiest multiprocessor: queries and outputs, keys and values
   const double both = 2.0 * keys_of(p.T), parts = static_cast<double>((tiles + plan->splits - 1) / plan->splits);
-  const int64_t waves = (plan->blocks + device.multiprocessors - 1) / device.multiprocessors;
-  const double by_parts = static_cast<double>(waves) * (parts * 2 * rows + both);
-  const double of_stretch = static_cast<double>(heads * tiles) / at_once, touched = 1.0 + static_cast<double>(heads - 1) / at_once;
-  const double by_stretches = each * (of_stretch * 2 * rows + touched * both);
-  if (at_once < heads || by_stretches < by_parts) plan->splits = 0, plan->blocks = at_once;
+  const int64_t most_blocks = (plan->blocks + device.multiprocessors - 1) / device.multiprocessors;
+  const double by_parts = static_cast<double>(most_blocks) * (parts * 2 * rows + both);
+  const double of_range = static_cast<double>(heads * tiles) / wave, touched = 1.0 + static_cast<double>(heads - 1) / wave;
+  const double by_ranges = each * (of_range * 2 * rows + touched * both);
+  if (wave < heads || by_ranges < by_parts) plan->splits = 0, plan->blocks = wave;
 }
 
-// Image tokens of the busiest multiprocessor.
+// Image tokens (query rows) of the busiest multiprocessor.
 int64_t busiest(const EditedAttentionPlan& plan, const perfusion_edited_attention_params& p, const Device& device) {
   const int64_t rows = 16 * plan.m, tiles = (p.N + rows - 1) / rows, all = p.B * p.H * tiles;
   const int64_t of_block = plan.splits > 0 ? (tiles + plan.splits - 1) / plan.splits : (all + plan.blocks - 1) / plan.blocks;
@@ -134,17 +135,17 @@ int64_t busiest(const EditedAttentionPlan& plan, const perfusion_edited_attentio
 
 perfusion_status plan_edited_attention(const perfusion_edited_attention_params& p, const Device& device,
                                        EditedAttentionPlan* plan) {
-  // Tiles of 32 rows read each fragment of K and V half as often, and take 0.64 to 0.84 of the instructions per row. They are taken
-  // where there is one for each of the four schedulers of every multiprocessor, and where being half as many they do not leave the
-  // busiest multiprocessor with more than it saves.
+  // Tiles of 32 rows load each fragment of K and V half as often, and take 0.64 to 0.84 of the instructions per row. They are used where
+  // there is at least one for each of the four schedulers of every multiprocessor, and where the coarser tiles do not cost more balance
+  // than they save: the busiest multiprocessor may get 5/4 of its rows with 16-row tiles.
   fit(plan, p, device, 1);
   if (plan->warps > 0) share_out(plan, p, device);
   if (plan->warps > 0 && most_tile_rows(p.T) == 32 && p.B * p.H * ((p.N + 31) / 32) >= 4 * device.multiprocessors) {
-    EditedAttentionPlan tall{};
-    fit(&tall, p, device, 2);
-    if (tall.warps == plan->warps && tall.places == plan->places) {
-      share_out(&tall, p, device);
-      if (4 * busiest(tall, p, device) <= 5 * busiest(*plan, p, device)) *plan = tall;
+    EditedAttentionPlan rows32{};
+    fit(&rows32, p, device, 2);
+    if (rows32.warps == plan->warps && rows32.places == plan->places) {
+      share_out(&rows32, p, device);
+      if (4 * busiest(rows32, p, device) <= 5 * busiest(*plan, p, device)) *plan = rows32;
     }
   }
   if (plan->warps == 0) {

@@ -1,9 +1,9 @@
 // softmax(scale q K̃ᵀ) Ṽ over a short context, in one pass, K̃ and Ṽ being K and V or their edits (DESIGN.md, (12)).
 //
-// The tiles of all heads and rows are numbered consecutively, and a block owns a contiguous range of them, a stretch, of one head or of
-// several in turn. There are as many blocks as the chip holds at once, with equal shares. For each of its heads a block loads K and V
-// of the row's slot into shared memory and edits them there if the slot has a concept. Then each of its warps loops over tiles of
-// 16 m image tokens, without further block barriers. What a warp does with a tile is in attention_tiles.cuh.
+// The tiles of all heads and rows are numbered consecutively, and a block owns a contiguous range of them, which may span several heads.
+// The grid is at most one wave of resident blocks, with equal ranges. For each head of its range a block loads K and V of the row's slot
+// into shared memory, and edits them there if the slot has a concept. Then each of its warps loops over tiles of 16 m image tokens,
+// without further block barriers. attention_tiles.cuh computes a tile.
 #pragma once
 
 #include "edited_attention.h"
@@ -18,14 +18,14 @@ struct EditedAttentionLaunch {
   int32_t* errors;
 };
 
-// A block's tiles: `count` from tile `at` of head `head` on.
-struct Stretch {
-  int head, at;
+// A block's tiles: `count` of them, from tile `tile` of head `head` on; they may go on into the next heads.
+struct TileRange {
+  int head, tile;
   int64_t count;
 };
 
-PERFUSION_DEVICE Stretch stretch_of(const EditedAttentionPlan& plan, int tiles, int64_t heads) {
-  if (plan.splits > 0) {  // one head, of which the block has a part
+PERFUSION_DEVICE TileRange range_of_block(const EditedAttentionPlan& plan, int tiles, int64_t heads) {
+  if (plan.splits > 0) {  // a part of one head
     const int part = static_cast<int>(block() % plan.splits), first = static_cast<int>(int64_t{tiles} * part / plan.splits);
     return {static_cast<int>(block() / plan.splits), first, int64_t{tiles} * (part + 1) / plan.splits - first};
   }
@@ -34,7 +34,7 @@ PERFUSION_DEVICE Stretch stretch_of(const EditedAttentionPlan& plan, int tiles, 
   return {static_cast<int>(first / tiles), static_cast<int>(first % tiles), each + (block() < more ? 1 : 0)};
 }
 
-// The row of K and V that row b of the query reads; -1 if its slot is out of range, which is noted in `errors`.
+// The row of K and V that row b of the query reads; -1, and a flag in `errors`, if its slot is out of range.
 PERFUSION_DEVICE int64_t row_of_slot(const perfusion_edited_attention_params& p, int64_t b, int32_t* errors) {
   if (p.slots.data == nullptr) return b;
   const int32_t slot = load(static_cast<const int32_t*>(p.slots.data) + b * p.slots.strides[0]);
@@ -43,12 +43,12 @@ PERFUSION_DEVICE int64_t row_of_slot(const perfusion_edited_attention_params& p,
   return -1;
 }
 
-// max_groups: groups of 16 keys, at least T / 16. An instance with 5 computes all of them, larger ones those that T needs. A warp's
-// tile has 16 m rows.
+// max_groups: the instance's groups of 16 keys, at least T / 16. The instance with 5 always computes all of them, so its loops have no
+// bound checks; larger ones compute those that T needs. A warp's tile has 16 m rows.
 template <class Element, int d, int max_groups, int m>
-PERFUSION_KERNEL_BESIDE(32 * max_attention_warps, attention_beside(d, max_groups, m))
+PERFUSION_LAUNCH_BOUNDS(32 * max_attention_warps, attention_resident_blocks(d, max_groups, m))
 edited_attention_kernel(PERFUSION_CONSTANT EditedAttentionLaunch launch) {
-  static_assert(d % 8 == 0 && d >= 16, "heads are read in pieces of 8 elements, and multiplied 16 at a time");
+  static_assert(d % 8 == 0 && d >= 16, "a head is loaded in 16-byte vectors of 8 elements, and multiplied 16 columns at a time");
   wait_for_previous_kernel();
   constexpr int pitch = tile_pitch(d), rows = 16 * m;
   const perfusion_edited_attention_params& p = launch.call;
@@ -61,15 +61,15 @@ edited_attention_kernel(PERFUSION_CONSTANT EditedAttentionLaunch launch) {
   auto* regions = p.key_regions.data == nullptr ? nullptr : reinterpret_cast<int32_t*>(values + groups * 16 * pitch);
   Element* stages = values + groups * 16 * pitch + (regions == nullptr ? 0 : groups * 16 * 2);
 
-  Stretch stretch = stretch_of(plan, tiles, p.B * p.H);
-  for (bool others = false; stretch.count > 0; ++stretch.head, stretch.at = 0) {
-    const int b = stretch.head / H, h = stretch.head % H;
+  TileRange range = range_of_block(plan, tiles, p.B * p.H);
+  for (bool later = false; range.count > 0; ++range.head, range.tile = 0) {
+    const int b = range.head / H, h = range.head % H;
     const int64_t row = row_of_slot(p, b, launch.errors);
-    const int end = stretch.count < tiles - stretch.at ? stretch.at + static_cast<int>(stretch.count) : tiles;
-    stretch.count -= end - stretch.at;
-    if (others) barrier();  // all warps have read K and V of the head before
-    others = true;
-    QueryStream<Element, d, m> stream(p, plan, b, h, stretch.at, end, stages);
+    const int end = range.count < tiles - range.tile ? range.tile + static_cast<int>(range.count) : tiles;
+    range.count -= end - range.tile;
+    if (later) barrier();  // all warps have read K and V of the previous head
+    later = true;
+    QueryStream<Element, d, m> stream(p, plan, b, h, range.tile, end, stages);
     if (row < 0) {
       stream.clear();
       continue;

@@ -1,4 +1,4 @@
-// The launch plan of `edited_attention`, a pure function of shapes and device, for its tests; and its checks.
+// The launch plan of `edited_attention`, a pure function of shapes and device, so that tests can call it; and its argument checks.
 #pragma once
 
 #include "arguments.h"
@@ -10,27 +10,27 @@ namespace perfusion {
 struct EditedAttentionPlan {
   int warps;       // per block
   int m;           // 16 m rows in a warp's tile of queries
-  int stages;      // of query tiles per warp: 2 overlaps a load with the tile before
-  int splits;      // blocks that share one head of one row; 0 if a block's tiles may be of several heads
+  int stages;      // query tiles in flight per warp: with 2, the next tile loads while this one is computed
+  int splits;      // blocks per head of a row; 0: blocks own equal ranges of all heads' tiles
   int64_t blocks;
-  int resident;    // blocks that a multiprocessor holds at once
-  int places;      // of the edit in shared memory at once; 0 without one
+  int resident;    // resident blocks of a multiprocessor
+  int places;      // concepts of the edit in shared memory at a time; 0 without an edit
   int bytes;       // of shared memory
   bool wide_query, wide_key, wide_value, wide_output;  // accesses of 16 bytes
   bool wide_key_tables, wide_value_tables;
 };
 
-constexpr int edit_places = 8;  // at once, if there are as many and they fit
+constexpr int edit_places = 8;  // the most concepts in shared memory at a time
 
 // Bytes of shared memory for an edit: slots, o and t of the sides, gates and components of the keys.
 constexpr int edit_bytes(int places, int sides, int d, int keys) {
   return places == 0 ? 0 : 4 * (edit_places + places * 2 * (sides * d + keys));
 }
 
-// Chooses warps (most_warps down to least_warps), places of the edit and stages of queries: the largest, in this order, that fit into
-// `limit` bytes of shared memory together with K, V and `more` bytes. The edit shares its memory with the second stages, which are
-// loaded after it; `scratch` bytes share theirs with edit and stages, which both come later. Where nothing fits, plan->warps is 0 and
-// plan->bytes is what the smallest choice needs. Tiles have 16 plan->m rows.
+// Chooses warps (most_warps down to least_warps), concepts in shared memory and stages of queries, maximising in this order, such that
+// they fit into `limit` bytes of shared memory beside K, V and `more` bytes. The edit aliases the second stages, which are loaded after it;
+// `scratch` bytes (the projection's steps) alias both, which are used after it. If nothing fits, plan->warps is 0 and plan->bytes is
+// what the smallest choice needs. Tiles have 16 plan->m rows.
 void fit_queries(EditedAttentionPlan* plan, const perfusion_edited_attention_params& params, int keys, int scratch, int most_warps,
                  int least_warps, int most_stages, int more, int limit);
 
@@ -41,7 +41,7 @@ constexpr int keys_of(int64_t T) { return T <= 80 ? 80 : static_cast<int>((T + 1
 perfusion_status plan_edited_attention(const perfusion_edited_attention_params& params, const Device& device,
                                        EditedAttentionPlan* plan);
 
-// Checks that `fused_edited_attention` shares: sizes, and the edit's tensors if an edit is given.
+// Checks shared with `fused_edited_attention`: sizes, and the edit's tensors if there is an edit.
 void check_attention_sizes(Arguments& arguments, const perfusion_edited_attention_params& params);
 void check_edit(Arguments& arguments, const perfusion_edited_attention_params& params);
 

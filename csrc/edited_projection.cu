@@ -62,7 +62,7 @@ perfusion_status plan_edited_projection(const perfusion_edited_projection_params
     return fail(PERFUSION_UNSUPPORTED, "edited_projection: a block needs %d bytes of shared memory; this device has %d",
                 smallest.bytes, device.shared_per_block);
   }
-  // The largest that gives every multiprocessor a block; few rows are the smallest's.
+  // The largest tile that gives every multiprocessor a block; the smallest if there are at most its 32 rows.
   for (const Tile& tile : tiles) {
     plan->rows = tile.rows;
     plan->columns = tile.columns;

@@ -1,4 +1,4 @@
-// e Wᵀ + Σ_j (g_j o_j - a_j p_j) (DESIGN.md, (10)): one product over the weights of all layers, and the edit as its epilogue.
+// e Wᵀ + Σ_j (g_j o_j - a_j p_j) (DESIGN.md, (10)): one matrix product over the weights of all layers, with the edit as its epilogue.
 //
 //                      W, 128 rows a tile, in steps of 64 of D
 //                     ┌────────┬────────┬─ …       A block owns a tile of the result, [B T] down and O across: 80 rows, because a
@@ -7,14 +7,14 @@
 //   │ row 0, 1, … │   │ e Wᵀ + edit     │          more, and stores 16 bytes a row, wherever the destination is.
 //   └─────────────┘   └────────┴────────┴─ …
 //
-// `fused_edited_projection` leaves the first rounding out: its tile in shared memory has the float32 sums.
+// `fused_edited_projection` skips the first rounding: its tile in shared memory holds the float32 sums.
 //
-// Rows of a tile may be of several batch rows: each has its own concepts, whose slots, gates and components are brought into shared
-// memory eight places at a time. A row to which nothing is added keeps its bits. Row tiles come first in the order of blocks, so
-// that those that share weights run together.
+// The rows of a tile may belong to several batch rows, each with its own concepts; their slots, gates and components are loaded into shared
+// memory eight places at a time. A row without a concept keeps the bits of the rounded product. Row tiles vary fastest with the block
+// index, so that blocks that share weights run together and the weights are served from L2.
 //
-// Bytes, with R row tiles and L column tiles: read 2 (R O D + L B T D) of the product, 12 L B T J of slots, gates and components at
-// most, and 2 J table pieces for each thread's rows, as long as their slot is one; written 2 B T O.
+// L2 requests in bytes, with R row tiles and L column tiles: 2 (R O D + L B T D) by the product; at most 12 L B T J by slots, gates and
+// components; and for each thread and place 2 table vectors of 8 columns per distinct slot of its rows. Written: 2 B T O.
 #pragma once
 
 #include <type_traits>
@@ -39,13 +39,13 @@ struct EditedProjectionLaunch {
   int32_t* errors;
 };
 
-// Slots, gates and components of a tile's rows at eight places, in shared memory; slot -1 where nothing is to be added.
+// Slots, gates and components of a tile's rows at eight places, in shared memory; slot -1 where there is nothing to add.
 template <int rows>
 struct Coefficients {
   int32_t slots[rows][places_at_a_time];
   float gates[rows][places_at_a_time], components[rows][places_at_a_time];
 
-  // By all threads, for rows from `row` of [B T] and places from `place` on.
+  // Called by all threads. Rows from `row` of [B T] on, places from `place` on.
   PERFUSION_DEVICE void load_from(const perfusion_edited_projection_params& p, int row, int place, int32_t* errors) {
     const int T = static_cast<int>(p.T), M = static_cast<int>(p.B) * T;
     for (int i = thread(); i < rows * places_at_a_time; i += threads()) {
@@ -65,16 +65,16 @@ struct Coefficients {
   }
 };
 
-// once: the edit is added to the product's float32 sums, and the result rounded once; else to the product as it is rounded.
+// once: the edit is added to the product's float32 sums, and the result is rounded once. Otherwise it is added to the rounded product.
 template <class Element, int rows, int columns, bool once>
 PERFUSION_DEVICE void project_and_edit(const EditedProjectionLaunch& launch) {
   wait_for_previous_kernel();
   using Tile = ProjectionTile<rows, columns>;
-  // elements from a row of the tile to the next: an odd number of 16-byte pieces
-  constexpr int pitch = once ? columns + 4 : tile_pitch(columns), pieces = columns / 8, mine = rows / (Tile::threads / pieces);
+  // row pitch of the tile in elements, an odd number of 16-byte vectors
+  constexpr int pitch = once ? columns + 4 : tile_pitch(columns), vectors = columns / 8, mine = rows / (Tile::threads / vectors);
   using Sum = std::conditional_t<once, float, Element>;
   static_assert(sizeof(Sum) * rows * pitch + sizeof(Coefficients<rows>) <= product_bytes<Tile, true>(),
-                "the epilogue takes the product's place");
+                "the epilogue reuses the shared memory of the product");
   const perfusion_edited_projection_params& p = launch.call;
   const EditedProjectionPlan& plan = launch.plan;
   const int B = static_cast<int>(p.B), T = static_cast<int>(p.T), D = static_cast<int>(p.D), O = static_cast<int>(p.O);
@@ -95,12 +95,12 @@ PERFUSION_DEVICE void project_and_edit(const EditedProjectionLaunch& launch) {
                             });
   barrier();
 
-  const int first = thread() / pieces * mine, piece = thread() % pieces;
-  const int there = O - column - piece * 8 < 8 ? O - column - piece * 8 : 8;  // columns of the piece
+  const int first = thread() / vectors * mine, vector = thread() % vectors;
+  const int there = O - column - vector * 8 < 8 ? O - column - vector * 8 : 8;  // valid columns of this thread's vector
   float x[mine][8];
   PERFUSION_UNROLL
   for (int i = 0; i < mine; ++i) {
-    const Sum* sums = tile + (first + i) * pitch + piece * 8;
+    const Sum* sums = tile + (first + i) * pitch + vector * 8;
     if constexpr (once) {
       read_floats(x[i], sums);
     } else {
@@ -109,11 +109,11 @@ PERFUSION_DEVICE void project_and_edit(const EditedProjectionLaunch& launch) {
   }
 
   for (int place = 0; place < p.J; place += places_at_a_time) {
-    if (place > 0) barrier();  // those before have been read
+    if (place > 0) barrier();  // all threads have read the previous places
     coefficients.load_from(p, row, place, launch.errors);
     barrier();
     for (int j = 0; j < places_at_a_time && place + j < p.J; ++j) {
-      const auto below = [&](int32_t bound) {  // the largest slot of these rows that is; -1 if none is
+      const auto below = [&](int32_t bound) {  // the largest slot below `bound` among this thread's rows; -1 if there is none
         int32_t found = -1;
         PERFUSION_UNROLL
         for (int i = 0; i < mine; ++i) {
@@ -122,10 +122,10 @@ PERFUSION_DEVICE void project_and_edit(const EditedProjectionLaunch& launch) {
         }
         return found;
       };
-      for (int32_t slot = below(0x7fffffff); slot >= 0; slot = below(slot)) {  // each slot's tables are read once
+      for (int32_t slot = below(0x7fffffff); slot >= 0; slot = below(slot)) {  // distinct slots, so that each slot's tables are loaded once
         float o[8], w[8];
-        load_columns(o, p.outputs, slot, column + piece * 8, there, plan.wide_tables);
-        load_columns(w, p.projected_targets, slot, column + piece * 8, there, plan.wide_tables);
+        load_columns(o, p.outputs, slot, column + vector * 8, there, plan.wide_tables);
+        load_columns(w, p.projected_targets, slot, column + vector * 8, there, plan.wide_tables);
         PERFUSION_UNROLL
         for (int i = 0; i < mine; ++i) {
           if (coefficients.slots[first + i][j] != slot) continue;
@@ -143,7 +143,7 @@ PERFUSION_DEVICE void project_and_edit(const EditedProjectionLaunch& launch) {
     const int m = row + first + i;
     if (m >= B * T) continue;
     Element* to = static_cast<Element*>(p.result.data) + m / T * p.result.strides[0] + m % T * p.result.strides[1] +
-                  (column + piece * 8) * p.result.strides[2];
+                  (column + vector * 8) * p.result.strides[2];
     store_eight(to, p.result.strides[2], x[i], there, plan.wide_result);
   }
 }

@@ -1,4 +1,4 @@
-// The launch plans of `edited_projection` and its derivatives, pure functions of shapes and device, for their tests.
+// The launch plans of `edited_projection` and its derivatives, pure functions of shapes and device, so that tests can call them.
 #pragma once
 
 #include "device/element.h"
@@ -20,7 +20,7 @@ perfusion_status plan_edited_projection(const perfusion_edited_projection_params
 struct EditedProjectionBackwardPlan {
   int row_tiles, column_tiles;  // of the encodings' gradient
   int splits, steps;            // blocks that share a tile's sum over O, and the product's steps in each
-  int64_t pitch;                // from row to row of their parts, float32 [splits, B T, pitch], in the workspace
+  int64_t pitch;                // of the partial sums in the workspace, float32 [splits, B T, pitch]
   int64_t workspace_bytes;
 };
 

@@ -12,7 +12,7 @@ namespace {
 
 constexpr const char* operation = "edited_projection_backward";
 constexpr int64_t most = int64_t{1} << 30;  // of every size: rows and blocks are counted in 32 bits
-constexpr int least_steps = 4;              // of a split: fewer would not fill the product's stages
+constexpr int least_steps = 4;              // of a split: fewer would not fill the pipeline of the product
 
 int64_t over(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
@@ -33,12 +33,12 @@ perfusion_status check_sizes(const perfusion_edited_projection_backward_params& 
 
 perfusion_status check(const perfusion_edited_projection_backward_params& p, const EditedProjectionBackwardPlan& plan) {
   Arguments arguments(operation);
-  const bool empty = is_empty({p.B, p.T, p.O}), edited = p.B * p.T * p.J > 0;  // then gradient, or what is of the edit, is not read
+  const bool empty = is_empty({p.B, p.T, p.O}), edited = p.B * p.T * p.J > 0;  // otherwise gradient, or the edit's tensors, are not read
   if (!empty) arguments.half("gradient", p.gradient);
   if (p.encodings_gradient.data != nullptr) {
     if (!empty) arguments.tensor("weight", p.weight, {p.gradient.dtype});
     arguments.tensor("encodings_gradient", p.encodings_gradient, {p.gradient.dtype});
-    arguments.half("encodings_gradient", p.encodings_gradient);  // without columns, gradient's dtype has not been looked at
+    arguments.half("encodings_gradient", p.encodings_gradient);  // with O = 0, gradient's dtype has not been checked
     arguments.workspace(p.workspace, p.workspace_bytes, plan.workspace_bytes);
   }
   const std::initializer_list<perfusion_dtype> any = {PERFUSION_FLOAT16, PERFUSION_BFLOAT16, PERFUSION_FLOAT32};
@@ -63,7 +63,7 @@ perfusion_status check(const perfusion_edited_projection_backward_params& p, con
   return arguments.status;
 }
 
-// The sides of the edit of which a derivative is wanted: their coefficients', or their tables'.
+// The launch for the sides of the edit whose derivatives are wanted: those of tables, or those of coefficients.
 RankOneBackwardLaunch rank_one(const perfusion_edited_projection_backward_params& p, int32_t* errors, bool tables) {
   RankOneBackwardLaunch launch{p.T == 0 ? 0 : p.B, p.T, p.O, p.J, p.S, p.gradient, p.index, wide_rows(p.gradient, 3), errors, 0, {}};
   const RankOneSide sides[] = {
@@ -110,7 +110,7 @@ EditedProjectionBackwardPlan plan_edited_projection_backward(const perfusion_edi
   EditedProjectionBackwardPlan plan{};
   plan.row_tiles = static_cast<int>(over(p.B * p.T, Tile::rows));
   plan.column_tiles = static_cast<int>(over(p.D, Tile::columns));
-  // A block for every multiprocessor, while their parts of the sum are long enough.
+  // Split the sum over O until every multiprocessor has a block, but into no fewer than least_steps steps each.
   const int64_t tiles = std::max<int64_t>(1, int64_t{plan.row_tiles} * plan.column_tiles), steps = over(p.O, Tile::depth);
   const int64_t useful = std::max<int64_t>(1, steps / least_steps);
   const int64_t splits = std::max<int64_t>(1, std::min(useful, over(device.multiprocessors, tiles)));

@@ -1,4 +1,4 @@
-// de = dY W, the encodings' derivative of `edited_projection` (DESIGN.md, (14)); the others are rank_one_backward.cuh's.
+// de = dY W, the encodings' derivative of `edited_projection` (DESIGN.md, (14)). rank_one_backward.cuh has the other derivatives.
 //
 //                 W [O, D], as it is stored        O is long, [B T, D] is a few tiles: so several blocks share a tile's sum. Each
 //                ┌───────────┬─ …                  multiplies `steps` steps of O and leaves its part in the workspace, in float32.
@@ -27,8 +27,8 @@ PERFUSION_KERNEL(EncodingsGradientTile::threads)
 encodings_gradient_kernel(PERFUSION_CONSTANT EditedProjectionBackwardLaunch launch) {
   wait_for_previous_kernel();
   using Tile = EncodingsGradientTile;
-  constexpr int pitch = Tile::columns + 4;  // floats: an odd number of 16-byte pieces
-  static_assert(4 * Tile::rows * pitch <= product_bytes<Tile, false>(), "the epilogue takes the product's place");
+  constexpr int pitch = Tile::columns + 4;  // in floats, an odd number of 16-byte vectors
+  static_assert(4 * Tile::rows * pitch <= product_bytes<Tile, false>(), "the epilogue reuses the shared memory of the product");
   const perfusion_edited_projection_backward_params& p = launch.call;
   const EditedProjectionBackwardPlan& plan = launch.plan;
   const int B = static_cast<int>(p.B), T = static_cast<int>(p.T), D = static_cast<int>(p.D), O = static_cast<int>(p.O);
@@ -48,9 +48,9 @@ encodings_gradient_kernel(PERFUSION_CONSTANT EditedProjectionBackwardLaunch laun
                              });
   barrier();
   auto* to = static_cast<float*>(p.workspace) + split * B * T * plan.pitch;
-  constexpr int pieces = Tile::columns / 4;
-  for (int i = thread(); i < Tile::rows * pieces; i += threads()) {
-    const int r = i / pieces, n = i % pieces * 4;
+  constexpr int vectors = Tile::columns / 4;
+  for (int i = thread(); i < Tile::rows * vectors; i += threads()) {
+    const int r = i / vectors, n = i % vectors * 4;
     if (row + r >= B * T || column + n >= plan.pitch) continue;
     store(reinterpret_cast<Words*>(to + (row + r) * plan.pitch + column + n), *reinterpret_cast<const Words*>(part + r * pitch + n));
   }
@@ -62,8 +62,8 @@ sum_of_splits_kernel(PERFUSION_CONSTANT EditedProjectionBackwardLaunch launch) {
   wait_for_previous_kernel();
   const perfusion_edited_projection_backward_params& p = launch.call;
   const EditedProjectionBackwardPlan& plan = launch.plan;
-  const int64_t i = block() * sum_threads + thread(), pieces = plan.pitch / 8, rows = p.B * p.T;
-  const int64_t m = i / pieces, column = i % pieces * 8;
+  const int64_t i = block() * sum_threads + thread(), vectors = plan.pitch / 8, rows = p.B * p.T;
+  const int64_t m = i / vectors, column = i % vectors * 8;
   if (m >= rows) return;
   const auto* part = static_cast<const float*>(p.workspace) + m * plan.pitch + column;
   float sum[8] = {};

@@ -6,7 +6,8 @@
 //   o, t of `places` concepts, [2 sides, d]      g, a  [places, keys]      a thread: 4 tokens x 8 columns, in float32,
 //              └───────────── scratch memory ─────────────┘ ───────────►   all of its concepts, then rounded once
 //
-// More concepts than scratch memory has places for are taken in groups, which are loaded again for each of a thread's pieces.
+// If scratch memory holds fewer concepts than the row has, they are taken in groups, and each group is reloaded for every 4 x 8 elements
+// of a thread.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -15,7 +16,7 @@
 
 namespace perfusion {
 
-// Whether row b names any concept, asked by whole warps. Without one its keys and values stay as they are, to the last bit.
+// Whether row b has any concept; called by whole warps. If not, the edit is skipped, so that keys and values keep their bits.
 PERFUSION_DEVICE bool has_concept(const perfusion_edited_attention_params& p, int64_t b, int32_t* errors) {
   if (p.index.data == nullptr) return false;
   const auto* index = static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0];
@@ -27,7 +28,7 @@ PERFUSION_DEVICE bool has_concept(const perfusion_edited_attention_params& p, in
 template <class Element, int d>
 class HeadEdit {
  public:
-  // The edit of `keys` keys and values of head h of row b; scratch: plan.places's edit_bytes().
+  // The edit of `keys` keys and values of head h of row b. scratch: edit_bytes(plan.places, …) of shared memory.
   PERFUSION_DEVICE HeadEdit(const perfusion_edited_attention_params& p, const EditedAttentionPlan& plan, int64_t b, int64_t h,
                             int keys, void* scratch, int32_t* errors)
       : p(p),
@@ -44,7 +45,8 @@ class HeadEdit {
         tables(reinterpret_cast<float*>(slots + edit_places)),
         coefficients(tables + plan.places * sides * 2 * d) {}
 
-  // Loads concepts from `place` on into scratch memory, which no thread may be reading. They can be used after a barrier.
+  // Loads up to plan.places concepts from `place` on into scratch memory. Barriers before (no thread reads scratch any more) and after are
+  // the caller's.
   PERFUSION_DEVICE void load_places(int place) const {
     const int places = J - place < plan.places ? J - place : plan.places;
     const auto* index = static_cast<const int32_t*>(p.index.data) + b * p.index.strides[0];
@@ -52,22 +54,22 @@ class HeadEdit {
       slots[thread()] = bank_slot(index + (place + thread()) * p.index.strides[1], p.S, errors);
     }
     barrier();
-    const int of_tables = places * sides * 2 * pieces;
-    for (int i = thread(); i < of_tables + places * keys / 4; i += threads()) {
-      if (i < of_tables) {
-        load_table(i / pieces, i % pieces * 8);
+    const int table_vectors = places * sides * 2 * vectors;
+    for (int i = thread(); i < table_vectors + places * keys / 4; i += threads()) {
+      if (i < table_vectors) {
+        load_table(i / vectors, i % vectors * 8);
       } else {
-        load_coefficients(place, (i - of_tables) % places, (i - of_tables) / places * 4);
+        load_coefficients(place, (i - table_vectors) % places, (i - table_vectors) / places * 4);
       }
     }
   }
 
-  // After load_places(0) and a barrier, by which keys and values must have arrived too.
+  // Edits keys and values in place. Call it after load_places(0) and a barrier behind which keys and values are in shared memory.
   PERFUSION_DEVICE void apply(Element* key, Element* value) const {
-    const int of_side = keys / 4 * pieces, all = sides * of_side;
+    const int of_side = keys / 4 * vectors, all = sides * of_side;
     for (int first = 0; first < all; first += threads()) {
-      const int i = first + thread(), side = first_side + i / of_side, t = i % of_side / pieces * 4, piece = i % pieces * 8;
-      Element* at = (side == 0 ? key : value) + t * pitch + piece;
+      const int i = first + thread(), side = first_side + i / of_side, t = i % of_side / vectors * 4, head_column = i % vectors * 8;
+      Element* at = (side == 0 ? key : value) + t * pitch + head_column;
       float x[4][8];
       PERFUSION_UNROLL
       for (int r = 0; r < 4; ++r) {
@@ -75,11 +77,11 @@ class HeadEdit {
       }
       for (int place = 0; place < J; place += plan.places) {
         if (J > plan.places && first + place > 0) {
-          barrier();  // the group before has been read
+          barrier();  // all threads have read the previous group
           load_places(place);
           barrier();
         }
-        if (i < all) add(x, J - place < plan.places ? J - place : plan.places, side - first_side, t, piece);
+        if (i < all) add(x, J - place < plan.places ? J - place : plan.places, side - first_side, t, head_column);
       }
       PERFUSION_UNROLL
       for (int r = 0; r < 4; ++r) {
@@ -89,9 +91,9 @@ class HeadEdit {
   }
 
  private:
-  static constexpr int pieces = d / 8, pitch = tile_pitch(d);
+  static constexpr int vectors = d / 8, pitch = tile_pitch(d);
 
-  // Row `which` of scratch: o and t of a side of a place.
+  // 8 columns of row `which` of the tables in scratch, [place][side][o, t].
   PERFUSION_DEVICE void load_table(int which, int first) const {
     const int slot = slots[which / 2 / sides], side = first_side + which / 2 % sides;
     if (slot < 0) return;
@@ -117,8 +119,8 @@ class HeadEdit {
     write_floats(coefficients + (2 * j + 1) * keys + t, a);
   }
 
-  // x += Σ_j (g_j o_j - a_j t_j) for 4 tokens from t on and 8 columns from `first` on. Rows from T on stay zero, whatever a table
-  // holds.
+  // x += Σ_j (g_j o_j - a_j t_j) for 4 tokens from t on and 8 columns from `first` on. Rows from T on are skipped and stay zero,
+  // even where a table holds a NaN.
   PERFUSION_DEVICE void add(float (&x)[4][8], int places, int side, int t, int first) const {
     for (int j = 0; j < places; ++j) {
       if (slots[j] < 0) continue;

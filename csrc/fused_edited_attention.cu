@@ -66,7 +66,7 @@ perfusion_status plan_fused_edited_attention(const perfusion_fused_edited_attent
                 device.shared_per_block, static_cast<long long>(p.T), d, attention.bytes);
   }
 
-  const int64_t tiles = (p.N + 15) / 16, unit = int64_t{2} * 16 * keys * d;  // tokens of a warp's tile
+  const int64_t tiles = (p.N + 15) / 16, unit = int64_t{2} * 16 * keys * d;  // multiplications of a tile of 16 tokens
   const int64_t tokens = (keys + projected_tokens - 1) / projected_tokens * projected_tokens;
   attention.splits = share_projection(p.B * p.H, tiles, tokens * p.D * 2 * projection_columns(d), unit, device.multiprocessors);
 
@@ -74,7 +74,7 @@ perfusion_status plan_fused_edited_attention(const perfusion_fused_edited_attent
   attention.wide_output = wide_rows(p.output, 4);
   attention.wide_key_tables = wide_rows(p.key_outputs, 2) && wide_rows(p.key_targets, 2);
   attention.wide_value_tables = wide_rows(p.value_outputs, 2) && wide_rows(p.value_targets, 2);
-  attention.wide_key = attention.wide_value = false;  // there are none in memory
+  attention.wide_key = attention.wide_value = false;  // K and V are not in global memory
   plan->wide_encodings = wide_rows(p.encodings, 3);
   plan->wide_key_weight = wide_rows(p.key_weight, 2);
   plan->wide_value_weight = wide_rows(p.value_weight, 2);

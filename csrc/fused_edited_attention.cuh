@@ -1,7 +1,7 @@
-// softmax(scale q K̃ᵀ) Ṽ, K̃ and Ṽ being the edits of e W_Kᵀ and e W_Vᵀ (DESIGN.md, (12)): K and V exist in shared memory alone.
+// softmax(scale q K̃ᵀ) Ṽ, K̃ and Ṽ being the edits of e W_Kᵀ and e W_Vᵀ (DESIGN.md, (12)): K and V exist in shared memory only.
 //
-// A block owns one head of one batch row. It projects the row's encodings onto that head, edits the result in place, and then loops
-// over its share of the head's image tokens, as edited_attention does.
+// A block owns one head of one batch row, or a part of its image tokens. It projects the row's encodings onto that head, edits the result
+// in place, and then loops over its image tokens, as edited_attention does.
 //
 //              W_K, W_V of the head, a step: [2 × d, 32]      80 tokens × both sides in registers; for d > 80 one side after
 //             ┌────────────┬────────────┐                     the other, for T > 80 one tile of tokens after the other
@@ -11,7 +11,7 @@
 //             └────────────┴────────────┘               resident                                    as in edited_attention
 //               warps 0 to 3 side by side
 //
-// The queries' stages take the place of the projection's steps.
+// The stages of queries alias the shared memory of the projection's steps.
 #pragma once
 
 #include "edited_tiles.cuh"
@@ -29,11 +29,11 @@ struct FusedEditedAttentionLaunch {
   int32_t* errors;
 };
 
-// K's rows of a step and V's below them.
+// Loads a step of both weights: K's rows, and V's below them.
 template <class Loader>
 struct BothSides {
   Loader key, value;
-  int apart;  // elements
+  int apart;  // elements from K's rows to V's
 
   template <bool wide, bool whole, class Element>
   PERFUSION_DEVICE void load(Element* stage) {
@@ -55,14 +55,14 @@ PERFUSION_DEVICE void project_keys(Element* keys, Element* values, Element* step
                                    const FusedEditedAttentionLaunch& launch, int64_t b, int64_t h) {
   constexpr int sides = projection_sides(d), columns = projection_columns(d), pitch = tile_pitch(d);
   using Tile = ProductTile<projected_tokens, sides * columns, 1, max_attention_warps, projection_depth, projection_stages(d)>;
-  static_assert(product_bytes<Tile, true>() == projection_bytes(d), "the plan has counted another tile");
+  static_assert(product_bytes<Tile, true>() == projection_bytes(d), "the launch plan must count the shared memory of this tile");
   using Tokens = ProductLoader<Element, Tile::rows, Tile::depth, Tile::threads, false>;
   using Side = ProductLoader<Element, columns, Tile::depth, Tile::threads, false>;
   const int T = static_cast<int>(launch.call.T), D = static_cast<int>(launch.D);
   const perfusion_tensor& e = launch.encodings;
   const ProductOperand<Element> encodings{static_cast<const Element*>(e.data) + b * e.strides[0], T, D, e.strides[1],
                                           e.strides[2], launch.plan.wide_encodings, T, 0};
-  // Loaders are made where they are used, so that none is kept in registers beside the sums.
+  // Loaders are constructed at their use, so that none occupies registers beside the accumulators.
   const auto key = [&] { return Side(head_of<Element>(launch.key_weight, h, d, D, launch.plan.wide_key_weight), 0, 0); };
   const auto value = [&] { return Side(head_of<Element>(launch.value_weight, h, d, D, launch.plan.wide_value_weight), 0, 0); };
   const int steps_of_sum = (D + Tile::depth - 1) / Tile::depth;
@@ -86,7 +86,7 @@ PERFUSION_DEVICE void project_keys(Element* keys, Element* values, Element* step
   }
 }
 
-// max_groups: of 16 keys each, at least T / 16, as in edited_attention.
+// max_groups: the instance's groups of 16 keys, at least T / 16, as in edited_attention.
 template <class Element, int d, int max_groups>
 PERFUSION_KERNEL(32 * max_attention_warps)
 fused_edited_attention_kernel(PERFUSION_CONSTANT FusedEditedAttentionLaunch launch) {
@@ -95,7 +95,7 @@ fused_edited_attention_kernel(PERFUSION_CONSTANT FusedEditedAttentionLaunch laun
   const perfusion_edited_attention_params& p = launch.call;
   const EditedAttentionPlan& plan = launch.plan.attention;
   const int groups = max_groups > 5 ? (static_cast<int>(p.T) + 15) / 16 : max_groups;
-  // rows share a head's weights, so they are neighbours
+  // batch rows vary fastest, because their blocks share the head's weights, then served from L2
   const int head = static_cast<int>(block() / plan.splits), B = static_cast<int>(p.B), b = head % B, h = head / B;
 
   auto* keys = reinterpret_cast<Element*>(shared_memory());

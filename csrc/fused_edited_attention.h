@@ -1,4 +1,4 @@
-// The launch plan of `fused_edited_attention`, a pure function of shapes and device, for its tests.
+// The launch plan of `fused_edited_attention`, a pure function of shapes and device, so that tests can call it.
 #pragma once
 
 #include "device/memory.cuh"
@@ -8,9 +8,9 @@ namespace perfusion {
 
 constexpr int projected_tokens = 80, projection_depth = 32;  // of a tile of the projection: tokens, and columns of a step
 
-// K and V are projected side by side where the sums of both fit into registers, else one after the other.
+// K and V are projected together where the accumulators of both fit in registers, else one after the other.
 PERFUSION_BOTH constexpr int projection_sides(int d) { return d <= 80 ? 2 : 1; }
-// Columns that a side takes in a tile: whole fragments for each of the warps that share it.
+// Columns of a side in a tile, padded to whole fragments for each of its warps.
 PERFUSION_BOTH constexpr int projection_columns(int d) { return (d + 15) / 16 * 16; }
 PERFUSION_BOTH constexpr int projection_stages(int d) { return d <= 128 ? 3 : 2; }
 PERFUSION_BOTH constexpr int projection_bytes(int d) {
@@ -22,12 +22,12 @@ struct FusedEditedAttentionPlan {
   bool wide_encodings, wide_key_weight, wide_value_weight;
 };
 
-// Blocks that should share one head of one row. Each of them makes the head's projection, of `projection` multiplications, and its
-// part of `tiles` units of attention of `unit` each. The busiest multiprocessor counts; with a single block, which waits as often
-// as it multiplies, it works at half of its rate.
+// The number of blocks per head of a row. Each block repeats the head's projection (`projection` multiplications) and computes its part of
+// `tiles` tiles of attention (`unit` multiplications each). Minimises the multiplications of the busiest multiprocessor, where a
+// multiprocessor with a single block counts at half rate, because nothing overlaps its loads.
 int share_projection(int64_t heads, int64_t tiles, int64_t projection, int64_t unit, int64_t multiprocessors);
 
-// PERFUSION_UNSUPPORTED if K and V of one head do not fit into the device's shared memory, beside a step of their projection.
+// PERFUSION_UNSUPPORTED if K and V of one head, with the steps of their projection, do not fit into the device's shared memory.
 perfusion_status plan_fused_edited_attention(const perfusion_fused_edited_attention_params& params, const Device& device,
                                              FusedEditedAttentionPlan* plan);
 

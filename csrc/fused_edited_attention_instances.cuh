@@ -1,4 +1,4 @@
-// Every compiled kernel of `fused_edited_attention`, for one element type.
+// The template instances of `fused_edited_attention` for one element type, and the dispatch to them.
 #pragma once
 
 #include "attention_widths.h"

@@ -1,4 +1,4 @@
-// The C API's answers to "does this fit", and the registry's shared memory, both from the launch plans.
+// The C API's size limits and the registry's shared memory, both computed by the launch plans.
 #include "limits.h"
 
 #include <cstring>
@@ -18,9 +18,9 @@ namespace {
 constexpr int longest_context = 16 * attention_groups[std::size(attention_groups) - 1];
 constexpr int64_t any_shared_memory = int64_t{1} << 30;
 
-const perfusion_tensor there = {const_cast<int*>(attention_widths), PERFUSION_INT32, {1, 1, 1, 1}};  // plans read no tensor
+const perfusion_tensor there = {const_cast<int*>(attention_widths), PERFUSION_INT32, {1, 1, 1, 1}};  // non-null; plans read no data
 
-// A call of one head of one row, as far as plans look at it: which tensors there are.
+// The params of a call with one head of one row; `sides` of K and V have tables.
 template <class Params>
 Params call_of(int64_t N, int64_t T, int64_t d, int64_t sides) {
   Params p{};
@@ -60,7 +60,7 @@ Plan planned(perfusion_status (*plan)(const Params&, const Device&, Plan*), int6
 int shared_memory_of(const char* kernel, std::initializer_list<int> numbers) {
   const int *tile = numbers.begin();
   const auto is = [kernel](const char* name) { return std::strcmp(kernel, name) == 0; };
-  // tokens for tiles of 16 rows, and of 32
+  // N chosen such that the plan takes tiles of 16 rows, or of 32
   if (is("edited_attention")) return planned(plan_edited_attention, tile[2] == 1 ? 96 : 1024, tile[0], tile[1]).bytes;
   if (is("fused_edited_attention")) return planned(plan_fused_edited_attention, 1024, tile[0], tile[1]).attention.bytes;
   if (is("concept_gates")) return tile[0] ? -1 : static_cast<int>(sizeof(float)) * slices_floats;

@@ -1,5 +1,5 @@
-// A tile of C = A Bᵀ, or of A B, by all threads of a block: 16-bit elements, sums in float32 on tensor cores. The epilogue
-// is the operator's own: it is called with the tile's sums in registers, two neighbouring columns at a time.
+// A tile of C = A Bᵀ, or of A B, by all threads of a block: 16-bit elements, float32 accumulation on tensor cores. The operator passes the
+// epilogue, which is called with the accumulators, two neighbouring columns at a time.
 //
 //               B, a step: [columns, depth]        The sum over k goes in steps of `depth`. Of `stages` steps in shared memory one
 //              ┌────────┬────────┐                 is multiplied while the others are being copied, with one barrier a step: behind
@@ -12,8 +12,8 @@
 //   … stages   │ warp 2 │ warp 3 │
 //              └────────┴────────┘
 //
-// Rows of shared memory are an odd number of 16-byte pieces apart, which keeps matrix loads free of bank conflicts. Any M, N and K:
-// a copy brings as many bytes of its 16 as there are, and zeros.
+// The pitch of rows in shared memory is an odd number of 16-byte vectors, so ldmatrix has no bank conflicts. Any M, N and K: a copy that
+// crosses the end of a row reads only the valid bytes of its 16 and zero-fills the rest.
 #pragma once
 
 #include "device/layer.cuh"
@@ -21,7 +21,7 @@
 
 namespace perfusion {
 
-// How a block shares a tile out.
+// The shape of a block's tile, and how its warps divide it.
 template <int rows_, int columns_, int down_, int across_, int depth_ = 64, int stages_ = 3>
 struct ProductTile {
   static constexpr int rows = rows_, columns = columns_;  // of C
@@ -30,17 +30,17 @@ struct ProductTile {
   static constexpr int threads = 32 * down * across;
   static constexpr int m = rows / down / 16, n = columns / across / 8;  // accumulators of a warp, 16 x 8 each
   static_assert(rows == 16 * down * m && columns == 8 * across * n, "warps own whole fragments");
-  static_assert(depth % 16 == 0 && stages >= 2, "a step is whole products, and loads overlap them");
+  static_assert(depth % 16 == 0 && stages >= 2, "a step is whole m16n8k16 products, and the next step loads meanwhile");
 };
 
-// A or B in global memory. Its rows may stand in groups: row r is row r % group of group r / group.
+// A or B in global memory. Rows may come in groups with a stride of their own (batch rows): row r is row r % group of group r / group.
 template <class Element>
 struct ProductOperand {
   const Element* data;
   int rows, columns;    // zeros beyond
   int64_t row, column;  // strides, in elements
   bool wide;            // rows can be read in accesses of 16 bytes
-  int group;            // `rows` if there is but one
+  int group;            // rows of a group; `rows` for a single one
   int64_t next_group;   // stride
 
   PERFUSION_DEVICE const Element* at(int r) const { return data + r / group * next_group + r % group * row; }
@@ -66,11 +66,11 @@ PERFUSION_BOTH constexpr int product_bytes() {
   return 2 * Tile::stages * (left + right);
 }
 
-// Brings an operand into shared memory, [rows, columns] a step. The sum runs along its columns, or, if `down`, along its rows. Unless
-// its rows are `grouped`, one address stands for all of a thread's rows, which spares registers.
+// Loads an operand into shared memory, [rows, columns] a step. k runs along its columns, or, if `down`, along its rows. Unless its rows are
+// `grouped`, one address serves all rows of a thread, which saves registers.
 //
-// Bounds are resolved before the loop: rows beyond the matrix have no bytes in any step, and where the sum runs along columns these can
-// end in the last step only, so the other steps do not test them.
+// Bounds checks are hoisted out of the loop: rows beyond the matrix have no bytes in any step, and where k runs along columns these can
+// end only in the last step, so earlier steps are not predicated.
 template <class Element, int rows, int columns, int threads_of_block, bool down, bool grouped = false>
 class ProductLoader {
  public:
@@ -78,22 +78,22 @@ class ProductLoader {
       : data(from.data),
         stride(from.column),
         row_stride(from.row),
-        to(thread() / pieces * tile_pitch(columns) + thread() % pieces * 8),
-        rows_left(from.rows - row - thread() / pieces),
-        columns_left(from.columns - column - thread() % pieces * 8) {
+        to(thread() / vectors * tile_pitch(columns) + thread() % vectors * 8),
+        rows_left(from.rows - row - thread() / vectors),
+        columns_left(from.columns - column - thread() % vectors * 8) {
     PERFUSION_UNROLL
     for (int i = 0; i < lines; ++i) {
-      line[i] = from.at(row + thread() / pieces + i * apart) + (column + thread() % pieces * 8) * from.column;
+      line[i] = from.at(row + thread() / vectors + i * apart) + (column + thread() % vectors * 8) * from.column;
     }
   }
 
-  // The next step. wide: asynchronous accesses of 16 bytes. whole: the step has all of its columns, so they are not tested.
+  // The next step. wide: cp.async of 16 bytes. whole: all columns of the step are valid, so they are not tested.
   template <bool wide, bool whole>
   PERFUSION_DEVICE void load(Element* stage) {
     const int most = whole && !down ? 8 : columns_left < 0 ? 0 : columns_left < 8 ? columns_left : 8;
     const auto elements = [&](int i) { return i * apart < rows_left ? most : 0; };
     const auto source = [&](int i) { return grouped ? line[i % lines] : line[0] + i * apart * row_stride; };
-    const auto beyond = [&](int i) { return rows % apart != 0 && thread() / pieces + i * apart >= rows; };  // of the step
+    const auto beyond = [&](int i) { return rows % apart != 0 && thread() / vectors + i * apart >= rows; };  // of the step
     Element* target = stage + to;
     PERFUSION_UNROLL
     for (int i = 0; i < count; ++i) {
@@ -110,10 +110,10 @@ class ProductLoader {
   }
 
  private:
-  static constexpr int pieces = columns / 8;               // of 16 bytes in a row
-  static constexpr int apart = threads_of_block / pieces;  // rows that the block loads at a time
+  static constexpr int vectors = columns / 8;              // of 16 bytes in a row
+  static constexpr int apart = threads_of_block / vectors;  // rows that the block loads at a time
   static constexpr int count = (rows + apart - 1) / apart, lines = grouped ? count : 1;
-  static_assert(threads_of_block % pieces == 0, "a thread loads the same columns of all its rows");
+  static_assert(threads_of_block % vectors == 0, "a thread loads the same columns of all its rows");
 
   const Element *data, *line[lines];
   int64_t stride, row_stride;
@@ -159,8 +159,8 @@ PERFUSION_DEVICE void multiply_step(float (&c)[Tile::m][Tile::n][4], const Eleme
   }
 }
 
-// c += the products of `steps` steps, which the loaders bring into product_bytes() of shared memory. All threads have read the
-// last of them when it returns. wide: of all operands. Stages advance by addition, without a modulo.
+// c += the products of `steps` steps, which the loaders bring into product_bytes() of shared memory. It ends with a barrier, so the
+// caller may reuse that memory. wide: of both operands. The stage index advances by addition and wrap-around, which saves a modulo.
 template <class Tile, bool transposed, bool wide, class Element, class Left, class Right>
 PERFUSION_DEVICE void multiply_steps_of(float (&c)[Tile::m][Tile::n][4], Element* shared, Left& next_left, Right& next_right, int steps) {
   constexpr int left_step = Tile::rows * tile_pitch(Tile::depth);
@@ -190,7 +190,7 @@ PERFUSION_DEVICE void multiply_steps_of(float (&c)[Tile::m][Tile::n][4], Element
   barrier();
 }
 
-// The same, `wide` asked once for the whole sum.
+// The same, with one branch on `wide` around the whole loop.
 template <class Tile, bool transposed, class Element, class Left, class Right>
 PERFUSION_DEVICE void multiply_steps(float (&c)[Tile::m][Tile::n][4], Element* shared, Left next_left, Right next_right, bool wide,
                                      int steps) {
@@ -201,7 +201,7 @@ PERFUSION_DEVICE void multiply_steps(float (&c)[Tile::m][Tile::n][4], Element* s
   }
 }
 
-// epilogue(r, n, x, y) for every pair of a tile: x is element (r, n) of the tile, n even, y the next.
+// Calls epilogue(r, n, x, y) for every pair of neighbours of a tile: x is element (r, n), n even, and y is element (r, n + 1).
 template <class Tile, class Epilogue>
 PERFUSION_DEVICE void hand_over(const float (&c)[Tile::m][Tile::n][4], Epilogue epilogue) {
   const int first_row = warp() / Tile::across * Tile::m * 16 + lane() / 4;
@@ -216,9 +216,8 @@ PERFUSION_DEVICE void hand_over(const float (&c)[Tile::m][Tile::n][4], Epilogue 
   }
 }
 
-// The same for the tile at (row, column) of C. A is [M, K]; B is [N, K] if `transposed`, else [K, N] and in one group. The sum
-// starts at k and ends with the operands. Takes product_bytes() of shared memory, which are the epilogue's once it is called: all
-// threads have read them.
+// Computes the tile at (row, column) of C and passes it to the epilogue. A is [M, K]; B is [N, K] if `transposed`, else [K, N] in a single
+// group. The sum runs from k to K. Takes product_bytes() of shared memory, which the epilogue may overwrite: a barrier precedes it.
 template <class Tile, bool transposed, class Element, class Epilogue>
 PERFUSION_DEVICE void multiply_tile(Element* shared, const ProductOperand<Element>& left, const ProductOperand<Element>& right,
                                     int row, int column, int k, Epilogue epilogue) {

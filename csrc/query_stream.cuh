@@ -1,4 +1,4 @@
-// The loop over the image tokens of one head: each warp takes tiles of 16 m tokens, without barriers of the block.
+// The loop over the image tokens of one head. Each warp takes tiles of 16 m tokens; there are no block barriers inside the loop.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -6,16 +6,16 @@
 
 namespace perfusion {
 
-// 16 m tokens of the query, zeros from N on, into a warp's stage; asynchronous where the layout allows it. A lane writes the same
-// pieces here that it reads in store_outputs, so the next tile may overwrite the outputs without a barrier.
+// 16 m tokens of the query, zeros from N on, into a warp's stage. wide: by cp.async of 16 bytes; else element by element. A lane writes
+// the 16-byte vectors here that it reads in store_outputs, so the next tile may overwrite the outputs without a barrier.
 template <class Element, int d, int m>
 PERFUSION_DEVICE void load_queries(Element* stage, const Element* from, int64_t row, int64_t column, int first, int N,
                                    bool wide) {
-  constexpr int pieces = d / 8, pitch = tile_pitch(d);
-  for (int i = lane(); i < 16 * m * pieces; i += 32) {
-    const int n = first + i / pieces, piece = i % pieces;
-    Element* to = stage + i / pieces * pitch + piece * 8;
-    const Element* source = n < N ? from + n * row + piece * 8 * column : from;
+  constexpr int vectors = d / 8, pitch = tile_pitch(d);
+  for (int i = lane(); i < 16 * m * vectors; i += 32) {
+    const int n = first + i / vectors, vector = i % vectors;
+    Element* to = stage + i / vectors * pitch + vector * 8;
+    const Element* source = n < N ? from + n * row + vector * 8 * column : from;
     if (wide) {
       copy_async(to, source, n < N);
     } else {
@@ -26,12 +26,12 @@ PERFUSION_DEVICE void load_queries(Element* stage, const Element* from, int64_t 
 
 template <class Element, int d, int m>
 PERFUSION_DEVICE void store_outputs(Element* to, int64_t row, int64_t column, const Element* stage, int first, int N, bool wide) {
-  constexpr int pieces = d / 8, pitch = tile_pitch(d);
-  for (int i = lane(); i < 16 * m * pieces; i += 32) {
-    const int n = first + i / pieces, piece = i % pieces;
+  constexpr int vectors = d / 8, pitch = tile_pitch(d);
+  for (int i = lane(); i < 16 * m * vectors; i += 32) {
+    const int n = first + i / vectors, vector = i % vectors;
     if (n >= N) continue;
-    const Words words = *reinterpret_cast<const Words*>(stage + i / pieces * pitch + piece * 8);
-    Element* target = to + n * row + piece * 8 * column;
+    const Words words = *reinterpret_cast<const Words*>(stage + i / vectors * pitch + vector * 8);
+    Element* target = to + n * row + vector * 8 * column;
     if (wide) {
       store(reinterpret_cast<Words*>(target), words);
     } else {
@@ -40,12 +40,12 @@ PERFUSION_DEVICE void store_outputs(Element* to, int64_t row, int64_t column, co
   }
 }
 
-// The tiles `first` … `end` - 1 of head h of row b, shared out to the block's warps.
+// Tiles `first` … `end` - 1 of head h of row b, round-robin over the block's warps.
 template <class Element, int d, int m>
 struct QueryStream {
   static constexpr int rows = 16 * m, pitch = tile_pitch(d);
 
-  Element* own;  // this warp's tile of the first stage; those of all warps are neighbours
+  Element* own;  // this warp's tile in the first stage, [stages][warps][16 m][pitch]
   const perfusion_edited_attention_params& p;
   const EditedAttentionPlan& plan;
   const int b, h;
@@ -55,7 +55,7 @@ struct QueryStream {
                                int end, Element* stages)
       : own(stages + warp() * rows * pitch), p(p), plan(plan), b(b), h(h), tile(first + warp()), end(end) {}
 
-  // Where the head begins; computed again for each tile, which costs less than registers that keep it.
+  // The offset of the head; recomputed for each tile, which costs less than the registers to keep it.
   PERFUSION_DEVICE int64_t head(const perfusion_tensor& x) const { return b * x.strides[0] + h * x.strides[2]; }
 
   PERFUSION_DEVICE Element* stage(int which) const { return own + which * plan.warps * rows * pitch; }
@@ -74,7 +74,7 @@ struct QueryStream {
     if (tile < end) load(0, tile);
   }
 
-  // Shared memory after all warps' first stages: free until attend is called.
+  // Shared memory behind all warps' first stages: the second stages, unused until attend.
   PERFUSION_DEVICE void* behind_first() const { return own + (plan.warps - warp()) * rows * pitch; }
 
   // The bit set of a row of the tile.
@@ -84,7 +84,7 @@ struct QueryStream {
     return n < p.N ? perfusion::load(bits + n * p.query_regions.strides[1]) : 0;
   }
 
-  // After load_first, its commit, and a barrier by which all keys, values and their regions have arrived.
+  // The loop. Call it after load_first, a commit, and a barrier behind which keys, values and regions are in shared memory.
   template <int max_groups>
   PERFUSION_DEVICE void attend(const Element* keys, const Element* values, const int32_t* key_regions, int groups) {
     const float scale = p.scale * 1.4426950408889634f;  // exp(x) is exp2(x log2 e)
@@ -109,7 +109,7 @@ struct QueryStream {
     }
   }
 
-  // Zeros in place of all outputs.
+  // Writes zeros to all outputs, for a row whose slot is out of range.
   PERFUSION_DEVICE void clear() {
     for (; tile < end; tile += plan.warps) {
       for (int i = lane(); i < rows * (d / 8); i += 32) *reinterpret_cast<Words*>(own + i / (d / 8) * pitch + i % (d / 8) * 8) = Words{};

@@ -1,13 +1,14 @@
 // Derivatives of x + Σ_j (g_j o_j - a_j p_j) for a gradient dX [B, T, O] (DESIGN.md, (14)): dg_j = dX · o_j and da_j = -dX · p_j of
 // every token, do_s = Σ g dX and dp_s = -Σ a dX over all places that name slot s. The two sides differ in a sign.
 //
-//   coefficients_gradient   a block per side and two tokens: its threads run along O, with the sums of eight places in registers,
-//                           which are then added over lanes, and over warps in order
+//   coefficients_gradient   a block per side and two tokens: threads stride over O and accumulate the sums of eight places in registers,
+//                           which are then reduced over lanes, and over warps in a fixed order
 //   tables_gradient         a block per side, slot and 256 columns, 8 for each lane: its warps share the tokens of the rows that
-//                           use the slot, and their sums are added in order
+//                           use the slot, and their sums are added in a fixed order
 //
-// Nothing is added atomically: every sum has one order. Bytes read: dX once per side, and by tables_gradient once per use of a slot;
-// a table's rows once per two tokens of a row that uses them. Sides come first in the order of blocks, then slots: they share dX.
+// No atomics: every sum has one fixed order, so results are deterministic. L2 requests: dX once per side, and by tables_gradient once per
+// use of a slot; a table's rows once per two tokens of a batch row that uses them. The side varies fastest with the block index, then the
+// slot, because their blocks share dX, which is then served from L2.
 #pragma once
 
 #include "device/layer.cuh"
@@ -19,7 +20,7 @@ namespace perfusion {
 constexpr int rank_one_warps = 8, rank_one_tokens = 2, rank_one_places = 8;
 constexpr int rank_one_columns = 32 * 8;  // of a block of tables_gradient
 
-// The outputs' side, or the targets'.
+// One side of the edit: outputs with gates, or targets with components.
 struct RankOneSide {
   float sign;
   perfusion_tensor coefficients, table;                      // gates or components [B, T, J], [S, O]
@@ -77,7 +78,7 @@ coefficients_gradient_kernel(PERFUSION_CONSTANT RankOneBackwardLaunch launch) {
         }
       }
     }
-    if (place > 0) barrier();  // the sums before have been read
+    if (place > 0) barrier();  // all threads have read the previous sums
     PERFUSION_UNROLL
     for (int t = 0; t < tokens; ++t) {
       PERFUSION_UNROLL

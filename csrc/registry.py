@@ -1,8 +1,8 @@
-"""The registry of compiled kernels, as C++ for the library: for what architectures, and what each takes of the chip.
+"""Generates the registry of compiled kernels as C++: architecture, registers, spills and shared memory of each.
 
     python csrc/registry.py REGISTRY.cpp OBJECT…
 
-CMake runs it when the objects are there. ptxas's reports, which keep_ptxas.sh keeps beside each of nvcc's objects, have everything but
+CMake runs it after the objects are compiled. ptxas's reports, which keep_ptxas.sh keeps beside each of nvcc's objects, have everything but
 the dynamic shared memory, which limits.cu computes. C++ and Python read the table by perfusion_compiled_kernels of
 include/perfusion_kernels.h.
 """

@@ -2,21 +2,21 @@
 
     concept_gates           gates and components of every token, once per prompt
     edited_projection       edited keys or values of all layers at once
-    fused_edited_projection the same in one launch, where nobody needs the unedited layer's bits
-    edited_attention        cross-attention, plain or with the edit applied on the way
+    fused_edited_projection the same in one launch, without bit equality to the unedited layer
+    edited_attention        cross-attention, plain or with the edit applied to K and V on the fly
     fused_edited_attention  projection, edit and attention in one call
     cross_attention_layer   to_q, attention, to_out, bias and residual in one call, for keys and values of a prompt
-    absorb_projections      such keys and values with to_q and to_out in them, once per prompt
+    absorb_projections      those keys and values multiplied by to_q and to_out, once per prompt
     ConceptBank             the resident concepts that the operators index
     warm_up                 compiles and tunes the kernels for a model's shapes before the first request
-    validate_concepts       the checks on values that operators do not make on a device
-    check_device            raises what kernels met and could not: slots and indices out of range
-    cache_folder            where what was measured or computed once is kept
+    validate_concepts       checks of values, which operators skip for tensors on a GPU
+    check_device            raises errors that kernels found: slots and indices out of range
+    cache_folder            the folder of measured tile sizes and other cached results
     metric                  C⁻¹: targets in the metric, conditioning, shrinkage
-    compiled_kernels        what the CUDA library of this installation holds, or why there is none
+    compiled_kernels        the kernels in this installation's CUDA library, or why there is none
 
-Importing this package builds nothing, writes nothing and needs no GPU. `available_backends()` says
-which implementations this installation has, and why not the others.
+Importing this package builds nothing, writes nothing and needs no GPU. `available_backends()` lists
+the implementations of this installation, and why the others are unavailable.
 """
 
 from . import backend, metric

@@ -1,4 +1,4 @@
-"""`absorb_projections`: keys and values that have a layer's `to_q` and `to_out` in them, once per prompt."""
+"""`absorb_projections`: keys and values multiplied by a layer's `to_q` and `to_out`, once per prompt."""
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ from .shape_checks import FLOATING, Arguments
 def absorb_projections(
     query_weight: Tensor, key: Tensor, value: Tensor, output_weight: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """scale · K_h W_Q,h and V_h W_O,hᵀ of every head: what `cross_attention_layer` takes in place of its weights.
+    """scale · K_h W_Q,h and V_h W_O,hᵀ of every head, with which `cross_attention_layer` needs no projection weights.
 
-    The layer then needs no projection, for T·H / (C + T) of the multiplications when H*d = C. That is worth
-    it where the quotient is well below 1 (Stable Diffusion 1.5: 0.45 at C = 1280, 1.55 at C = 320), and
-    only if done once per prompt: absorption itself costs as much as projecting T tokens twice.
+    The layer then takes T·H / (C + T) of the multiplications, when H*d = C. That pays off where the quotient is well
+    below 1 (Stable Diffusion 1.5: 0.45 at C = 1280, 1.55 at C = 320), and only if done once per prompt, because
+    absorption itself costs two projections of T tokens.
 
     Args:
         query_weight [H*d, C], key, value [B, T, H, d], output_weight [C, H*d]: one dtype of float16, bfloat16,

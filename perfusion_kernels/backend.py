@@ -1,9 +1,9 @@
-"""Which implementation of an operator runs: the one place that decides.
+"""Selects the implementation of an operator for each call.
 
-A backend is a subpackage of this package whose import calls `register` once per operator it has. One that depends on more
-than its import has a function `unavailable`, which says why none of its operators can run here, or None.
-Every call takes the first of its operator's `DEFAULTS` that is there, supports the arguments and is preferred for them. A
-backend asked for by name (a call's `backend=`, `use_backend`, or the environment variable
+A backend is a subpackage of this package whose import calls `register` once per operator it has. One that needs more
+than a successful import has a function `unavailable`, which returns why none of its operators can run here, or None.
+A call takes the first of its operator's `DEFAULTS` that is registered, supports the arguments and is preferred for them. A
+backend requested by name (a call's `backend=`, `use_backend`, or the environment variable
 PERFUSION_BACKEND, in this order) is taken, or the call fails and says why.
 """
 
@@ -21,17 +21,17 @@ from .registration import Implementation, Operator, bind, bind_backward
 
 ORDER = ("cuda", "triton", "reference")
 
-# The backends that a call chooses from which names none, the preferred one first. An own kernel is a default where it
-# replaces several launches of plain torch. Where it would replace the library's matrix product, it becomes one by a commit
-# that carries the measurement (bench/results); until then it runs when it is asked for by name. An operator without a row
-# here takes them in the order of `ORDER`.
+# The candidates of a call that names no backend, in order of preference. A kernel of this package is a default where it
+# replaces several launches of plain torch. Where it would replace a library's matrix product, it becomes a default by a commit
+# that carries the measurement (bench/results); until then it runs only when requested by name. An operator without a row
+# here uses `ORDER`.
 DEFAULTS = {
     "concept_gates": ("cuda", "triton", "reference"),
-    "edited_projection": ("triton", "reference"),  # both: the library's product, whose bits rows without a concept keep
+    "edited_projection": ("triton", "reference"),  # both call the library's product, so rows without a concept keep its bits
     "fused_edited_projection": ("triton", "reference"),
     "edited_attention": ("cuda", "triton", "reference"),
     "fused_edited_attention": ("cuda", "triton", "reference"),
-    "cross_attention_layer": ("reference",),  # absorbed; else the public function makes torch's products around `edited_attention`
+    "cross_attention_layer": ("reference",),  # only absorbed ones: else torch's products around `edited_attention`
 }
 
 _requested: str | None = os.environ.get("PERFUSION_BACKEND") or None
@@ -41,7 +41,7 @@ _unavailable: dict[str, Callable[[], str | None]] = {}  # backend -> what says w
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name and cannot run the call."""
+    """A backend was requested by name and cannot run the call."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ def register(
     unsupported: Callable[..., str | None] = _no_objection,
     not_preferred: Callable[..., str | None] = _no_objection,
 ) -> None:
-    """Makes `implementation` the `backend`'s way to run `operator`.
+    """Registers `implementation` as the `backend`'s kernel of `operator`.
 
     implementation: a function of the schema's arguments, or None if a loaded C++ library registers the
         kernel of `perfusion_kernels::<operator>.<backend>` itself.
     unsupported: given the schema's arguments, None, or the reason why they cannot run here. It may look at
         shapes, dtypes and devices only: it runs under `torch.compile` too.
-    not_preferred: the same, for calls that can run here when `backend` is asked for by name, and not otherwise.
+    not_preferred: the same, for calls that run here only if `backend` is requested by name.
     """
     implementations = _implementations.setdefault(operator.name, {})
     _require_new(backend, operator.name, implementations)
@@ -92,12 +92,12 @@ def register_backward(
     *,
     unsupported: Callable[..., str | None] = _no_objection,
 ) -> None:
-    """Makes `implementation` the way to differentiate what `backend` ran of `operator`, instead of plain torch.
+    """Registers `implementation` as the `backend`'s derivative of `operator`, in place of plain torch.
 
     implementation: as `registration.bind_backward` says; None if a loaded C++ library registers the kernel of
         `perfusion_kernels::<operator>_backward.<backend>` itself.
-    unsupported: as in `register`, given the arguments of the backward; plain torch then takes over, as it does
-        for second derivatives.
+    unsupported: as in `register`, given the arguments of the backward operator; those calls, and second derivatives,
+        are differentiated in plain torch.
     """
     _require_new(backend, f"{operator.name}_backward", operator.backwards)
     overload = bind_backward(operator, backend, implementation)
@@ -112,7 +112,7 @@ def _require_new(backend: str, operator: str, implementations: dict[str, Impleme
 
 
 def load(backend: str) -> None:
-    """Imports the backend's subpackage; if that is not possible, remembers why."""
+    """Imports the backend's subpackage; if that fails, records why."""
     module = f"{__package__}.{backend}"
     if importlib.util.find_spec(module) is None:
         _absent[backend] = "not part of this installation"
@@ -126,7 +126,7 @@ def load(backend: str) -> None:
 def call(operator: str, arguments: Sequence, backend: str | None = None):
     """`select`s an implementation and runs it.
 
-    Where nothing is to be differentiated autograd's rule is passed over, which is half of what an eager call costs.
+    If no gradient is needed, autograd's dispatch is skipped, which is half of the cost of an eager call.
     """
     overload = select(operator, arguments, backend)
     if (
@@ -153,14 +153,14 @@ def select(operator: str, arguments: Sequence, backend: str | None = None) -> Op
             )
         return implementations[name].overload
     for name in DEFAULTS.get(operator, ORDER):
-        found = implementations.get(name)  # why an absent one is absent is not asked here, in every call
+        found = implementations.get(name)  # the reason of an absence is not computed here, on the hot path
         if found is not None and found.unsupported(*arguments) is None and found.not_preferred(*arguments) is None:
             return found.overload
     raise BackendUnavailable(f"{operator}: no backend can run this call")
 
 
 def requested(backend: str | None = None) -> str | None:
-    """The backend that a call asks for by name: by its argument `backend`, else `use_backend` or the environment; None: chosen for it."""
+    """The backend that a call requests by name, by its argument, `use_backend` or the environment; None: chosen automatically."""
     name = backend if backend is not None else _requested
     return None if name == "auto" else name
 

@@ -1,4 +1,4 @@
-"""`ConceptBank`: the resident concepts, as tables of fixed address that the operators index."""
+"""`ConceptBank`: the resident concepts, as tables at fixed addresses that the operators index."""
 
 import heapq
 from collections.abc import Iterator, Sequence
@@ -78,7 +78,7 @@ class ConceptBank:
         self._free = list(range(capacity))  # a heap: the lowest free slot is taken first
         self._names: dict[int, str | None] = {}  # slot -> name
         self._slots: dict[str, int] = {}  # name -> slot
-        self._independent: set[frozenset[int]] = set()  # sets of slots that `index` has found so
+        self._independent: set[frozenset[int]] = set()  # sets of slots that `index` has found independent
 
     def __len__(self) -> int:
         return len(self._names)
@@ -208,7 +208,7 @@ class ConceptBank:
             fixed over calls where a graph was captured or compiled.
 
         Raises ValueError when a concept is unknown or removed, appears twice in a row, when a list is
-        longer than width, or when the concepts of a row are nearly dependent; the refusal names them. A set
+        longer than width, or when the concepts of a row are nearly dependent; the error names them. A set
         of two or more concepts that the bank has not seen together reads their rows from the device.
         """
         slots = [[self.slot(concept) for concept in row] for row in rows]
@@ -259,7 +259,7 @@ class ConceptBank:
 
 
 def _row(concept: str, argument: str, table: Tensor | None, row: Tensor | None) -> Tensor | None:
-    """The row as its table will hold it; refuses what does not fit."""
+    """The row in its table's dtype and device; ValueError if it does not fit."""
     if table is None:
         if row is not None:
             raise ValueError(f"ConceptBank: {argument} of {concept} must not be given: the bank has no key tables")

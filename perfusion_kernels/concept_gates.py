@@ -1,4 +1,4 @@
-"""`concept_gates`: how strongly each concept acts at each token, and what of it the token already holds."""
+"""`concept_gates`: the gate of each concept at each token, and the token's components along the concepts' targets."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""`constant_result`, for functions that torch.compile calls while it traces, and whose result it takes for a constant."""
+"""`constant_result` marks a function that torch.compile calls while tracing and whose result it embeds as a constant."""
 
 from collections.abc import Callable
 from typing import TypeVar

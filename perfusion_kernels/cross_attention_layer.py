@@ -133,7 +133,7 @@ def _around_attention(
     scale: float,
     backend: str | None,
 ) -> Tensor:
-    """torch's products before and after `edited_attention`. Not an operator; its parts have the derivatives."""
+    """torch's products around `edited_attention`. Not an operator: autograd differentiates its parts."""
     tensors = (hidden_states, query_weight, key, value, output_weight, output_bias, residual)
     device_type = hidden_states.device.type
     if autocasts(hidden_states):
@@ -145,7 +145,7 @@ def _around_attention(
     attended = edited_attention(query, key, value, scale=scale, validate=False, backend=backend).flatten(2)
     if residual is None:
         return functional.linear(attended, output_weight, output_bias)
-    # The product is added to residual + bias by its own epilogue: a copy that torch.addmm would make brings the bias instead.
+    # addmm_ adds residual + bias in the epilogue of the product. The sum takes the place of the copy that torch.addmm makes of its input.
     added = residual.clone() if output_bias is None else residual + output_bias
     added = added.contiguous()
     added.view(-1, added.shape[-1]).addmm_(attended.flatten(0, 1), output_weight.mT)

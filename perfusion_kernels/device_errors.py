@@ -1,7 +1,7 @@
-"""Errors that only a device sees: a slot or an index out of range, which kernels read as absent and note.
+"""Errors that only a kernel can find: a slot or an index out of range, which it treats as absent and flags.
 
-No operator waits for its device, so no call can raise them. A kernel that meets one stores a 1 in a word of host memory
-that the device can write; `check_device` looks at the words when the caller has reason to wait anyway.
+Operators do not synchronise, so no call can raise them. A kernel that finds one sets a flag in pinned host memory;
+`check_device` reads the flags at a point where the caller synchronises anyway.
 """
 
 import ctypes
@@ -15,23 +15,23 @@ KINDS = (
     "slots: a row named a slot outside of key and value; it gave zeros",
     "index: a row named a concept outside of the bank; it was left out",
 )
-"""What each word says, in the order of perfusion_device_error of csrc/include/perfusion_kernels.h."""
+"""The meaning of each flag, in the order of perfusion_device_error of csrc/include/perfusion_kernels.h."""
 
 
 @cache
 def words(device: torch.device) -> Tensor:
-    """int32 [2] that Triton's kernels on `device` write and the host can read. One for each device, as long as the process lives."""
+    """int32 [2]: the flags that Triton's kernels on `device` set, in pinned host memory. One for each device, never freed."""
     pinned = device.type == "cuda"
     return torch.zeros(len(KINDS), dtype=torch.int32, device="cpu" if pinned else device, pin_memory=pinned)
 
 
 def check_device(device: torch.device | str, *, synchronize: bool = True) -> None:
-    """Raises RuntimeError if kernels on `device` met a slot or an index out of range since the last check, and forgets it.
+    """Raises RuntimeError if kernels on `device` found a slot or an index out of range since the last check, and clears the flags.
 
     Args:
         device: where operators have run.
-        synchronize: whether to wait for the device first. Without it, what kernels in flight will find is left to the next
-            check, and nothing waits.
+        synchronize: whether to synchronise with the device first. Without it, errors of kernels still in flight are left to
+            the next check.
 
     Source: DESIGN.md, "Edited attention".
     """
@@ -57,6 +57,6 @@ def _of_library(device: torch.device) -> tuple[bool, ...]:
     if library.loaded.cache_info().currsize == 0 or device.type not in ("cuda", "cpu"):
         return (False,) * len(KINDS)
     flags = (ctypes.c_int32 * len(KINDS))()
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # on a host: the library of the tests
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # cpu: the tests' host build
         library.loaded().perfusion_device_errors(flags)
     return tuple(map(bool, flags))

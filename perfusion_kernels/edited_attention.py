@@ -1,4 +1,4 @@
-"""`edited_attention`: cross-attention over a short context whose keys and values concepts may edit on the way."""
+"""`edited_attention`: cross-attention over a short context, with an optional edit of keys and values on the fly."""
 
 from torch import Tensor
 
@@ -46,7 +46,7 @@ def edited_attention(
             None: row b reads row b.
         query_regions [B, N], key_regions [B, T]: int32, a set of bits for each image token and each text position; both or
             neither. Token n attends to position t if key_regions[b, t] is 0 or shares a bit with query_regions[b, n];
-            the others get weight 0, and a token to which nothing is left gets 0.
+            the others get weight 0, and a token that may attend to no position gets 0.
         scale: None means d ** -0.5.
         validate: whether to check values (index and slots in range, gates and components finite), which waits for
             the device. None: on ordinary host tensors outside torch.compile only, and not again until one is written
@@ -70,7 +70,7 @@ def edited_attention(
     edit = (gates, components, index, key_outputs, key_targets, value_outputs, value_targets)
     unedited = gates is components is index is key_outputs is key_targets is value_outputs is value_targets is None
     if unedited and slots is query_regions is key_regions is None and query.is_cpu:
-        # what every layer of a pipeline asks for at every step on a CPU, where an eager call's Python is a part of its time
+        # the fast path of pipelines on a CPU: every layer calls it at every step, and Python overhead is a visible share of its time
         _check(query, key, value)
         if sdpa.preferred((query, key, value), backend):
             return sdpa.plain(query, key, value, query.shape[-1] ** -0.5 if scale is None else float(scale))

@@ -23,12 +23,12 @@ def edited_projection(
     validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """e Wᵀ + Σ_j (g_j o_j - a_j p_j): a projection with the row's concepts put in.
+    """e Wᵀ + Σ_j (g_j o_j - a_j p_j): a projection, edited by the concepts of each row.
 
     o_j = outputs[j] is the concept's target output o*_j, p_j = projected_targets[j] is W i*_j, so that the
     result is W (e - Aᵀ a) + Σ_j g_j o*_j. All layers project the same encodings, so their weights
     concatenate to one `weight` and the tables' columns follow the same order. `fused_edited_projection` is the same
-    in one launch, for callers that need no bits of the unedited layer.
+    in one launch, without bit equality to the unedited layer.
 
     Args:
         encodings [B, T, D]: float16, bfloat16, float32 or float64.
@@ -43,9 +43,9 @@ def edited_projection(
 
     Returns:
         [B, T, O] in the dtype of encodings; under autocast, in autocast's, to which encodings and weight
-        are cast. The edit is added in at least float32. A batch row without a concept is bit for bit
-        `torch.nn.functional.linear(encodings, weight)`; by "cuda", which is never chosen unasked, that of the
-        call in which no row has a concept. Differentiable in every argument but index.
+        are cast. The edit is added in at least float32. A batch row without a concept is bit-equal to
+        `torch.nn.functional.linear(encodings, weight)`; on "cuda", which runs only when requested by name, to that
+        backend's call in which no row has a concept. Differentiable in every argument but index.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above. BackendUnavailable: see `use_backend`.

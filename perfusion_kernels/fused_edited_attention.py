@@ -26,10 +26,10 @@ def fused_edited_attention(
     validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`edited_attention` to K = e W_Kᵀ and V = e W_Vᵀ, edited, without K or V having to exist in memory.
+    """`edited_attention` with K = e W_Kᵀ and V = e W_Vᵀ, projected and edited on the fly: K and V are never written to memory.
 
     If the encodings stay the same over the denoising steps, `edited_projection` once and plain
-    `edited_attention` per step is less work.
+    `edited_attention` per step are less work.
 
     Args:
         query [B, N, H, d], encodings [B, T, D], key_weight, value_weight [H*d, D]: one dtype of float16,

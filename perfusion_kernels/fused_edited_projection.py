@@ -1,4 +1,4 @@
-"""`fused_edited_projection`: `edited_projection` whose product and edit are one launch, and one rounding."""
+"""`fused_edited_projection`: `edited_projection` with product and edit in one launch and one rounding."""
 
 from functools import partial
 
@@ -27,9 +27,9 @@ def fused_edited_projection(
 ) -> Tensor:
     """e Wᵀ + Σ_j (g_j o_j - a_j p_j), summed in at least float32 and rounded once.
 
-    `edited_projection` promises a row without a concept the bits of the unedited layer, so its product is the library's
-    and the edit a second pass over the results. This one has no such promise to keep: it is for training, and for
-    whoever makes the keys and values of all rows with it.
+    `edited_projection` guarantees rows without a concept the bits of the unedited layer, so it calls the library's product
+    and edits the results in a second pass. This operator gives no such guarantee. It serves training, and callers that
+    compute the keys and values of all rows with it.
 
     Args:
         encodings [B, T, D]: float16, bfloat16, float32 or float64.

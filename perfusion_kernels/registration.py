@@ -1,4 +1,4 @@
-"""What makes a function a torch operator: schema, fake, autograd, autocast and vmap rule.
+"""Registers functions as torch operators: schema, fake, autograd, autocast and vmap rule.
 
 `torch.library.Library` is used rather than `torch.library.custom_op`: it costs half as much per call.
 """
@@ -19,7 +19,7 @@ AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastX
 
 @dataclass(frozen=True)
 class Implementation:
-    """An overload, why it cannot run given arguments, and why it is not preferred; both look at shapes, dtypes and devices only."""
+    """An overload and its predicates, which return None or a reason; they look at shapes, dtypes and devices only."""
 
     overload: OpOverload
     unsupported: Callable[..., str | None]
@@ -28,13 +28,13 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Operator:
-    """The traits all backends of one operator share; the public function's file declares them.
+    """The traits shared by all backends of one operator; the file of the public function declares them.
 
     fake: shapes, dtypes and strides of the result, from arguments without data.
     setup_context, backward: as `torch.library.register_autograd` wants them, in plain torch; setup_context
         saves every tensor argument, in order.
-    autocast: names of the arguments that autocast turns to its dtype. The others keep theirs.
-    backwards: by backend, what computes the first derivatives there instead of `backward`.
+    autocast: names of the arguments that autocast casts. The others keep their dtype.
+    backwards: by backend, the operator of the first derivatives that is used instead of `backward`.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Operator:
 def bind(operator: Operator, backend: str, implementation: Callable | None) -> OpOverload:
     """Defines `perfusion_kernels::<operator>.<backend>` and returns it.
 
-    implementation: a function of the schema's arguments; None if a loaded C++ library brings the kernel.
+    implementation: a function of the schema's arguments; None if a C++ library registers the kernel.
     """
     name = f"{operator.name}.{backend}"
     overload = _define(operator.name, backend, SCHEMAS[operator.name], implementation, operator.fake)
@@ -65,15 +65,15 @@ def bind_backward(operator: Operator, backend: str, implementation: Callable | N
 
     implementation: a function of the arguments of `backward_schema`: the results' gradients, those of the operator,
         and `needs`, one bool for each of the latter. It returns the gradients that are needed, in order, dense and in
-        their argument's dtype. None if a loaded C++ library brings the kernel.
+        their argument's dtype. None if a C++ library registers the kernel.
     """
     name = f"{operator.name}_backward"
     overload = _define(name, backend, backward_schema(operator.name), implementation, _fake_gradients)
 
-    def refuse(ctx, *gradients):
+    def no_second_derivative(ctx, *gradients):
         raise NotImplementedError(f"{overload} has no derivative; take second derivatives of {operator.name} itself")
 
-    torch.library.register_autograd(f"{LIBRARY.ns}::{name}.{backend}", refuse, lib=LIBRARY)
+    torch.library.register_autograd(f"{LIBRARY.ns}::{name}.{backend}", no_second_derivative, lib=LIBRARY)
     return overload
 
 
@@ -83,18 +83,18 @@ def _define(operator: str, backend: str, schema: str, implementation: Callable |
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation or _without_kernel(qualified_name), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified_name, fake, lib=LIBRARY)
-    torch.library.register_vmap(qualified_name, _refuse_vmap(operator), lib=LIBRARY)
+    torch.library.register_vmap(qualified_name, _vmap_unsupported(operator), lib=LIBRARY)
     return getattr(getattr(getattr(torch.ops, LIBRARY.ns), operator), backend)
 
 
 def _without_kernel(name: str) -> Callable:
-    """What runs where a loaded library has no kernel for the tensors' device."""
+    """The fallback where the C++ library registers no kernel for the tensors' device: raises NotImplementedError."""
 
-    def refuse(*arguments):
+    def no_kernel(*arguments):
         devices = sorted({str(argument.device) for argument in arguments if isinstance(argument, Tensor)})
         raise NotImplementedError(f"{name} has no compiled kernel for tensors on {' and '.join(devices)}")
 
-    return refuse
+    return no_kernel
 
 
 def _fake_gradients(*arguments):
@@ -103,7 +103,7 @@ def _fake_gradients(*arguments):
 
 
 def _keep_all(operator: Operator) -> Callable:
-    """The operator's setup_context, and beside the tensors the arguments that are none; in a schema they come last."""
+    """The operator's setup_context; it also keeps the non-tensor arguments, which come last in a schema."""
 
     def setup_context(ctx, inputs, output):
         operator.setup_context(ctx, inputs, output)
@@ -113,12 +113,12 @@ def _keep_all(operator: Operator) -> Callable:
 
 
 def _derivative(operator: Operator, backend: str) -> Callable:
-    """Autograd's rule, run with autocast off: by the backend's own kernels if it has them and they take the arguments."""
+    """Autograd's rule, with autocast off: the backend's own backward operator where it has one that supports the arguments."""
 
     def run(ctx, *gradients: Tensor):
         with torch.autocast(gradients[0].device.type, enabled=False):
             own, needs = operator.backwards.get(backend), ctx.needs_input_grad
-            if own is not None and not torch.is_grad_enabled():  # enabled: the gradients will be differentiated
+            if own is not None and not torch.is_grad_enabled():  # enabled under create_graph=True: the gradients will be differentiated
                 arguments = (*gradients, *ctx.saved_tensors, *ctx.constants, list(needs))
                 if own.unsupported(*arguments) is None:
                     found = iter(own.overload(*arguments))
@@ -144,10 +144,10 @@ def _autocast_rule(overload: OpOverload, names: tuple[str, ...], device_type: st
     return rule
 
 
-def _refuse_vmap(name: str) -> Callable:
-    def refuse(info, in_dims, *arguments):
+def _vmap_unsupported(name: str) -> Callable:
+    def no_batching_rule(info, in_dims, *arguments):
         raise NotImplementedError(
             f"{name}: torch.vmap is not supported; the operator already batches over B rows, each with its own concepts"
         )
 
-    return refuse
+    return no_batching_rule

@@ -1,8 +1,8 @@
 """The schema of every operator, once.
 
 An operator is registered as one overload per backend, `perfusion_kernels::<operator>.<backend>`, and
-every overload has the schema written here. An optional tensor is an edit that is not asked for. Tensors
-come first. Where a backend computes derivatives itself, they are an operator of their own, whose schema follows.
+every overload has the schema written here. Optional tensors are None where the call has no edit, slots or regions. Tensors
+come first. Where a backend has kernels for derivatives, these are an operator of their own; `backward_schema` derives its schema.
 """
 
 import re
@@ -38,7 +38,7 @@ SCHEMAS = {
 
 
 def backward_schema(operator: str) -> str:
-    """That of `<operator>_backward`: gradients of the results, the operator's arguments, which gradients are needed."""
+    """The schema of `<operator>_backward`: gradients of the results, the operator's arguments, and which gradients are needed."""
     arguments, results = SCHEMAS[operator].removeprefix("(").split(") -> ")
     gradients = [f"Tensor {name}_gradient" for name in re.findall(r"Tensor (\w+)", results)] or ["Tensor gradient"]
     return f"({', '.join(gradients)}, {arguments}, bool[] needs) -> Tensor[]"

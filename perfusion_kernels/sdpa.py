@@ -1,8 +1,8 @@
 """`edited_attention` on a CPU: the edit in plain torch, then torch's `scaled_dot_product_attention`.
 
-What a call runs that names no backend and has its tensors in host memory: the function that stock pipelines call there, and the
-reference's result within the roundings of the dtype. Not a backend: a call that will be differentiated, autocast or vmapped, or
-that names "reference", runs the operator.
+A call that names no backend and has its tensors in host memory runs this, because it is the function that stock pipelines call there.
+The result is the reference's up to roundings of the dtype. It is not a backend: a call that will be differentiated, autocast or
+vmapped, or that names "reference", runs the operator.
 """
 
 import torch
@@ -31,7 +31,7 @@ def edited_attention(query: Tensor, key: Tensor, value: Tensor, *rest) -> Tensor
     mask = allowed(query_regions, key_regions)
     if mask is None:
         return _attend(query, key, value, None, scale)
-    alone = ~mask.any(-1)  # a token with nothing left reads everything, and gives 0
+    alone = ~mask.any(-1)  # fully masked rows attend to everything, to avoid 0 / 0, and are zeroed below
     result = _attend(query, key, value, (mask | alone[..., None])[:, None], scale)
     return result.masked_fill(alone[..., None, None], 0)
 

@@ -1,4 +1,4 @@
-"""Checks of what is known without looking at values: kinds, dtypes, devices, shapes."""
+"""Checks that need no values: types, dtypes, devices, shapes."""
 
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -14,7 +14,7 @@ INDEX = (torch.int32,)
 
 
 def dtypes_beside(tensor: Tensor) -> tuple[torch.dtype, ...]:
-    """What an argument may be that the operator combines with `tensor`: the same, or anything autocast casts."""
+    """The dtypes of an argument that must match `tensor`: the same dtype, or any floating one under autocast, which casts both."""
     return FLOATING if autocasts(tensor) else (tensor.dtype,)
 
 
@@ -23,7 +23,7 @@ def autocasts(tensor: Tensor) -> bool:
     if tensor.is_cpu:
         return torch.is_autocast_enabled("cpu")
     device_type = tensor.device.type
-    # torch.compile cannot trace the question before torch 2.12; what it compiles for has autocast
+    # torch.compile cannot trace is_autocast_available before torch 2.12; every device that it compiles for has autocast
     known = device_type != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type))
     return known and torch.is_autocast_enabled(device_type)
 
@@ -33,11 +33,11 @@ _PLAIN = frozenset((Tensor, Parameter, _NONE))
 _shape, _dtype, _device = map(attrgetter, ("shape", "dtype", "device"))
 
 REMEMBERED = 4096
-"""Combinations of shapes, dtypes and devices that `once` keeps: more than a server sees, a few megabytes at most."""
+"""Capacity of the cache of `once`: more combinations of shapes, dtypes and devices than a server sees, a few megabytes at most."""
 
 
 def once(check: Callable[..., None]) -> Callable[..., None]:
-    """`check` made once for each combination of what it may look at; one that passed is not made again.
+    """Caches `check` by shapes, dtypes and devices: a combination that passed is not checked again.
 
     check: a function of tensors and Nones, which looks at their dtypes, devices and shapes, at whether autocast is
         on, and at nothing else.
@@ -47,7 +47,7 @@ def once(check: Callable[..., None]) -> Callable[..., None]:
     @wraps(check)
     def run(*arguments: Tensor | None) -> None:
         kinds = tuple(map(type, arguments))
-        # compiled, it is made once anyway, and what is remembered would become a guard; a subclass may have symbolic sizes
+        # traced code checks once anyway, and a cache lookup would become a guard; a subclass may have symbolic sizes
         if torch.compiler.is_compiling() or not _PLAIN.issuperset(kinds) or arguments[0] is None:
             return check(*arguments)
         tensors = arguments if _NONE not in kinds else [x for x in arguments if x is not None]
@@ -64,7 +64,7 @@ def once(check: Callable[..., None]) -> Callable[..., None]:
 class Arguments:
     """Checks one call's tensors in turn; shape letters keep the size of their first appearance.
 
-    The refusal names the operator, the argument, the rule and what came.
+    The error names the operator, the argument, the rule and what came.
     """
 
     def __init__(self, operator: str):
@@ -101,7 +101,7 @@ class Arguments:
                 elif self._size(letter) != size:
                     fits = False
         if not fits:
-            raise ValueError(self._refusal(name, tensor, letters))
+            raise ValueError(self._shape_error(name, tensor, letters))
 
     def _size(self, letter: str) -> int:
         size = 1
@@ -109,7 +109,7 @@ class Arguments:
             size = size * self.sizes[factor]
         return size
 
-    def _refusal(self, name: str, tensor: Tensor, letters: list[str]) -> str:
+    def _shape_error(self, name: str, tensor: Tensor, letters: list[str]) -> str:
         known = dict.fromkeys(factor for letter in letters for factor in letter.split("*"))
         sizes = ", ".join(
             f"{letter} = {self.sizes[letter]} (from {self.origins[letter]})"

@@ -1,7 +1,7 @@
-"""Whether tensors are the very ones of before, and not written since.
+"""Detects replaced tensors by identity and in-place modification through `_version`.
 
-Writes are those that torch's version counter sees, which a tensor shares with its views. It does not see what is
-written through `.data`, numpy, DLPack, a pointer or a fused optimiser, nor what another process writes.
+A tensor shares its version counter with its views. The counter does not see writes through `.data`, numpy, DLPack, a raw
+pointer or a fused optimiser, nor those of another process.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ Marks = tuple[tuple[ref, int], ...]
 
 
 def marks(tensors: Sequence[Tensor]) -> Marks | None:
-    """What to recognise the tensors by, keeping none alive; None with an inference tensor, which counts no writes."""
+    """A weak reference and the version of each tensor. None if one is an inference tensor, which has no version counter."""
     if any(tensor.is_inference() for tensor in tensors):
         return None
     return tuple((ref(tensor), tensor._version) for tensor in tensors)
 
 
-def unwritten(tensors: Sequence[Tensor], marks: Marks) -> bool:
-    """Whether these are the tensors that `marks` was made of, each as it was then."""
+def unchanged(tensors: Sequence[Tensor], marks: Marks) -> bool:
+    """Whether these are the same tensor objects from which `marks` was made, at the same versions."""
     for tensor, (alive, version) in zip(tensors, marks):
-        if alive() is not tensor or tensor._version != version:  # dead, and perhaps its id another's; or written
+        if alive() is not tensor or tensor._version != version:  # dead, and its id possibly reused; or modified in place
             return False
     return True

@@ -1,4 +1,4 @@
-"""The user's cache folder, and in it files of measurements, one per kind of device."""
+"""The user's cache folder and the files of measurements in it, one per kind of device."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def kind(device: torch.device) -> str:
 
 
 def path(what: str, device_kind: str) -> Path:
-    """The file's name says for what and with what it was measured."""
+    """The file of measurements of `what`, "triton-3.7.1" for instance, on this kind of device."""
     name = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in f"{what}-{device_kind}")
     return cache_folder() / f"{name}.json"
 

@@ -1,12 +1,12 @@
-"""Checks that must look at values. They synchronise with the device, so no operator makes them.
+"""Checks of tensor values. They synchronise with the device, so operators do not run them.
 
-The public functions make them when `validate` is True, in every call; and when it is None and every tensor is an
-ordinary one in host memory, outside `torch.compile`. There, one that passed is not made again while its tensors are
-the same objects and torch's version counter says that neither they nor what they are views of was written. Writes that
-it does not see are overlooked: through `.data`, numpy, DLPack, a fused optimiser or another process; after these, call
-with `validate=True`. On another device call `validate_concepts` once, where a wait is cheap.
+The public functions run them when `validate` is True, in every call; and when it is None and every tensor is an
+ordinary one in host memory, outside `torch.compile`. In the latter case a check that passed is skipped while its tensors
+are the same objects at the same `_version`. Writes that the version counter does not see (`.data`, numpy, DLPack, a fused
+optimiser, another process) are missed; after those, call with `validate=True`. For tensors on a GPU call
+`validate_concepts` once, at a point where synchronising is cheap.
 
-A tensor is remembered by a weak reference, and `torch.utils.swap_tensors` refuses tensors that have one.
+Tensors are remembered by weak references; `torch.utils.swap_tensors` raises for tensors that have one.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .tensor_version import Marks, marks, unwritten
+from .tensor_version import Marks, marks, unchanged
 
 MAX_CONDITION = 1e3
 """Largest accepted condition number of a row's Gram matrix: components in float32 are then right to about 5e-5."""
 
 REMEMBERED = 4096
-"""Checks that passed and are remembered: more than a step of any model makes, a few megabytes at most."""
+"""Capacity of the cache of passed checks: more than one step of any model makes, a few megabytes at most."""
 
 _passed: dict[tuple, Marks] = {}
 
@@ -34,21 +34,21 @@ def check_values(
     tensors: Sequence[Tensor],
     *sizes: int,
 ) -> None:
-    """Makes `check(operator, *tensors, *sizes)` if this call wants it, and by default if it has not passed already.
+    """Runs `check(operator, *tensors, *sizes)` if `validate` is True, or if it is None and the check is not cached as passed.
 
-    arguments: all of the call's, which must be ordinary ones.
-    tensors, sizes: all that the check looks at.
+    arguments: all arguments of the call; with None, the check runs only if all are ordinary tensors in host memory.
+    tensors, sizes: everything that the check reads.
     """
     if validate is None:
         if torch.compiler.is_compiling():
             return
         key = (operator, sizes, *map(id, tensors))
         passed = _passed.get(key)
-        if passed is not None and unwritten(tensors, passed):
+        if passed is not None and unchanged(tensors, passed):
             return
         if not all(_is_plain(tensor) for tensor in arguments if tensor is not None):
             return
-        before = marks(tensors)  # so that another thread's write during the check counts as one after it
+        before = marks(tensors)  # taken first, so that a concurrent write during the check invalidates the cached result
         check(operator, *tensors, *sizes)
         if before is not None:
             if len(_passed) >= REMEMBERED:
@@ -82,11 +82,11 @@ def validate_concepts(
     max_condition: float = MAX_CONDITION,
     operator: str = "validate_concepts",
 ) -> None:
-    """Refuses values from which gates and components cannot be computed. Waits for the device.
+    """Raises ValueError for values from which gates and components cannot be computed. Synchronises with the device.
 
     targets, metric_targets [S, D], index [B, J], encodings [B, T, D], bias and temperature [B, J]: as for
         `concept_gates`.
-    names: S names for the refusals; without them concepts are named by slot.
+    names: S names for the error messages; without them concepts are named by slot.
     max_condition: largest accepted condition number of a row's Gram matrix.
 
     Raises ValueError, naming `operator`, the argument, the rule and what came, when an index is out of

@@ -1,4 +1,4 @@
-"""`warm_up`: the kernels that calls at given shapes will run, compiled and tuned before the first of them comes."""
+"""`warm_up`: compiles and tunes the kernels for given shapes before the first call."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -29,8 +29,8 @@ def warm_up(
 ) -> Tiles:
     """Calls every operator that has kernels at the shapes of a model's cross-attention layers, and keeps the fastest tile sizes found.
 
-    Without it a process compiles each kernel in the first call that needs it, and takes tile sizes that are
-    sensible and untried. What is found here is kept in the user's cache folder, for later processes too.
+    Without it a process compiles each kernel in the first call that needs it, and uses default tile sizes that were not
+    measured. The choices are kept in the user's cache folder, for later processes too.
 
     Args:
         layers: (N, C, H, d) of each layer: image tokens, channels, heads, head width. Repeated ones count once.
@@ -39,10 +39,10 @@ def warm_up(
         gradients: whether to warm up derivatives as well, for training.
 
     Returns:
-        what was chosen: kind of device -> launch -> tile sizes, as the cache's file has them.
+        the choices: kind of device -> launch -> tile sizes, as in the cache file.
 
     Raises:
-        BackendUnavailable: no Triton here, or the device is none that it serves. ValueError: no layer is given.
+        BackendUnavailable: Triton is missing or does not support the device. ValueError: no layer is given.
 
     Source: docs/kernels-triton.md, "Tile sizes".
     """
@@ -50,7 +50,7 @@ def warm_up(
     if not layers:
         raise ValueError("warm_up: layers must name at least one layer; got none")
     _require_triton(torch.device(device))
-    from .triton.tuning import tuning  # not at the top: it is not there without Triton
+    from .triton.tuning import tuning  # imported here, because it needs Triton
 
     with tuning() as chosen:
         for call in _calls(layers, torch.device(device), dtype, rows, tokens, text_width, concepts, gradients):
@@ -82,7 +82,7 @@ def _calls(
     J: int,
     gradients: bool,
 ) -> Iterator[Callable[[], tuple[Tensor, ...]]]:
-    """One call after the other, whose arguments exist while it runs only."""
+    """The calls, one after the other; the arguments of each are freed after it."""
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, device=device).to(dtype).requires_grad_(gradients)

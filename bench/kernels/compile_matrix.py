@@ -1,12 +1,12 @@
-"""What the Triton kernels become on each architecture: registers, memory and instructions. Table of bench/results/compile_matrix.md.
+"""Registers, memory and instructions of the compiled Triton kernels on each architecture. Table of bench/results/compile_matrix.md.
 
     PYTHONPATH=.:python python bench/kernels/compile_matrix.py --jobs 2        # everything, without a GPU
     PYTHONPATH=.:python python bench/kernels/compile_matrix.py --quick         # every kernel in one form
     PYTHONPATH=.:python python bench/kernels/compile_matrix.py --only edited   # operators with this in their name
 
 Operators are called at the shapes of Stable Diffusion 1.5 and XL, two rows of 77 tokens, with meta tensors; every kernel
-that they launch is compiled and disassembled. Rows go to --rows as they come, one JSON object a line; what is there already
-is not compiled again unless --anew is given. The table of all rows goes to --page. Nothing is said about speed.
+that they launch is compiled and disassembled. Rows are appended to --rows, one JSON object a line; cases that are there already
+are not compiled again unless --anew is given. The table of all rows goes to --page. Nothing here is a time.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ def calls(operator: str, d: int, J: int, dtype: torch.dtype) -> Iterator[tuple[s
     """(what, call, why not) of the operator and of its derivatives, where it has kernels for them."""
     forward, backward = kernels_of(operator), kernels_of(f"{operator}_backward")
     for form, arguments in arguments_of(operator, d, J, dtype):
-        yield operator + form, partial(forward, *arguments), partial(_refusal, operator, "unsupported", *arguments)
+        yield operator + form, partial(forward, *arguments), partial(_reason, operator, "unsupported", *arguments)
         if backward is not None:
             needs = [isinstance(argument, torch.Tensor) and argument.is_floating_point() for argument in arguments]
             all_arguments = (*results_of(operator, arguments), *arguments, needs)
-            unsupported = partial(_refusal, f"{operator}_backward", "unsupported_backward", *all_arguments)
+            unsupported = partial(_reason, f"{operator}_backward", "unsupported_backward", *all_arguments)
             yield f"{operator}{form}, backward", partial(backward, *all_arguments), unsupported
 
 
 def kernels_of(name: str, what: str = "") -> Callable | None:
-    """What Triton has for an operator or its derivatives, which stand in a file of their own or in the operator's."""
+    """The Triton function of an operator or of its derivatives, which are in a file of their own or in the operator's; None if absent."""
     for file in (name, name.removesuffix("_backward")):
         if (ROOT / "perfusion_kernels/triton" / f"{file}.py").exists():
             return getattr(importlib.import_module(f"perfusion_kernels.triton.{file}"), what or name, None)
     return None
 
 
-def _refusal(name: str, what: str, *arguments) -> str | None:
-    """Why the operator would not take these, were they on the GPU that is compiled for."""
+def _reason(name: str, what: str, *arguments) -> str | None:
+    """Why the operator does not support these arguments, as if they were on the GPU that is compiled for; None if it does."""
     unsupported, device_unsupported = kernels_of(name, what), device.unsupported
     device.unsupported = lambda *arguments: None
     try:
@@ -122,7 +122,7 @@ def cases(operator: str, quick: bool) -> list[Case]:
 
 
 def compiled(case: Case, architectures: Iterable[str], quick: bool) -> list[dict]:
-    """One row per kernel and architecture; where the operator refuses a case, one without a kernel."""
+    """One row per kernel and architecture; where a case is unsupported, one row without a kernel."""
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     operator, d, J, dtype = case
     rows = []
@@ -137,13 +137,13 @@ def compiled(case: Case, architectures: Iterable[str], quick: bool) -> list[dict
                 if reason is None:
                     call()
             if reason is not None:
-                rows.append(row | {"kernel": "refused", "reason": reason})
+                rows.append(row | {"kernel": "unsupported", "reason": reason})
             rows += [row | {"kernel": kernel.metadata.name, **facts(kernel)} for kernel in kernels]
     return rows
 
 
 def _counts(operator: str, what: str, d: int, architecture: str, quick: bool) -> bool:
-    """Whether this is compiled: a quick run leaves out most of what is like something else."""
+    """Whether this is compiled: a quick run skips most of the cases that resemble others."""
     if not quick:
         return operator in OWN or not what.endswith("backward")
     if d != 64:
@@ -157,11 +157,11 @@ def page(found: list[dict], missing: int = 0) -> str:
     missing: how many cases have no rows yet, because the run was interrupted.
     """
     architectures = [name for name in TARGETS if any(row["architecture"] == name for row in found)]
-    kernels = [row for row in found if row["kernel"] != "refused"]
+    kernels = [row for row in found if row["kernel"] != "unsupported"]
     wrong = [row for row in kernels if row["spills"] or row["local_bytes"]]
     lines = [
         f"triton {', '.join(sorted({row['triton'] for row in found}))}; {len(kernels)} compiled kernels, of which {len(wrong)} spill."
-        " A dash: refused there, for want of shared memory."
+        " A dash: unsupported there, because shared memory is too small."
     ]
     if missing:
         lines += ["", f"{missing} cases are still to be compiled: `python bench/kernels/compile_matrix.py` goes on."]
@@ -176,10 +176,10 @@ def page(found: list[dict], missing: int = 0) -> str:
         mine = [row for row in found if row["operator"] == operator]
         for case in dict.fromkeys((row["kernel"], row["dtype"], row["head_dim"], row["J"]) for row in mine):
             rows = [row for row in mine if (row["kernel"], row["dtype"], row["head_dim"], row["J"]) == case]
-            if case[0] == "refused":
+            if case[0] == "unsupported":
                 if len(rows) < len(architectures):
                     continue  # seen as dashes in the lines of its kernels
-                lines.append("| refused | " + " | ".join(map(str, case[1:])) + " | |" + " |" * (len(columns) - 5))
+                lines.append("| unsupported | " + " | ".join(map(str, case[1:])) + " | |" + " |" * (len(columns) - 5))
                 continue
             registers = {row["architecture"]: row["registers"] for row in rows}
             counts = [span(row["shared_bytes"] / 1024 for row in rows)] + [

@@ -1,7 +1,7 @@
-"""Triton kernels compiled for GPUs that are not there, by the launches of the package itself, and what became of them.
+"""Cross-compiles Triton kernels by the package's own launches, without a GPU, and reads facts from the machine code.
 
-Inside `compiling(target)` a launch compiles, for `target`, what it would run, and runs nothing: called with tensors
-on torch's meta device, an operator's own code chooses tiles and signatures, so none are written down a second time.
+Inside `compiling(target)` a launch compiles its kernel for `target` and runs nothing. Operators are called with tensors on
+torch's meta device, so their own code chooses tiles and signatures, and neither is repeated here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TARGETS = {
 }
 
 KIB = {"CUDA 8.0": 163, "CUDA 8.6": 99, "CUDA 8.9": 99, "CUDA 9.0": 227, "CUDA 10.0": 227, "CUDA 12.0": 99, "gfx942": 64}
-"""Shared memory that a program may have; CUDA C Programming Guide, "Technical specifications per compute capability"."""
+"""The largest shared memory of a program; CUDA C Programming Guide, "Technical specifications per compute capability"."""
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 

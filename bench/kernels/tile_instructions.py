@@ -1,9 +1,9 @@
-"""What a warp's tile of `edited_attention` takes in the compiled loop: instructions and bytes by class, for a row of 77 keys.
+"""Instructions and bytes by class of the loop over a warp's tiles of `edited_attention`, for 77 keys.
 
     python bench/kernels/tile_instructions.py [--arch 90] [--width 64 …] [--source csrc]      needs nvcc and cuobjdump, no GPU
 
-The loop over tiles is compiled alone from a copy of the sources in which what a call of 77 keys, without regions and with 16-byte
-accesses decides at run time is decided already: the other branches are not counted. Per 16 rows, so that tiles of 16 and of 32 compare.
+Compiles a copy of the sources in which the run-time conditions of a call with 77 keys, without regions and with 16-byte accesses are
+replaced by constants, so that untaken branches are not counted. Per 16 rows, so that tiles of 16 and of 32 rows compare.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from nvcc_matrix import ROOT, cuobjdump
 
-DECIDED = {  # file: (what stands there, what is counted)
+DECIDED = {  # file: (condition, its constant)
     "query_stream.cuh": (
         ("static_cast<int>(p.T)", "77"), ("plan.wide_query", "true"), ("plan.wide_output", "true"), ("plan.stages == 2", "true"),
         ("key_regions,\n", "nullptr,\n"),
@@ -35,7 +35,7 @@ BYTES = {"LDSM.16.M88.4": 512, "LDSM.16.MT88.4": 512, "LDSM.16.M88.2": 256, "LDS
 
 
 def loops(sass: str) -> dict[str, list[str]]:
-    """Of each function, the instructions of the loop with the most matrix products."""
+    """For each function, the instructions of the loop with the most HMMA instructions."""
     found = {}
     for part in sass.split("Function : ")[1:]:
         name, lines = part.split()[0], []
@@ -53,7 +53,7 @@ def loops(sass: str) -> dict[str, list[str]]:
 
 
 def counted(body: list[str]) -> tuple[Counter, Counter]:
-    """Instructions by class, and bytes that a warp moves by class."""
+    """Instructions by class, and bytes that a warp loads or stores by class."""
     instructions, moved = Counter(), Counter()
     for text in body:
         operation = text.split()[0]

@@ -1,10 +1,10 @@
-"""What each CUDA kernel moves to and from device memory at the shapes of real UNets, against the least that it could.
+"""L2 requests and DRAM bytes of each CUDA kernel at the shapes of real UNets, over the compulsory traffic of the launch.
 
     python bench/kernels/traffic_matrix.py [--jobs 2]     writes bench/results/traffic_matrix.md
 
-Runs the kernels' sources on the CPU (csrc/host/), as many blocks at once as the chip has places for, over a model of its
-second-level cache: lines of 128 bytes in sectors of 32, the one used longest ago makes room. It is empty before each launch, and
-what was written goes to memory in the end. Every access of every thread is counted. Needs g++ and minutes; no GPU. Nothing here is a time.
+Runs the kernels' sources on the CPU (csrc/host/), a wave of resident blocks at a time, over a model of the chip's L2: lines of 128
+bytes in sectors of 32, LRU. It is cold before each launch, and dirty sectors are written back at the end. L1 is not modelled: every
+access of every thread is an L2 request. Needs g++ and minutes; no GPU. Nothing here is a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLUMNS = 12480  # Stable Diffusion 1.5's; of the 83,200 of XL more would be mor
 
 @dataclass(frozen=True)
 class Chip:
-    """multiprocessors, and bytes: of shared memory that a block may have, of a multiprocessor's, of the second-level cache."""
+    """multiprocessors, and bytes: of shared memory that a block may have, of a multiprocessor's, of L2."""
 
     multiprocessors: int
     shared_per_block: int
@@ -47,22 +47,22 @@ CHIPS = {"A10": Chip(72, 101376, 102400, 6 << 20), "H200": Chip(132, 232448, 233
 
 @dataclass(frozen=True)
 class Cell:
-    """One launch: bytes that its threads asked for, bytes between cache and memory, and the least of these."""
+    """One launch, in bytes: requested from L2, moved between L2 and DRAM, and compulsory (each input and output once)."""
 
     case: str
     launch: str
     chip: str
-    asked: int
-    moved: int
+    l2_requests: int
+    dram_bytes: int
     least: int
 
     @property
     def ratio(self) -> float:
-        return self.moved / self.least
+        return self.dram_bytes / self.least
 
 
 def run(host: Host, chip: str, case: str, operator: str, arguments: dict, launches: dict[str, roofline.Work]) -> list[Cell]:
-    """One call, whose launches are named with what each must move at least."""
+    """One call. launches: by name, in order, with the compulsory traffic of each."""
     machine = CHIPS[chip]
     host.configure(**vars(machine))
     getattr(host, operator)(**arguments)
@@ -70,7 +70,8 @@ def run(host: Host, chip: str, case: str, operator: str, arguments: dict, launch
     if len(traffic) != len(launches):
         raise RuntimeError(f"{operator} has made {len(traffic)} launches, and {len(launches)} are known")
     return [
-        Cell(case, name, chip, asked, read + written, work.bytes) for (name, work), (asked, read, written) in zip(launches.items(), traffic)
+        Cell(case, name, chip, requested, read + written, work.bytes)
+        for (name, work), (requested, read, written) in zip(launches.items(), traffic)
     ]
 
 
@@ -113,26 +114,26 @@ def measured(chip: str, model: str) -> list[Cell]:
 
 
 def table(found: Sequence[Cell]) -> str:
-    """A row for each launch; for each chip what was asked for and what was moved, over the least."""
+    """A row for each launch; for each chip L2 requests and DRAM bytes, over the compulsory bytes."""
     chips = list(dict.fromkeys(cell.chip for cell in found))
     lines = [
-        "| shape | launch | " + " | ".join(f"{chip}, asked | {chip}, moved" for chip in chips) + " |",
+        "| shape | launch | " + " | ".join(f"{chip}, L2 requests | {chip}, DRAM bytes" for chip in chips) + " |",
         "|---|---|" + "---|---|" * len(chips),
     ]
     rows: dict[tuple[str, str], dict[str, Cell]] = {}
     for cell in found:
         rows.setdefault((cell.case, cell.launch), {})[cell.chip] = cell
     for names, mine in rows.items():
-        numbers = [f"{bytes / mine[chip].least:.3f}" for chip in chips for bytes in (mine[chip].asked, mine[chip].moved)]
+        numbers = [f"{bytes / mine[chip].least:.3f}" for chip in chips for bytes in (mine[chip].l2_requests, mine[chip].dram_bytes)]
         lines.append("| " + " | ".join([*names, *numbers]) + " |")
     return "\n".join(lines)
 
 
 def committed() -> dict[tuple[str, str], dict[str, tuple[float, float]]]:
-    """The page's table: (shape, launch) -> chip -> asked and moved, over the least."""
+    """The page's table: (shape, launch) -> chip -> L2 requests and DRAM bytes, over the compulsory bytes."""
     text = PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
     titles, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|"))
-    chips = [title.removesuffix(", asked") for title in titles[2::2]]
+    chips = [title.removesuffix(", L2 requests") for title in titles[2::2]]
     return {(row[0], row[1]): dict(zip(chips, zip(map(float, row[2::2]), map(float, row[3::2])))) for row in rows}
 
 

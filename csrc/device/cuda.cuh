@@ -1,4 +1,4 @@
-// The device layer on a GPU of compute capability 8.0 or newer. See layer.cuh for what each function promises.
+// The device layer on a GPU of compute capability 8.0 or newer. See layer.cuh for the contract of each function.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -9,10 +9,10 @@
 
 #define PERFUSION_DEVICE __device__ __forceinline__
 #define PERFUSION_BOTH __host__ __device__
-// `blocks` are those that a multiprocessor must hold. With 1 ptxas takes the registers that it needs; without, it spills a few to fit
-// more.
-#define PERFUSION_KERNEL(threads) PERFUSION_KERNEL_BESIDE(threads, 1)
-#define PERFUSION_KERNEL_BESIDE(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// `blocks`: resident blocks that a multiprocessor must hold at least. 1 lets ptxas use the registers that it needs; without a minimum it
+// spills a few to raise occupancy.
+#define PERFUSION_KERNEL(threads) PERFUSION_LAUNCH_BOUNDS(threads, 1)
+#define PERFUSION_LAUNCH_BOUNDS(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define PERFUSION_CONSTANT const __grid_constant__
 #define PERFUSION_UNROLL _Pragma("unroll")
 

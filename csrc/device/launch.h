@@ -1,4 +1,4 @@
-// The host's side of the device layer on a GPU: what is asked of a device, once, and launches. Any number of host threads may call it.
+// The host side of the device layer on a GPU: device attributes, queried once per device, and kernel launches. Thread-safe.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,20 +14,20 @@
 
 namespace perfusion {
 
-// Allows runtime calls that are not captured themselves (memory allocated once, a kernel's first load) while this thread is capturing a
-// stream, which would forbid them by default.
-class BesideCapture {
+// Allows CUDA runtime calls that stream capture forbids by default but that are not captured themselves (a one-time allocation, the first
+// load of a kernel), for the lifetime of the object and this thread.
+class RelaxedCapture {
  public:
-  BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
-  ~BesideCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
 
  private:
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
 };
 
-// Programmatic dependent launch: chips from 9.0 on have it, and graphs from CUDA 12.3 on can hold it. PERFUSION_DEPENDENT_LAUNCH=0
-// leaves it out, to measure what it gains.
-inline cudaError_t ask_dependent_launch(int ordinal, bool* result) {
+// Programmatic dependent launch: from compute capability 9.0 on, and from driver 12.3 on, which can capture it into graphs.
+// PERFUSION_DEPENDENT_LAUNCH=0 disables it, so that its gain can be measured.
+inline cudaError_t query_dependent_launch(int ordinal, bool* result) {
   int major = 0, driver = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
   if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
@@ -36,7 +36,7 @@ inline cudaError_t ask_dependent_launch(int ordinal, bool* result) {
   return error;
 }
 
-inline cudaError_t ask_device(int ordinal, Device* result) {
+inline cudaError_t query_device(int ordinal, Device* result) {
   const struct {
     cudaDeviceAttr attribute;
     int* value;
@@ -50,10 +50,10 @@ inline cudaError_t ask_device(int ordinal, Device* result) {
     const cudaError_t error = cudaDeviceGetAttribute(each.value, each.attribute, ordinal);
     if (error != cudaSuccess) return error;
   }
-  cudaError_t error = ask_dependent_launch(ordinal, &result->dependent_launch);
+  cudaError_t error = query_dependent_launch(ordinal, &result->dependent_launch);
   if (error != cudaSuccess) return error;
-  const BesideCapture beside;
-  void* errors = nullptr;  // kept as long as the process lives: kernels in flight may write them
+  const RelaxedCapture relaxed;
+  void* errors = nullptr;  // never freed: kernels in flight may still write to it
   error = cudaHostAlloc(&errors, PERFUSION_DEVICE_ERRORS * sizeof(int32_t), cudaHostAllocPortable | cudaHostAllocMapped);
   if (error != cudaSuccess) return error;
   result->errors = static_cast<int32_t*>(errors);
@@ -61,7 +61,7 @@ inline cudaError_t ask_device(int ordinal, Device* result) {
   return cudaSuccess;
 }
 
-// The current device, asked once.
+// The current device's attributes, queried once.
 inline perfusion_status device(const char* operation, Device* result) {
   static OncePerDevice once;
   static std::mutex mutex;
@@ -70,35 +70,35 @@ inline perfusion_status device(const char* operation, Device* result) {
   cudaError_t error = cudaGetDevice(&ordinal);
   if (error == cudaSuccess) {
     error = static_cast<cudaError_t>(once(nullptr, ordinal, [&] {
-      Device asked{};
-      const cudaError_t refused = ask_device(ordinal, &asked);
+      Device queried{};
+      const cudaError_t failed = query_device(ordinal, &queried);
       const std::lock_guard<std::mutex> guard(mutex);
-      if (refused == cudaSuccess) known[ordinal] = asked;
-      return refused;
+      if (failed == cudaSuccess) known[ordinal] = queried;
+      return failed;
     }));
   }
   if (error != cudaSuccess) {
-    return fail(PERFUSION_DEVICE_ERROR, "%s: the device cannot be asked: %s", operation, cudaGetErrorString(error));
+    return fail(PERFUSION_DEVICE_ERROR, "%s: querying the device failed: %s", operation, cudaGetErrorString(error));
   }
   const std::lock_guard<std::mutex> guard(mutex);
   *result = known[ordinal];
   return PERFUSION_OK;
 }
 
-// Lets a kernel have all of the shared memory that a block may have on the current device. Once for each: launches of one kernel with
-// different needs, from several host threads, would otherwise take each other's limit away.
+// Raises a kernel's dynamic shared memory limit to the device's maximum, once per kernel and device. Setting each launch's own size would
+// race: of two host threads that launch one kernel with different sizes, one could lower the limit of the other.
 inline cudaError_t allow_shared_memory(const void* kernel) {
   static OncePerDevice once;
   int ordinal = 0;
   const cudaError_t error = cudaGetDevice(&ordinal);
   if (error != cudaSuccess) return error;
   return static_cast<cudaError_t>(once(kernel, ordinal, [&] {
-    const BesideCapture beside;
+    const RelaxedCapture relaxed;
     int most = 0;
     cudaFuncAttributes attributes{};
-    cudaError_t refused = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
-    if (refused == cudaSuccess) refused = cudaFuncGetAttributes(&attributes, kernel);
-    if (refused != cudaSuccess) return refused;
+    cudaError_t failed = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
+    if (failed == cudaSuccess) failed = cudaFuncGetAttributes(&attributes, kernel);
+    if (failed != cudaSuccess) return failed;
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - static_cast<int>(attributes.sharedSizeBytes));
   }));
 }
@@ -112,7 +112,7 @@ perfusion_status launch(const char* operation, void (*kernel)(Arguments), int64_
   const auto* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = bytes > 48 * 1024 ? allow_shared_memory(function) : cudaSuccess;
   if (error == cudaSuccess) {
-    cudaLaunchAttribute early{};  // the kernel itself waits: wait_for_previous_kernel
+    cudaLaunchAttribute early{};  // kernels call wait_for_previous_kernel first
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t configuration{};
@@ -122,12 +122,12 @@ perfusion_status launch(const char* operation, void (*kernel)(Arguments), int64_
     configuration.stream = static_cast<cudaStream_t>(stream);
     configuration.attrs = &early;
     configuration.numAttrs = here.dependent_launch ? 1 : 0;
-    // not <<<>>> and cudaGetLastError, which would also return an error that another library's call has left there
+    // not <<<>>> with cudaGetLastError, which would also return an earlier error of another library
     void* values[] = {const_cast<Arguments*>(&arguments)};
     error = cudaLaunchKernelExC(&configuration, function, values);
   }
   if (error == cudaSuccess) return PERFUSION_OK;
-  return fail(PERFUSION_DEVICE_ERROR, "%s: the launch was refused: %s", operation, cudaGetErrorString(error));
+  return fail(PERFUSION_DEVICE_ERROR, "%s: the launch failed: %s", operation, cudaGetErrorString(error));
 }
 
 }  // namespace perfusion

@@ -1,11 +1,11 @@
-// Eight elements at a time: in one access where the tensor allows it, one by one where it does not.
+// Access to eight elements at a time: by 16-byte vectors where address and strides allow it, element by element where they do not.
 #pragma once
 
 #include "layer.cuh"
 
 namespace perfusion {
 
-// Whether rows of `tensor` can be read 8 elements at a time in accesses of 16 bytes; asked once per launch, on the host.
+// Whether rows of `tensor` can be read 8 elements at a time in accesses of 16 bytes; evaluated once per launch, on the host.
 inline bool wide_rows(const perfusion_tensor& tensor, int dimensions) {
   const int64_t step = tensor.dtype == PERFUSION_FLOAT32 ? 4 : 8;
   bool aligned = reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.strides[dimensions - 1] == 1;
@@ -13,7 +13,7 @@ inline bool wide_rows(const perfusion_tensor& tensor, int dimensions) {
   return aligned;
 }
 
-// The slot at `place`, of a bank of S; -1 if absent, and if out of range, which is noted in `errors`.
+// The slot at `place`, of a bank of S. -1 if absent, or out of range, which also sets a flag in `errors`.
 PERFUSION_DEVICE int32_t bank_slot(const int32_t* place, int64_t S, int32_t* errors) {
   const int32_t slot = load(place);
   if (slot >= -1 && slot < S) return slot;
@@ -21,7 +21,7 @@ PERFUSION_DEVICE int32_t bank_slot(const int32_t* place, int64_t S, int32_t* err
   return -1;
 }
 
-// Elements from one row of a tile in shared memory to the next, an odd number of 16-byte pieces: no bank conflicts in matrix loads.
+// The row pitch of a tile in shared memory, in elements: an odd number of 16-byte vectors, so that ldmatrix has no bank conflicts.
 PERFUSION_BOTH constexpr int tile_pitch(int columns) { return (columns / 8 | 1) * 8; }
 
 PERFUSION_DEVICE void widen(float (&x)[8], const Words& words, Half) {
@@ -49,7 +49,7 @@ PERFUSION_DEVICE void load_wide(float (&x)[8], const float* from) {
   }
 }
 
-// x[8] = from[0], from[stride], …; zeros from `count` on.
+// x[8] = from[0], from[stride], …; elements from `count` on are not read and are zero.
 template <class Element>
 PERFUSION_DEVICE void load_eight(float (&x)[8], const Element* from, int64_t stride, int count, bool wide) {
   if (wide && count >= 8) {
@@ -72,13 +72,13 @@ PERFUSION_DEVICE void load_eight(float (&x)[8], const perfusion_tensor& tensor, 
   }
 }
 
-// x = `count` columns of a row in a table [rows, columns] from `column` on, and zeros.
+// x[8] = columns of a row of a table [rows, columns] from `column` on; elements from `count` on are zero.
 PERFUSION_DEVICE void load_columns(float (&x)[8], const perfusion_tensor& table, int64_t row, int64_t column, int count,
                                    bool wide) {
   load_eight(x, table, row * table.strides[0] + column * table.strides[1], table.strides[1], wide, count);
 }
 
-// Floats of shared memory, whose addresses are multiples of 16 bytes.
+// n floats from 16-byte aligned shared memory.
 template <int n>
 PERFUSION_DEVICE void read_floats(float (&x)[n], const float* from) {
   PERFUSION_UNROLL
@@ -109,7 +109,7 @@ PERFUSION_DEVICE Words narrow(const float (&x)[8]) {
   return words;
 }
 
-// The same bits in 16 bytes, for 16-bit elements; zeros from `count` on.
+// The first `count` of 8 strided 16-bit elements as a 16-byte vector, unconverted; zeros behind them.
 template <class Element>
 PERFUSION_DEVICE Words gather(const Element* from, int64_t stride, int count = 8) {
   Words words;
@@ -122,7 +122,7 @@ PERFUSION_DEVICE Words gather(const Element* from, int64_t stride, int count = 8
   return words;
 }
 
-// The first `count` of 8 elements.
+// Stores the first `count` of the 8 elements of a vector.
 template <class Element>
 PERFUSION_DEVICE void scatter(Element* to, int64_t stride, const Words& words, int count = 8) {
   PERFUSION_UNROLL

@@ -1,4 +1,4 @@
-// What is done once for each of some things on each device, however many host threads ask at a time.
+// Runs an initialisation once per (object, device), with any number of host threads.
 #pragma once
 
 #include <map>
@@ -10,7 +10,7 @@ namespace perfusion {
 
 class OncePerDevice {
  public:
-  // 0 if it was done before. Otherwise what `make` returns; 0 says that it is done now. One thread makes, others wait for it.
+  // Returns 0 if it has succeeded before; otherwise the result of `make`, where 0 is success. Concurrent callers wait for it.
   template <class Make>
   int operator()(const void* thing, int device, Make make) {
     const std::lock_guard<std::mutex> guard(mutex);

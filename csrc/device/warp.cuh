@@ -1,18 +1,18 @@
-// What the lanes of a warp do together.
+// Warp reductions.
 #pragma once
 
 #include "layer.cuh"
 
 namespace perfusion {
 
-// Of all 32 lanes, in every one of them.
+// The sum over all 32 lanes, in every lane.
 PERFUSION_DEVICE float sum_of_warp(float x) {
   PERFUSION_UNROLL
   for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   return x;
 }
 
-// The sums of x over 8 or 4 neighbouring lanes, shared out among them: lane m of these has x[8 / lanes m + i] in x[i], i < 8 / lanes.
+// Reduce-scatter of x[8] over 8 or 4 neighbouring lanes: lane m of them returns the sum of x[8 / lanes m + i] in x[i], i < 8 / lanes.
 template <int lanes>
 PERFUSION_DEVICE void sum_of_lanes(float (&x)[8]) {
   int half = 4;

@@ -8,7 +8,7 @@
 
 #if defined(PERFUSION_HOST)
 
-// From `new`, so that an address sanitizer knows its exact end; aligned to 16 bytes, as `new` of large types is.
+// By operator new, whose exact end AddressSanitizer checks; it aligns to 16 bytes.
 inline void *allocate(size_t bytes) { return ::operator new[](bytes); }
 inline void free_device(void *device) { ::operator delete[](device); }
 inline void copy_to_device(void *device, const void *host, size_t bytes) {

@@ -11,10 +11,11 @@ namespace perfusion::host {
 
 namespace {
 
-int64_t blocks_at_once(int threads, int bytes) {
+// Resident blocks of the device, at 168 registers a thread; 1 where no traffic is counted.
+int64_t blocks_of_a_wave(int threads, int bytes) {
   const Device& device = machine().device;
-  const int64_t on_the_machine = int64_t{device.multiprocessors} * resident_blocks(device, bytes, 65536 / (168 * threads));
-  return device.cache == 0 || on_the_machine < 1 ? 1 : on_the_machine;
+  const int64_t resident = int64_t{device.multiprocessors} * resident_blocks(device, bytes, 65536 / (168 * threads));
+  return device.cache == 0 || resident < 1 ? 1 : resident;
 }
 
 }  // namespace
@@ -25,7 +26,7 @@ Block::Block(int64_t index, int threads, int bytes)
 }
 
 Run::Run(int threads, int bytes, const std::function<void()>& kernel)
-    : kernel(kernel), threads(threads), bytes(bytes), at_once(blocks_at_once(threads, bytes)), cache(machine().device.cache),
+    : kernel(kernel), threads(threads), bytes(bytes), wave(blocks_of_a_wave(threads, bytes)), cache(machine().device.cache),
       order(threads) {
   std::iota(order.begin(), order.end(), 0);
   if (machine().order == Order::backward) std::reverse(order.begin(), order.end());
@@ -66,15 +67,15 @@ void Run::stop(const std::string& why) {
   std::abort();  // a finished lane is not resumed
 }
 
-std::string Run::complaint() {
+std::string Run::deadlock() {
   int counts[4] = {};
   for (const Lane& each : block().lanes) ++counts[static_cast<int>(each.state)];
   return std::to_string(counts[1]) + " threads wait at a barrier and " + std::to_string(counts[2]) + " for their warp, " +
          std::to_string(counts[3]) + " have returned (block " + std::to_string(block().index) + ")";
 }
 
-// Several blocks, which advance by turns from barrier to barrier.
-void Run::run_together(int64_t first, int64_t count) {
+// The resident blocks of one wave, round-robin: each advances to its next barrier.
+void Run::run_wave(int64_t first, int64_t count) {
 #if !defined(PERFUSION_THREAD_SANITIZER)
   blocks.clear();
 #endif
@@ -89,21 +90,21 @@ void Run::run_together(int64_t first, int64_t count) {
     running = blocks[i].get();
     const bool all =
         std::all_of(running->lanes.begin(), running->lanes.end(), [](const Lane& x) { return x.state == State::finished; });
-    if (!all) message = complaint();
+    if (!all) message = deadlock();
   }
 }
 
 void Run::begin(int64_t index) {
 #if defined(PERFUSION_THREAD_SANITIZER)
-  const int64_t places = 2 * at_once;  // two blocks that follow each other have no lane in common to order them
+  const int64_t slots = 2 * wave;  // consecutive waves share no fiber, which would order them
 #else
-  const int64_t places = at_once;
+  const int64_t slots = wave;
 #endif
   blocks.push_back(std::make_unique<Block>(index, threads, bytes));
-  for (int i = 0; i < threads; ++i) prepare(blocks.back()->lanes[i].fiber, index % places * threads + i, &Run::entry);
+  for (int i = 0; i < threads; ++i) prepare(blocks.back()->lanes[i].fiber, index % slots * threads + i, &Run::entry);
 }
 
-// Until the block has passed a barrier or none of its lanes can go on. -> whether any could
+// Runs the block until it has passed a barrier or no lane is runnable. Returns whether any lane ran.
 bool Run::advance(Block& block) {
   running = &block;
   const int64_t passed = block.passed;
@@ -120,13 +121,13 @@ bool Run::advance(Block& block) {
   return any;
 }
 
-// A block is not ordered before another.
+// Nothing orders one block before another, as on a GPU.
 void Run::run_blocks(int64_t count) {
-  for (int64_t i = 0; i < count && message.empty(); i += at_once) run_together(i, std::min(at_once, count - i));
+  for (int64_t i = 0; i < count && message.empty(); i += wave) run_wave(i, std::min(wave, count - i));
   order_after(&ended);
 }
 
-// Whether the barrier at this line is the one that the machine leaves out.
+// Whether the barrier at this line is Machine::dropped.
 bool drop(const char* file, int line) {
   Machine& one = machine();
   if (one.dropped.empty()) return false;
@@ -136,7 +137,7 @@ bool drop(const char* file, int line) {
   return same;
 }
 
-// PERFUSION_HOST_MULTIPROCESSORS, PERFUSION_HOST_ORDER (0, 1, 2) and PERFUSION_HOST_DROP, for programs that see the C API alone.
+// PERFUSION_HOST_MULTIPROCESSORS, PERFUSION_HOST_ORDER (0, 1, 2) and PERFUSION_HOST_DROP, for programs that link only the C API.
 Machine from_environment() {
   Machine one;
   if (const char* count = std::getenv("PERFUSION_HOST_MULTIPROCESSORS")) one.device.multiprocessors = std::atoi(count);
@@ -153,7 +154,7 @@ Machine& machine() {
 void wait_for_previous_kernel() { here().self().has_waited = true; }
 
 void count(bool written, const void* address, int bytes) {
-  if (!here().self().has_waited) stop("global memory is touched while the kernel before may still run");
+  if (!here().self().has_waited) stop("global memory is accessed before griddepcontrol.wait, while the previous kernel may still run");
   Machine& one = machine();
   (written ? bytes == 16 ? one.written_wide : one.written_narrow : bytes == 16 ? one.read_wide : one.read_narrow) += bytes;
   if (one.device.cache) here().cache.access(address, bytes, written);
@@ -166,8 +167,8 @@ std::string run(int64_t blocks, int threads, int bytes, const std::function<void
   Run::current() = &run;
   run.run_blocks(blocks);
   Run::current() = nullptr;
-  run.cache.empty();
-  if (machine().device.cache) machine().traffic.push_back({run.cache.asked, run.cache.read, run.cache.written});
+  run.cache.flush();
+  if (machine().device.cache) machine().traffic.push_back({run.cache.requested, run.cache.dram_read, run.cache.dram_written});
   return run.message;
 }
 
@@ -181,17 +182,17 @@ void barrier(const char* file, int line) {
   if (drop(file, line)) return;
   Run& run = here();
   Block& block = run.block();
-  char* turn = block.turns.now();
-  order_before(turn);
+  char* phase = block.phase.current();
+  order_before(phase);
   if (++block.at_barrier < run.threads) {
     run.wait(State::at_barrier);
   } else {
     block.at_barrier = 0;
     ++block.passed;
-    block.turns.next();
+    block.phase.flip();
     for (Lane& lane : block.lanes) lane.state = State::ready;
   }
-  order_after(turn);
+  order_after(phase);
 }
 
 }  // namespace perfusion::host

@@ -1,5 +1,5 @@
-// A second-level cache, to count what of a launch's accesses reaches device memory: lines of 128 bytes in sectors of 32, as the GPUs
-// here have them, in sets of 16 to 31. In its set, what was used longest ago makes room.
+// A model of the L2 cache, to count the DRAM bytes of a launch: lines of 128 bytes in sectors of 32, 16- to 31-way set associative,
+// LRU replacement within a set, write-back without fetch on a store. L1 is not modelled: every request of a thread goes to L2.
 #pragma once
 
 #include <cstddef>
@@ -10,25 +10,25 @@ namespace perfusion::host {
 
 class Cache {
  public:
-  explicit Cache(int64_t bytes);  // full of what nobody here asks for
+  explicit Cache(int64_t bytes);  // cold: no line of it is of this launch
   void access(const void* address, int bytes, bool written);
-  void empty();  // what has been written goes to memory
+  void flush();  // writes dirty sectors back
 
-  uint64_t asked = 0;              // bytes
-  uint64_t read = 0, written = 0;  // the same, of device memory, in whole sectors
+  uint64_t requested = 0;                    // bytes, by accesses
+  uint64_t dram_read = 0, dram_written = 0;  // bytes, in whole sectors
 
  private:
   static constexpr int line_bytes = 128, sector_bytes = 32, least_ways = 16;
   struct Line {
     uint64_t number = ~uint64_t{0};
-    uint8_t held = 0, changed = 0;  // a bit for each sector
+    uint8_t valid = 0, dirty = 0;  // a bit for each sector
   };
 
   Line& use(uint64_t number);
-  void drop(Line& line);
+  void evict(Line& line);
 
   size_t sets = 1, ways;
-  std::vector<Line> lines;  // [sets, ways], of each set the one used last first
+  std::vector<Line> lines;  // [sets, ways], most recently used first in each set
 };
 
 }  // namespace perfusion::host

@@ -1,4 +1,4 @@
-// Asynchronous copies of a lane, which land when they are waited for and not before.
+// Asynchronous copies of a lane. They complete at the wait and no earlier, so a missing wait shows.
 #include "run.h"
 
 namespace perfusion::host {

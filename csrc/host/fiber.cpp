@@ -96,13 +96,13 @@ void switch_fiber(Fiber& from, Fiber& to, bool last) {
 #if defined(__SANITIZE_ADDRESS__) || defined(PERFUSION_THREAD_SANITIZER)
   swapcontext(&from.context, &to.context);
 #else
-  if (__builtin_setjmp(from.place) == 0) {  // a swapcontext is two calls of the system, and most of a run is switches
+  if (__builtin_setjmp(from.place) == 0) {  // swapcontext makes two system calls, and most of a run is switches
     if (to.has_begun) __builtin_longjmp(to.place, 1);
     to.has_begun = true;
     setcontext(&to.context);
   }
 #endif
-  arrived(from, to);  // whoever was switched to switches back
+  arrived(from, to);  // resumed
 }
 
 void arrived(Fiber& here, Fiber& from) {

@@ -1,4 +1,4 @@
-// The device layer on the CPU. See device/layer.cuh for what each function promises; here, misuse ends the run by name.
+// The device layer on the CPU. See device/layer.cuh for the contract of each function; here, a violation ends the run with a message.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 #define PERFUSION_DEVICE inline
 #define PERFUSION_BOTH
 #define PERFUSION_KERNEL(threads) void
-#define PERFUSION_KERNEL_BESIDE(threads, blocks) void
+#define PERFUSION_LAUNCH_BOUNDS(threads, blocks) void
 #define PERFUSION_CONSTANT const
 #define PERFUSION_UNROLL
 
@@ -43,7 +43,7 @@ inline void copy_async(void* shared, const void* global, int bytes) {
     host::count(false, global, bytes);
   }
   auto* to = static_cast<unsigned char*>(shared);
-  std::fill_n(to, 16, 0xff);  // NaN in every format: what is read before the wait shows
+  std::fill_n(to, 16, 0xff);  // NaN in every format, so that a read before the wait shows
   host::issue({to, static_cast<const unsigned char*>(global), bytes});
 }
 
@@ -58,7 +58,7 @@ inline void wait_for_copies() {
   }
 }
 
-// Each lane reads the row that it names; the exchange hands the elements round.
+// Each lane reads the row that it addresses; the collective distributes the elements.
 template <int matrices>
 inline void load_matrices_as(uint32_t (&r)[matrices], const void* row, bool transposed) {
   uint16_t elements[8] = {};

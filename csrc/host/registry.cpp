@@ -1,4 +1,4 @@
-// The registry of the host library, for which ptxas compiles nothing. That of the CUDA library is written by csrc/registry.py.
+// The host library's registry: empty, because ptxas compiles nothing for it. csrc/registry.py generates that of the CUDA library.
 #include "../include/perfusion_kernels.h"
 
 extern "C" int64_t perfusion_compiled_kernels(const perfusion_compiled_kernel** kernels) {

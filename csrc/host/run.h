@@ -1,4 +1,4 @@
-// The run of one launch: a block's lanes, which of them waits for what, and who goes on.
+// The scheduler of one launch: a block's lanes, what each waits for, and which runs next.
 #pragma once
 
 #include <deque>
@@ -16,13 +16,14 @@ namespace perfusion::host {
 
 constexpr int warp_lanes = 32;
 
-// What a barrier orders by. Its turns are told apart by two addresses: a lane may come to the next turn before another has left
-// this one, and with a single address that other would be ordered after what the first has done since.
-struct Turns {
-  char* now() { return &addresses[turn]; }
-  void next() { turn ^= 1; }
+// The synchronization object of a barrier, for ThreadSanitizer. Consecutive phases alternate between two addresses: a lane may arrive
+// at the next phase before another has left this one, and with a single address the late one would also acquire what the early one
+// released since, which would hide a race.
+struct BarrierPhase {
+  char* current() { return &addresses[phase]; }
+  void flip() { phase ^= 1; }
   char addresses[2] = {};
-  int turn = 0;
+  int phase = 0;
 };
 
 enum class State { ready, at_barrier, at_collective, finished };
@@ -30,17 +31,17 @@ enum class State { ready, at_barrier, at_collective, finished };
 struct Lane {
   Fiber fiber;
   State state = State::ready;
-  std::deque<Copy> copies;        // issued and not landed
-  std::deque<size_t> groups;      // copies per committed group
-  size_t open = 0;                // copies issued since
-  bool has_waited = false;        // for the kernel before
+  std::deque<Copy> copies;        // issued, not completed
+  std::deque<size_t> groups;      // copies in each committed group
+  size_t open = 0;                // copies issued since the last commit
+  bool has_waited = false;        // for the previous kernel: griddepcontrol.wait
   const void* operand = nullptr;  // of the collective that the lane is at
 };
 
 struct Warp {
   int arrived = 0;
   const char* collective = nullptr;
-  Turns turns;
+  BarrierPhase phase;
 };
 
 struct Block {
@@ -50,8 +51,8 @@ struct Block {
   std::vector<Lane> lanes;
   std::vector<Warp> warps;
   int at_barrier = 0;
-  int64_t passed = 0;  // barriers
-  Turns turns;
+  int64_t passed = 0;  // barriers completed
+  BarrierPhase phase;
 };
 
 class Run {
@@ -64,7 +65,7 @@ class Run {
   void finish_lane();
   [[noreturn]] void stop(const std::string& message);
 
-  // Calls `perform` once the whole warp is here, with every lane's operand.
+  // Calls `perform` with every lane's operand once the whole warp has arrived.
   template <class Operand, class Perform>
   void collective(const char* name, const Operand& operand, Perform perform) {
     Warp& warp = block().warps[lane / warp_lanes];
@@ -93,29 +94,29 @@ class Run {
 
   const std::function<void()>& kernel;
   const int threads, bytes;
-  const int64_t at_once;  // blocks
+  const int64_t wave;  // resident blocks of the whole device
   int lane = 0;
   std::string message;
   Cache cache;
 
  private:
   static void entry();
-  void run_together(int64_t first, int64_t count);
+  void run_wave(int64_t first, int64_t count);
   void begin(int64_t index);
   bool advance(Block& block);
-  std::string complaint();
+  std::string deadlock();
 
-  std::vector<std::unique_ptr<Block>> blocks;  // the last are those that run; see run_together for the others
+  std::vector<std::unique_ptr<Block>> blocks;  // the last are those that run; under ThreadSanitizer earlier ones are kept
   Block* running = nullptr;
-  std::vector<int> order;  // of lanes that can go on
-  char begun = 0, ended = 0;  // their addresses order the lanes after what the launch has set up, and its end after them
+  std::vector<int> order;  // in which lanes are scheduled
+  char begun = 0, ended = 0;  // synchronization addresses: launch before lanes, lanes before the launch's end
   Fiber scheduler;
   std::mt19937 random{7};
 };
 
 inline Run& here() { return *Run::current(); }
 
-// Whether the barrier at this line is the one that the machine leaves out.
+// Whether the barrier at this line is Machine::dropped.
 bool drop(const char* file, int line);
 
 }  // namespace perfusion::host

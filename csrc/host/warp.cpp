@@ -1,4 +1,4 @@
-// What the lanes of a warp do together, with the layouts of the PTX manual.
+// Warp-level collectives, with the fragment layouts of the PTX manual.
 #include <algorithm>
 
 #include "run.h"
@@ -8,11 +8,11 @@ namespace perfusion::host {
 void warp_barrier(const char* file, int line) {
   if (drop(file, line)) return;
   Run& run = here();
-  Turns& turns = run.block().warps[run.lane / warp_lanes].turns;
-  char* turn = turns.now();
-  order_before(turn);
-  run.collective("warp_barrier", 0, [&turns](const int* const*) { turns.next(); });
-  order_after(turn);
+  BarrierPhase& phase = run.block().warps[run.lane / warp_lanes].phase;
+  char* address = phase.current();
+  order_before(address);
+  run.collective("warp_barrier", 0, [&phase](const int* const*) { phase.flip(); });
+  order_after(address);
 }
 
 float shuffle_xor(float x, int mask) {
@@ -38,14 +38,14 @@ void exchange_matrices(uint32_t* r, const uint16_t* row, const void* address, in
   Run& run = here();
   struct Operand {
     uint32_t* r;
-    const uint16_t* row;  // a copy of what stands at `address`
+    const uint16_t* row;  // a copy of the 16 bytes at `address`
     const void* address;
   };
   const char* const names[2][2] = {{"load_matrices of 2", "load_matrices_transposed of 2"},
                                    {"load_matrices of 4", "load_matrices_transposed of 4"}};
-  // the names must be one object each: they are compared by address
+  // one object for each name: collective() compares addresses
   run.collective(names[matrices == 4][transposed], Operand{r, row, address}, [=](const Operand* const* lanes) {
-    for (int m = 0; m < matrices; ++m) {  // rows of 16 bytes, eight of which are all banks
+    for (int m = 0; m < matrices; ++m) {  // 8 rows of 16 bytes cover all 32 banks once: two rows at the same 16 bytes of 128 conflict
       int rows[8] = {};
       for (int i = 0; i < 8; ++i) ++rows[reinterpret_cast<uintptr_t>(lanes[8 * m + i]->address) / 16 % 8];
       machine().matrices += 1, machine().matrix_cycles += *std::max_element(rows, rows + 8);

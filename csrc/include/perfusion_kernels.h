@@ -1,7 +1,7 @@
 /* The operators of perfusion-kernels for C and C++: raw pointers, sizes, a stream, a status code.
  *
  * No function allocates, throws or waits for the device, so every call can be captured into a CUDA graph; where one needs a
- * workspace, a function beside it says how many bytes, and the caller brings them. Work is put on the stream given, on the
+ * workspace, a function beside it returns the bytes, and the caller allocates them. Work is put on the stream given, on the
  * current device. Letters are those of DESIGN.md: B batch rows, T text tokens, D text width, O output columns, J concept places
  * per row, S slots in the bank, H heads, d head width, N image tokens, C channels of one.
  */
@@ -22,9 +22,9 @@ extern "C" {
 
 typedef enum perfusion_status {
   PERFUSION_OK = 0,
-  PERFUSION_INVALID_ARGUMENT = 1, /* a rule of the function is broken */
-  PERFUSION_UNSUPPORTED = 2,      /* meaningful, but no kernel here does it: the message lists what is supported */
-  PERFUSION_DEVICE_ERROR = 3      /* the runtime refused the launch; the message is its own */
+  PERFUSION_INVALID_ARGUMENT = 1, /* an argument violates a documented rule */
+  PERFUSION_UNSUPPORTED = 2,      /* valid, but no kernel of this library supports it; the message says what is */
+  PERFUSION_DEVICE_ERROR = 3      /* the CUDA runtime returned an error, which the message quotes */
 } perfusion_status;
 
 typedef enum perfusion_dtype {
@@ -34,8 +34,8 @@ typedef enum perfusion_dtype {
   PERFUSION_INT32 = 3
 } perfusion_dtype;
 
-/* Memory of the device with one stride per dimension, in elements; strides beyond the tensor's dimensions are not read.
- * data == NULL says that an optional tensor is absent. */
+/* Device memory with one stride per dimension, in elements; strides beyond the tensor's dimensions are not read. data == NULL: an
+ * optional tensor is absent. */
 typedef struct perfusion_tensor {
   void *data;
   perfusion_dtype dtype;
@@ -56,7 +56,7 @@ typedef struct perfusion_concept_gates_params {
   perfusion_tensor temperature;    /* [B, J] float32, not read where index is -1 */
   perfusion_tensor gates;          /* [B, T, J] float32, written: 0 where index is -1 */
   perfusion_tensor components;     /* [B, T, J] float32, written: 0 where index is -1 */
-  void *workspace;                 /* 16-byte aligned, where one is needed; its contents do not matter */
+  void *workspace;                 /* 16-byte aligned, where one is needed; uninitialised */
   int64_t workspace_bytes;
   perfusion_tensor places;         /* [B, J, P] int32: where a concept's words stand in T, -1 for none; or absent. At its own places a */
   int64_t P;                       /* gate is at least its floor, at those of another concept of the row 0 (DESIGN.md, (5a)) */
@@ -92,8 +92,8 @@ PERFUSION_API perfusion_status perfusion_edited_projection(const perfusion_edite
 PERFUSION_API perfusion_status perfusion_fused_edited_projection(const perfusion_edited_projection_params *params,
                                                                  perfusion_stream stream);
 
-/* Derivatives of perfusion_edited_projection and perfusion_fused_edited_projection for a gradient of the result (DESIGN.md, (14)). Those
- * whose tensors are given are written. Every sum has one order, so equal calls give equal bits. */
+/* Derivatives of perfusion_edited_projection and perfusion_fused_edited_projection for a gradient of the result (DESIGN.md, (14)). A
+ * gradient is written if its tensor is given. Every sum has a fixed order, so results are deterministic. */
 typedef struct perfusion_edited_projection_backward_params {
   int64_t B, T, D, O, J, S;
   perfusion_tensor gradient;                   /* [B, T, O] float16 or bfloat16, of the result */
@@ -103,12 +103,12 @@ typedef struct perfusion_edited_projection_backward_params {
   perfusion_tensor index;                      /* [B, J] int32, -1 for none */
   perfusion_tensor outputs;                    /* [S, O] float16, bfloat16 or float32 */
   perfusion_tensor projected_targets;          /* [S, O] as outputs */
-  perfusion_tensor encodings_gradient;         /* [B, T, D] as gradient; of weight */
-  perfusion_tensor gates_gradient;             /* [B, T, J] float32, 0 where index is -1; of outputs */
-  perfusion_tensor components_gradient;        /* [B, T, J] float32, 0 where index is -1; of projected_targets */
-  perfusion_tensor outputs_gradient;           /* [S, O] as outputs, 0 for slots not in index; of gates */
-  perfusion_tensor projected_targets_gradient; /* [S, O] as outputs, 0 for slots not in index; of components */
-  void *workspace;                             /* 16-byte aligned, for encodings_gradient; its contents do not matter */
+  perfusion_tensor encodings_gradient;         /* [B, T, D] as gradient; needs weight */
+  perfusion_tensor gates_gradient;             /* [B, T, J] float32, 0 where index is -1; needs outputs */
+  perfusion_tensor components_gradient;        /* [B, T, J] float32, 0 where index is -1; needs projected_targets */
+  perfusion_tensor outputs_gradient;           /* [S, O] as outputs, 0 for slots not in index; needs gates */
+  perfusion_tensor projected_targets_gradient; /* [S, O] as outputs, 0 for slots not in index; needs components */
+  void *workspace;                             /* 16-byte aligned, for encodings_gradient; uninitialised */
   int64_t workspace_bytes;
 } perfusion_edited_projection_backward_params;
 
@@ -116,7 +116,7 @@ typedef struct perfusion_edited_projection_backward_params {
 PERFUSION_API perfusion_status perfusion_edited_projection_backward_workspace(
     const perfusion_edited_projection_backward_params *params, int64_t *bytes);
 
-/* Sizes as in perfusion_edited_projection. weight, tables, gates and components may be absent where nothing given is of them. */
+/* Sizes as in perfusion_edited_projection. weight, tables, gates and components may be absent where no requested gradient needs them. */
 PERFUSION_API perfusion_status perfusion_edited_projection_backward(const perfusion_edited_projection_backward_params *params,
                                                                     perfusion_stream stream);
 
@@ -136,8 +136,8 @@ typedef struct perfusion_edited_attention_params {
   perfusion_tensor value_targets; /* [S, H*d] as value_outputs */
   perfusion_tensor output;        /* [B, N, H, d] as query, written; must not overlap any other */
   float scale;
-  perfusion_tensor slots;         /* [B] int32: the row of key, value, gates, components and index that a row of query reads, of P */
-  int64_t P;                      /* instead of B, with slots */
+  perfusion_tensor slots;         /* [B] int32, in 0 ... P - 1: the row of key, value, gates, components and index that a query row reads */
+  int64_t P;                      /* with slots: rows of key, value, gates, components and index, instead of B */
   perfusion_tensor query_regions; /* [B, N] int32, a set of bits; with key_regions, or absent */
   perfusion_tensor key_regions;   /* [B, T] int32: a token attends where this is 0 or shares a bit with its own */
 } perfusion_edited_attention_params;
@@ -146,8 +146,8 @@ typedef struct perfusion_edited_attention_params {
 PERFUSION_API perfusion_status perfusion_edited_attention(const perfusion_edited_attention_params *params,
                                                           perfusion_stream stream);
 
-/* edited_attention to K = e W_Kᵀ and V = e W_Vᵀ, projected, edited and attended to in one launch (DESIGN.md, (12)). The edit is
- * given as there; K and V are rounded to the dtype of query before it and after it. */
+/* edited_attention with K = e W_Kᵀ and V = e W_Vᵀ, in one launch (DESIGN.md, (12)). The edit's tensors are as there; K and V are
+ * rounded to the dtype of query before the edit and after it. */
 typedef struct perfusion_fused_edited_attention_params {
   int64_t B, N, T, D, H, d, J, S;
   perfusion_tensor query;         /* [B, N, H, d] float16 or bfloat16 */
@@ -170,17 +170,17 @@ typedef struct perfusion_fused_edited_attention_params {
 PERFUSION_API perfusion_status perfusion_fused_edited_attention(const perfusion_fused_edited_attention_params *params,
                                                                 perfusion_stream stream);
 
-/* What fits, without a call and without a device: the longest context, T, that an operator takes where a block has so many bytes of
- * shared memory (cudaDevAttrMaxSharedMemoryPerBlockOptin), at head width d, with `sides` of K and V edited, 0 to 2, and with regions
- * or without. 0: none, because the width is not compiled or one token is too many. */
+/* The longest context T that an operator supports with this many bytes of shared memory per block
+ * (cudaDevAttrMaxSharedMemoryPerBlockOptin), at head width d, with `sides` of K and V edited, 0 to 2, and with regions or without.
+ * 0: unsupported, because the width is not compiled or not even T = 1 fits. Needs no device. */
 PERFUSION_API int64_t perfusion_edited_attention_longest(int64_t shared_memory, int64_t d, int64_t sides, int64_t regions);
 PERFUSION_API int64_t perfusion_fused_edited_attention_longest(int64_t shared_memory, int64_t d, int64_t sides);
 
-/* The largest J that perfusion_concept_gates takes. */
+/* The largest J that perfusion_concept_gates supports. */
 PERFUSION_API int64_t perfusion_concept_gates_most(void);
 
-/* A kernel as it was compiled for one architecture, as ptxas reports it. Bytes of spills are those stored and loaded, of stack
- * those of a thread's local memory, of shared memory those of a block. */
+/* A kernel compiled for one architecture, with ptxas's report. spills: bytes stored and loaded; stack: bytes of local memory per
+ * thread; shared memory: bytes per block. */
 typedef struct perfusion_compiled_kernel {
   const char *kernel;            /* "edited_attention"; an operator may have several */
   const char *tile;              /* the numbers it is compiled for, as "head_dim 40, keys 80"; "" where there are none */
@@ -190,26 +190,26 @@ typedef struct perfusion_compiled_kernel {
   int32_t spills;
   int32_t stack;
   int32_t static_shared_memory;
-  int32_t dynamic_shared_memory; /* of a launch without an edit; -1 where it depends on J */
+  int32_t dynamic_shared_memory; /* of a launch without an edit; -1 if it depends on J */
 } perfusion_compiled_kernel;
 
 /* The kernels of this library: how many there are, and the first of them, valid as long as the library is loaded. Never fails and
  * looks at no device. The host library has none: 0, and *kernels is NULL. */
 PERFUSION_API int64_t perfusion_compiled_kernels(const perfusion_compiled_kernel **kernels);
 
-/* Errors that only the device sees. No function waits for it, so none can return them: a kernel reads what is out of range as absent,
- * and notes it in a word of host memory. */
+/* Errors that only a kernel can find. No function synchronises, so none can return them: a kernel treats a value out of range as absent
+ * and sets a flag in mapped host memory. */
 typedef enum perfusion_device_error {
   PERFUSION_SLOT_OUT_OF_RANGE = 0,  /* slots: the row gave zeros */
   PERFUSION_INDEX_OUT_OF_RANGE = 1, /* index: the concept was left out */
-  PERFUSION_DEVICE_ERRORS = 2       /* how many there are */
+  PERFUSION_DEVICE_ERRORS = 2       /* the number of flags */
 } perfusion_device_error;
 
-/* Writes PERFUSION_DEVICE_ERRORS words, not 0 where kernels on the current device have met the error since the last call, and
- * forgets them. Complete once the device is past the launches in question, for which it does not wait. */
+/* Writes PERFUSION_DEVICE_ERRORS flags, nonzero where a kernel on the current device has found the error since the last call, and clears
+ * them. It does not synchronise: only launches that have completed are covered. */
 PERFUSION_API perfusion_status perfusion_device_errors(int32_t *errors);
 
-/* What the last call of this thread that failed has to say: operator, argument, rule, what came. Valid until the next call. */
+/* The message of this thread's last failed call: operator, argument, rule, and the value given. Valid until the next failure. */
 PERFUSION_API const char *perfusion_last_message(void);
 
 #ifdef __cplusplus

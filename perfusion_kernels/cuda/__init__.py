@@ -1,8 +1,8 @@
 """The compiled CUDA kernels, as operators of torch; see csrc/ and setup.py for where they come from.
 
-An operator's kernel is registered by the library itself (csrc/torch/<operator>.cpp). Here it gets its schema, and a function of
-the operator's name in supports.py, `<operator>_backward` where its derivatives are compiled too. Importing this loads
-nothing: library.py says when that happens.
+The library registers an operator's kernel itself (csrc/torch/<operator>.cpp). Here the operator gets its schema, and supports.py has
+a predicate of its name, and `<operator>_backward` where its derivatives are compiled too. Importing this module does not load
+the library; library.py loads it at first use.
 """
 
 import importlib
@@ -21,12 +21,12 @@ def unsupported(name: str):
 
 
 def not_preferred(operator: Operator):
-    """A call that will be differentiated is left to a backend that has kernels for that, if this one has none."""
+    """A call that will be differentiated is not preferred here if only another backend has kernels for the derivatives."""
 
     def not_preferred(*arguments) -> str | None:
         elsewhere = len(operator.backwards) > 0 and "cuda" not in operator.backwards
         if elsewhere and differentiated(arguments):
-            return "its derivatives are not compiled, and others have kernels for them"
+            return "its derivatives are not compiled, and another backend has kernels for them"
         return None
 
     return not_preferred

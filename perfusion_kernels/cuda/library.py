@@ -1,7 +1,7 @@
-"""The compiled library beside this file: whether there is one, what it holds, and whether it can run on a device.
+"""The compiled library beside this file: whether it exists, what it holds, and whether it can run on a device.
 
-setup.py puts it here, with build.json. It is loaded once, at the first call with a tensor on a GPU or when somebody asks why
-not, or for its kernels; importing this package loads nothing and looks at no device.
+setup.py puts it here, with build.json. It is loaded once: at the first call with a tensor on a GPU, or when `available_backends`
+or `compiled_kernels` needs it. Importing this package loads nothing and queries no device.
 """
 
 import ctypes
@@ -20,14 +20,13 @@ LIBRARY = FOLDER / "libperfusion_kernels_torch.so"
 
 
 def compiled_kernels() -> dict:
-    """What was compiled for CUDA when this was installed; a dict that JSON can hold. Loads the library, and needs no GPU.
+    """The CUDA kernels of this installation, as a dict that JSON can hold. Loads the library; needs no GPU.
 
     architectures: "sm_80" for machine code, "compute_80" for PTX. cuda, torch: the versions that it was compiled with; sources:
-    a digest of what was compiled. kernels: one
-    dict for each kernel and architecture: kernel, dtype and architecture; tile, the numbers that it was compiled for, as
-    "head_dim 40, keys 80"; registers of a thread; bytes of spills, stack, static_shared_memory, and dynamic_shared_memory, which a launch
-    without an edit asks for, None where that depends on J. Where the library cannot say, reason says why in the place of kernels.
-    Where nothing was compiled, reason is alone.
+    a digest of the compiled sources. kernels: one dict for each kernel and architecture: kernel, dtype and architecture; tile, its
+    template arguments, as "head_dim 40, keys 80"; registers per thread; bytes of spills, stack, static_shared_memory, and
+    dynamic_shared_memory of a launch without an edit, None where that depends on J. If the library cannot be loaded, `reason` stands
+    in place of kernels. If nothing was compiled, the dict has `reason` only.
     """
     found = note()
     if "reason" in found:
@@ -53,7 +52,7 @@ def note() -> dict:
 
 
 def absent() -> str | None:
-    """Why the library cannot be of use whatever the devices, as far as can be known without loading it."""
+    """Why the library cannot run on any device, as far as is known without loading it; None otherwise."""
     if reason := note().get("reason"):
         return f"not compiled: {reason}"
     if torch.version.cuda is None:
@@ -63,7 +62,7 @@ def absent() -> str | None:
 
 @functools.cache
 def loaded() -> ctypes.CDLL:
-    """The library, whose kernels torch then has. OSError says why it does not load."""
+    """Loads the library, which registers its kernels with torch. Raises OSError with the reason."""
     try:
         torch.ops.load_library(str(LIBRARY))
         return ctypes.CDLL(str(LIBRARY))  # which is loaded already
@@ -73,7 +72,7 @@ def loaded() -> ctypes.CDLL:
 
 @functools.cache
 def why_not_loaded() -> str | None:
-    """Loads the library. None, or why it must not be called."""
+    """Loads the library. Returns None, or why it must not be called."""
     try:
         library = loaded()
     except OSError as error:
@@ -83,7 +82,7 @@ def why_not_loaded() -> str | None:
 
 
 def outdated(signatures: str) -> str | None:
-    """Torch calls a compiled kernel with whatever the schema says: one that was compiled for another schema must not be called."""
+    """Compares compiled signatures with the schemas: torch passes boxed arguments unchecked, so a kernel of another schema must not run."""
     for line in signatures.splitlines():
         name, compiled = re.fullmatch(r"(\w+)(\(.*)", line).groups()
         forward = name.removesuffix("_backward")
@@ -101,7 +100,7 @@ def types(schema: str) -> str:
 
 
 def too_new(library: ctypes.CDLL) -> str | None:
-    """The driver must know the CUDA of the library's runtime; within a major version any does."""
+    """Why the driver cannot run the library's CUDA runtime, or None. Within a major version of CUDA every driver can."""
     runtime, driver = ctypes.c_int(), ctypes.c_int()
     library.perfusion_torch_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
     if 0 < driver.value < runtime.value:
@@ -113,8 +112,8 @@ def too_new(library: ctypes.CDLL) -> str | None:
 
 
 def runs_on(architectures: list[str], major: int, minor: int) -> bool:
-    """Machine code runs on its compute capability and on later ones of its major version, PTX on all later ones; with a letter, code
-    is for the very one (a), or for its family (f)."""
+    """Machine code runs on its compute capability and on later ones of its major version, PTX on all later ones. With suffix a, code
+    runs on exactly its compute capability; with f, on its family."""
     for kind, code_major, code_minor, letter in (re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", each).groups() for each in architectures):
         code, here = (int(code_major), int(code_minor)), (major, minor)
         if letter == "a":
@@ -158,7 +157,7 @@ def shared_memory(device: int) -> int:
 
 @functools.cache
 def ask(question: str, *numbers: int) -> int:
-    """What fits: a function of the C API without its prefix, as "edited_attention_longest"."""
+    """A size limit from the C API. question: the function's name without its prefix, as "edited_attention_longest"."""
     function = getattr(loaded(), f"perfusion_{question}")
     function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * len(numbers)
     return function(*numbers)

@@ -1,6 +1,6 @@
-"""The registry of compiled kernels as the library hands it out, by perfusion_compiled_kernels of csrc/include/perfusion_kernels.h.
+"""Reads the library's registry of compiled kernels: perfusion_compiled_kernels of csrc/include/perfusion_kernels.h.
 
-With ctypes, and not by a binding, for the library has no symbol of Python's: one for every Python.
+By ctypes rather than a Python extension, because the library has no Python symbols: one binary serves every Python.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
-"""What the compiled kernels support, for each operator a function of its name: given the schema's arguments, None, or the reason why not.
+"""What the compiled kernels support: for each operator a predicate of its name, from the schema's arguments to None or a reason.
 
-Dtypes and devices are checked here; whether sizes fit, the library is asked (csrc/limits.cu), whose launch plans alone count shared
-memory. The public functions have checked the rest. Sizes that exceed 2^30 are left to the C function.
+Dtypes and devices are checked here. Size limits come from the library (csrc/limits.cu), because only its launch plans compute shared
+memory. The public functions have checked the rest. Sizes above 2^30 are left to the C function.
 """
 
 import torch
@@ -27,20 +27,20 @@ def most_places() -> int:
 
 @constant_result
 def compiled_widths(operator: str) -> tuple[int, ...]:
-    """Head widths, for which some context fits where shared memory has no end."""
+    """The head widths with a compiled kernel: those that support some T given unlimited shared memory."""
     more = (0,) * (operator == "edited_attention")  # no regions
     return tuple(d for d in range(8, 257, 8) if library.ask(f"{operator}_longest", 1 << 30, d, 0, *more))
 
 
 @constant_result
 def longest_context(operator: str, index: int, *what: int) -> tuple[int, int]:
-    """The largest T on the device of this index, and the bytes of shared memory of a block that it follows from."""
+    """The largest T on this device, and the shared memory per block in bytes that limits it."""
     limit = library.shared_memory(index)
     return library.ask(f"{operator}_longest", limit, *what), limit
 
 
 def anywhere(*arguments) -> str | None:
-    """What holds for all operators."""
+    """Requirements of all operators: tensors on a CUDA device that the library runs on."""
     for argument in arguments:
         if isinstance(argument, Tensor) and not argument.is_cuda:
             return f"the compiled kernels need tensors on a CUDA device; got {argument.device}"
@@ -56,13 +56,13 @@ def dtypes(supported: tuple[torch.dtype, ...], **tensors: Tensor | None) -> str 
 
 
 def halves(**tensors: Tensor | None) -> str | None:
-    """float16 or bfloat16, or what autocast makes that of."""
-    refused = dtypes(HALF, **tensors)
-    if refused is None:  # which spares ordinary calls the question
+    """float16 or bfloat16, or float32 that autocast will cast to one of them."""
+    reason = dtypes(HALF, **tensors)
+    if reason is None:  # the common case, before autocast's state is read
         return None
     first = next(iter(tensors.values()))
     cast = autocasts(first) and torch.get_autocast_dtype(first.device.type) in HALF
-    return dtypes((*HALF, torch.float32), **tensors) if cast else refused
+    return dtypes((*HALF, torch.float32), **tensors) if cast else reason
 
 
 def concept_gates(encodings, targets, metric_targets, index, bias, temperature, places, floor) -> str | None:

@@ -96,7 +96,7 @@ def _solve(system: Tensor, right: Tensor) -> Tensor:
     """system[B, J, J]⁻¹ right[B, J, T], by elimination.
 
     No pivoting: the system is a positive definite matrix with its rows rescaled, for which elimination in
-    the given order is stable. So there is no decision on data, no library call, nothing to wait for.
+    the given order is stable. So there is no data-dependent branch, no library call and no synchronisation.
     """
     size = system.shape[-1]
     identity = torch.eye(size, dtype=system.dtype, device=system.device)

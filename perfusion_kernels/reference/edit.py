@@ -1,4 +1,4 @@
-"""The edit's arguments, unpacked once: what the schemas of attention share stands there as seven arguments, and here as one tuple."""
+"""The edit's arguments as one tuple: the schemas of attention have them as seven arguments."""
 
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ Side = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor 
 
 
 def unpacked(arguments: tuple) -> tuple:
-    """What follows the tensors that are edited, as a schema has it: the edit as one, and the rest as it is."""
+    """Splits the arguments behind the edited tensors, in the schema's order, into the edit and the rest."""
     return Edit(*arguments[:7]), *arguments[7:]
 
 

@@ -50,7 +50,7 @@ def _weights(query: Tensor, key: Tensor, scale: float, allowed: Tensor | None) -
     scores = torch.einsum("bnhd,bthd->bhnt", query.to(dtype) * scale, key.to(dtype))
     if allowed is None:
         return torch.softmax(scores, -1)
-    forbidden = ~allowed[:, None]  # a finite score keeps a token with nothing left from 0 / 0
+    forbidden = ~allowed[:, None]  # a finite score avoids 0 / 0 for a fully masked token
     weights = torch.softmax(scores.masked_fill(forbidden, torch.finfo(dtype).min), -1)
     return weights.masked_fill(forbidden, 0)
 

@@ -1,4 +1,4 @@
-"""Rows of a bank's table by slot, and the way back for gradients."""
+"""Gathers rows of a bank's table by slot, and scatter-adds their gradients."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The edit itself, x + Σ_j (g_j o_j - a_j t_j), shared by the operators that make it."""
+"""The edit x + Σ_j (g_j o_j - a_j t_j) and its derivatives, shared by the operators."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from .look_up import in_range, look_up, look_up_backward, wide
 def rank_one_update(
     base: Tensor, gates: Tensor, components: Tensor, index: Tensor, outputs: Tensor, targets: Tensor
 ) -> Tensor:
-    """base[B, T, O], edited in at least float32. Batch rows without a concept keep base's very bits."""
+    """base[B, T, O], edited in at least float32. Batch rows without a concept keep the bits of base."""
     dtype = wide(base, gates, outputs)
     present = in_range(index, outputs.shape[0])
     coefficients = _coefficients(gates, components, present, dtype)

@@ -1,8 +1,8 @@
-"""Triton kernels of the operators, for any GPU that Triton has a compiler for; nothing is compiled before a first call.
+"""Triton kernels of the operators, for any GPU that Triton compiles for; each is compiled at its first call.
 
-An operator's file here has a function of the operator's name and `unsupported`, and where derivatives have kernels
-of their own, `<operator>_backward` and `unsupported_backward`, which get the arguments that their schemas name; these may
-stand in a file of their own, `<operator>_backward.py`.
+An operator's file has a function of the operator's name and `unsupported`; where derivatives have kernels, also
+`<operator>_backward` and `unsupported_backward`, which take the arguments of their schemas. These may be in a file of their
+own, `<operator>_backward.py`.
 """
 
 import importlib

@@ -1,8 +1,8 @@
-"""What the attention kernels share: tiles in two pieces per side, their loads, stores and products.
+"""Loads, stores and products of tiles that are split in two along each dimension, shared by the attention kernels.
 
-Triton wants every side of a tile to be a power of two. A side of 77 keys or 40 columns is therefore two
-pieces, 64 + 16 or 32 + 16, instead of one of twice the work. A second piece of size 0 is not there, and stands for
-the first where a function wants a value.
+Triton requires tile dimensions to be powers of two. 77 keys or 40 columns are therefore split into two pieces, 64 + 16 or
+32 + 16, instead of being padded to 128 or 64. If one piece suffices, the second has size 0; functions that take both are
+then passed the first twice and ignore the second.
 """
 
 import math
@@ -20,7 +20,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def pieces(size: int) -> tuple[int, int]:
-    """Two powers of two, at least 16, or one and 0, that cover `size` with the least excess."""
+    """Two powers of two of at least 16, or one and 0, that cover `size` with the least padding."""
     whole = max(16, triton.next_power_of_2(size))
     half = whole // 2
     if size <= 32 or size == whole:
@@ -30,20 +30,20 @@ def pieces(size: int) -> tuple[int, int]:
 
 
 def unsupported_sizes(T: int, d: int) -> str | None:
-    """Why no program can hold these keys and values, or None."""
+    """Why T and d are unsupported, or None."""
     if T > LONGEST or d > LONGEST:
         return f"it holds all keys and values of a head, up to {LONGEST} of up to {LONGEST} columns; got T = {T}, d = {d}"
     return None
 
 
 def precision(query: Tensor) -> str:
-    """How float32 is multiplied: exactly, unless torch was told that TF32 will do, which NVIDIA's GPUs have."""
+    """The precision of float32 products: IEEE, or TF32 on NVIDIA's GPUs if torch.backends.cuda.matmul.allow_tf32 is set."""
     has_tf32 = query.is_cuda and torch.version.hip is None
     return "tf32" if has_tf32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def padded(T: int, d: int) -> tuple[int, int]:
-    """What the pieces of T and d cover."""
+    """T and d padded to the sum of their pieces."""
     return sum(pieces(T)), sum(pieces(d))
 
 
@@ -53,13 +53,13 @@ def sizes(T: int, d: int) -> dict[str, int]:
 
 
 def alignment(*strides: int) -> int:
-    """The constant ALIGNED of a kernel: the largest of 8, 4, 2, 1 that divides the strides of heads; 8 halves are 16 bytes."""
+    """The constant ALIGNED of a kernel: the largest of 8, 4, 2, 1 that divides the strides of heads; 8 elements of 2 bytes are 16."""
     return math.gcd(8, *strides)
 
 
 @triton.jit
 def at_head(h, stride, ALIGNED: tl.constexpr):
-    """h · stride. The compiler sees that it is a multiple of ALIGNED, which of 40 it knows neither as an argument nor otherwise."""
+    """h · stride, such that the compiler knows the divisor ALIGNED: Triton specialises integers on multiples of 16, and 40 is none."""
     return h * (stride // ALIGNED) * ALIGNED
 
 
@@ -82,7 +82,7 @@ def store_tile(pointer, tile, rows, columns, row_stride, row_count, column_count
 @triton.jit
 def product(x, y, PRECISION: tl.constexpr):
     """x y in float32."""
-    if INTERPRETED:  # it multiplies bfloat16 as if it were integers
+    if INTERPRETED:  # which multiplies bfloat16 bit patterns as integers
         x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, input_precision=PRECISION)
 
@@ -115,7 +115,7 @@ def along(x0, x1, y0, y1, T1: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def base_2(scale, POSITIVE: tl.constexpr):
-    """What scores() still has to be multiplied with: exp(scale x) is exp2(scale log₂e x)."""
+    """The factor that scores() has left out: exp(scale x) is exp2(scale log₂e x)."""
     factor = 1.0
     if POSITIVE:
         factor = scale * LOG2_E
@@ -127,8 +127,8 @@ def scores(q0, q1, k00, k01, k10, k11, scale, T, T0: tl.constexpr, T1: tl.conste
            POSITIVE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """q K̃ᵀ for both pieces of the positions, -inf beyond T, and each query's largest.
 
-    A positive scale does not change which is largest. So it is left to the multiply-add that subtracts the largest (base_2); any
-    other is multiplied here. The last piece alone is masked.
+    A positive scale does not change which score is the largest. So it is left to the multiply-add that subtracts the maximum (base_2);
+    any other scale is applied here. Only the last piece of the positions is masked.
     """
     s0 = across(q0, q1, k00, k01, D1, PRECISION)
     if not POSITIVE:

@@ -1,9 +1,9 @@
 """Gates and components, one launch for all prompts of a batch.
 
-A program has some tokens of one batch row. It sums m_j · e and m_j · i*_k over D, both in float32 without tensor
-cores, because TF32 does not survive the cancellation in C⁻¹; then it solves R a = c by the reference's elimination,
-R in registers. Each program makes R anew: that is J rows beside its tokens, and saves a launch and a wait.
-Beyond 8 places R is too large for that. A kernel then makes the sums alone, and plain torch does the rest.
+A program has a block of tokens of one batch row. It sums m_j · e and m_j · i*_k over D in float32 without tensor cores,
+because TF32 is too coarse for the cancellation in C⁻¹; then it solves R a = c by the reference's elimination, with R in
+registers. Each program recomputes R: J more rows beside its tokens, which saves a launch and a dependency. Beyond 8
+places R does not fit in registers; a kernel then computes only the sums, and plain torch the rest.
 """
 
 import torch
@@ -20,7 +20,7 @@ from .tuning import launch
 IN_REGISTERS = 8  # places
 
 SMALL = ["index", "bias", "temperature"]
-"""Where they begin may not decide which kernel runs: a row's slice need not be a multiple of 16 bytes away."""
+"""Not specialised on 16-byte alignment, so that slices of a batch do not recompile."""
 
 TILES = (
     {"BLOCK_T": 8, "BLOCK_D": 32, "num_warps": 4},
@@ -29,11 +29,11 @@ TILES = (
     {"BLOCK_T": 16, "BLOCK_D": 32, "num_warps": 4},
     {"BLOCK_T": 4, "BLOCK_D": 32, "num_warps": 4},
 )
-"""Few tokens each: a prompt has 77, and a GPU wants a hundred programs. BLOCK_T · 8 · BLOCK_D sums stay in registers."""
+"""Few tokens per program: a prompt has 77, and a GPU needs about a hundred programs. BLOCK_T · 8 · BLOCK_D sums are in registers."""
 
 
 def tiles(J: int) -> tuple[dict[str, int], ...]:
-    """For up to eight places; beyond four, 32 columns would spill on CUDA 8.6."""
+    """The list for J up to 8. Beyond 4, the first one's 8 x 32 tile would spill on compute capability 8.6."""
     return TILES if J <= 4 else TILES[1:]
 
 
@@ -69,13 +69,13 @@ def concept_gates(
 
 @triton.jit
 def _sum(x):
-    """Sums of x[a, b, :] that lose no digits where large terms cancel, as those of C⁻¹ do.
+    """Sums of x[a, b, :] that stay accurate where large terms cancel, as those of C⁻¹ do.
 
-    Every term is cut at one place, that of a number as large as all terms together: the upper parts add up
-    without any rounding, in any order, and the lower parts are small.
+    Every term is split at one common bit, given by a bound of the sum of all magnitudes: the upper parts add up
+    exactly, in any order, and the lower parts are small.
     """
     largest = tl.max(tl.abs(x), 2).to(tl.int32, bitcast=True)
-    # a power of two, at least twice the largest term times their number, and half as much again: x leaves its exponent
+    # a bound that exceeds the sum of magnitudes, times 1.5, so that adding x does not change its exponent
     bound = 3.0 * x.shape[2] * (largest & 0x7F800000).to(tl.float32, bitcast=True)[:, :, None]
     upper = (x + bound) - bound
     return tl.sum(upper, 2) + tl.sum(x - upper, 2)
@@ -83,7 +83,7 @@ def _sum(x):
 
 @triton.jit
 def divided(x, y):
-    """x / y as the host divides, y broadcast to x."""
+    """x / y correctly rounded, with y broadcast to x."""
     return tl.div_rn(x, tl.broadcast_to(y, x.shape))
 
 
@@ -92,10 +92,10 @@ def similarities(
     encodings, targets, metric_targets, t, slots, T, D, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d,
     PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """c [BLOCK_T, PLACES] of tokens t, R [PLACES, PLACES] and ε [PLACES]; an empty place has 0, the identity's row, and 1."""
+    """c [BLOCK_T, PLACES] of tokens t, R [PLACES, PLACES] and ε [PLACES]; an empty place has 0, the identity's row and 1."""
     present = slots >= 0
     j = tl.arange(0, PLACES)
-    # BLOCK_D partial sums each, added up at the end: fewer exchanges between lanes
+    # BLOCK_D partial sums each, reduced once at the end: fewer shuffles
     c_parts = tl.zeros((BLOCK_T, PLACES, BLOCK_D), tl.float32)
     system_parts = tl.zeros((PLACES, PLACES, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -116,7 +116,7 @@ def similarities(
 
 @triton.jit
 def solved(system, right, J: tl.constexpr, PLACES: tl.constexpr):
-    """The rows a of R a = c, c being those of `right`, by elimination; rows and columns leave registers as masked sums."""
+    """The rows a of R a = c, c being those of `right`, by elimination; rows and columns are extracted from registers by masked sums."""
     j = tl.arange(0, PLACES)
     for pivot in tl.static_range(J):
         here = j == pivot

@@ -1,9 +1,9 @@
 """The derivatives of `concept_gates` with Triton (DESIGN.md, equations 6 to 9): two launches, and a sum over shared slots.
 
-A program of the first kernel has some tokens of one batch row, as in the forward one, whose sums and solve it makes again,
-rather than keep them. It writes de, and leaves what the second needs: dc / ε of each token, and its tokens' part of the sums
-over t. A program of the second has some columns of one batch row and makes the rows of di* and dm of its concepts. Rows
-that share a slot are then added up in order. Every number has one writer, so equal calls give equal bits.
+A program of the first kernel has a block of tokens of one batch row and recomputes the forward kernel's sums and solve. It
+writes de, and for the second kernel dc / ε of each token and its tokens' partial sums over t. A program of the second has a
+block of columns of one batch row and computes di* and dm of its concepts. Rows that share a slot are then added in a fixed
+order. There are no atomics, so results are deterministic.
 """
 
 import torch
@@ -22,7 +22,7 @@ from .tuning import launch
 def unsupported_backward(gates_gradient: Tensor, components_gradient: Tensor, *arguments) -> str | None:
     *_, index, _, _, places, _, needs = arguments
     if places is not None:
-        return "gates by word are plain torch's to differentiate"
+        return "gates by word are differentiated in plain torch"
     if index.shape[1] > IN_REGISTERS:
         return f"it holds the system of up to {IN_REGISTERS} concepts in registers; got J = {index.shape[1]}"
     return device.unsupported(gates_gradient, components_gradient, *arguments)
@@ -84,7 +84,7 @@ def _by_token(
     """Of BLOCK_T tokens of row b: by_encodings = Σ_j m_j dc_j / ε_j, by_products = dc / ε, and their parts of the sums
     by_gram[block, b, j, k] = dR_jk / ε_j, with dε_j on the diagonal, and by_gate[block, 0 and 1, b, j] = dβ_j and dτ_j.
 
-    dε_j is -Σ_t ds_j c_j / ε_j: what y adds to the first sum of (7), the second takes away, because R a = c.
+    dε_j is -Σ_t ds_j c_j / ε_j: the terms with y in the two sums of (7) cancel, because R a = c.
     """
     block, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)

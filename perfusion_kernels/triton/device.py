@@ -1,7 +1,7 @@
-"""Where Triton's kernels run, and what stands in for a GPU in tests.
+"""The devices that Triton's kernels support, and the interpreter, which stands in for a GPU in tests.
 
-With TRITON_INTERPRET=1, set before Triton is imported, kernels are executed by numpy on the host. That is for
-tests: such calls run on tensors in host memory when asked for by name, and are never chosen.
+With TRITON_INTERPRET=1, set before Triton is imported, kernels are executed by numpy on the host. That is for tests:
+a call on tensors in host memory runs there only if it requests the backend by name.
 """
 
 import torch
@@ -32,13 +32,13 @@ def unsupported(*arguments) -> str | None:
 
 
 def not_preferred(*arguments) -> str | None:
-    """Why these arguments, which could be taken, are left to others unless this backend is asked for by name."""
+    """Why supported arguments run here only if this backend is requested by name, or None."""
     return "Triton's interpreter is for tests" if arguments[0].is_cpu else None
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 in `dtype`, to the nearest; the interpreter alone would cut bfloat16 off, as triton 3.9 does."""
+    """float32 rounded to nearest even in `dtype`. The interpreter truncates to bfloat16 (3.9 too), so bits are rounded by hand there."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -48,7 +48,7 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def slots_at(pointers, mask, S, errors):
-    """The slots that stand there as int64, -1 where the mask is not; what is out of range is -1 too, and noted in errors[1]."""
+    """Loads slots as int64; -1 where masked off. A slot out of range becomes -1 and sets the flag errors[1]."""
     slots = tl.load(pointers, mask=mask, other=-1)
     wrong = (slots < -1) | (slots >= S)
     tl.store(errors + 1 + tl.zeros_like(slots), 1, mask=wrong)

@@ -1,7 +1,7 @@
 """softmax(scale · q K̃ᵀ) Ṽ with Triton, K̃ and Ṽ being K and V or their edits, of the row that a slot names, within regions.
 
-A program has one row and head. It loads all T keys and values once, edits them on the way, and then takes
-tile after tile of queries: one pass, no running maximum. How many tiles a program takes, waves.py says.
+A program has one row and head. It loads all T keys and values once, edits them as they are loaded, and then loops over
+tiles of queries: softmax in one pass, without a running maximum. waves.py chooses the number of tiles per program.
 """
 
 import torch
@@ -47,7 +47,7 @@ def edited_attention(query: Tensor, key: Tensor, value: Tensor, *rest) -> Tensor
     if result.numel() == 0:
         return result
     errors = words(query.device)
-    if len(key) == 0:  # there is no slot, so none is in range
+    if len(key) == 0:  # no rows of K and V: every slot is out of range
         errors[0] = 1
         return result.zero_()
     edit, edit_strides, J, S, places = edit_arguments(edit)
@@ -67,14 +67,14 @@ def edited_attention(query: Tensor, key: Tensor, value: Tensor, *rest) -> Tensor
             POSITIVE=scale > 0, PRECISION=precision(query), **tiles,
         )  # fmt: skip
 
-    # the edit is not in the key: a row without a concept has the bits of plain attention, so both take the same tiles
+    # the edit is not part of the key: a row without a concept has the bits of plain attention, so both must use the same tiles
     fitting = shared_memory.fitting(configurations, of_program, query.device)
     launch("edited_attention", (B, N, T, H, d, query.dtype), query.device, fitting, run)
     return result
 
 
 def tiles(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
-    """Queries per tile: as many as the registers take beside scores [BLOCK_N, T] and results [BLOCK_N, d]."""
+    """Queries per tile, limited by the registers for scores [BLOCK_N, T] and results [BLOCK_N, d]."""
     if dtype == torch.float32:
         return ({"BLOCK_N": 16, "num_warps": 4, "num_stages": 1}, {"BLOCK_N": 32, "num_warps": 8, "num_stages": 1})
     if max(T, d) > 128:
@@ -89,7 +89,7 @@ def tiles(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
 
 
 def held(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
-    """All keys and values of a head, a tile of queries and its weights."""
+    """All keys and values of a head, a tile of queries, and P."""
     T, d = padded(T, d)
     return lambda tiles: dtype.itemsize * (2 * T * d + tiles["BLOCK_N"] * (T + d))
 
@@ -170,7 +170,7 @@ def attend_tiles(
             if T1 > 0:
                 s1 = within_regions(s1, bits, bits1)
                 largest = tl.maximum(largest, tl.max(s1, 1))
-            largest = tl.where(largest == float("-inf"), 0.0, largest)  # nothing is left: all weights are 0
+            largest = tl.where(largest == float("-inf"), 0.0, largest)  # fully masked: P is 0
         p0 = tl.exp2(s0 * factor - (largest * factor)[:, None])
         p1 = p0
         total = tl.sum(p0, 1)

@@ -1,9 +1,9 @@
-"""The derivatives of `edited_attention` with Triton (DESIGN.md, equations 13 and 14): weights are computed again, not stored.
+"""The derivatives of `edited_attention` with Triton (DESIGN.md, equations 13 and 14): P is recomputed, not stored.
 
-Two kernels, each of which alone writes what it computes, so equal calls give equal bits. The first has the shape
-of the forward kernel, gives dq, and leaves of each query what the second needs: the logarithm of its softmax's
-denominator, and Σ_t dP P. A program of the second has one row, head and block of positions, and sums dK̃ and dṼ over
-queries; where that is too few programs the queries are cut into parts, whose sums are then added in order.
+Two kernels without atomics, so results are deterministic. The first is parallel over queries like the forward kernel: it writes dq,
+and for each query the log-sum-exp and Σ_t dP P, which the second needs. A program of the second has one row, head and block of
+positions, and accumulates dK̃ and dṼ over queries; where that gives too few programs, queries are split, and the partial sums are
+added in a fixed order.
 """
 
 import torch
@@ -40,13 +40,13 @@ from .waves import share
 
 def unsupported_backward(gradient: Tensor, query: Tensor, key: Tensor, *value_edit_scale_and_needs) -> str | None:
     if any(each is not None for each in value_edit_scale_and_needs[-5:-2]):
-        return "slots and regions are plain torch's to differentiate"
+        return "slots and regions are differentiated in plain torch"
     reason = device.unsupported(gradient, query, key, *value_edit_scale_and_needs)
     return reason or unsupported_gradients(query, key.shape[1], query.shape[3])
 
 
 def unsupported_gradients(query: Tensor, T: int, d: int) -> str | None:
-    """Why `attention_gradients` cannot be had for queries of this dtype and device, or None."""
+    """Why `attention_gradients` is unsupported for queries of this dtype and device, or None."""
     return (
         unsupported_sizes(T, d)
         or shared_memory.unsupported(tiles_by_query(T, d, query.dtype), held_by_query(T, d, query.dtype), query.device)
@@ -63,13 +63,13 @@ def edited_attention_backward(gradient: Tensor, query: Tensor, key: Tensor, valu
 
 
 def edit_gradients(by_key: Tensor, by_value: Tensor, edit: Edit, needs: list[bool]) -> list[Tensor | None]:
-    """What the edit's seven arguments get from dK̃ and dṼ [B, T, H, d]; `needs` are theirs."""
+    """The gradients of the edit's seven arguments from dK̃ and dṼ [B, T, H, d]; needs: which of the seven are needed."""
     by_gates, by_components, by_tables = [], [], []
     for by_base, side, wanted in ((by_key, of_keys(edit), needs[3:5]), (by_value, of_values(edit), needs[5:7])):
         sums = (None,) * 5
         if side[3] is not None and (needs[0] or needs[1] or any(wanted)):
-            asked = (needs[0], needs[1], False, *wanted)
-            sums = rank_one_backward(by_base.flatten(2), *side, asked)
+            of_side = (needs[0], needs[1], False, *wanted)
+            sums = rank_one_backward(by_base.flatten(2), *side, of_side)
             by_gates.append(sums[0])
             by_components.append(sums[1])
         by_tables += sums[3:]
@@ -79,7 +79,7 @@ def edit_gradients(by_key: Tensor, by_value: Tensor, edit: Edit, needs: list[boo
 def attention_gradients(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, edit: Edit, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq in the dtype of query, dK̃ and dṼ in float32: what the edit gets of them is computed before they are rounded."""
+    """dq in the dtype of query, dK̃ and dṼ in float32, because the edit's gradients are computed from them before they are rounded."""
     (B, N, H, d), T = query.shape, key.shape[1]
     by_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if by_query.numel() == 0:
@@ -103,7 +103,7 @@ def attention_gradients(
     fitting = shared_memory.fitting(tiles_by_query(T, d, query.dtype), held_by_query(T, d, query.dtype), query.device)
     launch("edited_attention_by_query", shapes, query.device, fitting, run_query)
 
-    by_key = by_value = None  # two buffers: results of an operator must not share one
+    by_key = by_value = None  # two buffers, because results of an operator must not share storage
 
     def run_key_and_value(tiles):
         nonlocal by_key, by_value
@@ -127,7 +127,7 @@ def tiles_by_query(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], 
     if dtype == torch.float32:
         return ({"BLOCK_N": 16, "num_warps": 8, "num_stages": 1}, {"BLOCK_N": 16, "num_warps": 4, "num_stages": 1})
     if d > 96:
-        blocks = ((16, 8), (32, 8), (64, 8))  # 32 queries take all registers, and spill with Triton 3.9
+        blocks = ((16, 8), (32, 8), (64, 8))  # 32 queries use all registers, and spill with Triton 3.9
     elif T > 128:
         blocks = ((64, 8), (32, 8))
     else:
@@ -138,7 +138,7 @@ def tiles_by_query(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], 
 def tiles_by_key(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
     """Registers hold dK̃ and dṼ [BLOCK_T, d]; small blocks waste little of 77 positions, and give more programs.
 
-    Beyond these sizes the compiler spills, most of all where the columns are in two pieces of different widths.
+    Larger tiles spill, above all where the columns are in two pieces of different widths.
     """
     if dtype == torch.float32:
         return ({"BLOCK_T": 16, "BLOCK_N": 16, "num_warps": 8 if d > 32 else 4, "num_stages": 1},)
@@ -152,8 +152,8 @@ def tiles_by_key(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ..
 
 
 def held_by_query(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
-    """All keys and values of a head, a tile of queries and their gradient, and its weights; in half precision these are in
-    registers, and keys are there twice, once turned."""
+    """All keys and values of a head, a tile of queries and their gradient, and P. In half precision P stays in registers, and keys
+    are held twice, once transposed."""
     T, d = padded(T, d)
     if dtype == torch.float32:
         return lambda tiles: 4 * (2 * T * d + tiles["BLOCK_N"] * (2 * d + T))
@@ -161,7 +161,7 @@ def held_by_query(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
 
 
 def held_by_key(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
-    """A block of keys and values, a tile of queries and their gradient, weights and their derivatives."""
+    """A block of keys and values, a tile of queries and their gradient, P and dS."""
     _, d = padded(T, d)
     return lambda tiles: dtype.itemsize * 2 * (
         (tiles["BLOCK_T"] + tiles["BLOCK_N"]) * d + tiles["BLOCK_T"] * tiles["BLOCK_N"]
@@ -287,7 +287,7 @@ def _by_key_and_value(
         if D1 > 0:
             q1 = load_tile(query, n, D0 + tl.arange(0, D1), query_n, query_d, N, d)
             g1 = load_tile(gradient, n, D0 + tl.arange(0, D1), gradient_n, gradient_d, N, d)
-        # a query beyond N has no weight anywhere
+        # log-sum-exp of inf: P is 0 for queries beyond N
         logarithm = tl.load(logarithms + n, mask=n < N, other=float("inf"))
         mean = tl.load(sums + n, mask=n < N, other=0.0)
         p = tl.exp2(across(k0, k1, q0, q1, D1, PRECISION) * (scale * LOG2_E) - logarithm[None, :])

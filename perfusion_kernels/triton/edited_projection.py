@@ -1,9 +1,8 @@
-"""e Wᵀ + Σ_j (g_j o_j - a_j p_j): the library's product, and the edit of the rows that have a concept in place of them.
+"""e Wᵀ + Σ_j (g_j o_j - a_j p_j): the library's product, then the edit in place, of the rows that have a concept.
 
-The product is the library's because rows without a concept are promised its bits, which only it can give,
-and because it reads the weights once, which is most of what there is to do: the edit reads and writes the results once
-more, T rows beside the D rows of as many columns that are weights. Precision of float32 products (TF32 or not) is torch's
-setting, as for every other linear layer.
+The library's product is called because rows without a concept are guaranteed its bits. The second pass reads and writes the
+results once more, which is little beside the weights: T rows against D rows of the same number of columns. float32 products
+use TF32 or not by torch's setting, as in every other linear layer.
 """
 
 from torch import Tensor
@@ -38,7 +37,7 @@ def edited_projection_backward(
     projected_targets: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradients that are needed: two library products, and the edit's sums in one pass over `gradient`."""
+    """The needed gradients, in order: two library products, and the edit's sums in one pass over `gradient`."""
     found = []
     if needs[0]:
         found.append(gradient @ weight)

@@ -1,4 +1,4 @@
-"""The edit x + Σ_j (g_j o_j - a_j p_j), made on tiles of keys or values as they are loaded."""
+"""The edit x + Σ_j (g_j o_j - a_j p_j), applied to tiles of keys or values in registers."""
 
 import triton
 import triton.language as tl
@@ -8,16 +8,16 @@ from .attention_tiles import load_tile
 from .device import rounded, slots_at
 
 SMALL = ["gates", "components", "index"]
-"""What is read element by element: whether it begins at a multiple of 16 bytes may not decide which kernel runs."""
+"""Arguments read element by element: not specialised on 16-byte alignment, so that views of them do not recompile."""
 
 
 def places(J: int) -> int:
-    """J as the kernels want it: unrolled up to the next power of two, or 0, a loop, beyond 8."""
+    """The constant PLACES of a kernel: the next power of two, to which places are unrolled; 0, a loop, beyond 8."""
     return triton.next_power_of_2(J) if J <= 8 else 0
 
 
 def edit_arguments(edit: Edit) -> tuple:
-    """(tensors, strides, J, S, PLACES) of the edit for a kernel; no tensors and zeros where there is nothing to do."""
+    """(tensors, strides, J, S, PLACES) of the edit for a kernel; None and zeros without an edit."""
     if edit.index is None or edit.index.shape[1] == 0:
         return (None,) * 7, (0,) * 16, 0, 0, 1
     dimensions = (3, 3, 2, 2, 2, 2, 2)
@@ -31,7 +31,7 @@ def _edit_place(
     tile, j, J, S, errors, gates, components, index, outputs, targets, positions, columns, T, d,
     gates_t, gates_j, components_t, components_j, index_j, outputs_s, outputs_c, targets_s, targets_c,
 ):  # fmt: skip
-    """tile + g_j o_j - a_j p_j; the tile itself, and nothing read, where the place is empty."""
+    """tile + g_j o_j - a_j p_j; the tile itself, without loads, where the place is empty."""
     slot = slots_at(index + j * index_j, j < J, S, errors)
     if slot >= 0:
         inside, within = positions < T, columns < d
@@ -51,7 +51,7 @@ def edit_tile(
 ):  # fmt: skip
     """tile + Σ_j (g_j o_j - a_j p_j), in float32, rounded to the tile's dtype once.
 
-    The pointers stand at the batch row, those of the tables at the head's first column.
+    The pointers are those of the batch row; those of the tables, of the head's first column.
     """
     wide = tile.to(tl.float32)
     if PLACES > 0:
@@ -102,7 +102,7 @@ def edit_tiles(
     d: tl.constexpr, PLACES: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
 ):  # fmt: skip
-    """The four tiles, which begin at position `first`, with the edit of batch row b, or as they are where there is no table."""
+    """The four tiles, which begin at position `first`, with the edit of batch row b; unchanged where there is no table."""
     if outputs is not None:
         gates += b * gates_b
         components += b * components_b

@@ -1,8 +1,8 @@
 """Projection, edit and attention in one launch with Triton.
 
-A program has one row and head. It projects the encodings to the head's T keys and values, which stay on the
-chip, edits them and then takes tile after tile of queries, as `edited_attention` does. Each program makes its own projection,
-so there are no more programs per row and head than it takes to occupy a GPU.
+A program has one row and head. It projects the encodings onto the head's T keys and values, which stay on the
+chip, edits them and then loops over tiles of queries, as `edited_attention` does. Every program of a head repeats its projection,
+so waves.py starts only as many as it takes to fill the GPU.
 """
 
 import torch
@@ -55,7 +55,7 @@ def fused_edited_attention(query: Tensor, encodings: Tensor, key_weight: Tensor,
 
 
 def tiles(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
-    """Queries per tile, and columns of the encodings per step; registers hold the sums of keys or values [T, d]."""
+    """Queries per tile, and columns of the encodings per step; registers hold the accumulators of keys or values [T, d]."""
     if dtype == torch.float32:
         return ({"BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},)
     warps = 8 if T * d > 80 * 64 else 4
@@ -67,7 +67,7 @@ def tiles(T: int, d: int, dtype: torch.dtype) -> tuple[dict[str, int], ...]:
 
 
 def held(T: int, d: int, dtype: torch.dtype) -> shared_memory.Held:
-    """All keys and values of a head, and stages of their projection or a tile of queries and its weights."""
+    """All keys and values of a head, and the larger of the stages of their projection and a tile of queries with P."""
     T, d = padded(T, d)
 
     def bytes_of(tiles):

@@ -1,8 +1,7 @@
-"""e Wᵀ + Σ_j (g_j o_j - a_j p_j) in one launch: a matrix product whose sums take the edit before they are rounded and stored.
+"""e Wᵀ + Σ_j (g_j o_j - a_j p_j) in one launch: a matrix product whose epilogue adds the edit to the float32 accumulators.
 
-A program has some columns of the results and all T tokens of one batch row, or an equal part of them, as two pieces (77 are
-64 + 16), so that it reads each of its weights once and the slots of one row alone. The derivatives are those of
-`edited_projection`.
+A program has a block of columns and all T tokens of one batch row (beyond 128, an equal part of them) as two pieces, 64 + 16 for
+77. So it reads each of its weights once, and the slots of one row only. The derivatives are those of `edited_projection`.
 """
 
 import torch
@@ -22,7 +21,7 @@ from .tuning import launch
 __all__ = ["fused_edited_projection", "fused_edited_projection_backward", "unsupported", "unsupported_backward"]
 
 TOKENS = 128
-"""Most of a program; with this many, its stages take 96 KiB of shared memory, which all GPUs have."""
+"""The most tokens of a program; its stages then take 96 KiB of shared memory, which all supported GPUs have."""
 
 
 def fused_edited_projection(
@@ -52,13 +51,13 @@ def fused_edited_projection(
             PLACES=places, T0=T0, T1=T1, PRECISION=precision(encodings), **tiles,
         )  # fmt: skip
 
-    # the edit is not in the key: rows without a concept take the same tiles whatever the others have
+    # the edit is not part of the key: tiles, and so the bits of rows without a concept, must not depend on the other rows
     launch("fused_edited_projection", (B, T, D, O, result.dtype), result.device, tiles(result.dtype), run)
     return result
 
 
 def tiles(dtype: torch.dtype) -> tuple[dict[str, int], ...]:
-    """Columns of the results, and of the encodings per step; registers hold the sums [T, BLOCK_O]."""
+    """Columns of the results, and of the encodings per step; registers hold the accumulators [T, BLOCK_O]."""
     if dtype == torch.float32:
         return (
             {"BLOCK_O": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},

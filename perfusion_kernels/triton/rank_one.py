@@ -1,8 +1,8 @@
-"""The edit itself, x + Σ_j (g_j o_j - a_j t_j), and its derivatives, shared by the operators that make it.
+"""The edit x + Σ_j (g_j o_j - a_j t_j) as a pass of its own, and its derivatives, shared by the operators.
 
-One program has a tile of one batch row and looks at the row's places in turn, so J is any number, and an
-empty place costs the reading of its -1. Sums over rows that share a slot are taken in a fixed order, by the
-first of them, so equal calls give equal bits.
+A program has a tile of one batch row and loops over the row's places, so J is any number, and an empty place costs one
+load of its -1. Sums over places that share a slot are computed by the program of the first one, in a fixed order, so results
+are deterministic.
 """
 
 import torch
@@ -21,7 +21,7 @@ TILES = (
     {"BLOCK_T": 8, "BLOCK_O": 256, "num_warps": 4},
     {"BLOCK_T": 16, "BLOCK_O": 256, "num_warps": 8},
 )
-"""A few rows, so that the loads of a table serve several, and columns enough for 16 bytes per thread."""
+"""Several rows, so that a load of a table is used more than once, and enough columns for 16-byte loads."""
 
 
 def add_rank_one(

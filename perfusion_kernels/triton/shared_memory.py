@@ -1,8 +1,8 @@
-"""What a program may hold in shared memory, and which tile sizes keep within it.
+"""The shared memory limit of a program, and the tile sizes that fit it.
 
-Tiles that several products read, K and V of a head above all, stay in shared memory on NVIDIA's GPUs, which have between 99 KiB
-(8.6, 8.9, 12.0) and 227 KiB (9.0, 10.0) for a program. Beside each list of tile sizes stands how much a program of
-theirs holds, no less than the compiler takes (tests/kernels/test_compile_matrix.py). On other GPUs such tiles stay in registers.
+Tiles that several products read, above all K and V of a head, are in shared memory on NVIDIA's GPUs, which allow a program
+between 99 KiB (8.6, 8.9, 12.0) and 227 KiB (9.0, 10.0). Each list of tile sizes comes with an upper bound of what the compiler
+allocates for them (tests/kernels/test_compile_matrix.py). On other GPUs such tiles stay in registers.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ import torch
 from ..constant_result import constant_result
 
 Tiles = dict[str, int]
-Held = Callable[[Tiles], int]  # bytes of shared memory that a program with such tiles takes
+Held = Callable[[Tiles], int]  # an upper bound of the bytes of shared memory of a program with these tiles
 
 
 @constant_result
 def limit(device: torch.device) -> int | None:
-    """Bytes for a program, or None: no limit that these kernels could exceed."""
+    """Bytes for a program. None: these kernels cannot exceed the limit."""
     return None if device.type != "cuda" or torch.version.hip is not None else _of_cuda(device)
 
 
@@ -28,7 +28,7 @@ def _of_cuda(device: torch.device) -> int:
 
 
 def fitting(tiles: Sequence[Tiles], held: Held, device: torch.device) -> tuple[Tiles, ...]:
-    """Those of which a program holds no more than there is."""
+    """The tile sizes whose programs fit into the device's shared memory."""
     most = limit(device)
     return tuple(each for each in tiles if most is None or held(each) <= most)
 

@@ -1,15 +1,15 @@
-"""Which tile sizes a kernel is launched with: the first of its list, or the fastest where somebody measured.
+"""Selects the tile sizes of a launch: the first of its list, or the fastest from the user's cache if it was tuned.
 
-Nothing is measured in an ordinary call. Inside `with tuning():` each launch tries its whole list, keeps the fastest, and
-on leaving the choices are written to a file of the user's cache, from which later processes take them. A warm-up
-therefore is ordinary calls at the shapes to come:
+An ordinary call measures nothing. Inside `with tuning():` each launch times its whole list and keeps the fastest; on exit the
+choices are written to a file of the user's cache, which later processes read. A warm-up is therefore ordinary calls at the
+expected shapes:
 
     with tuning() as chosen:
         concept_gates(...)
     print(chosen)
 
-A file belongs to one kind of GPU and one version of Triton. A launch is described by its kernel's name and a key of
-what decides speed: sizes and dtypes, not values.
+A file belongs to one kind of GPU and one version of Triton. A launch is identified by its kernel's name and a key of
+sizes and dtypes, on which its speed depends.
 """
 
 import json
@@ -29,7 +29,7 @@ Configuration = dict[str, int]  # tile sizes, num_warps, num_stages
 Choices = dict[str, dict[str, Configuration]]  # kind of device -> launch -> configuration
 
 _measure: Callable[[Callable[[], object]], float] | None = None  # time of a call; None: nothing is measured
-_tuned: Choices = {}  # what `tuning()` has chosen so far
+_tuned: Choices = {}  # choices of the current `tuning()`
 
 
 def launch(
@@ -40,11 +40,11 @@ def launch(
     run: Callable[[Configuration], object],
     trial: Callable[[Configuration], object] | None = None,
 ) -> None:
-    """Runs `run(configuration)` with the configuration that serves best, as far as is known.
+    """Calls `run(configuration)` with the tuned configuration, or with the first one if there is none.
 
-    kernel, key: what is launched; with the device's kind they name a choice.
-    configurations: a short list, a sensible one for this key first.
-    trial: what is measured instead of `run`, if `run` works in place and may not be called twice.
+    kernel, key: identify the launch; with the device's kind they identify a choice.
+    configurations: a short list, the default for this key first.
+    trial: timed instead of `run` where `run` works in place and must not be called twice.
     """
     with _current(device):
         run(_choice(kernel, key, device, configurations, trial or run))
@@ -53,13 +53,13 @@ def launch(
 def _choice(kernel: str, key: tuple, device: torch.device, configurations: Sequence[Configuration], trial) -> Configuration:
     kind = user_cache.kind(device)
     choices = known(kind)
-    if not choices and _measure is None:  # the ordinary case costs no string
+    if not choices and _measure is None:  # the common case, without building a name
         return configurations[0]
     name = f"{kernel} {' '.join(map(str, key))}"
     if _measure is not None and name not in _tuned.setdefault(kind, {}):
         choices[name] = _tuned[kind][name] = _fastest(configurations, trial)
     configuration = choices.get(name)
-    # a file may hold what an older list had: only what the list offers is launched
+    # a file may hold a configuration that is no longer in the list
     return configuration if configuration in configurations else configurations[0]
 
 
@@ -73,16 +73,16 @@ def _fastest(configurations: Sequence[Configuration], run: Callable[[Configurati
     for position, configuration in enumerate(configurations):
         try:
             times[position] = _measure(lambda: run(configuration))
-        except OutOfResources:  # this device has less shared memory or fewer registers than the configuration wants
+        except OutOfResources:  # not enough shared memory or registers on this device
             continue
     return configurations[min(times, key=times.get, default=0)]
 
 
 @contextmanager
 def tuning(measure: Callable[[Callable[[], object]], float] | None = None) -> Iterator[Choices]:
-    """Inside the `with`, launches measure their configurations; yields what they choose.
+    """Inside the `with`, launches time their configurations; yields the choices.
 
-    measure: the time of a call, in any unit; None: Triton's `do_bench`, the median on an emptied cache.
+    measure: returns the time of a call, in any unit. None: Triton's `do_bench`, the median with L2 flushed before each run.
     """
     global _measure, _tuned
     before = _measure, _tuned

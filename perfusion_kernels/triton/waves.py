@@ -1,7 +1,8 @@
-"""How many programs share out the tiles of a head, so that a GPU is full from the first to the last of them.
+"""The number of programs that share the tiles of a head, chosen such that the last wave is full.
 
-A GPU holds `at_once` programs. More of them run in waves, and a last wave of a few takes as long as a full one; each program loads the
-keys and values of its head first, so more programs load more. csrc/edited_attention.cu weighs the same for the CUDA kernel.
+A GPU holds `at_once` resident programs; more run in waves, and a partial last wave takes as long as a full one. On the other hand each
+program first loads the keys and values of its head, so more programs load more. csrc/edited_attention.cu makes this trade-off for the
+CUDA kernel.
 """
 
 from functools import cache
@@ -11,21 +12,21 @@ import triton
 
 from .shared_memory import Held, Tiles
 
-PROGRAMS = 512  # where a device does not say how many it holds
-REGISTERS = 168  # of a thread, about what ptxas takes for these kernels
+PROGRAMS = 512  # resident programs of a device whose limits are not known
+REGISTERS = 168  # per thread, an estimate of what ptxas allocates to these kernels
 
 
 def share(N: int, pairs: int, tiles: Tiles, held: Held, device: torch.device, load: int = 1) -> tuple[int, int]:
-    """(programs, tiles for each of them) of N queries of each of `pairs` heads.
+    """(programs per head, tiles per program) for N queries of each of `pairs` heads.
 
-    tiles, held: the configuration, of BLOCK_N queries a tile, and the shared memory of its programs. load: what a program does before
-    its first tile, as a number of tiles.
+    tiles, held: the configuration, of BLOCK_N queries a tile, and the shared memory of its programs. load: the cost of a program's
+    loads before its first tile, in tiles.
     """
     return _least_time(triton.cdiv(N, tiles["BLOCK_N"]), pairs, _at_once(tiles, held, device), load)
 
 
 def _at_once(tiles: Tiles, held: Held, device: torch.device) -> int:
-    """Programs that the device holds at once."""
+    """Resident programs of the device: one wave."""
     if device.type != "cuda" or torch.version.hip is not None:
         return PROGRAMS
     multiprocessors, registers, shared_memory = _of_cuda(device)
@@ -41,7 +42,7 @@ def _of_cuda(device: torch.device) -> tuple[int, int, int]:
 
 @cache
 def _least_time(count: int, pairs: int, at_once: int, load: int) -> tuple[int, int]:
-    """The programs that end first, of those the fewest: waves times what a program does."""
+    """Minimises waves times the work of a program, with the fewest programs on a tie. Returns (programs, tiles per program)."""
 
     def time(programs: int) -> int:
         return triton.cdiv(programs * pairs, at_once) * (triton.cdiv(count, programs) + load)

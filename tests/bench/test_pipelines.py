@@ -16,6 +16,7 @@ from bench.report import tables
 from bench.suites import pipelines, static, step
 from perfusion.base import describe_base
 from perfusion_kernels import edited_attention
+from tests.kernels.tolerance import assert_close, exactly
 from tests.perfusion.editing import make_concept
 from tests.perfusion.tiny import tiny_sd
 
@@ -112,10 +113,13 @@ def test_peers_compute_the_published_formula():
     concept = make_concept(describe_base(pipe), "teddy")
     e, weight, output = torch.randn(1, 77, 16), torch.randn(8, 16), torch.randn(8)
     double = concept.to(dtype=torch.float64)
-    similarity = (e.double() @ double.metric_target) / (double.target @ double.metric_target)
-    gate = torch.sigmoid((similarity - concept.bias) / concept.temperature)[..., None]
-    exact = (e.double() - similarity[..., None] * double.target) @ weight.double().T + gate * output.double()
-    assert torch.allclose(peers.eq3(e, concept, weight, output).double(), exact, atol=1e-4)
+
+    def equation_3(e, weight, output):
+        similarity = (e @ double.metric_target) / (double.target @ double.metric_target)
+        gate = torch.sigmoid((similarity - concept.bias) / concept.temperature)[..., None]
+        return (e - similarity[..., None] * double.target) @ weight.T + gate * output
+
+    assert_close(peers.eq3(e, concept, weight, output), *exactly(equation_3, e.double(), weight.double(), output.double()))
 
 
 def test_what_does_not_fit_is_said(monkeypatch):

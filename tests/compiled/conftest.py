@@ -1,11 +1,16 @@
 """What an installation compiles: the libraries, the wheel, and what nvcc made of each kernel. All of it is proof, as nvcc takes its time."""
 
+import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
 from ..cuda_host.conftest import built, host  # noqa: F401, fixtures
 
+# behind all others, so that every test finds the same cmake, which would compile everything again for another
+os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
 TOOLS = {"test_install": ("g++", "cmake"), "test_wheel": ()}  # the wheel's tests look for their own
 
 

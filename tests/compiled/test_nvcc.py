@@ -48,7 +48,7 @@ def test_what_no_kernel_may_have():
     ]
     assert nvcc_matrix.complaints([nvcc_matrix.Kernel("concept_gates, float32, 1", "sm_80", wide_loads=1)]) == []
     late = nvcc_matrix.Kernel("concept_gates, float32, 1", "sm_90", wide_loads=1, waits=1, unordered=1)
-    text = "concept_gates, float32, 1 for sm_90: reads or writes memory before it waits for the kernel before it"
+    text = "concept_gates, float32, 1 for sm_90: accesses global memory before griddepcontrol.wait"
     assert nvcc_matrix.complaints([late]) == nvcc_matrix.complaints([replace(late, waits=0, unordered=0)]) == [text]
     assert nvcc_matrix.complaints([replace(late, unordered=0)]) == []
 

@@ -78,18 +78,18 @@ py::dict counted() {
   result["matrices"] = machine.matrices;
   result["matrix_cycles"] = machine.matrix_cycles;
   py::list traffic;
-  for (const host::Traffic& launch : machine.traffic) traffic.append(py::make_tuple(launch.asked, launch.read, launch.written));
+  for (const host::Traffic& x : machine.traffic) traffic.append(py::make_tuple(x.requested, x.dram_read, x.dram_written));
   result["traffic"] = traffic;
   return result;
 }
 
-// (asked, read, written) after accesses (address, bytes, written), the cache emptied if that is wanted.
+// Bytes (requested from L2, read from DRAM, written to DRAM) after accesses (address, bytes, written), dirty sectors flushed if wanted.
 std::tuple<uint64_t, uint64_t, uint64_t> cached(int64_t bytes, const std::vector<std::tuple<uintptr_t, int, bool>>& accesses,
-                                               bool emptied) {
+                                               bool flushed) {
   host::Cache cache(bytes);
   for (auto [address, size, written] : accesses) cache.access(reinterpret_cast<const void*>(address), size, written);
-  if (emptied) cache.empty();
-  return {cache.asked, cache.read, cache.written};
+  if (flushed) cache.flush();
+  return {cache.requested, cache.dram_read, cache.dram_written};
 }
 
 template <class Element>

@@ -41,7 +41,7 @@ class Host:
     ) -> None:
         """The machine to run on, and which of its threads goes first; counters start at 0.
 
-        multiprocessors: 0 for one block a head. cache: bytes of the second-level cache; 0 counts no traffic, and runs a block at a time.
+        multiprocessors: 0 for one block a head. cache: bytes of L2; 0 counts no traffic, and runs a block at a time.
         """
         self.module.configure(multiprocessors, shared_per_block, shared_per_multiprocessor, ORDERS[order], cache)
 

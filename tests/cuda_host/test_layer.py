@@ -42,7 +42,7 @@ MISUSE = {
     6: "the copy has not landed",
     7: "the write has not been seen",
     8: "copy_async: bytes must lie in 0 ... 16",
-    9: "global memory is touched while the kernel before may still run",
+    9: "global memory is accessed before griddepcontrol.wait, while the previous kernel may still run",
 }
 
 

@@ -13,7 +13,7 @@ from .build import Change, build_module, only_widths
 from .host import Host, Refused
 from .sweep import SCHEDULES, concerned, sweep
 
-# By file: what is wrong, and the piece of source that is there once and what stands in its place.
+# By file: the fault; the source text, which occurs once; its replacement.
 MUTANTS = {
     "edited_attention.cuh": {
         "memory is read while the kernel before may still run": ("  wait_for_previous_kernel();\n", ""),
@@ -22,8 +22,8 @@ MUTANTS = {
             "      edit.apply(keys, values);\n      barrier();\n",
             "      edit.apply(keys, values);\n",
         ),
-        "a head lands on another that is being read": ("    if (others) barrier();", "    if (others && plan.warps == 0) barrier();"),
-        "a stretch goes on in the head before": ("++stretch.head, stretch.at = 0", "stretch.at = 0"),
+        "a head lands on another that is being read": ("    if (later) barrier();", "    if (later && plan.warps == 0) barrier();"),
+        "a range of tiles stays in its first head": ("++range.head, range.tile = 0", "range.tile = 0"),
         "every row reads its own keys": ("p.key, row, h, T", "p.key, b, h, T"),
         "slots are not looked at": ("if (slot >= 0 && slot < p.P) return slot;", "if (slot >= -1) return slot;"),
     },
@@ -36,10 +36,13 @@ MUTANTS = {
             "load_matrices(b, keys + (group * 16 + l % 16) * pitch + d - 8)",
             "load_matrices(b, keys + (group * 16 + l % 16) * pitch + d - 16)",
         ),
-        "positions without a region are seen by nobody": ("if (key != 0 && (query", "if ((query"),
+        "positions without a region are masked": ("if (key != 0 && (query", "if ((query"),
         "the regions of the row above": ("of_row(8 * i + lane() / 4)", "of_row(8 * i + lane() / 8)"),
         "a token with nothing left is not a number": ("high == -infinity() ? 0.0f : high * scale", "high * scale"),
-        "what was summed before keeps its scale": ("o[i][n][e] *= kept[i][e / 2];", "o[i][n][e] *= kept[i][e / 2] > 0.0f ? 1.0f : 0.0f;"),
+        "what was summed before keeps its scale": (
+            "o[i][n][e] *= rescale[i][e / 2];",
+            "o[i][n][e] *= rescale[i][e / 2] > 0.0f ? 1.0f : 0.0f;",
+        ),
     },
     "query_stream.cuh": {
         "the next tile lands on this one": ("load(which ^ 1, tile + plan.warps)", "load(which, tile + plan.warps)"),
@@ -63,7 +66,7 @@ MUTANTS = {
             "          load_places(place);\n          barrier();\n",
             "          load_places(place);\n",
         ),
-        "concepts give way before they are edited": ("          barrier();  // the group before has been read\n", ""),
+        "concepts give way before they are edited": ("          barrier();  // all threads have read the previous group\n", ""),
     },
     "concept_gates.cuh": {
         "rows are divided by another's energy": ("system[i] /= energies[i / J]", "system[i] /= energies[i % J]"),
@@ -135,7 +138,10 @@ MUTANTS = {
             "          if (coefficients.slots[first + i][j] != slot) continue;\n",
             "          if (coefficients.slots[first + i][j] > slot) continue;\n",
         ),
-        "the places beyond eight are read over those before": ("    if (place > 0) barrier();  // those before have been read\n", ""),
+        "the places beyond eight are read over those before": (
+            "    if (place > 0) barrier();  // all threads have read the previous places\n",
+            "",
+        ),
         "absent places are added as zeros": (
             "      if (slot < 0) continue;\n",
             "      if (slot < 0) {\n        slots[r][j] = 1;\n        gates[r][j] = components[r][j] = 0.0f;\n        continue;\n      }\n",
@@ -155,7 +161,7 @@ MUTANTS = {
             "      for (int64_t t = warp(); t < p.T && b < 2; t += rank_one_warps) {",
         ),
         "the sums of eight places are overwritten before they are read": (
-            "    if (place > 0) barrier();  // the sums before have been read\n",
+            "    if (place > 0) barrier();  // all threads have read the previous sums\n",
             "",
         ),
         "a gate's derivative is of the next slot": (

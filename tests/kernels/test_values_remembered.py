@@ -1,4 +1,4 @@
-"""A check of values that passed is not made again while its tensors are the same ones, unwritten; in every other case it is."""
+"""A check of values that passed is not made again while its tensors are the same ones, unchanged; in every other case it is."""
 
 from functools import partial
 from threading import Thread
@@ -216,12 +216,12 @@ def recognised(module):
     with torch.inference_mode():
         uncounted = torch.zeros(2)
     marks = module.marks((x, y))
-    assert module.unwritten((x, y), marks)
-    assert not module.unwritten((y, x), marks)
+    assert module.unchanged((x, y), marks)
+    assert not module.unchanged((y, x), marks)
     assert module.marks((x, uncounted)) is None
     y.zero_()
-    assert not module.unwritten((x, y), marks)
-    assert not module.unwritten((x, torch.zeros(2)), module.marks((x, torch.zeros(2))))
+    assert not module.unchanged((x, y), marks)
+    assert not module.unchanged((x, torch.zeros(2)), module.marks((x, torch.zeros(2))))
 
 
 MUTANTS = {
