@@ -62,18 +62,18 @@ class Problem:
 
 
 def measure(suite: str, problem: Problem, options: Options) -> Iterator[dict[str, Any]]:
-    """One row per candidate: times if its results pass the gate of the tests' tolerance in this very run, else the reason."""
+    """One row per candidate: times if its results pass the gate of the tests' tolerance in this very run; else the reason, and as `error`
+    what was raised, or "wrong result"."""
     exact, plain = exactly(problem.exact), _tensors(problem.plain())
     on_gpu = options.device.type == "cuda"
     candidates = with_graphs(problem.candidates, problem.copies()) if on_gpu else problem.candidates
-    admitted, reasons, wrong = [], {}, set()
+    admitted, reasons = [], {}
     for candidate in candidates:
-        result, reason = attempt(candidate)
+        result, reason, error = attempt(candidate)
         if not reason:
-            reason = _refused(_tensors(result), plain, exact, problem.index)
-            wrong |= {candidate.provider} if reason else set()
+            reason, error = _refused(_tensors(result), plain, exact, problem.index), "wrong result"
         if reason:
-            reasons[candidate.provider] = reason
+            reasons[candidate.provider] = {"reason": reason, **({"error": error} if error else {})}
         else:
             admitted.append(candidate)
     del exact, plain
@@ -91,8 +91,7 @@ def measure(suite: str, problem: Problem, options: Options) -> Iterator[dict[str
         row = {"suite": suite, "case": problem.case, "provider": candidate.provider, **common}
         mine = times.get(candidate.provider)
         if mine is None:
-            said = {"wrong": True} if candidate.provider in wrong else {}
-            yield {**row, "gate": "not passed", "reason": reasons[candidate.provider], **said}
+            yield {**row, "gate": "not passed", **reasons[candidate.provider]}
             continue
         yield {
             **row, "gate": "passed", **facts(times, candidate.provider), "calls": candidate.calls, "l2": "cold" if on_gpu else "warm",

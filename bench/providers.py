@@ -127,20 +127,20 @@ class _Graphed:
         self.graph = graph
 
 
-def attempt(candidate: Candidate) -> tuple[object, str]:
-    """What the candidate gives, or None and why it gives nothing."""
+def attempt(candidate: Candidate) -> tuple[object, str, str]:
+    """What the candidate gives; or None, why it gives nothing, and the name of the error that it raised."""
     if candidate.reason:
-        return None, candidate.reason
+        return None, candidate.reason, ""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             with candidate.context():
                 call = candidate.call
-                return candidate.check(call, candidate.calls) if candidate.check else call(), ""
+                return candidate.check(call, candidate.calls) if candidate.check else call(), "", ""
         except Exception as error:  # whatever a library raises for a call that it does not take
-            texts = [str(error), *(str(each.message) for each in said)]
+            kind, texts = type(error).__name__, [str(error), *(str(each.message) for each in said)]
     lines = dict.fromkeys(line for text in texts for line in [" ".join(text.split("(Triggered internally")[0].split())[:300]] if line)
-    return None, "; ".join(lines) or "it raised an error without a message"
+    return None, "; ".join(lines) or "it raised an error without a message", kind
 
 
 @contextlib.contextmanager

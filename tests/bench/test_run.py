@@ -17,6 +17,7 @@ from bench import providers, roofline, rows, suites
 from bench.measure import Options, Problem, _floor, measure
 from bench.report import PLACE, baseline, refreshed, tables
 from bench.timing import Candidate, Times, interleave
+from perfusion_kernels import BackendUnavailable
 from perfusion_kernels.schemas import SCHEMAS
 
 pytestmark = pytest.mark.bench
@@ -132,7 +133,7 @@ def test_a_graph_goes_through_copies(monkeypatch):
     lists = [[Candidate("ours", lambda n=n: n, on_graph=True), Candidate("slow", lambda: None)] for n in range(3)]
     plain, graph, slow = providers.with_graphs(lists[0], lists[1:])
     assert (plain.provider, graph.provider, slow.provider, graph.calls) == ("ours", "ours graph", "slow", 20)
-    assert providers.attempt(graph) == (0, "") and graph.call.results == [number % 3 for number in range(20)]
+    assert providers.attempt(graph) == (0, "", "") and graph.call.results == [number % 3 for number in range(20)]
     clock = iter(range(10**6))
     (times,) = interleave([graph], torch.device("cpu"), seconds=0, rounds=(3, 3), clock=lambda: next(clock))
     assert times.samples.tolist() == [1 / 20] * 3, "times are of one call"
@@ -261,16 +262,20 @@ def test_a_wrong_kernel_of_ours_is_a_failure_behind_all_rows(tmp_path, monkeypat
     candidates = [("expert", right + 1), ("sdpa flash", right[:1]), ("cuda", right), ("reference", right)]
 
     def main(*more):
-        found = [Candidate(name, lambda result=result: result) for name, result in (*more, *candidates)]
+        found = [Candidate(name, functools.partial(*call) if callable(call[0]) else lambda call=call: call[0]) for name, *call in (*more, *candidates)]
         monkeypatch.setattr(bench.run.suites, "measured", lambda suite, options: measure(suite, problem(*found), CPU))
         monkeypatch.setattr(sys, "argv", ["run.py", "--suite", "gates", "--device", "cpu", "--out", str(tmp_path / "rows.jsonl")])
         bench.run.main()
 
-    main()
-    with pytest.raises(SystemExit, match="1 results of our own kernels are wrong:\ngates, c, cuda graph: its result is wrong, all rows"):
-        main(("cuda graph", right + 1))
-    found = rows.read(tmp_path / "rows.jsonl")
-    assert [row["provider"] for row in found if row.get("wrong")] == ["expert", "sdpa flash", "cuda graph", "expert", "sdpa flash"]
+    def fails(error):
+        raise error
+
+    main(("triton", fails, BackendUnavailable("no GPU")))
+    with pytest.raises(SystemExit, match="wrong or failed, 2 times:\ngates, c, cuda graph: its result is wrong.*\ngates, c, triton: illegal access"):
+        main(("cuda graph", right + 1), ("triton", fails, RuntimeError("illegal access")))
+    found = [(row["provider"], row.get("error")) for row in rows.read(tmp_path / "rows.jsonl") if row["gate"] != "passed"]
+    others = [("expert", "wrong result"), ("sdpa flash", "wrong result")]
+    assert found == [("triton", "BackendUnavailable"), *others, ("cuda graph", "wrong result"), ("triton", "RuntimeError"), *others]
 
 
 # Times
