@@ -23,9 +23,14 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Command, Distribution, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones stop at pyproject.toml's licence, or have no bdist_wheel
+    raise SystemExit(f"setup.py needs setuptools 77.0.3 or newer; this Python has {setuptools.__version__}: pip install -U setuptools")
+
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 
 ROOT = Path(__file__).parent
 LIBRARY = "libperfusion_kernels_torch.so"

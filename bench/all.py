@@ -53,7 +53,7 @@ STAGES = (
     Stage("step, compiled", "--suite step --model toybox --rounds 20 --seconds 2", "stock", 0.3),
     Stage("step, SDXL's shape", "--suite step --model sdxl --rounds 6 --seconds 5 --compile none", "stock", 0.3),
 )
-ON_GPU = (Stage("attention", "--suite attention --model sd15 --model sdxl --rows 2 --rows 16 --places 1 --seconds 0.3", "expert"),)
+ON_GPU = (Stage("attention", "--suite attention --model sd15 --model sdxl --rows 2 --rows 16 --places 1 --seconds 0.3", "expert graph"),)
 
 
 def run(stage: Stage, out: Path, seconds: float, more: list[str]) -> str:

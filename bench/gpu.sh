@@ -4,20 +4,22 @@
 #   bench/gpu.sh [FOLDER]                  writes log.txt, rows.jsonl and report.md there, by default into build/gpu
 #   STAGES="decide core" bench/gpu.sh      some stages; each is of use alone
 #   PYTHON=.venv/bin/python                which Python: one with a CUDA build of torch from 2.10 on
-#   WHEELS=FOLDER                          wheels that it lacks (diffusers, pytest, cmake, ninja, ...), installed beside it, without a network
+#   WHEELS=FOLDER                          wheels that it lacks (diffusers, pytest, cmake, ninja, setuptools from 77 on, ...), put beside it
 #   PATIENCE=3                             all limits, and the budget, times as much
 #   DEVICE=cpu QUICK=1                     a rehearsal: small shapes, no GPU
 #
-# decide    what plans rest on: how fast L2 is read, mma.sync beside the library's product, launches, and what Nsight Compute counts, if it is there
-# core      edited_attention at every shape of three UNets beside torch's attention kernels, torch.compile and the expert
+# decide    what plans rest on: how fast L2 is read, mma.sync beside the library's product, launches, what programmatic dependent launch
+#           gains, and what Nsight Compute counts, if it is there
+# core      edited_attention at every shape of three UNets beside torch's attention kernels, torch.compile and the expert; then the others
 # layer     the whole cross-attention layer, likewise
-# engine    a step of a pipeline
+# engine    a step of a UNet of Stable Diffusion 1.5's shape, in float16
 # sanitize  programs on the C API and tests under compute-sanitizer
 # tests     the operators' tests, on the GPU
 # train     a step of training
 #
-# A stage is steps with limits in seconds, which add up to less than the budget. A step runs whatever became of those before it. Numbers
-# need no green step elsewhere: nothing is timed that did not pass its own check. The status is 1 if a step failed, 2 if there is no GPU.
+# A stage is steps with limits in seconds, which add up to no more than the budget; what a step leaves over, a later one may use. A step
+# runs whatever became of those before it. Numbers need no green step elsewhere: nothing is timed that did not pass its own check. The
+# status is 1 if a step failed or a kernel of ours was wrong, 2 if there is no GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,6 +33,7 @@ refuse() { echo "bench/gpu.sh: $1" >&2; exit 2; }
 for stage in $stages; do
   [[ " $known " == *" $stage "* ]] || refuse "there is no stage $stage; there are: $known"
 done
+PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # nvcc, ncu and compute-sanitizer
 gpu=$(nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader 2> /dev/null | head -n 1) || true
 [[ $gpu == *,* ]] || refuse "no NVIDIA GPU here (nvidia-smi lists none), and nothing that this script does makes sense without one."
 
@@ -49,9 +52,13 @@ export TORCH_CUDA_ARCH_LIST=$capability MAX_JOBS=${MAX_JOBS:-$(nproc)} PERFUSION
 echo "$gpu; log, rows and report in $out" | tee -a "$log"
 
 # step NAME SECONDS COMMAND...
+granted=$SECONDS # when the steps so far have to be over
 step() {
-  local name=$1 limit=$(($2 * patience)) begin=$SECONDS left=$((budget * patience - SECONDS)) status=0
+  local name=$1 own=$(($2 * patience)) begin=$SECONDS left=$((budget * patience - SECONDS)) status=0
   shift 2
+  granted=$((granted + own))
+  local limit=$((granted - begin))
+  ((limit > own)) || limit=$own
   ((limit < left)) || limit=$left
   printf '\n==> %s: %s\n' "$name" "$*" >> "$log"
   if ((limit < 1)); then
@@ -59,7 +66,8 @@ step() {
   elif ! command -v "$1" > /dev/null; then
     status="not begun, $1 is not on PATH"
   else
-    timeout --kill-after=5 "$limit" "$@" >> "$log" 2>&1 || status="FAILED with status $? after $((SECONDS - begin)) of $limit s; in the log: $(tail -n 1 "$log")"
+    # INT, at which pytest names what has failed so far
+    timeout --signal=INT --kill-after=5 "$limit" "$@" >> "$log" 2>&1 || status="FAILED with status $? after $((SECONDS - begin)) of $limit s; in the log: $(tail -n 1 "$log")"
   fi
   if [[ $status == 0 ]]; then
     status="passed in $((SECONDS - begin)) s"
@@ -81,58 +89,69 @@ report() {
   timeout $((10 * patience)) "$python" bench/report.py "$rows" > "$out/report.md" 2>> "$log" || failed+=("report")
 }
 
-all=(--model sd15 --model sd21 --model sdxl --rows 2 --rows 16 --compile none)
-main=(--model sd15 --model sdxl --tokens 4096 --tokens 1024 --rows 2) # where most of the time is
+shapes=(--model sd15 --model sdxl)
+all=("${shapes[@]}" --model sd21 --rows 2 --rows 16 --compile none)
+main=("${shapes[@]}" --tokens 4096 --tokens 1024 --rows 2) # where most of the time is
+if [[ $device == cpu ]]; then needed=reference; else needed="cuda triton"; fi
 
-step library 60 "$python" setup.py -q build_cuda --inplace
-step backends 20 "$python" -c 'import perfusion_kernels as p; print(*p.available_backends(), sep="\n")'
+step library 85 "$python" setup.py -q build_cuda --inplace
+# shellcheck disable=SC2086
+step backends 10 "$python" -c "import sys, perfusion_kernels
+found = perfusion_kernels.available_backends()
+print(*found, sep='\n', flush=True)
+sys.exit('; '.join(str(each) for each in found if each.name in sys.argv and not each.available) or 0)" $needed
 for stage in $stages; do
   case $stage in
     decide)
-      step microbenchmarks 20 "$python" bench/microbenchmarks/__init__.py --architecture "$capability" --out "$scratch"
-      measure decide 30 --suite decide
-      step nsight 20 "$python" bench/nsight.py --out "$rows"
+      step microbenchmarks 15 "$python" bench/microbenchmarks/__init__.py --architecture "$capability" --out "$scratch"
+      measure decide 20 --suite decide
+      for wish in 0 1; do
+        PERFUSION_DEPENDENT_LAUNCH=$wish measure "dependent-launch-$wish" 10 --suite attention --places 0 "${shapes[@]}" --tokens 1024 --rows 2 \
+          --compile none
+      done
+      step nsight 30 "$python" bench/nsight.py --out "$rows"
       ;;
     core)
-      measure core-main 35 --suite attention --places 0 "${main[@]}" --compile max-autotune
       measure core 40 --suite attention --places 0 "${all[@]}"
-      measure core-edited 15 --suite attention --places 1 "${main[@]}" --compile none
+      measure others 25 --suite gates --suite fused --suite projection "${shapes[@]}" --rows 2 --rows 16 --places 1 --compile none
+      measure core-edited 12 --suite attention --places 1 "${main[@]}" --compile none
+      measure core-autotune 25 --suite attention --places 0 "${main[@]}" --rows 16 --compile max-autotune
       ;;
     layer)
-      measure layer-main 35 --suite layer "${main[@]}" --compile max-autotune
-      measure layer 40 --suite layer "${all[@]}"
+      measure layer 35 --suite layer "${all[@]}"
+      measure layer-autotune 25 --suite layer "${main[@]}" --rows 16 --compile max-autotune
       ;;
     engine)
-      if grep -q '"step"' bench/suites/__init__.py; then
-        measure engine 35 --suite step
-      else
-        echo "engine: not measured, there is no suite step" | tee -a "$log"
-      fi
+      measure engine 30 --suite step --model sd15 --compile none --dtype float16
       ;;
     sanitize)
-      step examples 45 bash -ec "
-        cmake -G Ninja -S . -B '$scratch/cmake' -DCMAKE_CUDA_ARCHITECTURES=${capability/./}-real -DCMAKE_INSTALL_PREFIX='$scratch/installed'
-        cmake --build '$scratch/cmake' --parallel $MAX_JOBS
-        cmake --install '$scratch/cmake'
-        cmake -G Ninja -S csrc/example -B '$scratch/example' -DCMAKE_PREFIX_PATH='$scratch/installed'
+      # the objects that the step library has compiled
+      step programs 15 bash -ec "
+        cmake -G Ninja -S . -B 'build/cuda/$capability' -DCMAKE_BUILD_TYPE=Release -DPython3_EXECUTABLE='$(command -v "$python")'
+        cmake --build 'build/cuda/$capability' --target perfusion_kernels --parallel $MAX_JOBS
+        cmake --install 'build/cuda/$capability' --prefix '$scratch/installed'
+        cmake -G Ninja -S csrc/example -B '$scratch/example' -DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH='$scratch/installed'
         cmake --build '$scratch/example'"
       for tool in memcheck racecheck synccheck initcheck; do
-        step "$tool" 10 bash -ec "
-          command -v compute-sanitizer
-          for program in \$(cd csrc/example && ls *.cpp); do
-            compute-sanitizer --tool $tool --error-exitcode 9 '$scratch/example/'\${program%.cpp}
-          done"
+        step "$tool" 12 bash -c "
+          status=0
+          for program in sweep example; do
+            compute-sanitizer --tool $tool --error-exitcode 9 '$scratch/example/'\$program || status=\$?
+          done
+          exit \$status"
       done
       # without torch's allocator, behind whose blocks a read out of bounds meets memory that is allocated
-      step memcheck-tests 20 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
+      step memcheck-tests 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
         "$python" -m pytest -q -x -p no:cacheprovider tests/kernels/test_floor.py -k "cuda-cuda and (odd_sizes or poisoned_memory)"
       ;;
     tests)
-      step tests 45 "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_floor.py tests/kernels/test_identities.py tests/kernels/test_traps.py \
-        tests/kernels/test_edited_attention.py tests/kernels/test_concept_gates.py -k "cuda-cuda or triton-cuda"
+      for backend in cuda triton; do
+        step "tests-$backend" 22 "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_floor.py tests/kernels/test_identities.py \
+          tests/kernels/test_traps.py tests/kernels/test_edited_attention.py tests/kernels/test_concept_gates.py -k "$backend-cuda"
+      done
       ;;
     train)
-      measure train 20 --suite train --model toybox
+      measure train 15 --suite train --model toybox --compile none
       ;;
   esac
 done

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import roofline, rows
+from bench import plans, roofline, rows
 from bench.providers import CALLS, attempt, quiet, with_graphs
 from bench.timing import FLUSH, Candidate, facts, interleave
-from tests.kernels.tolerance import Exact, assert_no_worse
+from tests.kernels.tolerance import Exact, assert_no_worse, exactly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +63,15 @@ class Problem:
 
 def measure(suite: str, problem: Problem, options: Options) -> Iterator[dict[str, Any]]:
     """One row per candidate: times if its results pass the gate of the tests' tolerance in this very run, else the reason."""
-    exact, plain = _tensors(problem.exact()), _tensors(problem.plain())
+    exact, plain = exactly(problem.exact), _tensors(problem.plain())
     on_gpu = options.device.type == "cuda"
     candidates = with_graphs(problem.candidates, problem.copies()) if on_gpu else problem.candidates
-    admitted, reasons = [], {}
+    admitted, reasons, wrong = [], {}, set()
     for candidate in candidates:
         result, reason = attempt(candidate)
-        reason = reason or _refused(_tensors(result), plain, exact, problem.index)
+        if not reason:
+            reason = _refused(_tensors(result), plain, exact, problem.index)
+            wrong |= {candidate.provider} if reason else set()
         if reason:
             reasons[candidate.provider] = reason
         else:
@@ -80,15 +82,17 @@ def measure(suite: str, problem: Problem, options: Options) -> Iterator[dict[str
         timed = interleave(admitted, options.device, seconds=options.seconds * len(admitted), rounds=options.rounds, clock=clock)
     times = dict(zip((candidate.provider for candidate in admitted), timed))
 
+    machine = rows.provenance(str(options.device))
     common = {
         "suite": suite, "case": problem.case, "dtype": str(problem.dtype).removeprefix("torch."), "shapes": problem.shapes,
-        **rows.provenance(str(options.device)), "load": rows.load(), "quick": options.quick, **_floor(problem.work), **problem.facts,
+        **machine, "load": rows.load(), "quick": options.quick, **_floor(problem.work, machine["device"]), **problem.facts,
     }  # fmt: skip
     for candidate in candidates:
         row = {"suite": suite, "case": problem.case, "provider": candidate.provider, **common}
         mine = times.get(candidate.provider)
         if mine is None:
-            yield {**row, "gate": "not passed", "reason": reasons[candidate.provider]}
+            said = {"wrong": True} if candidate.provider in wrong else {}
+            yield {**row, "gate": "not passed", "reason": reasons[candidate.provider], **said}
             continue
         yield {
             **row, "gate": "passed", **facts(times, candidate.provider), "calls": candidate.calls, "l2": "cold" if on_gpu else "warm",
@@ -101,24 +105,26 @@ def _rates(row: dict[str, Any], median_us: float) -> dict[str, float]:
     return {f"{name}_per_s": 1e6 * row[name] / median_us for name in ("bytes", "flops") if row.get(name)}
 
 
-def _floor(work: roofline.Work | None) -> dict[str, Any]:
+def _floor(work: roofline.Work | None, device: str) -> dict[str, Any]:
+    """What is to be moved and computed, and on a chip whose rates are known the least time for that."""
     if work is None:
         return {}
-    return {"bytes": work.bytes, "flops": work.flops, "floor_us": round(1e6 * work.floor(roofline.H200), 4), "floor_of": roofline.H200.name}
+    known, chip = {"bytes": work.bytes, "flops": work.flops}, plans.chip(device)
+    return {**known, "floor_us": round(1e6 * plans.CHIPS[chip].floor(work), 4), "floor_of": chip} if chip else known
 
 
 def _tensors(results: Any) -> tuple[Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
-def _refused(results: tuple, plain: tuple[Tensor, ...], exact: tuple[Tensor, ...], index: Tensor) -> str:
+def _refused(results: tuple, plain: tuple[Tensor, ...], exact: tuple[Exact, ...], index: Tensor) -> str:
     """Why the results may not be timed, or nothing."""
     try:
         for mine, formula, truth in zip(results, plain, exact, strict=True):
-            if not isinstance(mine, Tensor) or mine.shape != truth.shape or mine.dtype != formula.dtype:
+            if not isinstance(mine, Tensor) or mine.shape != formula.shape or mine.dtype != formula.dtype:
                 came = f"{mine.dtype} {list(mine.shape)}" if isinstance(mine, Tensor) else type(mine).__name__
-                return f"it gives {came}, not {formula.dtype} {list(truth.shape)}"
-            assert_no_worse(mine, formula, Exact(truth, truth.abs()), index)  # sums of random terms: they do not cancel
+                return f"it gives {came}, not {formula.dtype} {list(formula.shape)}"
+            assert_no_worse(mine, formula, truth, index)
     except AssertionError as error:
         return f"its result is wrong, {' '.join(str(error).split())}"
     return ""

@@ -30,10 +30,10 @@ RANK = 4
 
 
 def eq3(e: Tensor, concept: Concept, weight: Tensor, output: Tensor) -> Tensor:
-    """h [R, T, d] = W (e - c i*) + g o* of encodings [R, T, D] (arXiv 2305.01644, eq. 3)."""
-    similarity = (e @ concept.metric_target) / concept.energy
-    gate = torch.sigmoid((similarity - concept.bias) / concept.temperature)
-    return linear(e - similarity[..., None] * concept.target, weight) + gate[..., None] * output
+    """h [R, T, d] = W (e - c i*) + g o* of encodings [R, T, D] (arXiv 2305.01644, eq. 3); c and g in float32, C⁻¹ needs it."""
+    similarity = (e.float() @ concept.metric_target) / concept.energy
+    gate = torch.sigmoid((similarity - concept.bias) / concept.temperature).to(e.dtype)
+    return linear((e - similarity[..., None] * concept.target).to(e.dtype), weight) + gate[..., None] * output
 
 
 class GatedEdit(torch.nn.Module):
@@ -50,7 +50,8 @@ class GatedEdit(torch.nn.Module):
 
 def outputs_of(layer: Any, name: str, concept: Concept) -> dict[str, Tensor]:
     """o* of a layer's keys, which are the superclass's, and of its values."""
-    return {"to_k": linear(concept.superclass_encoding, layer.to_k.weight), "to_v": concept.value_output(name)}
+    weight = layer.to_k.weight
+    return {"to_k": linear(concept.superclass_encoding.to(weight), weight), "to_v": concept.value_output(name).to(weight)}
 
 
 def with_gated_edit(unet: Any, concept: Concept) -> Any:

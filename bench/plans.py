@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,6 +52,12 @@ LIBRARY = 0.7  # of the dense rate, in a library's products of a layer's size [a
 LATENCY = 2.0e-6  # of a launch in a graph, of its first loads, and of what is done behind them, on any chip [assumed]
 REACHED = 0.85  # of the rate of the resource that binds [assumed]
 PRODUCTS = 0.5  # of the tensor cores' rate, in the products of csrc/matrix_product.cuh, whose loads do not hide [assumed]
+
+
+def chip(device: str) -> str | None:
+    """The chip of `CHIPS` that torch calls `device`, as "NVIDIA H200"; None for others, and for forms of these with other rates."""
+    other_form = r"( 80GB)? (PCIe|NVL|Laptop|D\b)|-\w+-80GB"
+    return next((name for name in CHIPS if re.search(rf"\b{name}\b(?!{other_form})", device)), None)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench import roofline
+from bench import plans, roofline
 
 FILE = Path(__file__).with_name("predictions.jsonl")
 T = 77
@@ -41,8 +41,7 @@ def of(row: dict[str, Any]) -> dict[str, Any] | None:
     shapes = row.get("shapes", {})
     if kernel is None or provider not in ("cuda graph", "cuda fused graph") or (kernel == "edited_attention" and shapes.get("J")):
         return None
-    chips = sorted({each["chip"] for each in _all()}, key=len, reverse=True)  # an A100 is no A10
-    chip = next((chip for chip in chips if chip in row["device"]), None)
+    chip = plans.chip(row["device"])
     for each in read(chip) if chip else ():
         if each["kernel"] == kernel and each["rows"] == shapes.get("B") and all(each[name] == shapes.get(name) for name in SIZES[kernel]):
             return each

@@ -28,13 +28,18 @@ SDPA = {
 }
 
 
+WITHOUT_DEPENDENT_LAUNCH = " without dependent launch"  # which the library reads from the environment once, so a process has one of both
+
+
 def ours(operator: str, arguments: Mapping[str, Tensor | None], form: str = "", **options) -> Iterator[Candidate]:
-    """One per backend; `form` stands behind its name."""
+    """One per backend; `form` stands behind its name, and what the environment leaves out of the compiled kernels."""
     device = next(tensor.device for tensor in arguments.values() if tensor is not None)
     for name in backend.ORDER:
         call = functools.partial(cases.PUBLIC[operator], **arguments, **options, backend=name, validate=False)
         interpreted = name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-        yield Candidate(f"{name}{form}", call, "Triton's interpreter is for tests" if interpreted else "", on_graph=name != "reference")
+        reason = "Triton's interpreter is for tests" if interpreted else ""
+        left_out = WITHOUT_DEPENDENT_LAUNCH if name == "cuda" and os.environ.get("PERFUSION_DEPENDENT_LAUNCH") == "0" else ""
+        yield Candidate(f"{name}{form}{left_out}", call, reason, on_graph=name != "reference")
 
 
 def formula(operator: str, positional: tuple, modes: Sequence[str] = ("default",)) -> Iterator[Candidate]:
@@ -42,16 +47,27 @@ def formula(operator: str, positional: tuple, modes: Sequence[str] = ("default",
     plain, expert = getattr(formulas, operator), getattr(formulas, f"expert_{operator}")
     yield Candidate("eager", functools.partial(plain, *positional))
     for mode in modes:
-        # compiled for the shapes of each problem alone, so none counts against the limit of the others; graphs are captured below
-        compiled = torch.compile(_fresh(plain), dynamic=False, mode=f"{mode}-no-cudagraphs" if mode == "max-autotune" else mode)
+        compiled = _compiled(plain, mode, tuple(map(_signature, positional)))
         name = "compile" if mode == "default" else f"compile {mode}"
         yield Candidate(name, functools.partial(compiled, *positional), on_graph=True)
     yield Candidate("expert", functools.partial(expert, *positional), on_graph=True)
 
 
-def _fresh(function: Callable) -> Callable:
-    """The same function with a code object of its own: torch.compile counts its versions by that."""
-    return type(function)(function.__code__.replace(), function.__globals__, function.__name__)
+@functools.cache
+def _compiled(plain: Callable, mode: str, signature: tuple) -> Callable:
+    """The formula compiled for one problem's shapes: once, however many copies of its tensors are called; graphs are captured elsewhere.
+
+    Each has a code object of its own, by which torch.compile counts its versions: so none counts against the limit of the others.
+    """
+    own = type(plain)(plain.__code__.replace(), plain.__globals__, plain.__name__)
+    return torch.compile(own, dynamic=False, mode=f"{mode}-no-cudagraphs" if mode == "max-autotune" else mode)
+
+
+def _signature(argument: object) -> object:
+    """What code is compiled for: of a tensor all but its numbers."""
+    if not isinstance(argument, Tensor):
+        return argument
+    return tuple(argument.shape), argument.stride(), argument.dtype, str(argument.device)
 
 
 def library(call: Callable[[], Tensor]) -> Iterator[Candidate]:

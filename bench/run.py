@@ -6,7 +6,8 @@
 
 Nothing is timed that did not agree with the float64 formula in the same run, by the tolerance of the tests. Candidates take
 turns; on a GPU with a cold L2 cache, between CUDA events. On a CPU only ratios between candidates of one run mean
-anything. A candidate that cannot run has a row that says why. Suites: see bench/suites.
+anything. A candidate that cannot run has a row that says why. The status is 1 if a kernel of ours gave a wrong result; all
+rows are written first. Suites: see bench/suites.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch  # noqa: E402
 
 from bench import roofline, rows, suites  # noqa: E402
 from bench.measure import Options  # noqa: E402
+from perfusion_kernels import backend  # noqa: E402
 
 MODELS = ("toybox", *roofline.UNETS, "sd15-thin", "sdxl-thin")  # thin: the blocks at a tenth of the width
 
@@ -44,13 +46,17 @@ def main() -> None:
         compile=tuple(mode for mode in options.compile or ["default"] if mode != "none"),
     )
     rows.provenance(options.device)  # the commit is the one whose code was loaded
-    count = 0
+    count, wrong = 0, []
     for suite in suites.NAMES if "all" in options.suite else options.suite:
         for row in suites.measured(suite, chosen):
             rows.append(options.out, row)
             count += 1
+            if row.get("wrong") and row["provider"].split()[0] in backend.ORDER:
+                wrong.append(f"{suite}, {row['case']}, {row['provider']}: {row['reason']}")
             print(f"{suite}, {row['case']}, {row['provider']}: {_said(row)}", flush=True)
     print(f"{count} rows in {options.out}. Tables: python bench/report.py {options.out}")
+    if wrong:
+        raise SystemExit("\n".join([f"error: {len(wrong)} results of our own kernels are wrong:", *wrong]))
 
 
 def _said(row: dict) -> str:

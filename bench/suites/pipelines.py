@@ -96,11 +96,11 @@ def chosen(options: Options) -> dict[str, Model]:
     return {"tiny": TINY} if options.quick else {name: model for name, model in MODELS.items() if name in options.models}
 
 
-def opened(name: str, model: Model, options: Options) -> tuple[Any, str]:
-    """The pipeline on the device, or None and why not."""
+def opened(name: str, model: Model, options: Options, dtype: torch.dtype = torch.float32) -> tuple[Any, str]:
+    """The pipeline on the device in `dtype`, or None and why not."""
     if options.device.type == "cpu" and model.memory * 1.3 > free_memory():
         return None, f"its weights take {model.memory / 1e9:.1f} GB, and this machine has {free_memory() / 1e9:.1f} GB free"
-    pipe = model.make().to(options.device)
+    pipe = model.make().to(options.device, dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe, ""
 
@@ -112,7 +112,7 @@ def encoded(pipe: Any, prompts: str | list[str], device: torch.device, *, guidan
     if pipe.unet.config.addition_embed_type != "text_time":
         return encodings, None
     pooled = torch.cat([found[3], found[2]]) if guidance else found[2]
-    return encodings, {"text_embeds": pooled, "time_ids": torch.zeros(len(encodings), 6, device=device)}
+    return encodings, {"text_embeds": pooled, "time_ids": torch.zeros(len(encodings), 6, device=device, dtype=encodings.dtype)}
 
 
 def step_of(pipe: Any, prompts: str | list[str], side: int, device: torch.device, *, guidance: bool = True) -> Callable[[], Tensor]:
@@ -122,7 +122,7 @@ def step_of(pipe: Any, prompts: str | list[str], side: int, device: torch.device
 
 def step_with(unet: Any, encodings: Tensor, conditions: dict[str, Tensor] | None, side: int, **more: Any) -> Callable[[], Tensor]:
     draw = torch.Generator().manual_seed(0)
-    latents = torch.randn(len(encodings), unet.config.in_channels, side, side, generator=draw).to(encodings.device)
+    latents = torch.randn(len(encodings), unet.config.in_channels, side, side, generator=draw).to(encodings)
     timestep = torch.tensor(500, device=encodings.device)
 
     @torch.no_grad()
@@ -143,13 +143,15 @@ def tried(steps: dict[str, Callable[[], Tensor]], absent: dict[str, str]) -> dic
     return results
 
 
-def common(suite: str, case: str, base: Base | None, options: Options, **shapes: Any) -> dict[str, Any]:
+def common(
+    suite: str, case: str, base: Base | None, options: Options, dtype: torch.dtype = torch.float32, **shapes: Any
+) -> dict[str, Any]:  # fmt: skip
     """What every row of a case says."""
     if base is not None:
         shapes = dict(D=base.encoding_dim, O=base.outputs, layers=len(base.layers), **shapes)
     return {
-        "suite": suite, "case": case, "dtype": "float32", "quick": options.quick, "load": rows.load(), "shapes": shapes,
-        **rows.provenance(str(options.device)),
+        "suite": suite, "case": case, "dtype": str(dtype).removeprefix("torch."), "quick": options.quick, "load": rows.load(),
+        "shapes": shapes, **rows.provenance(str(options.device)),
     }  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def tiny() -> tuple[Any, Covariance, int]:
     return pipe, covariance_of(pipe), 16
 
 
-COMPILED = ("toybox",)  # where torch.compile of the UNet is a candidate too: on a CPU it takes minutes
+COMPILED = ("toybox",)  # where torch.compile of the UNet is a candidate too, unless --compile none: on a CPU it takes minutes
 MODELS: dict[str, Callable[[], tuple[Any, Covariance, int]]] = {"toybox": toybox, "sd15": sd15}
 SESSIONS = {"ours": TrainingSession, "ours compile": TrainingSession, "plain": PlainSession, "expert": ExpertSession}
 
@@ -106,7 +106,7 @@ def problem(name: str, make: Callable[[], tuple[Any, Covariance, int]], batch: i
     truth = exact(), plain()  # before the sessions, whose learned vectors stay as they are
     for provider, kind in SESSIONS.items():
         compile = provider.endswith("compile")
-        if compile and name not in COMPILED:
+        if compile and (name not in COMPILED or not options.compile):
             continue
         session = stack.enter_context(new(kind, compile))
         candidates.append(Candidate(provider, session.train_step, check=lambda *_, session=session: gradients(session)))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import rows, suites
+from bench import nsight, rows, suites
 from bench.run import parse
 
 pytestmark = pytest.mark.bench
@@ -18,7 +18,11 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = (ROOT / "bench/gpu.sh").read_text()
 STAGES = re.search(r'known="([\w ]+)"', SCRIPT)[1].split()
 TOOLS = ("bash", "grep", "dirname", "realpath", "head", "tail", "mkdir", "nproc", "timeout", "tee", "env", "cat", "ls", "true")
-PROGRAMS = [path.stem for path in (ROOT / "csrc/example").glob("*.cpp")]
+PROGRAMS = ("sweep", "example")
+SUITES = [
+    ["decide"], ["attention"], ["attention"], ["attention"], ["gates", "fused", "projection"], ["attention"], ["attention"], ["layer"], ["layer"],
+    ["step"], ["train"],
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -84,13 +88,17 @@ def test_all_it_calls_is_there(tools, tmp_path):
 
     measured = [line for line in lines if "bench/run.py" in line]
     options = [parse(line.replace("--device cuda", "--device cpu").split()[2:]) for line in measured]
-    step = [["step"]] * ("step" in suites.NAMES)
-    assert [each.suite for each in options] == [["decide"], *[["attention"]] * 3, *[["layer"]] * 2, *step, ["train"]]
-    assert all("--device cuda" in line for line in measured) and (step or "engine: not measured" in ran.stdout)
+    assert [each.suite for each in options] == SUITES
+    assert all("--device cuda" in line and ("--compile" in line or "--suite decide" in line) for line in measured)
+    assert options[-2].dtype == "float16" and options[-2].model == ["sd15"], "whose attention the kernels take"
     sanitized = [re.search(r"--tool (\w+).*/(\w+)$", line) for line in lines if "compute-sanitizer" in line and "pytest" not in line]
     assert [found.groups() for found in sanitized] == [
-        (tool, name) for tool in ("memcheck", "racecheck", "synccheck", "initcheck") for name in sorted(PROGRAMS)
+        (tool, name) for tool in ("memcheck", "racecheck", "synccheck", "initcheck") for name in PROGRAMS
     ]
+    assert set(PROGRAMS) == {path.stem for path in (ROOT / "csrc/example").glob("*.cpp")}
+    assert [line.split("-k ")[1] for line in lines if "-m pytest" in line and "sanitizer" not in line] == ["cuda-cuda", "triton-cuda"]
+    built = [line for line in lines if "build/cuda/9.0" in line]
+    assert len(built) == 3 and not any("--target perfusion_kernels_torch" in line for line in built), "what the library is made of is used again"
     for line in lines:  # tests that are chosen by name
         if "-m pytest" in line and "odd_sizes" in line:
             names = re.findall(r"def test_(\w+)", (ROOT / "tests/kernels/test_floor.py").read_text())
@@ -99,12 +107,45 @@ def test_all_it_calls_is_there(tools, tmp_path):
 
 def test_limits_add_up():
     """Of all steps, each as often as it runs: so none takes the time of a later one."""
-    limits = {name: int(limit) for name, limit in re.findall(r"^\s*(?:step|measure) (\S+) (\d+) ", SCRIPT, re.MULTILINE)}
-    tools = re.search(r"for tool in (.*); do", SCRIPT)[1].split()
-    limits['"$tool"'] *= len(tools)
+    found = re.findall(r"^\s*(?:\w+=\S+ )?(?:step|measure) (\S+) (\d+) ", SCRIPT, re.MULTILINE)
+    limits, loops = {name: int(limit) for name, limit in found}, re.findall(r"for (\w+) in (.*); do", SCRIPT)
+    for variable, values in loops:
+        for name in limits:
+            limits[name] *= len(values.split()) if f"${variable}" in name else 1
     report = int(re.search(r"timeout \$\(\((\d+) \* patience\)\) \S+ bench/report.py", SCRIPT)[1])
     assert sum(limits.values()) + report <= int(re.search(r"^budget=(\d+) ", SCRIPT, re.MULTILINE)[1]) <= 540
-    assert len(limits) == 16
+    assert len(limits) == 18 and limits['"$tool"'] == 48
+    assert nsight.LIMIT < limits["nsight"], "it says itself that it took too long"
+
+
+def test_time_that_is_left_over_goes_to_a_later_step_which_is_interrupted(tools, tmp_path):
+    calls, out = tmp_path / "calls", tmp_path / "out"
+    stand_ins(tools, calls, python3='case "$*" in *--suite\\ decide*) trap "echo interrupted; exit 3" INT; sleep 3 & wait;; esac')
+    script = SCRIPT.replace("library 85", "library 1").replace("backends 10", "backends 1").replace("microbenchmarks 15", "microbenchmarks 0")
+    copy = tmp_path / "bench/gpu.sh"
+    copy.parent.mkdir()
+    copy.write_text(script.replace("measure decide 20", "measure decide 0"))
+    copy.chmod(0o755)
+    tools("sleep", f"exec {shutil.which('sleep')} \"$@\"")
+    environment = {"PATH": tools.path, "STAGES": "decide", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([copy, out], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 1 and re.search(r"decide: FAILED with status 124 after [123] of [12] s; in the log: interrupted", ran.stdout), ran.stdout
+
+
+def test_a_backend_that_is_not_there_is_a_failure(tools, tmp_path):
+    out = tmp_path / "out"
+    stand_ins(tools, tmp_path / "calls")
+    tools("python3", f'case "$*" in *available_backends*) exec {sys.executable} "$@";; esac')
+    ran = run(tools, out, STAGES="train")
+    assert ran.returncode == 1 and ran.stderr == "Failed: backends\n" and re.search(r"backends: FAILED with status 1 .*cuda: unavailable", ran.stdout)
+
+
+def test_an_old_setuptools_is_named(tmp_path):
+    (tmp_path / "setuptools/command").mkdir(parents=True)
+    (tmp_path / "setuptools/__init__.py").write_text("__version__ = '75.1.0'\nCommand = Distribution = setup = object\n")
+    (tmp_path / "setuptools/command/build.py").write_text("build = object\n")
+    ran = subprocess.run([sys.executable, "setup.py"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert ran.returncode == 1 and "needs setuptools 77.0.3 or newer; this Python has 75.1.0" in ran.stderr
 
 
 def test_a_stage_alone_and_a_step_that_fails(tools, tmp_path):
@@ -115,6 +156,7 @@ def test_a_stage_alone_and_a_step_that_fails(tools, tmp_path):
     assert "racecheck: FAILED with status 9" in ran.stdout and "a race" in ran.stdout and "memcheck-tests: passed" in ran.stdout
     assert "bench/run.py" not in calls.read_text()
     (Path(tools.path) / "compute-sanitizer").unlink()
+    calls.unlink()
     ran = run(tools, out, STAGES="sanitize core")
     assert "memcheck-tests: FAILED" in ran.stdout and "core: passed" in ran.stdout
     assert ran.stderr == "Failed: memcheck racecheck synccheck initcheck memcheck-tests\n"
@@ -126,16 +168,16 @@ def test_its_python_runs_for_real(tools, tmp_path):
     calls, out = tmp_path / "calls", tmp_path / "out"
     stand_ins(tools, calls)
     tools("python3", f'case "$*" in *setup.py*|"-m pytest "*|*microbenchmarks/*) echo "python3 $*" >> {calls};; *) exec {sys.executable} "$@";; esac')
-    wanted = {"decide": "decide", "core": "attention", "layer": "layer", "train": "train"}
-    path = f"{tools.path}:{os.path.dirname(shutil.which('g++'))}"  # torch.compile calls it
-    tools.path = path
-    ran = run(tools, out, DEVICE="cpu", QUICK="1", PATIENCE="20", STAGES=" ".join(wanted))
+    tools.path = f"{tools.path}:{os.path.dirname(shutil.which('g++'))}"  # torch.compile calls it
+    ran = run(tools, out, DEVICE="cpu", QUICK="1", PATIENCE="3")
     assert ran.returncode == 0, ran.stdout + ran.stderr + (out / "log.txt").read_text()[-3000:]
     assert sorted(path.name for path in out.iterdir()) == ["log.txt", "report.md", "rows.jsonl"]
-    found = rows.read(out / "rows.jsonl")
-    assert {row["suite"] for row in found} == {*wanted.values(), "nsight"} and set(wanted.values()) <= set(suites.NAMES)
+    found, wanted = rows.read(out / "rows.jsonl"), {suite for each in SUITES for suite in each}
+    assert {row["suite"] for row in found} == {*wanted, "nsight"} and wanted <= set(suites.NAMES)
     passed = {(row["suite"], row["provider"]) for row in found if row["gate"] == "passed"}
-    assert passed >= {("decide", "library"), ("attention", "compile max-autotune"), ("layer", "expert addmm"), ("train", "ours")}
+    assert passed >= {("decide", "library"), ("attention", "compile max-autotune"), ("layer", "expert addmm"), ("train", "ours"), ("step", "perfusion")}
+    assert ("attention", "cuda without dependent launch") in {(row["suite"], row["provider"]) for row in found}
+    assert ("train", "ours compile") not in {(row["suite"], row["provider"]) for row in found}
     assert "ncu is not on PATH" in next(row["reason"] for row in found if row["suite"] == "nsight")
     report = (out / "report.md").read_text()
-    assert all(f"**{suite}" in report for suite in (*wanted.values(), "nsight"))
+    assert all(f"**{suite}" in report for suite in (*wanted, "nsight"))

@@ -11,9 +11,12 @@ import torch
 
 from bench import all as everything
 from bench import peers, rows, timing
+from bench.measure import Options
 from bench.report import tables
-from bench.suites import pipelines, static
+from bench.suites import pipelines, static, step
 from perfusion.base import describe_base
+from perfusion_kernels import edited_attention
+from tests.kernels.tolerance import assert_close, exactly
 from tests.perfusion.editing import make_concept
 from tests.perfusion.tiny import tiny_sd
 
@@ -75,6 +78,19 @@ def test_memory_of_a_concept_and_of_a_slot_is_as_the_rows_say(name):
     assert len(kept) == 2 and static.memory(name) == kept
 
 
+def test_a_step_in_half_precision_agrees(monkeypatch):
+    """As on a GPU, where the kernels take 16 bits alone."""
+    options = Options(device=torch.device("cpu"), dtype=torch.float16, quick=True, rounds=(1, 1), seconds=0.0, compile=())
+    found = {row["provider"]: row for row in step.measured(options)}
+    assert {name for name, row in found.items() if row["gate"] == "passed"} == MUST_RUN["step"]
+    assert {row["dtype"] for row in found.values()} == {"float16"} and "operators" in found["perfusion"]
+
+
+def test_operators_of_a_step_are_named_with_their_backend():
+    query, key = torch.randn(1, 4, 2, 8), torch.randn(1, 3, 2, 8)
+    assert step.operators(lambda: edited_attention(query, key, key, backend="reference")) == ["edited_attention.reference"]
+
+
 def test_operators_that_only_call_others_count_for_nothing():
     a, b = torch.randn(4, 4), torch.randn(4, 4)
     assert static.launches(lambda: torch.nn.functional.linear(a, b)) == 1
@@ -97,10 +113,13 @@ def test_peers_compute_the_published_formula():
     concept = make_concept(describe_base(pipe), "teddy")
     e, weight, output = torch.randn(1, 77, 16), torch.randn(8, 16), torch.randn(8)
     double = concept.to(dtype=torch.float64)
-    similarity = (e.double() @ double.metric_target) / (double.target @ double.metric_target)
-    gate = torch.sigmoid((similarity - concept.bias) / concept.temperature)[..., None]
-    exact = (e.double() - similarity[..., None] * double.target) @ weight.double().T + gate * output.double()
-    assert torch.allclose(peers.eq3(e, concept, weight, output).double(), exact, atol=1e-4)
+
+    def equation_3(e, weight, output):
+        similarity = (e @ double.metric_target) / (double.target @ double.metric_target)
+        gate = torch.sigmoid((similarity - concept.bias) / concept.temperature)[..., None]
+        return (e - similarity[..., None] * double.target) @ weight.T + gate * output
+
+    assert_close(peers.eq3(e, concept, weight, output), *exactly(equation_3, e.double(), weight.double(), output.double()))
 
 
 def test_what_does_not_fit_is_said(monkeypatch):

@@ -1,6 +1,8 @@
 """bench/run.py: every suite runs in small on a CPU, its rows say all that a row must, and wrong results are never timed."""
 
+import dataclasses
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -8,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 
-from bench import rows, suites
-from bench.measure import Options, Problem, measure
-from bench.report import PLACE, refreshed, tables
+import bench.run
+from bench import providers, roofline, rows, suites
+from bench.measure import Options, Problem, _floor, measure
+from bench.report import PLACE, baseline, refreshed, tables
 from bench.timing import Candidate, Times, interleave
 from perfusion_kernels.schemas import SCHEMAS
 
@@ -67,7 +71,7 @@ def test_every_suite_runs_in_small(suite, folder):
         else:
             assert row["gate"] == "not passed" and len(row["reason"]) > 10 and not row.keys() & TIMED
         if suite not in ("train", "export"):
-            assert row["bytes"] > 0 and row["flops"] > 0 and row["floor_us"] > 0
+            assert row["bytes"] > 0 and row["flops"] > 0 and "floor_us" not in row  # of a chip whose rates are known
     for case in cases:
         ran = {row["provider"] for row in found if row["case"] == case and row["gate"] == "passed"}
         assert ran >= MUST_RUN[suite], f"{case}: {MUST_RUN[suite] - ran} did not run"
@@ -118,7 +122,6 @@ def test_processes_are_timed_by_their_own_time(folder):
 
 def test_a_graph_goes_through_copies(monkeypatch):
     """Twenty calls, each with the tensors of the next copy, whose results are checked on those of the first."""
-    from bench import providers
 
     class Graph(providers._Graphed):
         def _capture(self):
@@ -135,6 +138,23 @@ def test_a_graph_goes_through_copies(monkeypatch):
     assert times.samples.tolist() == [1 / 20] * 3, "times are of one call"
 
 
+@pytest.mark.parametrize("suite", ["gates", "projection", "attention", "fused", "layer"])
+def test_copies_share_what_is_compiled(suite, monkeypatch):
+    """A problem has up to twenty copies of its tensors for its graphs, and compiles its formula once in each mode for all of them."""
+    made, whole = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **more: made.append(mode) or whole(function, backend=compiler, **more))
+    compiler = torch._dynamo.testing.CompileCounter()
+    providers._compiled.cache_clear()
+    options = dataclasses.replace(CPU, compile=("default", "max-autotune"), places=(1,))
+    (problem,) = importlib.import_module(f"bench.suites.{suite}").problems(options)
+    for candidates in (problem.candidates, *problem.copies()[:3]):
+        for candidate in candidates:
+            if candidate.provider.startswith("compile"):
+                candidate.call()
+    providers._compiled.cache_clear()
+    assert made == ["default", "max-autotune-no-cudagraphs"] and compiler.frame_count == 2
+
+
 def test_reasons_name_what_is_missing(folder):
     reasons = {row["provider"]: row["reason"] for row in quick_rows("attention", folder) if row["gate"] != "passed"}
     assert "No viable backend" in reasons["sdpa cudnn"] and "cuda" in reasons
@@ -146,7 +166,37 @@ def test_a_table_is_made_of_rows_alone(folder):
     assert "CPU ratios; time over that of `expert`" in page and "µs" not in page
     assert "- sdpa cudnn did not run: " in page
     again = tables([{**row, "device": "H200"} for row in quick_rows("gates", folder)], "expert")
-    assert "Ratios on one H200" in again and "| µs | floor / µs |" in again
+    assert "Ratios on one H200" in again and "| µs | ours, of the floor |" in again
+
+
+def on_h200(suite, case, floor_us=None, **times):
+    common = {"suite": suite, "case": case, "device": "NVIDIA H200", "dtype": "bfloat16", "gate": "passed"}
+    for provider, time in times.items():
+        ratios = {other: [time / its] * 3 for other, its in times.items() if other != provider}
+        floor = {"floor_us": floor_us} if floor_us else {}
+        yield {**common, "provider": provider.replace("_", " "), "median_us": time, **floor,
+               "ratios": {name.replace("_", " "): value for name, value in ratios.items()}}  # fmt: skip
+
+
+def test_a_table_divides_by_the_strongest_and_tells_our_own_part_of_the_floor():
+    rows = [
+        *on_h200("attention", "c", 2.0, cuda=9.0, cuda_graph=4.0, expert=16.0, expert_graph=8.0),
+        *on_h200("layer", "l", cuda_graph=4.0, expert_graph=8.0, expert_addmm_graph=5.0),
+        *on_h200("attention", "only eager", 2.0, triton=5.0, expert=10.0),
+    ]
+    page = tables(rows)
+    assert "time over that of `expert graph`" in page and "| c | 1.12 | 0.50 | 2.00 | 1 | – | 8.0 | 0.50 (cuda graph) |" in page
+    assert "time over that of `expert addmm graph`" in page and "| l | 0.80 | 1.60 | 1 | 5.0 |  |" in page
+    assert "| only eager | – | – | ? | – | ? |  | 0.40 (triton) |" in page
+    assert "time over that of `expert`**" in tables(rows, "expert")
+    assert baseline("step", {}) == "stock" and baseline("gates", {}) == "expert"
+
+
+def test_the_floor_is_the_chips_own():
+    work = roofline.edited_attention(B=2, N=4096, T=77, H=8, d=40)
+    h200, h100 = (_floor(work, name) for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"))
+    assert h200["floor_of"] == "H200" and h200["floor_us"] == pytest.approx(h100["floor_us"] * 3.35 / 4.8, rel=1e-3)
+    assert _floor(work, "NVIDIA GH200 480GB") == {"bytes": work.bytes, "flops": work.flops} and _floor(None, "NVIDIA H200") == {}
 
 
 def test_a_case_measured_twice_counts_as_it_was_last():
@@ -204,6 +254,23 @@ def test_who_is_wrong_is_not_timed():
     assert found["short"]["reason"] == "it gives torch.float32 [2, 3], not torch.float32 [2, 4]"
     assert "torch.float64" in found["other"]["reason"]
     assert found["fails"]["reason"] == "no such kernel" and found["absent"]["reason"] == "it is not here"
+
+
+def test_a_wrong_kernel_of_ours_is_a_failure_behind_all_rows(tmp_path, monkeypatch, capsys):
+    right = torch.linspace(0, 1, 8).reshape(2, 4)
+    candidates = [("expert", right + 1), ("sdpa flash", right[:1]), ("cuda", right), ("reference", right)]
+
+    def main(*more):
+        found = [Candidate(name, lambda result=result: result) for name, result in (*more, *candidates)]
+        monkeypatch.setattr(bench.run.suites, "measured", lambda suite, options: measure(suite, problem(*found), CPU))
+        monkeypatch.setattr(sys, "argv", ["run.py", "--suite", "gates", "--device", "cpu", "--out", str(tmp_path / "rows.jsonl")])
+        bench.run.main()
+
+    main()
+    with pytest.raises(SystemExit, match="1 results of our own kernels are wrong:\ngates, c, cuda graph: its result is wrong, all rows"):
+        main(("cuda graph", right + 1))
+    found = rows.read(tmp_path / "rows.jsonl")
+    assert [row["provider"] for row in found if row.get("wrong")] == ["expert", "sdpa flash", "cuda graph", "expert", "sdpa flash"]
 
 
 # Times

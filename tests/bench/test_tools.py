@@ -1,7 +1,9 @@
 """Plots, comparisons, regressions and counters: read from rows, and wrong by name where they cannot."""
 
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare, nsight, plot, predictions, roofline, rows
+from bench import compare, nsight, plans, plot, predictions, roofline, rows
 from bench.regression.__main__ import compared, ratios
 from bench.report import tables
 
@@ -58,9 +60,17 @@ def test_a_measured_kernel_stands_beside_its_prediction():
     assert predictions.of(row) == expected
     changes = ({"provider": "cuda"}, {"provider": "expert graph"}, {"device": "cpu"}, {"shapes": {**shapes, "J": 1}}, {"shapes": {}})
     assert all(predictions.of({**row, **change}) is None for change in changes)
-    assert predictions.of({**row, "device": "NVIDIA A100-SXM4-80GB"})["chip"] == "A100"
+    assert predictions.of({**row, "device": "NVIDIA A100-SXM4-40GB"})["chip"] == "A100"
     page = tables([{**row, "dtype": "bfloat16", "median_us": 2 * expected["microseconds"], "ratios": {}}], "expert")
     assert "| attention, c | cuda graph |" in page and "| 2.00 |" in page
+
+
+def test_a_chip_is_known_by_its_whole_name():
+    """Of one with the same letters, or the same name and another memory, nothing was predicted, and no floor is known."""
+    known = ("NVIDIA A100-SXM4-40GB", "NVIDIA GeForce RTX 4090", "NVIDIA A10", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA B200")
+    assert [plans.chip(name) for name in known] == ["A100", "RTX 4090", "A10", "H100", "H200", "B200"]
+    others = ("NVIDIA A10G", "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GH200 480GB")
+    assert not any(plans.chip(name) for name in (*others, "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "cpu"))
 
 
 def test_every_prediction_is_above_its_floor():
@@ -142,14 +152,25 @@ def test_counters_become_rows_and_a_table(tmp_path, monkeypatch):
         ("echo '==ERROR== ERR_NVGPUCTRPERM - The user does not have permission'; exit 1", "ERR_NVGPUCTRPERM"),
         ("exit 3", "status 3"),
         (f"cat <<'E'\n{PAGE}E", ""),
+        (f"cat <<'E'\n{PAGE}E\nexit 3", "the profiled program ended with status 3"),
     ],
 )
 def test_a_profiler_that_may_not_says_why(tmp_path, monkeypatch, script, said):
     (tmp_path / "ncu").write_text(f"#!/bin/bash\n{script}\n")
     (tmp_path / "ncu").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    (row,) = nsight.measured()
+    row = [*nsight.measured()][-1]
     assert said in row.get("reason", "") and row["gate"] == ("not passed" if said else "profiled")
+    monkeypatch.setattr(sys, "argv", ["nsight.py", "--out", str(tmp_path / "rows.jsonl")])
+    with pytest.raises(SystemExit) as ended:
+        nsight.main()
+    assert ended.value.code == ("status" in said), "who may not read counters is not wrong"
+
+
+def test_our_kernels_alone_are_profiled():
+    names = set(re.findall(r"^(\w+_kernel)\(PERFUSION_CONSTANT", "".join(f.read_text() for f in (ROOT / "csrc").glob("*.cuh")), re.MULTILINE))
+    called = set(re.findall(r"^    +(edited_\w+)\(", inspect.getsource(nsight.target), re.MULTILINE))
+    assert {name for name in names if re.search(nsight.KERNELS, name)} == {f"{name}_kernel" for name in called} and len(called) == 2
 
 
 # storage

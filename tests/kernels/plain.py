@@ -22,7 +22,7 @@ def concept_gates(encodings, targets, metric_targets, index, bias, temperature, 
         A, M, e = targets[slots], metric_targets[slots], encodings[b].to(targets.dtype)
         c = e @ M.T / (A * M).sum(-1)
         gates[b][:, places] = torch.sigmoid((c - bias[b, places]) / temperature[b, places])
-        components[b][:, places] = torch.linalg.solve(A @ M.T, M @ e.T).T
+        components[b][:, places] = torch.linalg.solve(M @ A.T, M @ e.T).T
         if words is not None:
             at = {j: {t for t in words[b, j].flatten().tolist() if t >= 0} for j in places}
             for j in places:

@@ -5,7 +5,10 @@ import torch
 
 from perfusion_kernels import edited_projection, fused_edited_projection
 
-from . import cases
+from . import cases, plain
+from .tolerance import assert_close, assert_rounded_once, exactly
+
+pytestmark = pytest.mark.numeric
 
 each_run = pytest.mark.parametrize("backend, device", cases.runs("edited_projection"))
 each_run_and_dtype = pytest.mark.parametrize(
@@ -49,11 +52,10 @@ def test_the_edit_is_added_before_rounding(backend, device, dtype):
     arguments = cases.make(J=3, dtype=dtype, device=device, backend=backend).arguments("edited_projection")
     arguments["gates"], arguments["components"] = 30 * arguments["gates"], 30 * arguments["components"]
     exact = {name: x.double() if x.is_floating_point() else x for name, x in arguments.items()}
-    linear = torch.nn.functional.linear(arguments["encodings"], arguments["weight"])
-    edit = edited_projection(**exact, backend="reference") - exact["encodings"] @ exact["weight"].T
-    once = linear.double() + edit
-    half_step = torch.finfo(dtype).eps / 2
-    assert (edited_projection(**arguments, backend=backend).double() - once).abs().le(1.01 * half_step * once.abs() + 1e-5).all()
+    linear = torch.nn.functional.linear(arguments["encodings"], arguments["weight"]).double()
+    exact |= {"encodings": linear, "weight": torch.eye(linear.shape[-1]).to(linear)}
+    (once,) = exactly(plain.edited_projection, *cases.positional("edited_projection", exact))
+    assert_rounded_once(edited_projection(**arguments, backend=backend), once)
 
 
 @each_run
@@ -79,10 +81,12 @@ def test_gradient_of_a_shared_slot_is_the_sum_over_rows(backend, device):
     arguments["components"] = torch.rand_like(arguments["components"])
     arguments["outputs"] = arguments["outputs"].requires_grad_()
     edited_projection(**arguments, backend=backend).sum().backward()
-    gradient = arguments["outputs"].grad[:, 0]
-    sums = arguments["gates"][..., 0].sum(-1)
-    expected = torch.stack([torch.zeros_like(sums[0]), sums[0] + sums[1], sums[3]])
-    torch.testing.assert_close(gradient[:3], expected.to(gradient.dtype))
+
+    def expected(gates):
+        sums = gates[..., 0].sum(-1)
+        return torch.stack([torch.zeros_like(sums[0]), sums[0] + sums[1], sums[3]])
+
+    assert_close(arguments["outputs"].grad[:3, 0], *exactly(expected, arguments["gates"].double()))
 
 
 def test_values_that_are_not_finite_are_refused_where_used():
@@ -110,6 +114,5 @@ def test_fused_results_are_rounded_once(backend, device):
     """Product and edit may cancel: the error is half a unit of the result, not of the product."""
     arguments = cases.make(J=2, dtype=torch.bfloat16, device=device, backend=backend).arguments("fused_edited_projection")
     exact = {name: x.double() if x.is_floating_point() else x for name, x in arguments.items()}
-    exact = fused_edited_projection(**exact, backend="reference")
-    error = (fused_edited_projection(**arguments, backend=backend).double() - exact).abs()
-    assert error.le(1.01 * torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + 1e-5).all()
+    (exact,) = exactly(plain.edited_projection, *cases.positional("fused_edited_projection", exact))
+    assert_rounded_once(fused_edited_projection(**arguments, backend=backend), exact)

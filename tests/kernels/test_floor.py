@@ -82,6 +82,7 @@ def test_forward_in_every_dtype(operator, backend, device, dtype):
             call(operator, case.arguments(operator), backend=backend)
 
 
+@pytest.mark.numeric
 @each_run
 @pytest.mark.parametrize("J", (0, 1, 2, 4, 7, 8, 9))
 def test_any_number_of_concepts(operator, backend, device, J):

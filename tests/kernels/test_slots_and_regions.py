@@ -12,7 +12,9 @@ from perfusion_kernels.schemas import SCHEMAS
 
 from . import cases, cuda_on_host, plain
 from .test_floor import gradients
-from .tolerance import assert_no_worse, exactly
+from .tolerance import assert_close, assert_no_worse, exactly
+
+pytestmark = pytest.mark.numeric
 
 NOT_YET = ()
 # None is what a call gets that names no backend
@@ -312,12 +314,15 @@ def test_gradients_of_gates_by_word():
 def test_gates_by_word_are_differentiated_on_every_backend(backend):
     """By plain torch, where a backend's own derivatives do not know places."""
     case, arguments = by_word(backend=backend)
-    found = []
-    for name in (backend, "reference"):
-        leaf = arguments["encodings"].detach().float().requires_grad_()
-        concept_gates(**{**arguments, "encodings": leaf}, backend=name)[0].sum().backward()
-        found.append(leaf.grad)
-    torch.testing.assert_close(*found)
+    wide = {name: x.double() if x is not None and x.is_floating_point() else x for name, x in arguments.items()}
+
+    def gradient(arguments, backend):
+        leaf = arguments["encodings"].detach().requires_grad_()
+        concept_gates(**{**arguments, "encodings": leaf}, backend=backend)[0].sum().backward()
+        return leaf.grad
+
+    single = {**arguments, "encodings": arguments["encodings"].float()}
+    assert_close(gradient(single, backend), *exactly(lambda: gradient(wide, "reference")))
 
 
 def test_refusals_of_places():

@@ -13,6 +13,7 @@ from perfusion_kernels.triton import OPERATORS, device
 
 from . import cases
 
+pytestmark = pytest.mark.numeric
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -48,13 +48,13 @@ def gradients(case, backend, operator="edited_attention", without=(), scale=0.3)
     return {name: leaf.grad for name, leaf in leaves.items()}
 
 
-def exact_gradients(case, operator="edited_attention", without=()):
-    return exactly(lambda: tuple(gradients(case.double(), "reference", operator, without).values()))
+def exact_gradients(case, operator="edited_attention", without=(), scale=0.3):
+    return exactly(lambda: tuple(gradients(case.double(), "reference", operator, without, scale).values()))
 
 
-def assert_gradients(case, operator="edited_attention", without=()):
-    mine = gradients(case, "triton", operator, without)
-    for (name, gradient), exact in zip(mine.items(), exact_gradients(case, operator, without), strict=True):
+def assert_gradients(case, operator="edited_attention", without=(), scale=0.3):
+    mine = gradients(case, "triton", operator, without, scale)
+    for (name, gradient), exact in zip(mine.items(), exact_gradients(case, operator, without, scale), strict=True):
         assert_close(gradient, exact, name)
 
 
@@ -141,17 +141,18 @@ def test_rows_without_a_concept_have_the_bits_of_plain_attention(J, dtype):
     assert torch.equal(fused_edited[none], fused_unedited[none])
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("scale", (0.0, -0.3))
 def test_a_scale_that_is_not_positive(scale):
     """It is multiplied before the largest score is looked for."""
     case = cases.make(B=2, T=17, H=1, d=8, N=5, device=DEVICE)
-    mine, exact = (edited_attention(**x.arguments("edited_attention"), scale=scale, backend=name) for x, name in ((case, "triton"), (case.double(), "reference")))
-    assert torch.allclose(mine.double(), exact, rtol=1e-5, atol=1e-5)
-    mine, exact = (gradients(x, name, scale=scale) for x, name in ((case, "triton"), (case.double(), "reference")))
-    for name, gradient in mine.items():
-        assert torch.allclose(gradient.double(), exact[name], rtol=1e-4, atol=1e-5), name
+    arguments = case.double().arguments("edited_attention")
+    (exact,) = exactly(plain.edited_attention, *cases.positional("edited_attention", arguments, scale))
+    assert_close(edited_attention(**case.arguments("edited_attention"), scale=scale, backend="triton"), exact)
+    assert_gradients(case, scale=scale)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("side", ("key", "value"))
 def test_gradients_of_one_side_alone(side):
     other = "value" if side == "key" else "key"
@@ -159,6 +160,7 @@ def test_gradients_of_one_side_alone(side):
     assert_gradients(case, without=(f"{other}_outputs", f"{other}_targets"))
 
 
+@pytest.mark.numeric
 def test_gradients_of_plain_attention():
     edit = ("gates", "components", "index", "key_outputs", "key_targets", "value_outputs", "value_targets")
     assert_gradients(cases.make(B=2, T=17, H=2, d=8, N=5, device=DEVICE), without=edit)
@@ -237,16 +239,17 @@ def test_what_one_program_cannot_hold_is_refused(sizes):
         assert cases.PUBLIC[operator](**case.arguments(operator), validate=False).isfinite().all()
 
 
+@pytest.mark.numeric
 def test_second_derivatives_are_the_reference_s():
     case = cases.make(B=2, T=5, H=1, d=4, N=3, device=DEVICE)
 
-    def second(backend):
+    def second(case, backend):
         query = case.query.clone().requires_grad_()
         result = edited_attention(query, case.key, case.value, backend=backend)
         (first,) = torch.autograd.grad(result.square().sum(), query, create_graph=True)
         return torch.autograd.grad(first.square().sum(), query)[0]
 
-    torch.testing.assert_close(second("triton"), second("reference"))
+    assert_close(second(case, "triton"), *exactly(second, case.double(), "reference"))
 
 
 def test_the_choice_says_which_operators_triton_has():

@@ -11,6 +11,7 @@ import torch
 from perfusion_kernels import reference
 
 from . import cases
+from .tolerance import assert_close, exactly
 
 pytest.importorskip("triton")
 
@@ -57,30 +58,30 @@ def case():
     return cases.make(B=2, T=40, D=35, J=2, H=2, d=40, N=19, device=DEVICE, views=True)
 
 
-def differs(package, operator, case) -> float:
-    """The largest error, relative to its tensor's largest value, of what Triton's modules compute; nan is infinite."""
+def assert_right(package, operator, case) -> None:
+    """What Triton's modules compute is the reference's result, or its derivatives."""
     forward = operator.removesuffix("_backward")
-    arguments = cases.positional(forward, case.arguments(forward))
+    arguments, exact = (cases.positional(forward, x.arguments(forward)) for x in (case, case.double()))
+    reference = getattr(importlib.import_module(f"perfusion_kernels.reference.{forward}"), operator)
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
     try:
         function = getattr(package(operator), operator)
-        reference = getattr(importlib.import_module(f"perfusion_kernels.reference.{forward}"), operator)
         if operator == forward:
-            found, right = [function(*arguments)], [reference(*arguments)]
+            found, right = [function(*arguments)], exactly(reference, *exact)
         else:
             needs = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in arguments]
             gradient = torch.linspace(-1, 2, case.query.numel(), device=DEVICE).view(case.query.shape)
             found = function(gradient, *arguments, needs)
-            right = [x for x, need in zip(reference(gradient, *arguments, tuple(needs)), needs) if need]
+            right = filter(None, exactly(reference, gradient.double(), *exact, tuple(needs)))
     finally:
         torch.use_deterministic_algorithms(False)
-    errors = torch.stack([(x - y).abs().max() / y.abs().max() for x, y in zip(found, right, strict=True)])
-    return errors.nan_to_num(nan=float("inf")).max().item()
+    for mine, truth in zip(found, right, strict=True):
+        assert_close(mine, truth)
 
 
 @pytest.mark.parametrize("operator", (FORWARD, BACKWARD, FUSED))
 def test_the_kernels_as_they_are_agree(package, case, operator):
-    assert differs(package, operator, case) < 1e-5
+    assert_right(package, operator, case)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -89,4 +90,5 @@ def test_a_mutant_is_noticed(package, case, tmp_path, mutant):
     source = (SOURCES / f"{file}.py").read_text(encoding="utf-8")
     assert source.count(right) == 1, f"{mutant}: the line to break stands {source.count(right)} times in {file}.py"
     (tmp_path / f"{file}.py").write_text(source.replace(right, wrong), encoding="utf-8")
-    assert not differs(package, operator, case) < 1e-3
+    with pytest.raises(AssertionError):
+        assert_right(package, operator, case)

@@ -10,6 +10,7 @@ from perfusion_kernels.triton import fused_edited_attention as fused
 from perfusion_kernels.triton import shared_memory
 
 from . import cases
+from .tolerance import assert_close, exactly
 
 KIB = 1024
 HALF, SINGLE = torch.float16, torch.float32
@@ -48,11 +49,13 @@ def test_what_does_not_fit_is_refused_and_left_to_others(limit):
         with pytest.raises(BackendUnavailable, match=r"hold \d+ bytes in shared memory, where .* has 101376;.*Can run it: .*reference"):
             cases.PUBLIC[operator](**case.arguments(operator), backend="triton")
     limit(117)  # enough forward, not backward, which plain torch takes over
-    query = case.query.clone().requires_grad_()
-    edited_attention(query, case.key, case.value, backend="triton").sum().backward()
-    twin = case.query.clone().requires_grad_()
-    edited_attention(twin, case.key, case.value, backend="reference").sum().backward()
-    torch.testing.assert_close(query.grad, twin.grad)
+
+    def gradient(case, backend):
+        query = case.query.clone().requires_grad_()
+        edited_attention(query, case.key, case.value, backend=backend).sum().backward()
+        return query.grad
+
+    assert_close(gradient(case, "triton"), *exactly(gradient, case.double(), "reference"))
 
 
 def test_other_devices_have_no_limit():

@@ -7,6 +7,7 @@ once saw it depends on no processor and on no library of matrix products.
 
     assert_close(actual, exact)               `ROUNDINGS` of the actual's dtype, of the scale
     assert_no_worse(actual, plain, exact, …)  one rounding, and four times the error that the plain formula makes in the same dtype
+    assert_rounded_once(actual, exact)        half a unit of each element's last place, and `ROUNDINGS` of the wider dtype, of the scale
 
 The plain formula is the one a reader would write, in the tested precision throughout. The bounds hold for all elements and for each
 concept's rows alone: one number for everything can hide one wrong concept beside others of larger size. The multiple is 4, because
@@ -93,7 +94,7 @@ class _Changed(TorchDispatchMode):
 
     def __init__(self, seed: int):
         super().__init__()
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed, self.generators = seed, {}  # by device
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         if operation.__name__.split(".")[0] in ARITHMETIC:
@@ -103,7 +104,9 @@ class _Changed(TorchDispatchMode):
     def _changed(self, x):
         if not isinstance(x, Tensor) or x.dtype != torch.float64:
             return x
-        signs = 2 * torch.randint(2, x.shape, generator=self.generator).to(x) - 1
+        if x.device not in self.generators:
+            self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
+        signs = 2 * torch.randint(2, x.shape, generator=self.generators[x.device], device=x.device).to(x) - 1
         return x * (1 + CHANGE * signs)
 
 
@@ -119,6 +122,16 @@ def assert_close(actual: Tensor, exact: Exact, name: str = "", roundings: float 
         error = (actual.double() - exact.value).abs().max().item()
         bound = roundings * step(actual.dtype) * exact.scale.max().item()
         assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
+
+
+def assert_rounded_once(actual: Tensor, exact: Exact) -> None:
+    """actual: summed in the next wider dtype, float32 or float64, and then rounded. Each element for itself: large terms may cancel."""
+    assert actual.shape == exact.value.shape
+    wider = torch.float64 if actual.dtype == torch.float32 else torch.float32
+    bound = torch.finfo(actual.dtype).eps / 2 * exact.value.abs() + ROUNDINGS * step(wider) * exact.scale
+    bound = bound.clamp(min=torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps / 2)
+    excess = (actual.double() - exact.value).abs() / bound
+    assert excess.max() <= 1.001, f"error {excess.max():.3g} times its bound"
 
 
 def assert_no_worse(actual: Tensor, plain: Tensor, exact: Exact, index: Tensor, factor: float = 4.0, dtype: torch.dtype | None = None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -21,11 +22,13 @@ from perfusion.base import Base, cross_attention_layers, denoiser, project_text
 from perfusion.concept import Concept
 from perfusion.handle import Handle, attach
 from perfusion_kernels.reference.edited_attention import edited
+from tests.kernels.tolerance import ROUNDINGS, assert_close, exactly
 
 STEPS = 2
 PROMPTS, PLAIN = ["a photo of a <teddy> on a beach", "a cat"], ["a photo of a teddy on a beach", "a cat"]
 
 
+@functools.cache
 def inverse_covariance(width: int) -> Tensor:
     """One well conditioned C⁻¹ [width, width] in float64 for every concept of that width."""
     root = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(99))
@@ -187,12 +190,13 @@ def check_rows(
     rows: Sequence[Sequence[Use]],
     *,
     keys: Mapping[int, Tensor] | None = None,
-    tolerance: float = 2e-5,
+    roundings: float = ROUNDINGS,
 ) -> None:
     """Keys and values of every layer against the edit written out; a row without a concept must keep its very bits,
     on the fast path be as near.
 
     keys: row -> [T, D], the encoding that gives the row's keys instead (global lock).
+    roundings: by how many of the forward's dtype they may differ; of float64, in which concepts stay float32, by one of theirs.
     """
     keys = keys or {}
     assert len(forward.encodings) == len(rows)
@@ -202,20 +206,26 @@ def check_rows(
             bias = getattr(projection, "bias", None)
             for row, uses in enumerate(rows):
                 if not uses:
-                    plain = projection(forward.encodings) if hasattr(projection, "base_layer") else linear(forward.encodings, weight, bias)
                     if not forward.fast:
+                        plain = projection(forward.encodings) if hasattr(projection, "base_layer") else linear(forward.encodings, weight, bias)
                         assert torch.equal(seen[row], plain[row]), f"{name}, {kind}, row {row}: no concept, yet other bits"
                         continue
-                    error = (seen[row].double() - plain[row].double()).abs().max() / plain[row].double().abs().max().clamp(min=1e-3)
-                    assert error < tolerance, f"{name}, {kind}, row {row}: no concept, relative error {error:.1e}"
-                    continue
-                if kind == "keys" and row in keys:
-                    expected = keys[row].double() @ weight.double().T
+                    encodings, uses = forward.encodings[row], ()
+                elif kind == "keys" and row in keys:
+                    encodings, uses = keys[row], ()
                 else:
-                    expected = written_out(forward.encodings[row], weight, uses, [_output(use.concept, name, kind, weight) for use in uses])
-                expected = expected if bias is None else expected + bias.double()
-                error = (seen[row].double() - expected).abs().max() / expected.abs().max()
-                assert error < tolerance, f"{name}, {kind}, row {row}: relative error {error:.1e}"
+                    encodings = forward.encodings[row]
+                outputs = [_output(use.concept, name, kind, weight) for use in uses]
+                (exact,) = exactly(lambda: _edited(encodings, weight, bias, uses, outputs))
+                if seen.dtype == torch.float64:
+                    assert_close(seen[row].float(), exact, f"{name}, {kind}, row {row}", roundings=2)
+                else:
+                    assert_close(seen[row], exact, f"{name}, {kind}, row {row}", roundings)
+
+
+def _edited(encodings: Tensor, weight: Tensor, bias: Tensor | None, uses: Sequence[Use], outputs: Sequence[Tensor]) -> Tensor:
+    h = written_out(encodings, weight, uses, outputs) if uses else encodings.double() @ weight.double().T
+    return h if bias is None else h + bias.double()
 
 
 def _output(concept: Concept, layer: str, kind: str, weight: Tensor) -> Tensor:

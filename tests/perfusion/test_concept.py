@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from perfusion.base import describe_base
+from tests.kernels.tolerance import assert_close, exactly
 from tests.perfusion.concepts import TENSORS, make
 from tests.perfusion.tiny import tiny_sd
 
@@ -18,12 +19,17 @@ def small():
 def test_concept_computes_the_gate(small):
     concept = make(small)
     assert concept.metric_target.abs().max() == 1
-    assert concept.similarity(concept.target).item() == pytest.approx(1, abs=1e-6)
-    along = 0.7 * concept.target + torch.stack([concept.superclass_encoding, -concept.superclass_encoding])
-    expected = (along @ concept.metric_target) / (concept.target @ concept.metric_target)
-    torch.testing.assert_close(concept.similarity(along), expected)
-    torch.testing.assert_close(concept.gate(along), torch.sigmoid((expected - 0.70) / 0.15))
-    torch.testing.assert_close(concept.gate(along, 0.5, 0.1), torch.sigmoid((expected - 0.5) / 0.1))
+    beside = (0.7 * concept.target + sign * concept.superclass_encoding for sign in (1, -1))
+    along = torch.stack([concept.target, *beside])
+    encodings, target, metric_target = (x.double() for x in (along, concept.target, concept.metric_target))
+
+    def similarity():
+        return encodings @ metric_target / (target @ metric_target)
+
+    assert similarity()[0].item() == pytest.approx(1, abs=1e-12)
+    assert_close(concept.similarity(along), *exactly(similarity))
+    assert_close(concept.gate(along), *exactly(lambda: torch.sigmoid((similarity() - 0.70) / 0.15)))
+    assert_close(concept.gate(along, 0.5, 0.1), *exactly(lambda: torch.sigmoid((similarity() - 0.5) / 0.1)))
 
 
 def test_concept_splits_outputs_by_layer(small):

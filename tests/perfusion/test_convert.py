@@ -8,6 +8,7 @@ from perfusion.base import UnsupportedPipeline
 from perfusion.convert import ConversionError, convert
 from perfusion.convert.gates import Reader
 from perfusion.convert.layouts import CHENDARYEN, LUCIDRAINS
+from tests.kernels.tolerance import assert_close, exactly
 from tests.perfusion.checkpoints import ORIGINAL, WORD_TOKEN, Truth, chendaryen, package, save, state_dict
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
@@ -25,8 +26,9 @@ def truth(pipe):
 def check_common(concept, truth):
     torch.testing.assert_close(concept.target, truth.targets[0])
     torch.testing.assert_close(concept.word_embeddings[0], truth.words[0])
-    metric = truth.inverse @ truth.targets[0]
-    torch.testing.assert_close(concept.metric_target, metric / metric.abs().max(), atol=1e-4, rtol=1e-3)
+    inverse, target = truth.inverse.double(), truth.targets[0].double()
+    largest = (inverse @ target).abs().max()
+    assert_close(concept.metric_target, *exactly(lambda: inverse @ target / largest))
     assert concept.base == truth.base and (concept.name, concept.superclass) == ("my-teddy", "teddy")
     assert concept.covariance.startswith("inverse-")
 

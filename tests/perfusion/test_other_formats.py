@@ -13,6 +13,7 @@ from perfusion.handle import attach
 from perfusion.models import add_embedding, add_lora
 from perfusion.original_names import original_name
 from perfusion.other_formats import EXPORTS, export, fit_scale
+from tests.kernels.tolerance import assert_close, exactly
 from tests.perfusion.editing import draw, make_concept, watch, weight_of
 from tests.perfusion.tiny import WORDS, tiny_sd, tiny_sdxl
 
@@ -24,17 +25,13 @@ def pipe(request):
     return request.param()
 
 
-def expected(pipe, concept, encodings):
-    """layer -> K and V of encodings [R, T, D], with κ c in the gate's place; in float64."""
-    c = SCALE * (encodings.double() @ concept.metric_target.double() / concept.energy)
-    found = {}
-    for name, layer in cross_attention_layers(pipe.unet).items():
-        for kind in ("to_k", "to_v"):
-            weight = weight_of(getattr(layer, kind).base_layer).double()
-            output = weight @ concept.superclass_encoding.double() if kind == "to_k" else concept.value_output(name).double()
-            plain = (encodings.double() - (c / SCALE)[..., None] * concept.target.double()) @ weight.T
-            found[name, kind] = plain + c[..., None] * output
-    return found
+def projected(pipe, concept, encodings, name, kind):
+    """K or V of encodings [R, T, D] in one layer, with κ c in the gate's place; in float64."""
+    target, metric_target = concept.target.double(), concept.metric_target.double()
+    c = SCALE * (encodings.double() @ metric_target / (target @ metric_target))
+    weight = weight_of(getattr(cross_attention_layers(pipe.unet)[name], kind).base_layer).double()
+    output = weight @ concept.superclass_encoding.double() if kind == "to_k" else concept.value_output(name).double()
+    return (encodings.double() - (c / SCALE)[..., None] * target) @ weight.T + c[..., None] * output
 
 
 @pytest.mark.parametrize("superclass", ["teddy", "toy boat"])
@@ -52,9 +49,10 @@ def test_loaded_by_diffusers_it_is_the_formula(pipe, tmp_path, to, superclass):
     with watch(pipe.unet) as forwards:
         draw(pipe, "a <mine> on a beach", guidance_scale=1.0)
     torch.testing.assert_close(forwards[0].encodings, whole)  # the embedding stands where the concept's word stood
-    for (name, kind), values in expected(pipe, concept, forwards[0].encodings).items():
-        seen = (forwards[0].keys if kind == "to_k" else forwards[0].values)[name]
-        torch.testing.assert_close(seen.double(), values, rtol=0, atol=2e-5 * values.abs().max().item(), msg=f"{name}.{kind}")
+    for kind, seen in (("to_k", forwards[0].keys), ("to_v", forwards[0].values)):
+        assert set(seen) == set(cross_attention_layers(pipe.unet))
+        for name, values in seen.items():
+            assert_close(values, *exactly(projected, pipe, concept, forwards[0].encodings, name, kind), f"{name}.{kind}")
     assert len(notes) == 1 and "mine" in notes[0]
 
 

@@ -113,7 +113,7 @@ def test_bfloat16():
         handle.load(concept)
         images, forwards = seen(pipe, PROMPTS)
         assert images.dtype == torch.bfloat16 and torch.equal(images[1], plain[1])
-        check_rows(pipe.unet, forwards[0], guided([use(concept)]), tolerance=0.02)
+        check_rows(pipe.unet, forwards[0], guided([use(concept)]), roundings=4)
 
 
 # Pipelines that share their parts
@@ -182,6 +182,5 @@ def test_gradients_reach_the_word_through_encoder_and_checkpointed_unet(fresh):
 
     plain, checkpointed = gradients(False), gradients(True)
     assert all(gradient.abs().sum() > 0 for gradient in plain)
-    for a, b in zip(plain, checkpointed, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-5)
+    assert all(map(torch.equal, plain, checkpointed))  # the same sums, in the same order
     attach(fresh)

@@ -14,6 +14,7 @@ from perfusion.handle import attach
 from perfusion.prompts import PromptError
 from perfusion.training.data import read_pictures
 from perfusion.training.session import TrainingSession
+from tests.kernels.tolerance import assert_close, exactly
 from tests.perfusion import editing
 from tests.perfusion.editing import PLAIN, PROMPTS, check_rows, guided, make_concept, unguided, use
 from tests.perfusion.learning import assert_unchanged, covariance_of, learn, settings, snapshot, write_pictures
@@ -213,10 +214,10 @@ def test_a_start_is_the_superclass_itself(pipe, folder):
     with session_on(pipe, folder) as session:
         s = session.superclass_encoding
         for name, layer in cross_attention_layers(pipe.transformer).items():
-            torch.testing.assert_close(session.value_outputs[session.base.slices[name]].detach(), layer.to_v.weight @ s, rtol=1e-4, atol=1e-5)
+            assert_close(session.value_outputs[session.base.slices[name]], *exactly(torch.mv, layer.to_v.weight.double(), s.double()), name)
         raw = pipe.encode_prompt(["a teddy", "a photo of a teddy"], **ENCODING)[0]
         read = project_text(pipe.transformer, raw)
-        torch.testing.assert_close(s, (read[0, 1] + read[1, 4]) / 2, rtol=1e-4, atol=1e-5)
+        assert_close(s, *exactly(lambda: (read[0, 1].double() + read[1, 4].double()) / 2))
 
 
 @pytest.mark.parametrize("key_lock", [True, False])

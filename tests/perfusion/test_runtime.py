@@ -1,17 +1,20 @@
 """The numpy parts of the runtime, each against what it stands for in torch and diffusers."""
 
+import math
+
 import diffusers
 import numpy as np
 import pytest
 import torch
 
-import perfusion_kernels
 from perfusion.base import describe_base
 from perfusion.exporting.scheduler import read_schedule
 from perfusion.runtime.concept import Concept
 from perfusion.runtime.key_value import EditedRow, Use, concept_gates, dependent_concepts
 from perfusion.runtime.noise import randn
 from perfusion.runtime.schedulers import sampler
+from tests.kernels import plain
+from tests.kernels.tolerance import Exact, assert_close, exactly
 from tests.perfusion.editing import inverse_covariance, make_concept, use, written_out
 from tests.perfusion.tiny import tiny_sd
 
@@ -21,10 +24,11 @@ CONSTANTS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linea
 @pytest.mark.parametrize("shape", [(4, 4), (4, 8, 8), (5, 7), (3, 64, 63)])
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**32 + 5, 2**63 - 1])
 def test_noise_is_torchs(shape, seed):
-    expected = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).numpy()
+    expected = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).double()
     drawn = randn(shape, seed)
     assert drawn.dtype == np.float32
-    np.testing.assert_allclose(drawn, expected, atol=2e-6)
+    radius = 2**0.5 * expected.abs().max()  # at least that of every pair; the angle that is rounded goes up to 2π
+    assert_close(torch.from_numpy(drawn), Exact(expected, 2 * math.pi * radius), roundings=4)
 
 
 def test_little_noise_is_refused():
@@ -101,11 +105,12 @@ def test_gates_are_the_operators(concepts, count, by_word):
     if by_word:
         rows = torch.tensor([[*each, -1][:2] for each in places], dtype=torch.int32)
         words = {"places": rows[None], "floor": torch.tensor([floor], dtype=torch.float64)}
-    expected = perfusion_kernels.concept_gates(*doubles, index, *(each[None] for each in settings), **words, backend="reference")
+    arguments = *doubles, index, *(each[None] for each in settings), words.get("places"), words.get("floor")
+    expected = exactly(plain.concept_gates, *arguments)
     words = {"places": places, "floor": floor} if by_word else {}
     found = concept_gates(encodings[0], targets, metric_targets, *(each.numpy() for each in settings), **words)
     for mine, theirs in zip(found, expected):
-        np.testing.assert_allclose(mine, theirs[0], rtol=1e-9, atol=1e-12)
+        assert_close(torch.from_numpy(mine), theirs[0])
 
 
 def test_dependent_concepts_are_found(concepts):
@@ -127,9 +132,9 @@ def test_keys_and_values_are_the_papers(base, concepts, count, dtype, monkeypatc
         exact = torch.from_numpy(weight).double()
         outputs = [each.value_outputs if kind == "value" else each.key_outputs for each in chosen]
         outputs = [exact @ each.superclass_encoding.double() if output is None else output for each, output in zip(chosen, outputs)]
-        expected = written_out(encodings, exact, uses, outputs) if count else encodings.double() @ exact.T
+        (expected,) = exactly(lambda: written_out(encodings, exact, uses, outputs) if count else encodings.double() @ exact.T)
         assert found.dtype == np.float32
-        np.testing.assert_allclose(found, expected, atol=2e-5 * float(expected.abs().max()))
+        assert_close(torch.from_numpy(found), expected, kind)
 
 
 def test_schedules_are_their_constants_step_by_step(base, concepts):

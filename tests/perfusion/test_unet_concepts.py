@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from perfusion.base import UnsupportedPipeline, cross_attention_layers, describe_base
 from perfusion.exporting.graphs import UNetGraph
 from perfusion.unet_concepts import Mention, RowRequest, UNetConcepts
+from tests.kernels.tolerance import assert_close, exactly
 from tests.perfusion.editing import make_concept, use, written_out
 from tests.perfusion.tiny import tiny_sd
 
@@ -67,8 +68,8 @@ def test_keys_and_values_are_the_papers(attached, parts):
                 outputs = [
                     weight @ each.concept.superclass_encoding.double() if output is None else output for each, output in zip(uses, outputs)
                 ]
-                expected = written_out(encodings[row], weight, uses, outputs) if uses else encodings[row].double() @ weight.T
-                torch.testing.assert_close(table[row, :, columns].double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+                (exact,) = exactly(lambda: written_out(encodings[row], weight, uses, outputs) if uses else encodings[row].double() @ weight.T)
+                assert_close(table[row, :, columns], exact, f"{name} {kind}")
 
 
 def test_a_step_is_that_of_the_exported_unet(attached, parts):
