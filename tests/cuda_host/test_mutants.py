@@ -98,7 +98,10 @@ MUTANTS = {
     },
     "concept_gates_products.cuh": {
         "metric targets are read before they stand there": ("      warp_barrier();\n      bring(", "      bring("),
-        "the next slice's metric targets land on those being read": ("      warp_barrier();  // all lanes have read the metric targets\n", ""),
+        "the next slice's metric targets land on those being read": (
+            "      warp_barrier();  // all lanes have read the metric targets\n",
+            "",
+        ),
         "the next slice is the one after": ("bring(next, column + step);", "bring(next, column + 2 * step);"),
         "halves of a metric target exchanged": (
             "{{shared[j * 2 * group_lanes], shared[(j * 2 + 1) * group_lanes]}}",
