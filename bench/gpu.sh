@@ -132,12 +132,15 @@ for stage in $stages; do
         cmake --install 'build/cuda/$capability' --prefix '$scratch/installed'
         cmake -G Ninja -S csrc/example -B '$scratch/example' -DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH='$scratch/installed'
         cmake --build '$scratch/example'"
+      # first with the plans of one multiprocessor, which are those of many rows: tiles of 32 rows, and blocks that go on from head to head
       for tool in memcheck racecheck synccheck initcheck; do
         step "$tool" 12 bash -c "
           status=0
-          for program in sweep example; do
-            compute-sanitizer --tool $tool --error-exitcode 9 '$scratch/example/'\$program || status=\$?
-          done
+          check() { compute-sanitizer --tool $tool --error-exitcode 9 '$scratch/example/'\"\$@\" || status=\$?; }
+          PERFUSION_MULTIPROCESSORS=1 check sweep dense
+          PERFUSION_MULTIPROCESSORS=1 check sweep dense 160 edited_attention fused_edited_attention
+          check sweep
+          check example
           exit \$status"
       done
       # without torch's allocator, behind whose blocks a read out of bounds meets memory that is allocated

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = (ROOT / "bench/gpu.sh").read_text()
 STAGES = re.search(r'known="([\w ]+)"', SCRIPT)[1].split()
 TOOLS = ("bash", "grep", "dirname", "realpath", "head", "tail", "mkdir", "nproc", "timeout", "tee", "env", "cat", "ls", "true")
-PROGRAMS = ("sweep", "example")
+PROGRAMS = "sweep dense", "sweep dense 160 edited_attention fused_edited_attention", "sweep", "example"
 SUITES = [
     ["decide"], ["attention"], ["attention"], ["attention"], ["gates", "fused", "projection"], ["attention"], ["attention"], ["layer"], ["layer"],
     ["step"], ["train"],
@@ -91,11 +91,11 @@ def test_all_it_calls_is_there(tools, tmp_path):
     assert [each.suite for each in options] == SUITES
     assert all("--device cuda" in line and ("--compile" in line or "--suite decide" in line) for line in measured)
     assert options[-2].dtype == "float16" and options[-2].model == ["sd15"], "whose attention the kernels take"
-    sanitized = [re.search(r"--tool (\w+).*/(\w+)$", line) for line in lines if "compute-sanitizer" in line and "pytest" not in line]
+    sanitized = [re.search(r"--tool (\w+).*/example/(.+)$", line) for line in lines if "compute-sanitizer" in line and "pytest" not in line]
     assert [found.groups() for found in sanitized] == [
         (tool, name) for tool in ("memcheck", "racecheck", "synccheck", "initcheck") for name in PROGRAMS
     ]
-    assert set(PROGRAMS) == {path.stem for path in (ROOT / "csrc/example").glob("*.cpp")}
+    assert {name.split()[0] for name in PROGRAMS} == {path.stem for path in (ROOT / "csrc/example").glob("*.cpp")}
     assert [line.split("-k ")[1] for line in lines if "-m pytest" in line and "sanitizer" not in line] == ["cuda-cuda", "triton-cuda"]
     built = [line for line in lines if "build/cuda/9.0" in line]
     assert len(built) == 3 and not any("--target perfusion_kernels_torch" in line for line in built), "what the library is made of is used again"
