@@ -48,7 +48,7 @@ def launch(function: str, *arguments) -> None:
     library, stream = microbenchmarks.load(), torch.cuda.current_stream().cuda_stream
     values = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
     if status := getattr(library, function)(*values, stream):
-        raise RuntimeError(f"{function}: the launch was refused with status {status}")
+        raise RuntimeError(f"{function}: the launch failed with status {status}")
 
 
 def multiprocessors(options: Options) -> int:
