@@ -30,7 +30,7 @@ MUTANTS = {  # name: (file, what stands there, what the mutant has, what notices
     "no second piece of columns": ("attention_tiles", "sum = add_product(sum, x1, tl.trans(y1), PRECISION)", "sum += 0", FORWARD),
     "half a denominator": ("edited_attention", "            total += tl.sum(p1, 1)\n", "            total += 0\n", FORWARD),
     "the last tile left out": ("edited_attention", "tl.cdiv(N, BLOCK_N)", "N // BLOCK_N", FORWARD),
-    "a row's values for another's": ("edited_attention", "value + row * value_b", "value + (1 - row) * value_b", FORWARD),
+    "a row's values for another's": ("edited_tiles", "value + row * value_b", "value + (1 - row) * value_b", FORWARD),
     "the projection of the first head": ("fused_edited_attention", "key_weight + h * d * key_weight_o", "key_weight", FUSED),
     "a rest of the encodings left out": ("fused_edited_attention", "range(0, D, BLOCK_K)", "range(0, D - 16, BLOCK_K)", FUSED),
     "half a mean": ("edited_attention_backward", "mean += tl.sum(p1 * dp1, 1)", "mean += 0", BACKWARD),
