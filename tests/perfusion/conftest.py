@@ -6,7 +6,7 @@ import transformers
 
 from perfusion.base import describe_base
 from perfusion.handle import attach
-from tests.perfusion.editing import attached_to, draw, make_concept
+from tests.perfusion.editing import attached_to, attached_with_two, draw, make_concept
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
 
@@ -68,3 +68,16 @@ def fresh(teddy):
     with attach(pipe) as handle:
         handle.load(teddy)
         yield pipe
+
+
+@pytest.fixture
+def pipe():
+    """A pipeline of its own."""
+    return tiny_sd()
+
+
+@pytest.fixture
+def handle(pipe):
+    """`pipe`, attached, with <teddy> and <teapot>."""
+    with attached_with_two(pipe) as handle:
+        yield handle

@@ -6,23 +6,12 @@ import torch
 import perfusion_kernels
 from perfusion.handle import attach
 from tests.kernels import cuda_on_host
-from tests.perfusion.editing import attached_with_two, draw, make_concept
+from tests.perfusion.editing import draw, make_concept
 from tests.perfusion.tiny import SMALL, tiny_sd
 
 PROMPT = "a photo of a <teddy> on a beach"
 BACKENDS = ["triton", *["cuda"] * cuda_on_host.registered()]  # compiled: of tests/cuda_host/test_backend_on_host.py
 TOLD = r"^What was drawn last may be wrong.*edited_attention.*kernels on cpu .*slots: a row named a slot.*validate.*draw again"
-
-
-@pytest.fixture
-def pipe():
-    return tiny_sd()
-
-
-@pytest.fixture
-def handle(pipe):
-    with attached_with_two(pipe) as handle:
-        yield handle
 
 
 @pytest.fixture

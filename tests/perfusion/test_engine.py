@@ -18,22 +18,11 @@ from perfusion.attention_processor import ConceptAttnProcessor
 from perfusion.base import cross_attention_layers
 from perfusion.handle import attach
 from perfusion.prompts import PromptError
-from tests.perfusion.editing import PLAIN, attached_with_two, check_rows, draw, guided, lora, make_concept, seen, use
+from tests.perfusion.editing import PLAIN, check_rows, draw, guided, lora, make_concept, seen, use
 from tests.perfusion.tiny import tiny_sd
 
 PROMPT = "a photo of a <teddy> on a beach"
 NEAR = dict(atol=1e-4, rtol=1e-3)
-
-
-@pytest.fixture
-def pipe():
-    return tiny_sd()
-
-
-@pytest.fixture
-def handle(pipe):
-    with attached_with_two(pipe) as handle:
-        yield handle
 
 
 @pytest.fixture

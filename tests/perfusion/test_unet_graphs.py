@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 from perfusion import Request, unet_graphs
 from perfusion.base import cross_attention_layers
 from tests.perfusion.editing import attached_with_two, draw
-from tests.perfusion.tiny import tiny_sd
 
 LEFT = torch.zeros(16, 16)
 LEFT[:, :8] = 1
@@ -52,11 +51,6 @@ class TapeRecorder:
 
     def memory(self, device):
         return 0
-
-
-@pytest.fixture
-def pipe():
-    return tiny_sd()
 
 
 @pytest.fixture
