@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from bench import roofline
@@ -18,10 +19,10 @@ class Chip:
 
     capability: str
     multiprocessors: int
-    cache: int  # bytes of the second level
+    cache: int  # bytes of L2
     clock: float  # Hz
-    memory: float  # bytes/s
-    second_level: float  # bytes/s, read [assumed]
+    dram: float  # bytes/s
+    l2: float  # bytes/s, read [assumed]
     dense: float  # FLOP/s of 16-bit matrix products
     tensor: int  # multiply-adds a cycle and multiprocessor by mma.sync; of H100, H200 and B200 [assumed], 0.62 and 0.5 of wgmma's
 
@@ -40,8 +41,8 @@ class Chip:
         return {name: getattr(self, name) for name in names}
 
     def floor(self, work: roofline.Work) -> float:
-        """Seconds that no kernel can beat: memory's, or the tensor cores' at their full rate."""
-        return max(work.bytes / self.memory, work.tensor / self.dense)
+        """Seconds that no kernel can beat: DRAM's, or the tensor cores' at their full rate."""
+        return max(work.bytes / self.dram, work.tensor / self.dense)
 
 
 CHIPS = {
@@ -52,3 +53,9 @@ CHIPS = {
     "H200": Chip("9.0", 132, 50 << 20, 1.755e9, 4.80e12, 6.0e12, 989e12, 1270),
     "B200": Chip("10.0", 148, 126 << 20, 1.85e9, 7.70e12, 10.0e12, 2250e12, 2048),
 }
+
+
+def of_device(name: str) -> str | None:
+    """The chip of `CHIPS` that torch calls `name`, as "NVIDIA H200"; None for others, and for variants of these with other rates."""
+    other_form = r"( 80GB)? (PCIe|NVL|Laptop|D\b)|-\w+-80GB"
+    return next((chip for chip in CHIPS if re.search(rf"\b{chip}\b(?!{other_form})", name)), None)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import plans, roofline, rows
+from bench import chips, roofline, rows
 from bench.providers import CALLS, attempt, quiet, with_graphs
 from bench.timing import FLUSH, Candidate, facts, interleave
 from tests.kernels.tolerance import Exact, assert_no_worse, exactly
@@ -108,8 +108,8 @@ def _floor(work: roofline.Work | None, device: str) -> dict[str, Any]:
     """What is to be moved and computed, and on a chip whose rates are known the least time for that."""
     if work is None:
         return {}
-    known, chip = {"bytes": work.bytes, "flops": work.flops}, plans.chip(device)
-    return {**known, "floor_us": round(1e6 * plans.CHIPS[chip].floor(work), 4), "floor_of": chip} if chip else known
+    known, chip = {"bytes": work.bytes, "flops": work.flops}, chips.of_device(device)
+    return {**known, "floor_us": round(1e6 * chips.CHIPS[chip].floor(work), 4), "floor_of": chip} if chip else known
 
 
 def _tensors(results: Any) -> tuple[Tensor, ...]:

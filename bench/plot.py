@@ -329,8 +329,9 @@ def predicted_kernels(rows: Rows) -> Rows:
     if measured:
         return measured
     found = []
-    for each in predictions.read(roofline.H200.name):
-        if each["rows"] == 2 and each["kernel"] not in ("concept_gates", "edited_projection_backward"):
+    for each in predictions.read(roofline.H200.name, "cuda"):
+        edited = each["kernel"] == "edited_attention" and each["J"] > 0
+        if each["rows"] == 2 and not edited and each["kernel"] not in ("concept_gates", "edited_projection_backward"):
             work, seconds = predictions.work(each), 1e-6 * each["microseconds"]
             facts = {"flops": work.flops, "bytes": work.bytes, "flops_per_s": work.flops / seconds}
             found.append({"suite": each["kernel"], "gate": "predicted", **facts})

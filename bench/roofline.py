@@ -139,6 +139,23 @@ def cross_attention_layer(
     return _sum(moved, projections, _attention(B, N, T, H, d, size), Work(read=(2 * O * C + 2 * B * T * O) * size))
 
 
+def edited_attention_backward(*, B: int, N: int, T: int, H: int, d: int, size: int = 2) -> Work:
+    """dq, dK and dV without an edit (DESIGN.md, (13) and (14)): five products, of which one is that of the scores again."""
+    inputs, results = B * (2 * N + 2 * T) * H * d, B * (N + 2 * T) * H * d
+    products = _matrix(10 * B * N * T * H * d, size)
+    return _sum(products, Work(read=inputs * size, written=results * size, exponentials=B * N * T * H))
+
+
+def concept_gates_backward(*, B: int, T: int, D: int, J: int, size: int = 2) -> Work:
+    """Its derivatives to encodings, targets, metric targets, bias and temperature, every place with a concept of its own."""
+    tables, coefficients = B * J * D * 2 * 4, B * T * J * 2 * 4
+    forward = concept_gates(B=B, T=T, D=D, J=J, size=size)
+    return Work(
+        read=forward.read + coefficients, written=B * T * D * size + tables + B * J * 2 * 4,
+        scalar=forward.scalar + 4 * B * J * T * D + 4 * B * J * J * D, exponentials=B * J * T,
+    )  # fmt: skip
+
+
 def edited_projection_backward(*, B: int, T: int, D: int, O: int, J: int, size: int = 2) -> Work:
     """Its derivatives to encodings, gates, components and both tables, every place with a concept of its own."""
     coefficients, tables = 2 * B * T * J * 4, 2 * B * J * O * size

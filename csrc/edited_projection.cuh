@@ -131,7 +131,7 @@ PERFUSION_DEVICE void project_and_edit(const EditedProjectionLaunch& launch) {
           if (coefficients.slots[first + i][j] != slot) continue;
           const float g = coefficients.gates[first + i][j], a = coefficients.components[first + i][j];
           PERFUSION_UNROLL
-          for (int e = 0; e < 8; ++e) x[i][e] += g * o[e] - a * w[e];
+          for (int e = 0; e < 8; ++e) x[i][e] = x[i][e] + g * o[e] - a * w[e];  // two FFMA
         }
       }
     }

@@ -133,7 +133,7 @@ class HeadEdit {
       for (int r = 0; r < 4; ++r) {
         if (t + r >= T) continue;
         PERFUSION_UNROLL
-        for (int e = 0; e < 8; ++e) x[r][e] += g[r] * o[e] - a[r] * w[e];
+        for (int e = 0; e < 8; ++e) x[r][e] = x[r][e] + g[r] * o[e] - a[r] * w[e];  // two FFMA
       }
     }
   }

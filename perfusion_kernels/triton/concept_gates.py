@@ -19,6 +19,9 @@ from .tuning import launch
 
 IN_REGISTERS = 8  # places
 
+STAGES = tl.constexpr(4)
+"""Steps over D in flight, plus one: a step's sums take far less time than its loads, which would follow each other otherwise."""
+
 SMALL = ["index", "bias", "temperature"]
 """Not specialised on 16-byte alignment, so that slices of a batch do not recompile."""
 
@@ -98,7 +101,7 @@ def similarities(
     # BLOCK_D partial sums each, reduced once at the end: fewer shuffles
     c_parts = tl.zeros((BLOCK_T, PLACES, BLOCK_D), tl.float32)
     system_parts = tl.zeros((PLACES, PLACES, BLOCK_D), tl.float32)
-    for start in range(0, D, BLOCK_D):
+    for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         d = start + tl.arange(0, BLOCK_D)
         tokens = t.to(tl.int64)[:, None] * encodings_t + d[None, :] * encodings_d
         e = tl.load(encodings + tokens, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
@@ -206,7 +209,7 @@ def _products(
     slots = slots_at(index + b * index_b + j * index_j, j < J, S, errors)
     others = slots_at(index + b * index_b + (x - T) * index_j, (x >= T) & (x < T + J), S, errors)
     parts = tl.zeros((PLACES, BLOCK_T, BLOCK_D), tl.float32)
-    for start in range(0, D, BLOCK_D):
+    for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         d = start + tl.arange(0, BLOCK_D)
         inside = (d < D)[None, :]
         m = tl.load(

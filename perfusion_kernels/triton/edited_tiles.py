@@ -39,7 +39,7 @@ def _edit_place(
         a = tl.load(components + positions * components_t + j * components_j, mask=inside, other=0.0).to(tl.float32)
         o = tl.load(outputs + slot * outputs_s + columns * outputs_c, mask=within, other=0.0).to(tl.float32)
         p = tl.load(targets + slot * targets_s + columns * targets_c, mask=within, other=0.0).to(tl.float32)
-        tile += g[:, None] * o[None, :] - a[:, None] * p[None, :]
+        tile = tile + g[:, None] * o[None, :] - a[:, None] * p[None, :]  # two multiply-adds
     return tile
 
 

@@ -65,7 +65,7 @@ def _update(
             a = tl.load(components + b * components_b + t * components_t + j * components_j, mask=t < T, other=0.0)
             output = tl.load(outputs + slot * outputs_s + o * outputs_o, mask=o < O, other=0.0).to(tl.float32)
             target = tl.load(targets + slot * targets_s + o * targets_o, mask=o < O, other=0.0).to(tl.float32)
-            edit += g[:, None] * output[None, :] - a[:, None] * target[None, :]
+            edit = edit + g[:, None] * output[None, :] - a[:, None] * target[None, :]  # two multiply-adds
     if concepts > 0:
         inside = (t < T)[:, None] & (o < O)[None, :]
         places = (b * T + t)[:, None] * O + o[None, :]

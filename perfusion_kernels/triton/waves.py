@@ -22,7 +22,7 @@ def share(N: int, pairs: int, tiles: Tiles, held: Held, device: torch.device, lo
     tiles, held: the configuration, of BLOCK_N queries a tile, and the shared memory of its programs. load: the cost of a program's
     loads before its first tile, in tiles.
     """
-    return _least_time(triton.cdiv(N, tiles["BLOCK_N"]), pairs, _at_once(tiles, held, device), load)
+    return least_time(triton.cdiv(N, tiles["BLOCK_N"]), pairs, _at_once(tiles, held, device), load)
 
 
 def _at_once(tiles: Tiles, held: Held, device: torch.device) -> int:
@@ -30,8 +30,13 @@ def _at_once(tiles: Tiles, held: Held, device: torch.device) -> int:
     if device.type != "cuda" or torch.version.hip is not None:
         return PROGRAMS
     multiprocessors, registers, shared_memory = _of_cuda(device)
+    return multiprocessors * resident(tiles, held, registers, shared_memory)
+
+
+def resident(tiles: Tiles, held: Held, registers: int, shared_memory: int) -> int:
+    """Resident programs of a multiprocessor with so many registers and bytes of shared memory."""
     by_registers = registers // (32 * tiles["num_warps"] * REGISTERS)
-    return multiprocessors * max(1, min(by_registers, shared_memory // (held(tiles) + 1024)))
+    return max(1, min(by_registers, shared_memory // (held(tiles) + 1024)))
 
 
 @cache
@@ -41,7 +46,7 @@ def _of_cuda(device: torch.device) -> tuple[int, int, int]:
 
 
 @cache
-def _least_time(count: int, pairs: int, at_once: int, load: int) -> tuple[int, int]:
+def least_time(count: int, pairs: int, at_once: int, load: int) -> tuple[int, int]:
     """Minimises waves times the work of a program, with the fewest programs on a tie. Returns (programs, tiles per program)."""
 
     def time(programs: int) -> int:

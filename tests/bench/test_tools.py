@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare, nsight, plans, plot, predictions, roofline, rows
+from bench import chips, compare, nsight, plot, predictions, roofline, rows
+from bench.chips import CHIPS
+from bench.predictions import tables as prediction_tables
 from bench.regression.__main__ import compared, ratios
 from bench.report import tables
 
@@ -54,11 +56,16 @@ def test_measured_kernels_take_the_place_of_predictions(tmp_path):
 
 
 def test_a_measured_kernel_stands_beside_its_prediction():
-    expected = next(each for each in predictions.read("H100") if each["kernel"] == "edited_attention" and each["rows"] == 2)
+    known = [each for each in predictions.read("H100") if each["kernel"] == "edited_attention" and each["rows"] == 2]
+    expected, edited, of_triton = (
+        next(each for each in known if (each["backend"], each["J"]) == wanted) for wanted in (("cuda", 0), ("cuda", 1), ("triton", 0))
+    )
     shapes = {"B": 2, "T": 77, "J": 0, **{name: expected[name] for name in ("N", "H", "d")}}
     row = {"suite": "attention", "case": "c", "provider": "cuda graph", "device": "NVIDIA H100 80GB HBM3", "shapes": shapes, "gate": "passed"}
     assert predictions.of(row) == expected
-    changes = ({"provider": "cuda"}, {"provider": "expert graph"}, {"device": "cpu"}, {"shapes": {**shapes, "J": 1}}, {"shapes": {}})
+    assert predictions.of({**row, "provider": "triton graph"}) == of_triton
+    assert predictions.of({**row, "shapes": {**shapes, "J": 1}}) == edited and edited["microseconds"] > expected["microseconds"]
+    changes = ({"provider": "cuda"}, {"provider": "expert graph"}, {"device": "cpu"}, {"shapes": {**shapes, "J": 3}}, {"shapes": {}})
     assert all(predictions.of({**row, **change}) is None for change in changes)
     assert predictions.of({**row, "device": "NVIDIA A100-SXM4-40GB"})["chip"] == "A100"
     page = tables([{**row, "dtype": "bfloat16", "median_us": 2 * expected["microseconds"], "ratios": {}}], "expert")
@@ -68,16 +75,32 @@ def test_a_measured_kernel_stands_beside_its_prediction():
 def test_a_chip_is_known_by_its_whole_name():
     """Of one with the same letters, or the same name and another memory, nothing was predicted, and no floor is known."""
     known = ("NVIDIA A100-SXM4-40GB", "NVIDIA GeForce RTX 4090", "NVIDIA A10", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA B200")
-    assert [plans.chip(name) for name in known] == ["A100", "RTX 4090", "A10", "H100", "H200", "B200"]
+    assert [chips.of_device(name) for name in known] == ["A100", "RTX 4090", "A10", "H100", "H200", "B200"]
     others = ("NVIDIA A10G", "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GH200 480GB")
-    assert not any(plans.chip(name) for name in (*others, "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "cpu"))
+    assert not any(chips.of_device(name) for name in (*others, "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "cpu"))
 
 
 def test_every_prediction_is_above_its_floor():
     for each in predictions.read("H200"):
-        if each["kernel"] != "concept_gates":  # which waits for latency
-            floor = predictions.work(each).floor(roofline.H200)
-            assert 1e-6 * each["microseconds"] > floor, each
+        seconds = 1e-6 * each["microseconds"]
+        assert seconds > CHIPS["H200"].floor(predictions.work(each)), each
+        if not each["kernel"].startswith("concept_gates"):  # whose scalar operations no kernel does at the model's rate
+            assert seconds > predictions.work(each).floor(roofline.H200), each
+
+
+def test_the_predictions_of_triton_are_of_its_tiles_and_its_machine_code():
+    """The remedy: python -m bench.predictions."""
+    triton = pytest.importorskip("bench.predictions.triton", exc_type=ImportError)
+    saved = [row for chip in CHIPS for row in predictions.read(chip, "triton")]
+    assert saved == list(triton.rows())
+
+
+def test_every_kernel_has_a_table_of_predictions_on_its_page():
+    for page in prediction_tables.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert prediction_tables.refreshed(text) == text, "python -m bench.predictions"
+    found = {(match["backend"], match["kernel"]) for page in prediction_tables.PAGES for match in prediction_tables.PLACE.finditer(page.read_text())}
+    assert found == {(each["backend"], each["kernel"]) for each in predictions.read("A100")} - {("cuda", "edited_projection")}  # as its fused form
 
 
 # compare

@@ -3,14 +3,15 @@
 test_mutants.py calls some of these tests with a changed library.
 """
 
-import json
 import re
 
 import pytest
 import torch
 
 from bench import plans, predictions
+from bench.chips import CHIPS
 from bench.kernels import attention_before_after
+from bench.predictions import cuda
 
 from ..kernels import cases
 from ..kernels.tolerance import Exact, assert_close, exactly
@@ -37,22 +38,23 @@ def test_heads_first_layout_is_read_in_place(host):
     assert host.counted()["read_narrow"] == 0
 
 
-@pytest.mark.parametrize("chip", plans.CHIPS)
+@pytest.mark.parametrize("chip", CHIPS)
 def test_one_even_wave(host, chip):
     """No block waits for another to end, every tile has one block, and where all have tiles, nobody has many more than others."""
     for layer in plans.layers():
         for rows in (1, 2, 16, 20, 64):
             plan = plans.plan(host, chip, layer, rows)
             assert plan.blocks <= plan.at_once, plan
-            stretches = plan.stretches()
-            assert [first for first, _ in stretches[1:]] == [end for _, end in stretches[:-1]]
-            assert stretches[0][0] == 0 and stretches[-1][1] == plan.tiles
+            ranges = plan.ranges()
+            assert [first for first, _ in ranges[1:]] == [end for _, end in ranges[:-1]]
+            assert ranges[0][0] == 0 and ranges[-1][1] == plan.tiles
             assert plan.rounds == 1 or plan.fill() >= 0.7, plan
 
 
 def test_the_committed_predictions_are_of_these_plans(host):
-    """The remedy: python bench/plans.py."""
-    assert predictions.FILE.read_text().splitlines() == [json.dumps(row) for row in plans.predictions(host)]
+    """The remedy: python -m bench.predictions."""
+    saved = [row for chip in CHIPS for row in predictions.read(chip, "cuda")]
+    assert saved == list(cuda.rows(host))
 
 
 def test_the_committed_page_is_of_these_plans(host):
@@ -69,7 +71,7 @@ def test_the_committed_page_is_of_these_plans(host):
 @pytest.mark.parametrize("m", (1, 2))
 @pytest.mark.parametrize("T, d", [(77, 40), (80, 64), (13, 160), (72, 96), (77, 128), (65, 80), (5, 32)])
 def test_tiles_of_16_and_of_32_rows(host, m, T, d):
-    """The number of multiprocessors says which: few have work enough with tall ones."""
+    """The number of multiprocessors says which: few have enough tiles of 32 rows."""
     host.configure({1: 64, 2: 1}[m])
     case = small(B=2, H=2, N=130, T=T, d=d)
     assert host.planned("edited_attention", case.arguments("edited_attention"))["m"] == m

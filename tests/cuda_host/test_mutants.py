@@ -133,7 +133,7 @@ MUTANTS = {
     },
     "edited_projection.cuh": {
         "each concept's edit is rounded by itself": (
-            "x[i][e] += g * o[e] - a * w[e];",
+            "x[i][e] = x[i][e] + g * o[e] - a * w[e];",
             "x[i][e] += to_float(Element{static_cast<uint16_t>(pack<Element>(g * o[e] - a * w[e], 0.0f))});",
         ),
         "the concepts of the tile's first row": ("const int64_t b = (row + r) / T, t", "const int64_t b = row / T, t"),
