@@ -6,13 +6,17 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import platformdirs
 import torch
 
 
 def cache_folder() -> Path:
-    """$PERFUSION_CACHE, or the folder that the system gives a user's caches; not created here."""
-    return Path(os.path.expanduser(os.environ.get("PERFUSION_CACHE") or platformdirs.user_cache_dir("perfusion", appauthor=False)))
+    """$PERFUSION_CACHE, or the system's folder for a user's caches (platformdirs); not created here."""
+    named = os.environ.get("PERFUSION_CACHE")
+    if not named:
+        import platformdirs  # here, so that the operators need torch alone
+
+        named = platformdirs.user_cache_dir("perfusion", appauthor=False)
+    return Path(os.path.expanduser(named))
 
 
 @cache

@@ -1,6 +1,7 @@
 """What the package as a whole promises: a quiet import, few dependencies, arrows in one direction."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,26 @@ def test_imports(path):
         allowed = {"torch", "typing"}
         assert not any(name.startswith("..") for name in found)
     assert {name for name in found if not name.startswith(".")} <= allowed
+
+
+TORCH_ALONE = """
+import sys
+sys.modules.update(dict.fromkeys(("platformdirs", "triton")))  # None: importing them raises ImportError
+import torch
+import perfusion_kernels
+query, key = torch.randn(1, 4, 2, 8), torch.randn(1, 3, 2, 8)
+for backend in (None, "reference"):
+    perfusion_kernels.edited_attention(query, key, key, backend=backend)
+reasons = {status.name: status.reason for status in perfusion_kernels.available_backends()}
+assert reasons["triton"] and not reasons["reference"], reasons
+"""
+
+
+def test_the_reference_needs_torch_alone():
+    """Tuning's cache is found by platformdirs, and Triton's kernels need triton: neither is imported before."""
+    path = os.pathsep.join(filter(None, sys.path))
+    ran = subprocess.run([sys.executable, "-c", TORCH_ALONE], env={"PYTHONPATH": path}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_one_basename_per_operator():
