@@ -1,10 +1,10 @@
-"""Everything that a machine can measure in a quarter of an hour: rows, tables and plots. What `make bench` runs.
+"""Measures what a machine can in a quarter of an hour: rows, tables and plots. `make bench` runs it.
 
     python bench/all.py                       # into build/bench: rows.jsonl, report.md, plots/*.png, log.txt
     python bench/all.py --minutes 5 --out FOLDER
-    python bench/all.py --minutes 2 --quick   # tiny models: whether it works here
+    python bench/all.py --minutes 2 --quick   # tiny models: a check that it works here
 
-Stages, most telling first, each a process of its own with what is left of the time; one that does not finish keeps the rows that it had
+Stages, most important first, each a process of its own with the remaining time; one that does not finish keeps its rows
 and is named in the report, as is every candidate that could not run, with the reason. On a GPU the kernels are measured too; a longer
 run of these is bench/gpu.sh.
 """
@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One call of bench/run.py. against: what its table divides by. share: the most of the whole time that it may take."""
+    """One call of bench/run.py. against: the baseline of its table. share: its largest share of the whole time."""
 
     name: str
     options: str
@@ -57,7 +57,7 @@ ON_GPU = (Stage("attention", "--suite attention --model sd15 --model sdxl --rows
 
 
 def run(stage: Stage, out: Path, seconds: float, more: list[str]) -> str:
-    """Why a stage did not finish, or nothing. Its rows go to a file of its own."""
+    """Why a stage did not finish; "" if it did. Its rows go to a file of its own."""
     file = out / "rows" / stage.file
     file.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "bench" / "run.py"), *stage.options.split(), *more, "--out", str(file)]

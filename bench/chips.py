@@ -1,4 +1,4 @@
-"""What the kernels' plans and predictions need to know of a GPU. The one table of it: everything else in bench/ reads it here."""
+"""Data of GPUs for the kernels' plans and predictions. The only such table in bench/."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class Chip:
 
     @property
     def shared_per_multiprocessor(self) -> int:
-        """Of the largest block and what is reserved for it."""
+        """Bytes: those of the largest block, and what the system reserves for it."""
         return self.shared_per_block + RESERVED
 
     def machine(self) -> dict[str, int]:
-        """What the host build of the kernels takes for its device."""
+        """The device attributes that the host build of the kernels is configured with."""
         names = ("multiprocessors", "shared_per_block", "shared_per_multiprocessor", "cache")
         return {name: getattr(self, name) for name in names}
 
     def floor(self, work: roofline.Work) -> float:
-        """Seconds that no kernel can beat: DRAM's, or the tensor cores' at their full rate."""
+        """Lower bound in seconds: of DRAM, or of the tensor cores at their full rate."""
         return max(work.bytes / self.dram, work.tensor / self.dense)
 
 

@@ -3,10 +3,10 @@
     python bench/compare.py main HEAD --suite attention --suite layer            # on a GPU: the shapes of real UNets
     python bench/compare.py HEAD~1 HEAD --suite gates --quick --repeats 3 -- --device cpu
 
-Order: base, head, head, base, ... so that what drifts touches both. A number is head's median over base's, for what is ours only, each
-first divided by the expert's or the stock step's of its own run: a machine that was busy then slowed both. It is the median over the
-repeats, with the least and the largest; four repeats on one side of 1 make a difference. What was measured by one commit alone is
-listed. Options behind -- are for bench/run.py.
+Order: base, head, head, base, ... so that drift affects both. A number is head's median over base's, for our candidates only,
+each first divided by the expert's or the stock step's of its own run, because a busy machine slows both. It is the median over
+the repeats, with the least and the largest; four repeats on one side of 1 are a difference. Cases measured by one commit only are
+listed. Options after -- are passed to bench/run.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The operators' formulas as plain torch that takes the whole batch at once, every place used: what `eager`, `compile` and `expert` run.
+"""The operators' formulas in plain torch, for the whole batch at once, every place used: for `eager`, `compile` and `expert`.
 
-The expert is a good engineer with torch and without a kernel of their own: keys and values of all layers by one product, the
+The expert knows torch well and writes no kernels: keys and values of all layers by one product, the
 edit as one more of rank 2J (DESIGN.md, (11)), attention by the library's kernel, and on a GPU a CUDA graph around it.
 """
 
@@ -83,7 +83,7 @@ def cross_attention_layer(hidden_states, query_weight, key, value, output_weight
 
 
 def addmm_cross_attention_layer(hidden_states, query_weight, key, value, output_weight, output_bias, residual, scale):
-    """The expert's, with the residual as the C of the last product in place of an addition behind it."""
+    """The expert's, with the residual as the C of the last product instead of a separate addition."""
     query = linear(hidden_states, query_weight).unflatten(-1, key.shape[2:])
     attended = sdpa(query, key, value, scale).flatten(0, 1).flatten(1)
     return (residual + output_bias).flatten(0, 1).addmm_(attended, output_weight.T).unflatten(0, residual.shape[:2])

@@ -1,4 +1,4 @@
-"""One problem measured: who agrees with the truth is timed against the others who do, and everybody gets a row."""
+"""Measures one problem. Candidates whose results are correct are timed together; every candidate gets a row."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.kernels.tolerance import Exact, assert_no_worse, exactly
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How and what to measure. clock: of a CPU, "wall" or "process", the time that this process had a processor.
+    """How and what to measure. clock: on a CPU, "wall" or "process" (CPU time of this process).
 
-    tokens: of layers with so many image tokens alone; () for all. places: J, () for those of the suite. compile: modes of torch.compile.
+    tokens: only layers with these numbers of image tokens; () for all. places: J; () for the suite's. compile: modes of torch.compile.
     """
 
     device: torch.device
@@ -38,9 +38,9 @@ class Options:
 
 @dataclasses.dataclass
 class Problem:
-    """A case and its candidates. exact, plain: gives the float64 results, and those of the plain formula in the case's dtype.
+    """A case and its candidates. exact, plain: return the float64 results, and those of the plain formula in the case's dtype.
 
-    again: makes the candidates once more, on copies of their tensors, which take `copied` bytes. facts: for every row.
+    again: makes the candidates once more, on copies of their tensors, of `copied` bytes. facts: added to every row.
     """
 
     case: str
@@ -56,14 +56,14 @@ class Problem:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def copies(self) -> list[list[Candidate]]:
-        """As many as fill L2 together with the first, but no more than a graph has calls."""
+        """Enough copies to fill L2 together with the first, but no more than a graph has calls."""
         count = min(CALLS, -(-FLUSH // max(1, self.copied))) - 1
         return [self.again() for _ in range(count)] if self.again else []
 
 
 def measure(suite: str, problem: Problem, options: Options) -> Iterator[dict[str, Any]]:
-    """One row per candidate: times if its results pass the gate of the tests' tolerance in this very run; else the reason, and as `error`
-    what was raised, or "wrong result"."""
+    """One row per candidate: times, if its results pass the tests' tolerance in this run; else the reason, and as `error` the exception, or
+    "wrong result"."""
     exact, plain = exactly(problem.exact), _tensors(problem.plain())
     on_gpu = options.device.type == "cuda"
     candidates = with_graphs(problem.candidates, problem.copies()) if on_gpu else problem.candidates
@@ -71,7 +71,7 @@ def measure(suite: str, problem: Problem, options: Options) -> Iterator[dict[str
     for candidate in candidates:
         result, reason, error = attempt(candidate)
         if not reason:
-            reason, error = _refused(_tensors(result), plain, exact, problem.index), "wrong result"
+            reason, error = _rejected(_tensors(result), plain, exact, problem.index), "wrong result"
         if reason:
             reasons[candidate.provider] = {"reason": reason, **({"error": error} if error else {})}
         else:
@@ -100,12 +100,12 @@ def measure(suite: str, problem: Problem, options: Options) -> Iterator[dict[str
 
 
 def _rates(row: dict[str, Any], median_us: float) -> dict[str, float]:
-    """What was moved and computed in a second, where the row says what was to be; of a GPU."""
+    """Bytes and FLOPs per second, where the row has the work; on a GPU."""
     return {f"{name}_per_s": 1e6 * row[name] / median_us for name in ("bytes", "flops") if row.get(name)}
 
 
 def _floor(work: roofline.Work | None, device: str) -> dict[str, Any]:
-    """What is to be moved and computed, and on a chip whose rates are known the least time for that."""
+    """Bytes and FLOPs of the work, and on a chip whose rates are known the roofline's least time."""
     if work is None:
         return {}
     known, chip = {"bytes": work.bytes, "flops": work.flops}, chips.of_device(device)
@@ -116,8 +116,8 @@ def _tensors(results: Any) -> tuple[Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
-def _refused(results: tuple, plain: tuple[Tensor, ...], exact: tuple[Exact, ...], index: Tensor) -> str:
-    """Why the results may not be timed, or nothing."""
+def _rejected(results: tuple, plain: tuple[Tensor, ...], exact: tuple[Exact, ...], index: Tensor) -> str:
+    """Why the results are wrong; "" if they are right."""
     try:
         for mine, formula, truth in zip(results, plain, exact, strict=True):
             if not isinstance(mine, Tensor) or mine.shape != formula.shape or mine.dtype != formula.dtype:

@@ -1,10 +1,10 @@
-"""What a step, a GPU, a node and a fleet cost on paper: floors, launches, memory. Every assumption is a named parameter.
+"""Predicts the cost of a step, a GPU, a node and a fleet: floors, launches, memory. Every assumption is a named parameter.
 
     python bench/model.py                               # tables
     python bench/model.py --out bench/results/model.jsonl   # the same as rows, which plots and pages read
     python bench/model.py --host-launch 4e-6 --batch 16     # another assumption
 
-Nothing here is measured, and a row says so ("gate": "predicted") with all assumptions, so that a measurement can be laid beside it.
+Nothing here is measured: rows have "gate": "predicted" and all assumptions, so that a measurement can be compared with them.
 FLOPs and operator counts of the UNets are counted (tests/bench/test_model.py counts one of them again, on the meta device).
 """
 
@@ -99,7 +99,7 @@ def layers(model: str) -> int:
 
 
 def step_seconds(model: str, rows: int, a: Assumptions, *, graph: bool, ours: bool = True, adapters: int = 0) -> float:
-    """A forward of the UNet. ours: keys and values are there already; else the text is projected at every step. adapters: distinct
+    """A forward of the UNet. ours: keys and values are stored; else the text is projected at every step. adapters: distinct
     LoRAs of a mixed batch by PEFT. In eager mode the host and the device work at once, so the slower one counts."""
     core, products = layer_seconds(model, rows, a)
     sizes = [(layer.count, dict(B=rows, N=layer.N, C=layer.C, T=T, H=layer.H, d=layer.d)) for layer in roofline.UNETS[model]]
@@ -119,7 +119,7 @@ def step_seconds(model: str, rows: int, a: Assumptions, *, graph: bool, ours: bo
 
 
 def edit_seconds(model: str, rows: int, concepts: int, a: Assumptions) -> float:
-    """What an edit of keys and values as they are loaded adds to the attention cores of a step (DESIGN.md, the form "schedule")."""
+    """Time that editing keys and values on loading adds to the attention cores of a step (DESIGN.md, the form "schedule")."""
     seconds = 0.0
     for layer in roofline.UNETS[model]:
         plain, edited = (roofline.edited_attention(B=rows, N=layer.N, T=T, H=layer.H, d=layer.d, J=J) for J in (0, concepts))

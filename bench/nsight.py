@@ -1,8 +1,8 @@
-"""What Nsight Compute counts while our kernels run once at the shapes where most of the time is: L2 and memory traffic, issue slots.
+"""Counters of Nsight Compute for one run of our kernels at the shapes that take most of the time: L2 and memory traffic, issue slots.
 
-    python bench/nsight.py --out rows.jsonl      # needs a GPU, ncu on PATH and the right to read counters
+    python bench/nsight.py --out rows.jsonl      # needs a GPU, ncu on PATH and permission to read counters
 
-A row per kernel; a run that cannot be profiled has one row that says why, and the status is 1, unless there is no ncu or no right to
+A row per kernel; a run that cannot be profiled has one row with the reason, and the status is 1, unless there is no ncu or no permission to
 read counters. The profiled calls are those of `--target`.
 """
 
@@ -76,7 +76,7 @@ def measured() -> Iterator[dict[str, Any]]:
 
 
 def reason(why: str, may_be: bool = False) -> dict[str, Any]:
-    """A row of what was not profiled. may_be: it says something of the machine, and nothing of our kernels."""
+    """A row of what was not profiled. may_be: the reason is the machine, not our kernels."""
     return {"case": "ours", "provider": "ncu", "gate": "not passed", "reason": why, "failed": not may_be}
 
 

@@ -1,4 +1,4 @@
-"""What one eager call costs beside the work itself: the public function with an implementation that does nothing.
+"""Overhead of one eager call: the public function with an implementation that does nothing.
 
     PYTHONPATH=.:python python bench/overhead.py
 
@@ -6,7 +6,7 @@ Checks of arguments, choice of the backend, dispatch and autograd's bookkeeping 
 memory; the implementation in place of the reference returns `torch.empty_like` of its first argument for each result, and
 as many calls of that are subtracted. `overhead` is that of the default call with the same tensors as before, as the steps of a
 pipeline make it, whose values were checked once; `unvalidated` with `validate=False`; `fresh` after a write to one of
-them, when values are looked at. Times are of this CPU, best of several rounds: others only add to it.
+them, when values are looked at. Times are of this CPU, the least of several rounds, because other processes only add to it.
 """
 
 import contextlib

@@ -1,11 +1,11 @@
-"""What a step of the UNet is measured against: other ways to have a concept in it, each by its own library where there is one.
+"""Peers of a UNet's step: other ways to have a concept in it, each by its own library where there is one.
 
     expert              about twenty lines of plain torch: keys and values computed once per prompt, a processor that reads them
-    gated edit          Perfusion's layer as one reads it: every to_k and to_v a module that computes eq. 3 at every step
+    gated edit          Perfusion's layer as the paper writes it: every to_k and to_v a module that computes eq. 3 at every step
     perfusion-pytorch   the same by that library's `Rank1EditModule`
     LoRA                peft's, of rank 4 in to_q, to_k, to_v and to_out of all attention: unfused, fused, and its mixed batch
 
-Each function changes a UNet that nobody else uses, and returns what to call in its place, or the UNet itself.
+Each function changes a UNet that is not shared, and returns what to call in its place, or the UNet itself.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def with_expert(unet: Any, concept: Concept, encodings: Tensor) -> Any:
 
 
 def rank1_edit_module() -> type:
-    """perfusion-pytorch's layer; ImportError, with the reason, where it cannot be had.
+    """perfusion-pytorch's layer; raises ImportError with the reason where it cannot be imported.
 
     Its package imports open_clip for a text encoder that is not used here, and with it torchvision; where only that is missing,
     an empty class stands for the text encoder, and the layer is the library's own.

@@ -1,7 +1,7 @@
-"""The peers of the training step: Perfusion's layer as a reader of the paper writes it, and as a good engineer does in plain torch.
+"""The peers of the training step: Perfusion's layer as the paper writes it, and as an expert would in plain torch.
 
 Both draw the same pictures, noise and captions as ours, learn the same vectors with the same optimiser, and differ in what
-stands in place of the layers' projections and in how often text is encoded.
+replaces the layers' projections and in how often text is encoded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Who takes part: every backend of ours, the library's attention kernels, `torch.compile` of the plain formula, and the expert.
+"""The candidates: every backend of ours, the library's attention kernels, `torch.compile` of the plain formula, and the expert.
 
-A candidate that cannot run a call is in its rows all the same, with the reason in place of times.
+A candidate that cannot run a call still has its row, with the reason instead of times.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def ours(operator: str, arguments: Mapping[str, Tensor | None], form: str = "", 
 
 
 def formula(operator: str, positional: tuple, modes: Sequence[str] = ("default",)) -> Iterator[Candidate]:
-    """The plain formula as it stands, as torch.compile makes it in each of `modes`, and as the expert writes it."""
+    """The plain formula in eager mode, compiled by torch.compile in each of `modes`, and the expert's."""
     plain, expert = getattr(formulas, operator), getattr(formulas, f"expert_{operator}")
     yield Candidate("eager", functools.partial(plain, *positional))
     for mode in modes:
@@ -64,7 +64,7 @@ def _compiled(plain: Callable, mode: str, signature: tuple) -> Callable:
 
 
 def _signature(argument: object) -> object:
-    """What code is compiled for: of a tensor all but its numbers."""
+    """What code is compiled for: all of a tensor except its values."""
     if not isinstance(argument, Tensor):
         return argument
     return tuple(argument.shape), argument.stride(), argument.dtype, str(argument.device)
@@ -80,7 +80,7 @@ CALLS = 20  # that a graph holds: with one, the launch of the graph is what is m
 
 
 def with_graphs(candidates: list[Candidate], copies: Sequence[list[Candidate]] = ()) -> list[Candidate]:
-    """The candidates, and each that asks for it once more as a CUDA graph of 20 calls: launches then cost little.
+    """The candidates, and those with `on_graph` once more as a CUDA graph of 20 calls, in which launches cost little.
 
     copies: the same candidates with tensors of their own, so that a call finds in L2 no more than a first one would: the calls
     of a graph go through them in turn.
@@ -97,7 +97,7 @@ def with_graphs(candidates: list[Candidate], copies: Sequence[list[Candidate]] =
 
 
 class _Graphed:
-    """Captures at the first call and replays at all."""
+    """Captures at the first call, and replays at every call."""
 
     def __init__(self, calls: Sequence[Callable[[], object] | None], context: Callable[[], contextlib.AbstractContextManager]):
         self.calls, self.context, self.graph, self.result = calls, context, None, None
@@ -128,7 +128,7 @@ class _Graphed:
 
 
 def attempt(candidate: Candidate) -> tuple[object, str, str]:
-    """What the candidate gives; or None, why it gives nothing, and the name of the error that it raised."""
+    """The candidate's result; or None, the reason, and the name of the exception."""
     if candidate.reason:
         return None, candidate.reason, ""
     with warnings.catch_warnings(record=True) as said:

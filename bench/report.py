@@ -1,8 +1,8 @@
-"""Tables of ratios, from rows of bench/run.py and nothing else.
+"""Tables of ratios, from rows of bench/run.py only.
 
-    python bench/report.py bench/results/*.jsonl                     # each suite against the strongest that it has, `BASELINES`
+    python bench/report.py bench/results/*.jsonl                     # each suite against its strongest candidate, `BASELINES`
     python bench/report.py --against plain bench/results/train.jsonl
-    python bench/report.py --page docs/benchmarks.md                 # writes the page's tables anew
+    python bench/report.py --page docs/benchmarks.md                 # updates the page's tables
 
 A cell is the median, over rounds, of a candidate's time divided by the baseline's in the same round: below 1 is faster. A
 case that was measured twice counts as it was the last time. In a page, a table stands between the comments
@@ -39,7 +39,7 @@ def baseline(suite: str, found: dict[tuple[str, str], dict]) -> str:
 
 
 def tables(rows: list[dict[str, Any]], against: str | None = None) -> str:
-    """Markdown, one table per suite, device and dtype; then what was predicted of these kernels. against: None: as `baseline` says."""
+    """Markdown, one table per suite, device and dtype; then the predictions of these kernels. against: None: as `baseline` says."""
     groups: dict[tuple, dict[tuple[str, str], dict]] = {}
     for row in rows:
         group = groups.setdefault((row["suite"], row["device"], row["dtype"]), {})
@@ -49,7 +49,7 @@ def tables(rows: list[dict[str, Any]], against: str | None = None) -> str:
 
 
 def _predicted(rows: list[dict[str, Any]]) -> str:
-    """What was measured of compiled kernels over what bench/predictions.jsonl says of this chip."""
+    """Measured times of kernels over those of bench/predictions.jsonl for this chip."""
     lines = []
     for row in rows:
         expected = predictions.of(row) if row["gate"] == "passed" else None
@@ -100,7 +100,7 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
 
 
 def _of_floor(case: str, found: dict[tuple[str, str], dict]) -> str:
-    """Which fraction of what this chip could do our kernel reaches: the least time over its own."""
+    """The fraction of this chip's roofline that our kernel reaches: the least time over its own."""
     rows = (found.get((case, name)) for name in OURS)
     mine = next((row for row in rows if row and row["gate"] == "passed" and "floor_us" in row), None)
     return f"{mine['floor_us'] / mine['median_us']:.2f} ({mine['provider']})" if mine else ""
@@ -110,7 +110,7 @@ WHOLE = ("step", "tenants", "swap", "capacity")
 
 
 def _whole(suite: str, dtype: str, device: str, rows: list[dict[str, Any]], against: str) -> str:
-    """Of whole UNets: every ratio with its interval; who did not run stands below."""
+    """Of whole UNets: every ratio with its interval; candidates that did not run are listed below."""
     said = "CPU ratios" if device == "cpu" else f"ratios on one {device}"
     cases = list(dict.fromkeys(row["case"] for row in rows))
     found = {(row["provider"], row["case"]): row for row in rows if row["gate"] == "passed"}

@@ -1,11 +1,11 @@
-"""What a call of an operator has to move and to compute, and the least time in which a machine could do it. Plain arithmetic.
+"""Bytes and FLOPs of an operator's call, and the least time in which a machine could do it. Arithmetic only.
 
     work = roofline.edited_attention(B=2, N=4096, T=77, H=8, d=40)
     work = roofline.of("edited_attention", arguments)      # from a call's tensors by name, as the cases of the tests have them
     work.bytes, work.flops, work.floor(roofline.H200)      # a floor in seconds
 
 Bytes are the least: every input that the call must read, and every result, once. FLOPs are the formula's own, counted as two
-per multiply-accumulate, no padding. A floor is no estimate: it is what cannot be beaten by this formula on this machine. Letters
+per multiply-accumulate, no padding. A floor is not an estimate but a lower bound for this formula on this machine. Letters
 are those of DESIGN.md; `size` is of an element in bytes, `table` of one of a bank's outputs and projected targets.
 """
 
@@ -63,7 +63,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Concepts:
-    """How many concepts a batch has: what is read of a bank depends on that."""
+    """The number of concepts in a batch, on which the bytes read from a bank depend."""
 
     rows: int  # batch rows with at least one
     places: int  # used places, over all rows
@@ -119,7 +119,7 @@ def fused_edited_attention(
     *, B: int, N: int, T: int, D: int, H: int, d: int, J: int = 0, sides: int = 2, size: int = 2, table: int | None = None,
     concepts: Concepts | None = None,
 ) -> Work:  # fmt: skip
-    """The same with K = e W_Kᵀ and V = e W_Vᵀ, which nobody reads or writes."""
+    """The same with K = e W_Kᵀ and V = e W_Vᵀ, which are neither read nor written."""
     O = H * d
     edit = _edit(B, T, O, J, sides, size if table is None else table, concepts)
     projections = _matrix(4 * B * T * D * O, size)
@@ -214,7 +214,7 @@ def of(operator: str, arguments: Mapping) -> Work:
 
 
 def _matrix(flops: int, size: int) -> Work:
-    """Products of factors of this size: 16 bits are for matrix instructions, more are multiplied exactly."""
+    """Products of operands of this size: of 16 bits by tensor cores, wider ones by scalar multiply-adds."""
     return Work(tensor=flops) if size == 2 else Work(scalar=flops)
 
 

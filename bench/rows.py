@@ -1,4 +1,4 @@
-"""Rows of measurements: one JSON object a line, each with all that is needed to know what was measured, and where."""
+"""Rows of measurements: one JSON object a line, each with what was measured, and where."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read(*files: Path) -> list[dict[str, Any]]:
 
 @functools.cache
 def provenance(device: str) -> dict[str, Any]:
-    """What a row says about its machine, its versions and its commit."""
+    """A row's fields about machine, versions and commit."""
     versions = {name: _version(name) for name in ("torch", "triton", "diffusers", "transformers")}
     common = {"commit": commit(), "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **versions}
     if torch.device(device).type == "cuda":
@@ -38,7 +38,7 @@ def provenance(device: str) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the working tree, with a "+" behind it if anything differs from that."""
+    """The commit of the working tree, followed by "+" if the tree has changes."""
     try:
         head = _run("git", "rev-parse", "--short=12", "HEAD")
         return head + ("+" if _run("git", "status", "--porcelain", "--untracked-files=no") else "")
@@ -47,7 +47,7 @@ def commit() -> str:
 
 
 def load() -> float | None:
-    """How many processes wanted a processor, in the mean of the last minute."""
+    """The load average of the last minute."""
     return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 

@@ -1,4 +1,4 @@
-"""Times of candidates that take turns, so that a busy moment or a clock that falls touches all of them."""
+"""Times of candidates that take turns, so that load and clock changes affect all of them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SHORTEST = 2e-4  # seconds a sample on a CPU should take, so that reading the cl
 class Candidate:
     """Something to time: `call` does it once, inside `context`, which is entered outside the clock.
 
-    check: gives what is compared with the truth, if that is not what `call` returns, from `call` and `calls`. `reason` says why it
-    cannot run, or is empty. on_graph: whether a CUDA graph of the call is a candidate too, where there is a GPU. calls: how many
+    check: returns what is compared with the exact result, from `call` and `calls`, if that is not what `call` returns. reason: why it
+    cannot run, or "". on_graph: whether a CUDA graph of the call is a candidate too, where there is a GPU. calls: how many
     calls `call` makes; times are of one.
     """
 
@@ -38,7 +38,7 @@ class Candidate:
 class Times:
     """Samples in seconds, one per round; round k of every candidate was taken within the same moment.
 
-    samples: by the clock that was asked for. processor: of a CPU, by the time that this process had a processor, or None.
+    samples: by the selected clock. processor: on a CPU, CPU time of this process; else None.
     """
 
     samples: torch.Tensor  # [rounds], float64
@@ -59,7 +59,7 @@ class Times:
         return quantiles(self.processor / other.processor)
 
     def interval(self, other: Times) -> tuple[float, float]:
-        """What holds the median of the ratio with a confidence of 95 %, by order statistics, whatever the distribution."""
+        """The 95 % confidence interval of the median of the ratio, by order statistics, for any distribution."""
         return median_interval(self.samples / other.samples)
 
 
@@ -82,7 +82,7 @@ def interleave(
 ) -> list[Times]:
     """One Times per candidate: rounds in a random order each, as many as `seconds` allow between the limits `rounds`.
 
-    On a GPU a sample is one call between two events, behind a write that empties the L2 cache and keeps the device busy
+    On a GPU a sample is one call between two events, after a write that evicts the L2 cache and keeps the device busy
     while the call is issued. On a CPU it is as many calls as take a while, by `clock`, with whatever the caches hold.
     """
     if not candidates:
@@ -134,7 +134,7 @@ def _cpu_sampler(candidates: Sequence[Candidate], clock: Callable[[], float]) ->
 
 
 def facts(times: dict[str, Times], provider: str) -> dict[str, Any]:
-    """What a row says of a candidate's times: microseconds, and ratios to every other candidate of the run.
+    """A row's fields about a candidate's times: microseconds, and ratios to every other candidate of the run.
 
     ratios, processor_ratios: provider -> [20th percentile, median, 80th percentile] over the rounds. intervals: provider ->
     [least, largest] of the median with a confidence of 95 %.

@@ -7,7 +7,7 @@
 
 namespace perfusion {
 
-constexpr int64_t most_of_a_size = int64_t{1} << 30;  // tiles and blocks are counted in 32 bits
+constexpr int64_t max_size = int64_t{1} << 30;  // tiles and blocks are counted in 32 bits
 
 // Whether a tensor of these sizes has no elements; their product could exceed 64 bits.
 inline bool is_empty(std::initializer_list<int64_t> sizes) {
@@ -31,7 +31,7 @@ inline const char* name_of(perfusion_dtype dtype) {
   return "an unknown dtype";
 }
 
-// Checks one call's arguments in turn and keeps the first error.
+// Checks one call's arguments in order and keeps the first error.
 class Arguments {
  public:
   explicit Arguments(const char* operation) : operation(operation) {}
@@ -56,7 +56,7 @@ class Arguments {
                   dtypes.size() > 1 ? " or another supported dtype" : "", name_of(tensor.dtype));
   }
 
-  // A tensor that tensor cores multiply here. float32 is valid, but for another backend, so it is unsupported and not an error.
+  // An operand of tensor-core products. float32 is valid but needs another backend, so it is unsupported and not an invalid argument.
   void half(const char* name, const perfusion_tensor& half) {
     if (status == PERFUSION_OK && half.data != nullptr && half.dtype == PERFUSION_FLOAT32) {
       status = fail(PERFUSION_UNSUPPORTED, "%s: %s must be float16 or bfloat16; got float32", operation, name);

@@ -14,10 +14,10 @@ void check_sizes(Arguments& arguments, const perfusion_concept_gates_params& p) 
     const char* name;
     int64_t value;
   } sizes[] = {{"B", p.B}, {"T", p.T}, {"D", p.D}, {"J", p.J}};
-  for (const auto& size : sizes) arguments.size(size.name, size.value, 0, most_of_a_size);
-  arguments.at_most("J", p.J, most_places);
+  for (const auto& size : sizes) arguments.size(size.name, size.value, 0, max_size);
+  arguments.at_most("J", p.J, max_places);
   if (arguments.status != PERFUSION_OK) return;
-  arguments.rule(p.B * tiles_of(p) <= most_of_a_size, PERFUSION_UNSUPPORTED, "B * T must be below 2^34", p.B * p.T);
+  arguments.rule(p.B * tiles_of(p) <= max_size, PERFUSION_UNSUPPORTED, "B * T must be below 2^34", p.B * p.T);
 }
 
 int64_t workspace_bytes(const perfusion_concept_gates_params& p) {
@@ -38,7 +38,7 @@ perfusion_status check(const perfusion_concept_gates_params& p) {
   arguments.tensor("temperature", p.temperature, {PERFUSION_FLOAT32});
   if (p.places.data != nullptr) {
     arguments.tensor("places", p.places, {PERFUSION_INT32});
-    arguments.size("P", p.P, 0, most_of_a_size);
+    arguments.size("P", p.P, 0, max_size);
   }
   if (p.floor.data != nullptr) {
     arguments.tensor("floor", p.floor, {PERFUSION_FLOAT32});

@@ -14,7 +14,7 @@
 namespace perfusion {
 
 constexpr int resident_places = 128;  // the most places whose R fits in shared memory on every supported device
-constexpr int most_places = 1 << 15;  // R takes 4 GiB of workspace for each block
+constexpr int max_places = 1 << 15;  // R takes 4 GiB of workspace for each block
 
 struct ConceptGatesPlan {
   int tiles;  // of tokens_of_block tokens in T

@@ -118,7 +118,7 @@ struct GateProducts {
       target[i] = targets.at(slots[other + i * warp_groups + group], 8 * mine);
       metric_target[i] = metric_targets.at(slots[place + i * warp_groups + group], 8 * mine);
     }
-    const auto bring_as = [&](Slice& slice, int column, int count, bool as_wide) {
+    const auto load_slice_as = [&](Slice& slice, int column, int count, bool as_wide) {
       PERFUSION_UNROLL
       for (int i = 0; i < group_places; ++i) {
         load_eight(slice.metric_target[i], metric_target[i], metric_targets.column, column, count, as_wide);
@@ -129,19 +129,19 @@ struct GateProducts {
         load_eight(slice.token[i], token[i], encodings.column, column, count, as_wide);
       }
     };
-    const auto bring = [&](Slice& slice, int column) {
+    const auto load_slice = [&](Slice& slice, int column) {
       const int count = D - column - 8 * mine;
       if (wide && (count >= 8 || count <= 0)) {  // one branch around all loads, so that they are issued back to back
-        bring_as(slice, column, count, true);
+        load_slice_as(slice, column, count, true);
       } else {
-        bring_as(slice, column, count, false);
+        load_slice_as(slice, column, count, false);
       }
     };
 
     float c[group_rows][gate_places] = {};
     constexpr int step = warps * slice_columns;
     Slice next;
-    bring(next, warp() * slice_columns);
+    load_slice(next, warp() * slice_columns);
     for (int column = warp() * slice_columns; column < D; column += step) {
       float x[group_rows][8];
       PERFUSION_UNROLL
@@ -154,7 +154,7 @@ struct GateProducts {
         to[group_lanes] = next.metric_target[i].vector[1];
       }
       warp_barrier();
-      bring(next, column + step);
+      load_slice(next, column + step);
       PERFUSION_UNROLL
       for (int j = 0; j < gate_places; ++j) {
         if (place + j >= J) continue;

@@ -15,14 +15,15 @@ void check_attention_sizes(Arguments& arguments, const perfusion_edited_attentio
     const char* name;
     int64_t value, least;
   } sizes[] = {{"B", p.B, 0}, {"N", p.N, 0}, {"T", p.T, 1}, {"H", p.H, 0}, {"d", p.d, 1}, {"J", p.J, 0}};
-  for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, most_of_a_size);
+  for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, max_size);
   if (std::find(std::begin(attention_widths), std::end(attention_widths), p.d) == std::end(attention_widths)) {
     std::string rule = "d must be one of ";
     for (int width : attention_widths) rule += (width == attention_widths[0] ? "" : ", ") + std::to_string(width);
     arguments.rule(false, PERFUSION_UNSUPPORTED, rule.c_str(), p.d);
   }
   arguments.at_most("T", p.T, longest_context);
-  if (arguments.status == PERFUSION_OK) arguments.at_most("B * H", p.B * p.H, most_of_a_size);  // after the sizes: their product fits 64 bits
+  if (arguments.status != PERFUSION_OK) return;
+  arguments.at_most("B * H", p.B * p.H, max_size);  // after the sizes: their product fits 64 bits
 }
 
 void check_edit(Arguments& arguments, const perfusion_edited_attention_params& p) {
@@ -58,7 +59,7 @@ perfusion_status check(const perfusion_edited_attention_params& p) {
   check_edit(arguments, p);
   if (p.slots.data != nullptr) {
     arguments.tensor("slots", p.slots, {PERFUSION_INT32});
-    arguments.size("P", p.P, 0, most_of_a_size);
+    arguments.size("P", p.P, 0, max_size);
   }
   if (p.query_regions.data != nullptr || p.key_regions.data != nullptr) {
     arguments.tensor("query_regions", p.query_regions, {PERFUSION_INT32});
@@ -111,7 +112,8 @@ void fit(EditedAttentionPlan* plan, const perfusion_edited_attention_params& p, 
 
 // Splits and blocks: at most one wave of resident blocks, because a partial second wave would take as long as the first. If equal parts of
 // heads balance the multiprocessors, each block has a part of one head and loads its K and V once. Otherwise blocks own equal ranges of
-// all heads' tiles, and load K and V of every head that the range touches. The cheaper by bytes of the busiest multiprocessor is taken.
+// all heads' tiles, and load K and V of every head that the range touches. Takes the variant with fewer bytes on the most loaded
+// multiprocessor.
 void share_out(EditedAttentionPlan* plan, const perfusion_edited_attention_params& p, const Device& device) {
   const int64_t rows = 16 * plan->m, tiles = (p.N + rows - 1) / rows, heads = p.B * p.H;
   const int64_t each = plan->resident = resident(*plan, p, device);
@@ -119,7 +121,7 @@ void share_out(EditedAttentionPlan* plan, const perfusion_edited_attention_param
   plan->splits = static_cast<int>(std::max<int64_t>(1, std::min(useful, wave / heads)));
   plan->blocks = heads * plan->splits;
   if (wave == 0 || (plan->splits == useful && plan->blocks <= wave)) return;
-  // rows of d elements to and from the busiest multiprocessor: queries and outputs, keys and values
+  // rows of d elements to and from the most loaded multiprocessor: queries and outputs, keys and values
   const double both = 2.0 * keys_of(p.T), parts = static_cast<double>((tiles + plan->splits - 1) / plan->splits);
   const int64_t most_blocks = (plan->blocks + device.multiprocessors - 1) / device.multiprocessors;
   const double by_parts = static_cast<double>(most_blocks) * (parts * 2 * rows + both);
@@ -128,8 +130,8 @@ void share_out(EditedAttentionPlan* plan, const perfusion_edited_attention_param
   if (wave < heads || by_ranges < by_parts) plan->splits = 0, plan->blocks = wave;
 }
 
-// Image tokens (query rows) of the busiest multiprocessor.
-int64_t busiest(const EditedAttentionPlan& plan, const perfusion_edited_attention_params& p, const Device& device) {
+// Image tokens (query rows) of the most loaded multiprocessor.
+int64_t most_loaded(const EditedAttentionPlan& plan, const perfusion_edited_attention_params& p, const Device& device) {
   const int64_t rows = 16 * plan.m, tiles = (p.N + rows - 1) / rows, all = p.B * p.H * tiles;
   const int64_t of_block = plan.splits > 0 ? (tiles + plan.splits - 1) / plan.splits : (all + plan.blocks - 1) / plan.blocks;
   const int64_t multiprocessors = std::max(1, device.multiprocessors);
@@ -142,7 +144,7 @@ perfusion_status plan_edited_attention(const perfusion_edited_attention_params& 
                                        EditedAttentionPlan* plan) {
   // Tiles of 32 rows load each fragment of K and V half as often, and take 0.64 to 0.84 of the instructions per row. They are used where
   // there is at least one for each of the four schedulers of every multiprocessor, and where the coarser tiles do not cost more balance
-  // than they save: the busiest multiprocessor may get 5/4 of its rows with 16-row tiles.
+  // than they save: the most loaded multiprocessor may get 5/4 of its rows with 16-row tiles.
   fit(plan, p, device, 1);
   if (plan->warps > 0) share_out(plan, p, device);
   if (plan->warps > 0 && most_tile_rows(p.T) == 32 && p.B * p.H * ((p.N + 31) / 32) >= 4 * device.multiprocessors) {
@@ -150,7 +152,7 @@ perfusion_status plan_edited_attention(const perfusion_edited_attention_params& 
     fit(&rows32, p, device, 2);
     if (rows32.warps == plan->warps && rows32.places == plan->places) {
       share_out(&rows32, p, device);
-      if (4 * busiest(rows32, p, device) <= 5 * busiest(*plan, p, device)) *plan = rows32;
+      if (4 * most_loaded(rows32, p, device) <= 5 * most_loaded(*plan, p, device)) *plan = rows32;
     }
   }
   if (plan->warps == 0) {

@@ -21,9 +21,9 @@ perfusion_status check(const char* operation, const perfusion_edited_projection_
     const char* name;
     int64_t value, least;
   } sizes[] = {{"B", p.B, 0}, {"T", p.T, 0}, {"D", p.D, 1}, {"O", p.O, 0}, {"J", p.J, 0}};
-  for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, most_of_a_size);
+  for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, max_size);
   if (arguments.status != PERFUSION_OK) return arguments.status;  // before products of sizes that could exceed 64 bits
-  arguments.at_most("B * T", p.B * p.T, most_of_a_size);
+  arguments.at_most("B * T", p.B * p.T, max_size);
   if (arguments.status != PERFUSION_OK || is_empty({p.B, p.T, p.O})) return arguments.status;
 
   arguments.half("encodings", p.encodings);
@@ -94,7 +94,7 @@ perfusion_status project(const char* operation, bool once, const perfusion_edite
   if (status != PERFUSION_OK) return status;
   arguments.errors = here.errors;
   const int64_t blocks = int64_t{arguments.plan.row_tiles} * arguments.plan.column_tiles;
-  if (blocks > most_of_a_size) {
+  if (blocks > max_size) {
     return fail(PERFUSION_UNSUPPORTED, "%s: B * T * O must be below 2^41; got %lld * %lld", operation,
                 static_cast<long long>(p.B * p.T), static_cast<long long>(p.O));
   }

@@ -21,12 +21,12 @@ perfusion_status check_sizes(const perfusion_edited_projection_backward_params& 
     const char* name;
     int64_t value, least;
   } sizes[] = {{"B", p.B, 0}, {"T", p.T, 0}, {"D", p.D, 1}, {"O", p.O, 0}, {"J", p.J, 0}, {"S", p.S, 0}};
-  for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, most_of_a_size);
+  for (const auto& size : sizes) arguments.size(size.name, size.value, size.least, max_size);
   if (arguments.status != PERFUSION_OK) return arguments.status;  // before products of sizes that could exceed 64 bits
-  arguments.at_most("B * T", p.B * p.T, most_of_a_size / 2);
+  arguments.at_most("B * T", p.B * p.T, max_size / 2);
   if (arguments.status != PERFUSION_OK) return arguments.status;
   arguments.at_most("B * T * D", p.B * p.T * p.D, int64_t{1} << 41);
-  arguments.rule(2 * p.S * over(p.O, rank_one_columns) <= most_of_a_size, PERFUSION_UNSUPPORTED, "S * O must be at most 2^37", p.S * p.O);
+  arguments.rule(2 * p.S * over(p.O, rank_one_columns) <= max_size, PERFUSION_UNSUPPORTED, "S * O must be at most 2^37", p.S * p.O);
   return arguments.status;
 }
 

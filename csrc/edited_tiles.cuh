@@ -64,7 +64,7 @@ class HeadEdit {
     }
   }
 
-  // Edits keys and values in place. Call it after load_places(0) and a barrier behind which keys and values are in shared memory.
+  // Edits keys and values in place. Call it after load_places(0) and a barrier after which keys and values are in shared memory.
   PERFUSION_DEVICE void apply(Element* key, Element* value) const {
     const int of_side = keys / 4 * vectors, all = sides * of_side;
     for (int first = 0; first < all; first += threads()) {

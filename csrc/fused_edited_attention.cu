@@ -13,7 +13,7 @@ namespace {
 perfusion_status check(const perfusion_fused_edited_attention_params& p, const perfusion_edited_attention_params& attention) {
   Arguments arguments("fused_edited_attention");
   check_attention_sizes(arguments, attention);
-  arguments.size("D", p.D, 1, most_of_a_size);
+  arguments.size("D", p.D, 1, max_size);
   if (arguments.status != PERFUSION_OK || is_empty({p.B, p.N, p.H})) return arguments.status;
   arguments.tensor("query", p.query, {PERFUSION_FLOAT16, PERFUSION_BFLOAT16});
   arguments.tensor("encodings", p.encodings, {p.query.dtype});

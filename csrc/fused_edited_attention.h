@@ -23,7 +23,7 @@ struct FusedEditedAttentionPlan {
 };
 
 // The number of blocks per head of a row. Each block repeats the head's projection (`projection` multiplications) and computes its part of
-// `tiles` tiles of attention (`unit` multiplications each). Minimises the multiplications of the busiest multiprocessor, where a
+// `tiles` tiles of attention (`unit` multiplications each). Minimises the multiplications of the most loaded multiprocessor, where a
 // multiprocessor with a single block counts at half rate, because nothing overlaps its loads.
 int share_projection(int64_t heads, int64_t tiles, int64_t projection, int64_t unit, int64_t multiprocessors);
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs nvcc, its arguments, and keeps what ptxas says of each kernel in OBJECT.ptxas; everything else it says is shown.
+# Runs its arguments, an nvcc command, writes ptxas's report to OBJECT.ptxas and forwards all other messages to stderr.
 for argument; do
   [ "$previous" = -o ] && object=$argument
   previous=$argument

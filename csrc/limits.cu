@@ -89,4 +89,4 @@ extern "C" int64_t perfusion_fused_edited_attention_longest(int64_t shared_memor
   return perfusion::longest(perfusion::plan_fused_edited_attention, shared_memory, call);
 }
 
-extern "C" int64_t perfusion_concept_gates_most(void) { return perfusion::most_places; }
+extern "C" int64_t perfusion_concept_gates_most(void) { return perfusion::max_places; }

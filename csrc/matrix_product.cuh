@@ -2,7 +2,7 @@
 // epilogue, which is called with the accumulators, two neighbouring columns at a time.
 //
 //               B, a step: [columns, depth]        The sum over k goes in steps of `depth`. Of `stages` steps in shared memory one
-//              ┌────────┬────────┐                 is multiplied while the others are being copied, with one barrier a step: behind
+//              ┌────────┬────────┐                 is multiplied while the others are being copied, with one barrier a step: after
 //              │        │        │ … stages        it all warps have read the step before, which the next copy overwrites.
 //              └────────┴────────┘
 //  A, a step   ┌────────┬────────┐
@@ -159,7 +159,7 @@ PERFUSION_DEVICE void multiply_step(float (&c)[Tile::m][Tile::n][4], const Eleme
   }
 }
 
-// c += the products of `steps` steps, which the loaders bring into product_bytes() of shared memory. It ends with a barrier, so the
+// c += the products of `steps` steps, which the loaders copy to product_bytes() of shared memory. It ends with a barrier, so the
 // caller may reuse that memory. wide: of both operands. The stage index advances by addition and wrap-around, which saves a modulo.
 template <class Tile, bool transposed, bool wide, class Element, class Left, class Right>
 PERFUSION_DEVICE void multiply_steps_of(float (&c)[Tile::m][Tile::n][4], Element* shared, Left& next_left, Right& next_right, int steps) {

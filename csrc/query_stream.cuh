@@ -84,7 +84,7 @@ struct QueryStream {
     return n < p.N ? perfusion::load(bits + n * p.query_regions.strides[1]) : 0;
   }
 
-  // The loop. Call it after load_first, a commit, and a barrier behind which keys, values and regions are in shared memory.
+  // The loop. Call it after load_first, a commit, and a barrier after which keys, values and regions are in shared memory.
   template <int max_groups>
   PERFUSION_DEVICE void attend(const Element* keys, const Element* values, const int32_t* key_regions, int groups) {
     const float scale = p.scale * 1.4426950408889634f;  // exp(x) is exp2(x log2 e)

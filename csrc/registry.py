@@ -2,8 +2,8 @@
 
     python csrc/registry.py REGISTRY.cpp OBJECT…
 
-CMake runs it after the objects are compiled. ptxas's reports, which keep_ptxas.sh keeps beside each of nvcc's objects, have everything but
-the dynamic shared memory, which limits.cu computes. C++ and Python read the table by perfusion_compiled_kernels of
+CMake runs it after the objects are compiled. ptxas's reports, which keep_ptxas.sh writes beside nvcc's objects, have everything but
+the dynamic shared memory, which limits.cu computes. C++ and Python read the table with perfusion_compiled_kernels of
 include/perfusion_kernels.h.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 DTYPES = {"NS_4HalfE": "float16", "NS_8BFloat16E": "bfloat16", "f": "float32"}  # by the mangled name of a kernel's first template argument
 SIXTEENS = ("keys", "query_rows")  # which are counted in groups of 16
-TILES = {  # what its other template arguments are
+TILES = {  # names of the other template arguments
     "concept_gates": ("resident",),
     "edited_attention": ("head_dim", "keys", "query_rows"),
     "fused_edited_attention": ("head_dim", "keys"),
@@ -28,7 +28,7 @@ TILES = {  # what its other template arguments are
 
 
 def kernels(objects: Iterable[Path]) -> list[dict]:
-    """What ptxas said when it compiled these: one row for each kernel and architecture, by kernel, tile, dtype and architecture.
+    """ptxas's report for these objects: one row for each kernel and architecture, by kernel, tile, dtype and architecture.
 
     kernel, dtype, arguments (the numbers among its template arguments), architecture ("sm_80"), registers, and bytes: spills, those
     stored and loaded; stack, of local memory; shared, the static shared memory.
@@ -47,9 +47,9 @@ def kernels(objects: Iterable[Path]) -> list[dict]:
 
 
 def named(symbol: str) -> tuple[str, str, tuple[int, ...]]:
-    """The kernel, dtype and numbers that a mangled name says: edited_attention_kernel<Half, 40, 5> is edited_attention, float16, (40, 5).
+    """The kernel, dtype and numbers decoded from a mangled name; of edited_attention_kernel<Half, 40, 5>: edited_attention, float16, (40, 5).
 
-    Raises ValueError for a kernel that is not in TILES, or has other template arguments than it says.
+    Raises ValueError for a kernel that is not in TILES, or has other template arguments than TILES lists.
     """
     match = re.match(rf"_ZN9perfusion\d+(\w+?)_kernelI({'|'.join(DTYPES)})((?:L[a-z]\d+E)*)EE", symbol)
     kernel, dtype, literals = match.groups() if match else (None, None, "")
@@ -80,7 +80,7 @@ def source(rows: Iterable[dict]) -> str:
 #include "../limits.h"
 
 static const perfusion_compiled_kernel registry[] = {{
-{"".join(lines)}    {{}},  // not counted: an array has an element, and PTX alone has no kernel here
+{"".join(lines)}    {{}},  // not counted: an array needs an element, and PTX alone gives no row
 }};
 
 extern "C" int64_t perfusion_compiled_kernels(const perfusion_compiled_kernel** kernels) {{

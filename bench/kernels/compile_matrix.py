@@ -110,7 +110,7 @@ def results_of(operator: str, arguments: tuple) -> tuple[torch.Tensor, ...]:
 
 
 def cases(operator: str, quick: bool) -> list[Case]:
-    """What is worth compiling: all head widths with two concepts; one of them with other numbers, in bfloat16, in float32."""
+    """The cases: all head widths with two concepts; one of them with other numbers, in bfloat16, in float32."""
     has_heads, has_places = " query" in SCHEMAS[operator], " index" in SCHEMAS[operator]
     if quick:
         return [(operator, d, 2, "fp16") for d in ((64, 40, 160) if operator == "edited_attention" else (64,))]
@@ -152,7 +152,7 @@ def _counts(operator: str, what: str, d: int, architecture: str, quick: bool) ->
 
 
 def page(found: list[dict], missing: int = 0) -> str:
-    """The rows as tables, one per operator; a line has what one kernel becomes on all architectures.
+    """The rows as tables, one per operator; a line has one kernel on all architectures.
 
     missing: how many cases have no rows yet, because the run was interrupted.
     """

@@ -165,7 +165,7 @@ def _natural(name: str) -> list:
     return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(", ")]
 
 
-def complaints(kernels: Iterable[Kernel]) -> list[str]:
+def violations(kernels: Iterable[Kernel]) -> list[str]:
     """Violations of the requirements on every kernel: no spills, tensor-core instructions, 16-byte accesses, wait before access."""
     found = []
     for kernel in kernels:
@@ -236,8 +236,8 @@ def main() -> None:
     library, content = compiled(arguments.arch or (), arguments.jobs)
     kernels = kernels_of(library, content)
     write(kernels, content["cuda"])
-    for complaint in complaints(kernels):
-        print(complaint)
+    for violation in violations(kernels):
+        print(violation)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from nvcc_matrix import ROOT, cuobjdump
 
-DECIDED = {  # file: (condition, its constant)
+CONSTANTS = {  # file: (condition, its constant)
     "query_stream.cuh": (
         ("static_cast<int>(p.T)", "77"), ("plan.wide_query", "true"), ("plan.wide_output", "true"), ("plan.stages == 2", "true"),
         ("key_regions,\n", "nullptr,\n"),
@@ -69,11 +69,11 @@ def compile_loop(source: Path, arch: str, widths: list[int]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "csrc"
         shutil.copytree(source, copy)
-        for file, changes in DECIDED.items():
+        for file, changes in CONSTANTS.items():
             text = (copy / file).read_text()
             for old, new in changes:
-                if old not in text and source == ROOT / "csrc":  # other commits may lack what is decided here
-                    raise ValueError(f"{file} lacks what is to be decided: {old!r}. DECIDED here must follow the sources.")
+                if old not in text and source == ROOT / "csrc":  # other commits may lack a condition
+                    raise ValueError(f"{file} lacks a condition to replace: {old!r}. CONSTANTS must follow the sources.")
                 text = text.replace(old, new)
             (copy / file).write_text(text)
         text = (copy / "attention_widths.h").read_text()

@@ -1,4 +1,4 @@
-"""Small CUDA programs that ask a GPU for what plans rest on: read rates, mma.sync, launches. Compiled by nvcc into one library.
+"""Small CUDA programs that measure what launch plans assume: read rates, mma.sync, launches. Compiled by nvcc into one library.
 
     python bench/microbenchmarks/__init__.py --architecture 9.0 --out FOLDER      # compiles; needs no GPU
 """
@@ -19,7 +19,7 @@ LIBRARY = "libmicrobenchmarks.so"
 
 
 def build(folder: Path, architecture: str) -> Path:
-    """Compiles the library for a compute capability, "9.0", into `folder`. RuntimeError says why not."""
+    """Compiles the library for a compute capability, "9.0", into `folder`. Raises RuntimeError with the reason if it cannot."""
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
     if nvcc is None:
         raise RuntimeError("there is no nvcc on PATH to compile the microbenchmarks with")
@@ -36,7 +36,7 @@ def build(folder: Path, architecture: str) -> Path:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library that $MICROBENCHMARKS names, or build/microbenchmarks. RuntimeError says why there is none."""
+    """The library that $MICROBENCHMARKS names, or build/microbenchmarks. Raises RuntimeError with the reason if there is none."""
     path = Path(os.environ.get("MICROBENCHMARKS") or ROOT / "build" / "microbenchmarks" / LIBRARY)
     if not path.exists():
         raise RuntimeError(f"the microbenchmarks are not compiled: python {Path(__file__).relative_to(ROOT)} --architecture ...")

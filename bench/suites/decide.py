@@ -1,4 +1,4 @@
-"""What plans rest on, measured: how fast L2 and memory are read, what mma.sync reaches beside the library's product, what a launch costs.
+"""Measures what launch plans assume: read rates of L2 and memory, mma.sync compared with the library's product, the cost of a launch.
 
 The programs are those of bench/microbenchmarks. On a CPU the library's product and our reference of it run alone.
 """

@@ -31,18 +31,18 @@ inline cudaError_t query_dependent_launch(int ordinal, bool* result) {
   int major = 0, driver = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
   if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
-  const char* wish = std::getenv("PERFUSION_DEPENDENT_LAUNCH");
-  *result = major >= 9 && driver >= 12030 && !(wish != nullptr && std::strcmp(wish, "0") == 0);
+  const char* setting = std::getenv("PERFUSION_DEPENDENT_LAUNCH");
+  *result = major >= 9 && driver >= 12030 && !(setting != nullptr && std::strcmp(setting, "0") == 0);
   return error;
 }
 
 // PERFUSION_MULTIPROCESSORS=N makes launch plans assume N multiprocessors, 0 to 65536; any other value is ignored. Plans only divide the
 // work and are correct for every N, so a GPU can run the plans that csrc/host/ runs with PERFUSION_HOST_MULTIPROCESSORS.
 inline int planned_multiprocessors(int present) {
-  const char* wish = std::getenv("PERFUSION_MULTIPROCESSORS");
-  if (wish == nullptr || *wish < '0' || *wish > '9') return present;
+  const char* setting = std::getenv("PERFUSION_MULTIPROCESSORS");
+  if (setting == nullptr || *setting < '0' || *setting > '9') return present;
   char* end = nullptr;
-  const long count = std::strtol(wish, &end, 10);
+  const long count = std::strtol(setting, &end, 10);
   return *end == '\0' && count <= 65536 ? static_cast<int>(count) : present;
 }
 
@@ -97,7 +97,8 @@ inline perfusion_status device(const char* operation, Device* result) {
 }
 
 // Raises a kernel's dynamic shared memory limit to the device's maximum, once per kernel and device. Setting each launch's own size would
-// race: of two host threads that launch one kernel with different sizes, one could lower the limit of the other.
+// race: of two host threads that launch one kernel with different sizes, one could lower the limit of the other. If a kernel's first launch
+// is captured, the limit is raised during the capture, in relaxed mode; it takes effect at once and is not part of the graph.
 inline cudaError_t allow_shared_memory(const void* kernel) {
   static OncePerDevice once;
   int ordinal = 0;

@@ -1,5 +1,5 @@
 // One prompt with one concept through the C API, without torch: gates and components of its tokens, then attention to the keys
-// and values that the concept edits. Prints what the library holds and both results, and returns 0 if they are what the formulas say.
+// and values that the concept edits. Lists the compiled kernels, prints both results, and returns 0 if they agree with the formulas.
 #include <perfusion_kernels.h>
 
 #include <cmath>

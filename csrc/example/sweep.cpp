@@ -2,13 +2,13 @@
 // each result is compared with the formula in double precision. Links the C API and nothing else of the library, so it runs on
 // the CPU build, and on a GPU under compute-sanitizer's memcheck, racecheck, synccheck and initcheck.
 //
-//   sweep [dense] [WIDTH] [OPERATOR…]      all operators without a name; dense: without views. WIDTH: columns of a head, 40 without
-//                                          one. The exit status is the number of cases that failed, at most 99
+//   sweep [dense] [WIDTH] [OPERATOR…]      all operators by default; dense: without views. WIDTH: columns of a head, 40 by default. The
+//                                          exit status is the number of cases that failed, at most 99
 //
 // Each tensor has memory of its own and of exactly its size. There are three layouts: "dense"; "apart", in which only every second element
 // of a row is the tensor's and rows are further apart too; and "padded", in which rows begin at multiples of 16 bytes, so that kernels
 // access 16 bytes at once. The elements between those of the tensor are NaN, and must be neither read nor written. In the layout "apart"
-// some indices and slots are out of range: kernels must read nothing for them, and the device notes it.
+// some indices and slots are out of range: kernels must read nothing for them, and a flag is set.
 //
 // On a GPU the sizes here are too small for its default plans to differ; PERFUSION_MULTIPROCESSORS (csrc/README.md) chooses others.
 #include <perfusion_kernels.h>
@@ -27,7 +27,7 @@ namespace {
 
 using Shape = std::vector<int64_t>;
 
-enum Layout { dense, apart, padded };  // how elements lie: one after the other; with gaps between all; rows of whole 16 bytes
+enum Layout { dense, apart, padded };  // contiguous; gaps between all elements; rows padded to multiples of 16 bytes
 
 std::mt19937 generator(1);
 int failures = 0;
@@ -38,7 +38,7 @@ uint32_t float_bits(float x) {
   return bits;
 }
 
-// To the nearest, ties to even; normal numbers and zero are enough here.
+// Rounds to nearest even; subnormal float16 included, infinity and NaN not.
 uint32_t encode(perfusion_dtype dtype, double x) {
   const uint32_t bits = float_bits(static_cast<float>(x));
   if (dtype == PERFUSION_FLOAT32) return bits;
@@ -105,7 +105,7 @@ class Tensor {
     return dtype == PERFUSION_INT32 ? static_cast<double>(static_cast<int32_t>(bits)) : decode(dtype, bits);
   }
 
-  // Whether the gaps are as they were; what has been written is read from then on.
+  // Whether the gaps are unchanged; from then on operator[] returns what was written.
   bool read_back() {
     std::vector<unsigned char> now(image.size());
     copy_to_host(now.data(), memory, now.size());
@@ -137,14 +137,14 @@ struct Workspace {
   void *data;
 };
 
-// A sum in double, and how large its terms are: what a rounding of each could move it by.
+// A sum in double, and the sum of the terms' magnitudes, which bounds the rounding error.
 struct Sum {
   double value = 0, terms = 0;
   void add(double x) { value += x, terms += std::fabs(x); }
   void add(double factor, const Sum &other) { value += factor * other.value, terms += std::fabs(factor) * other.terms; }
 };
 
-// One case: compares, and says what is wrong.
+// One case: compares, and prints the first error.
 class Case {
  public:
   Case(std::string name, perfusion_status status) : name(std::move(name)) {
@@ -156,12 +156,12 @@ class Case {
       if (!each->read_back()) complain("memory beside a result was written");
     }
   }
-  // After `results`, which waits for the device: whether it met a slot, or an index, out of range.
-  void noted(bool slot, bool index) {
+  // After `results`, which waits for the device: whether a kernel found a slot, or an index, out of range.
+  void check_flags(bool slot, bool index) {
     int32_t errors[PERFUSION_DEVICE_ERRORS] = {};
     if (perfusion_device_errors(errors) != PERFUSION_OK) complain(perfusion_last_message());
-    if ((errors[PERFUSION_SLOT_OUT_OF_RANGE] != 0) != slot) complain("a slot out of range was not noted, or none was and is");
-    if ((errors[PERFUSION_INDEX_OUT_OF_RANGE] != 0) != index) complain("an index out of range was not noted, or none was and is");
+    if ((errors[PERFUSION_SLOT_OUT_OF_RANGE] != 0) != slot) complain("the flag of slots out of range is wrong");
+    if ((errors[PERFUSION_INDEX_OUT_OF_RANGE] != 0) != index) complain("the flag of an index out of range is wrong");
   }
   void compare(const Tensor &found, int64_t i, double expected, double terms, double roundings = 4) {
     const double error = std::fabs(found[i] - expected), bound = roundings * rounding(found.dtype) * (terms + std::fabs(expected)) + 1e-7;
@@ -185,7 +185,7 @@ std::string label(const char *name, perfusion_dtype dtype, std::initializer_list
   return text;
 }
 
-// Concepts of B rows: row 0 has none, the others all of J places but, in every second row, the first: it is absent, or out of range.
+// Concepts of B rows: row 0 has none, the others use all of J places, except that in odd rows the first is absent or out of range.
 struct Edit {
   Edit(int64_t B, int64_t T, int64_t J, int64_t O, perfusion_dtype dtype, Layout layout)
       : T(T), J(J), O(O), S(J + 2), out_of_range(layout == apart && J % 2),
@@ -213,7 +213,7 @@ struct Edit {
   Tensor gates, components, index, outputs, targets;
 };
 
-// words: gates by word, for concepts of up to two words, some of whose places are beyond the text.
+// words: gates by word, for concepts of up to two words; some places are -1 or beyond the text.
 void concept_gates(perfusion_dtype dtype, int64_t T, int64_t D, int64_t J, Layout layout, bool words = false) {
   const int64_t B = 3, S = J + 2, P = 2;
   Edit edit(B, T, J, 1, PERFUSION_FLOAT32, layout);  // for its index
@@ -236,7 +236,7 @@ void concept_gates(perfusion_dtype dtype, int64_t T, int64_t D, int64_t J, Layou
 
   Case one(label("concept_gates", dtype, {{"T", T}, {"D", D}, {"J", J}, {"layout", layout}, {"words", words}}), status);
   one.results({&gates, &components});
-  one.noted(false, edit.out_of_range);
+  one.check_flags(false, edit.out_of_range);
   const auto is_word = [&](int64_t b, int64_t j, int64_t t) {
     bool found = false;
     for (int64_t i = 0; i < P && words && edit.slot(b, j) >= 0; ++i) found = found || places[(b * J + j) * P + i] == t;
@@ -273,7 +273,7 @@ void concept_gates(perfusion_dtype dtype, int64_t T, int64_t D, int64_t J, Layou
   }
 }
 
-// Which derivatives are asked for.
+// The derivatives to compute.
 struct Derivatives {
   bool encodings, gates, components, outputs, targets;
 };
@@ -305,7 +305,7 @@ void edited_projection_backward(const perfusion_edited_projection_params &p, con
                   {"by gates", wanted.gates}, {"by components", wanted.components}, {"by outputs", wanted.outputs},
                   {"by targets", wanted.targets}}), status);
   one.results({&by_encodings, &by_gates, &by_components, &by_outputs, &by_targets});
-  one.noted(false, edit.out_of_range && edited);
+  one.check_flags(false, edit.out_of_range && edited);
   for (int64_t i = 0; i < B * T * D && wanted.encodings; ++i) {
     Sum sum;
     for (int64_t o = 0; o < O; ++o) sum.add(gradient[i / D * O + o] * weight[o * D + i % D]);
@@ -332,7 +332,8 @@ void edited_projection_backward(const perfusion_edited_projection_params &p, con
 
 // tables: the dtype of outputs and targets, and of their derivatives. partial: derivatives by the encodings alone, then by gates and
 // projected_targets alone, instead of all.
-void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, int64_t J, Layout layout, perfusion_dtype tables, bool partial) {
+void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, int64_t J, Layout layout, perfusion_dtype tables,
+                       bool partial) {
   const int64_t B = 3;
   Edit edit(B, T, J, O, tables, layout);
   Tensor encodings(dtype, {B, T, D}, layout, normal), weight(dtype, {O, D}, layout, normal);
@@ -346,7 +347,7 @@ void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, i
     const char *name = fused ? "fused_edited_projection" : "edited_projection";
     Case one(label(name, dtype, {{"T", T}, {"D", D}, {"O", O}, {"J", J}, {"tables", tables}, {"layout", layout}}), status);
     one.results({&result});
-    one.noted(false, edit.out_of_range);
+    one.check_flags(false, edit.out_of_range);
     for (int64_t i = 0; i < B * T * O; ++i) {
       Sum sum;
       for (int64_t x = 0; x < D; ++x) sum.add(encodings[i / O * D + x] * weight[i % O * D + x]);
@@ -363,7 +364,7 @@ void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, i
   }
 }
 
-// What a case of attention has beside query, key and value, or lacks: flags.
+// Options of an attention case.
 enum : unsigned {
   with_slots = 1,
   with_regions = 2,
@@ -380,7 +381,7 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
   const double scale = 0.7 / std::sqrt(static_cast<double>(d));
   Edit of_keys(P, T, J, O, tables, layout);
   Tensor slots(PERFUSION_INT32, {B}, layout, [=](int64_t b) { return layout == apart && b == 1 ? P : (b + 3) % 4; });
-  // the first row has tokens with a bit of no key's, and no key for all: nothing is left for these
+  // in the first row, some tokens have only bits that no key has, and no key has 0, so every key is masked
   Tensor query_regions(PERFUSION_INT32, {B, N}, layout, [N](int64_t i) { return i < N && i % 5 == 4 ? 8 : 1 << i % 3; });
   Tensor key_regions(PERFUSION_INT32, {B, T}, layout, [T](int64_t i) { return i < T || i % 4 ? 1 << i % 3 : 0; });
   Tensor value_outputs(tables, {J + 2, O}, layout, normal), value_targets(tables, {J + 2, O}, layout, normal);
@@ -418,7 +419,7 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
   const char *name = D ? "fused_edited_attention" : "edited_attention";
   Case one(label(name, dtype, {{"N", N}, {"T", T}, {"D", D}, {"d", d}, {"J", J}, {"layout", layout}, {"given", given}}), status);
   one.results({&output});
-  one.noted(given & with_slots && layout == apart, of_keys.out_of_range);
+  one.check_flags(given & with_slots && layout == apart, of_keys.out_of_range);
   const auto side = [&](const Tensor &base, const Tensor &weight, const Tensor &outputs, const Tensor &targets, bool edited,
                         int64_t m, int64_t o) {
     const int64_t b = m / T, t = m % T;
@@ -443,32 +444,33 @@ void attention(perfusion_dtype dtype, int64_t N, int64_t T, int64_t d, int64_t J
       for (int64_t h = 0; h < H; ++h) {
         const int64_t at = ((b * N + n) * H + h) * d;
         std::vector<Sum> score(T);
-        double most = -INFINITY, sum = 0, loose = 0;  // loose: how much a rounding of the factors moves a score
+        double most = -INFINITY, sum = 0, score_error = 0;  // how much a rounding of the factors moves a score
         for (int64_t t = 0; t < T; ++t) {
           for (int64_t x = 0; x < d; ++x) score[t].add(scale * query[at + x], k[t * O + h * d + x]);
           const int reach = static_cast<int>(key_regions[b * T + t]);
           if (given & with_regions && reach != 0 && !(reach & static_cast<int>(query_regions[b * N + n]))) score[t].value = -INFINITY;
-          most = std::max(most, score[t].value), loose = std::max(loose, score[t].terms);
+          most = std::max(most, score[t].value), score_error = std::max(score_error, score[t].terms);
         }
         for (int64_t t = 0; t < T; ++t) sum += std::exp(score[t].value - most);
         for (int64_t x = 0; x < d; ++x) {
           Sum expected;
           for (int64_t t = 0; t < T && most > -INFINITY; ++t) expected.add(std::exp(score[t].value - most) / sum, v[t * O + h * d + x]);
-          one.compare(output, at + x, expected.value, expected.terms * (1 + 0.1 * loose), 1);
+          one.compare(output, at + x, expected.value, expected.terms * (1 + 0.1 * score_error), 1);
         }
       }
     }
   }
 }
 
-// Sizes whose products exceed what blocks are counted in, or 64 bits: refused before anything is multiplied, planned or read.
+// Sizes whose products exceed 32-bit block counts, or 64 bits: they must be rejected before any product of sizes, any plan and any read.
 template <class Params>
-void too_large(const char *name, std::initializer_list<int64_t Params::*> sizes, Params p, perfusion_status (*function)(const Params *, perfusion_stream)) {
+void too_large(const char *name, std::initializer_list<int64_t Params::*> sizes, Params p,
+               perfusion_status (*function)(const Params *, perfusion_stream)) {
   for (int64_t size : {int64_t{1} << 30, int64_t{1} << 62}) {
     for (auto each : sizes) p.*each = size;
     const perfusion_status status = function(&p, nullptr);
     if (status == PERFUSION_INVALID_ARGUMENT || status == PERFUSION_UNSUPPORTED) continue;
-    std::printf("%s: sizes of %lld are not refused\n", name, static_cast<long long>(size)), ++failures;
+    std::printf("%s: sizes of %lld are not rejected\n", name, static_cast<long long>(size)), ++failures;
   }
 }
 
@@ -485,7 +487,7 @@ void too_large(const std::string &name) {
     }
     too_large<Q>("edited_projection_backward", {&Q::B, &Q::T, &Q::D, &Q::O, &Q::J, &Q::S}, {}, perfusion_edited_projection_backward);
   }
-  static int nothing;  // only their product is too large, so that tensors are asked for
+  static int nothing;  // only the product of the sizes is too large, so that tensors must be given
   const perfusion_tensor there = {&nothing, PERFUSION_FLOAT16, {}};
   const auto heads = [&](auto p) {
     p.N = p.T = 1, p.d = 40, p.query = p.output = there;
@@ -526,7 +528,7 @@ int main(int count, char **names) {
       concept_gates(single, 5, 64, 11, layout);
       concept_gates(half, 18, 37, 3, layout, true);
       concept_gates(brain, 17, 603, 2, layout);           // more slices of columns than warps
-      if (layout == dense) concept_gates(single, 1, 16, 128, layout);  // the most in shared memory
+      if (layout == dense) concept_gates(single, 1, 16, 128, layout);  // the largest J in shared memory
       if (layout == dense) concept_gates(half, 3, 40, 130, layout);  // in the workspace
     }
     if (wanted("edited_projection")) {  // with fused_edited_projection and the derivatives of both
@@ -540,7 +542,7 @@ int main(int count, char **names) {
       attention(brain, 150, 16, width, 9, 0, layout, single_tables);
       attention(half, 33, 154, width, 0, 0, layout);
       attention(half, 1, 1, width, 1, 0, layout, keys_alone);
-      attention(brain, 17, 231, width, 2, 0, layout, values_alone);  // more keys than there are scores at once
+      attention(brain, 17, 231, width, 2, 0, layout, values_alone);  // more keys than fit in registers at once
       attention(half, 70, 77, width, 2, 0, layout, with_slots | with_regions);
       attention(brain, 300, 21, width, 1, 0, layout, with_slots | with_regions);
     }

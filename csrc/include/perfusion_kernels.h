@@ -1,9 +1,11 @@
 /* The operators of perfusion-kernels for C and C++: raw pointers, sizes, a stream, a status code.
  *
- * No function allocates, throws or waits for the device, so every call can be captured into a CUDA graph; where one needs a
- * workspace, a function beside it returns the bytes, and the caller allocates them. Work is put on the stream given, on the
- * current device. Letters are those of DESIGN.md: B batch rows, T text tokens, D text width, O output columns, J concept places
- * per row, S slots in the bank, H heads, d head width, N image tokens, C channels of one.
+ * No function allocates device memory, throws or waits for the device, so every call can be captured into a CUDA graph. The
+ * first call on a device queries its attributes and allocates a few bytes of mapped host memory; the first launch of a kernel
+ * raises its limit of shared memory; both are allowed during a capture, and not part of the graph. Where a function needs a
+ * workspace, another one returns its size, and the caller allocates it. Work is put on the stream given, on the current device.
+ * Letters are those of DESIGN.md: B batch rows, T text tokens, D text width, O output columns, J concept places per row, S
+ * slots in the bank, H heads, d head width, N image tokens, C channels of one.
  */
 #ifndef PERFUSION_KERNELS_H
 #define PERFUSION_KERNELS_H
@@ -23,7 +25,7 @@ extern "C" {
 typedef enum perfusion_status {
   PERFUSION_OK = 0,
   PERFUSION_INVALID_ARGUMENT = 1, /* an argument violates a documented rule */
-  PERFUSION_UNSUPPORTED = 2,      /* valid, but no kernel of this library supports it; the message says what is */
+  PERFUSION_UNSUPPORTED = 2,      /* valid, but no kernel of this library supports it; the message says what is supported */
   PERFUSION_DEVICE_ERROR = 3      /* the CUDA runtime returned an error, which the message quotes */
 } perfusion_status;
 
@@ -58,7 +60,7 @@ typedef struct perfusion_concept_gates_params {
   perfusion_tensor components;     /* [B, T, J] float32, written: 0 where index is -1 */
   void *workspace;                 /* 16-byte aligned, where one is needed; uninitialised */
   int64_t workspace_bytes;
-  perfusion_tensor places;         /* [B, J, P] int32: where a concept's words stand in T, -1 for none; or absent. At its own places a */
+  perfusion_tensor places;         /* [B, J, P] int32: positions of a concept's words in T, -1 for none; or absent. At its own places a */
   int64_t P;                       /* gate is at least its floor, at those of another concept of the row 0 (DESIGN.md, (5a)) */
   perfusion_tensor floor;          /* [B, J] float32, with places; absent: 0 */
 } perfusion_concept_gates_params;
@@ -70,7 +72,7 @@ PERFUSION_API perfusion_status perfusion_concept_gates_workspace(const perfusion
 PERFUSION_API perfusion_status perfusion_concept_gates(const perfusion_concept_gates_params *params, perfusion_stream stream);
 
 /* e Wᵀ + Σ_j (g_j outputs_j - a_j projected_targets_j) (DESIGN.md, (10)), added to the rounded product in float32 and rounded once
- * more. Without index it is the plain product, whose bits a batch row without a concept has in any case. */
+ * more. Without index it is the plain product, to which a batch row without a concept is always bit-equal. */
 typedef struct perfusion_edited_projection_params {
   int64_t B, T, D, O, J, S;
   perfusion_tensor encodings;         /* [B, T, D] float16 or bfloat16 */
@@ -83,12 +85,12 @@ typedef struct perfusion_edited_projection_params {
   perfusion_tensor result;            /* [B, T, O] as encodings, written; any strides; must not overlap any other */
 } perfusion_edited_projection_params;
 
-/* Any sizes from D = 1 on, B * T at most 2^30. float32 and float64 are for another backend. */
+/* Any sizes from D = 1 on, B * T at most 2^30. float32 and float64 are unsupported. */
 PERFUSION_API perfusion_status perfusion_edited_projection(const perfusion_edited_projection_params *params,
                                                            perfusion_stream stream);
 
-/* The same sum with the edit added to the product's float32 sums, rounded once. A row without a concept has the bits of this function
- * without index, not those of perfusion_edited_projection. */
+/* The same sum with the edit added to the product's float32 sums, rounded once. A row without a concept is bit-equal to this
+ * function without index, not to perfusion_edited_projection. */
 PERFUSION_API perfusion_status perfusion_fused_edited_projection(const perfusion_edited_projection_params *params,
                                                                  perfusion_stream stream);
 
@@ -194,7 +196,7 @@ typedef struct perfusion_compiled_kernel {
 } perfusion_compiled_kernel;
 
 /* The kernels of this library: how many there are, and the first of them, valid as long as the library is loaded. Never fails and
- * looks at no device. The host library has none: 0, and *kernels is NULL. */
+ * uses no device. The host library has none: 0, and *kernels is NULL. */
 PERFUSION_API int64_t perfusion_compiled_kernels(const perfusion_compiled_kernel **kernels);
 
 /* Errors that only a kernel can find. No function synchronises, so none can return them: a kernel treats a value out of range as absent

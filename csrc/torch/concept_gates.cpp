@@ -1,6 +1,6 @@
 #include "support.h"
 
-namespace perfusion::border {
+namespace perfusion::torch_binding {
 namespace {
 
 std::tuple<Tensor, Tensor> concept_gates(const Tensor& encodings, const Tensor& targets, const Tensor& metric_targets,
@@ -37,4 +37,4 @@ std::tuple<Tensor, Tensor> concept_gates(const Tensor& encodings, const Tensor& 
 PERFUSION_TORCH_OPERATOR(concept_gates)
 
 }  // namespace
-}  // namespace perfusion::border
+}  // namespace perfusion::torch_binding

@@ -1,6 +1,6 @@
 #include "support.h"
 
-namespace perfusion::border {
+namespace perfusion::torch_binding {
 namespace {
 
 Tensor edited_attention(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& gates,
@@ -35,4 +35,4 @@ Tensor edited_attention(const Tensor& query, const Tensor& key, const Tensor& va
 PERFUSION_TORCH_OPERATOR(edited_attention)
 
 }  // namespace
-}  // namespace perfusion::border
+}  // namespace perfusion::torch_binding

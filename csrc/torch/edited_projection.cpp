@@ -1,6 +1,6 @@
 #include "support.h"
 
-namespace perfusion::border {
+namespace perfusion::torch_binding {
 namespace {
 
 using Function = perfusion_status (*)(const perfusion_edited_projection_params*, perfusion_stream);
@@ -39,4 +39,4 @@ PERFUSION_TORCH_OPERATOR(edited_projection)
 PERFUSION_TORCH_OPERATOR(fused_edited_projection)
 
 }  // namespace
-}  // namespace perfusion::border
+}  // namespace perfusion::torch_binding

@@ -1,6 +1,6 @@
 #include "support.h"
 
-namespace perfusion::border {
+namespace perfusion::torch_binding {
 namespace {
 
 std::vector<Tensor> edited_projection_backward(const Tensor& gradient, const Tensor& encodings, const Tensor& weight,
@@ -11,9 +11,9 @@ std::vector<Tensor> edited_projection_backward(const Tensor& gradient, const Ten
   const auto [B, T, O] = call.sizes<3>("gradient", gradient);
   const int64_t D = call.sizes<3>("encodings", encodings)[2], J = call.sizes<2>("index", index)[1];
   const int64_t S = call.sizes<2>("outputs", outputs)[0];
-  if (needs.size() != 7) call.refuse("needs must have 7 values; got " + std::to_string(needs.size()));
-  if (needs[1] || needs[4]) call.refuse("there are no derivatives of weight and index here");
-  call.tensor("encodings", encodings, {B, T, D});  // for its shape
+  if (needs.size() != 7) call.reject("needs must have 7 values; got " + std::to_string(needs.size()));
+  if (needs[1] || needs[4]) call.reject("there are no derivatives of weight and index here");
+  call.tensor("encodings", encodings, {B, T, D});  // checks its shape
 
   std::vector<Tensor> found;
   const auto wanted = [&](size_t argument, const Tensor& like, std::initializer_list<int64_t> shape) {
@@ -38,7 +38,7 @@ std::vector<Tensor> edited_projection_backward(const Tensor& gradient, const Ten
   return found;
 }
 
-// A rounding less changes no derivative.
+// The number of roundings in the forward does not change the derivatives, so both operators share them.
 std::vector<Tensor> fused_edited_projection_backward(const Tensor& gradient, const Tensor& encodings, const Tensor& weight,
                                                      const Tensor& gates, const Tensor& components, const Tensor& index,
                                                      const Tensor& outputs, const Tensor& projected_targets,
@@ -50,4 +50,4 @@ PERFUSION_TORCH_OPERATOR(edited_projection_backward)
 PERFUSION_TORCH_OPERATOR(fused_edited_projection_backward)
 
 }  // namespace
-}  // namespace perfusion::border
+}  // namespace perfusion::torch_binding

@@ -1,6 +1,6 @@
 #include "support.h"
 
-namespace perfusion::border {
+namespace perfusion::torch_binding {
 namespace {
 
 Tensor fused_edited_attention(const Tensor& query, const Tensor& encodings, const Tensor& key_weight,
@@ -30,4 +30,4 @@ Tensor fused_edited_attention(const Tensor& query, const Tensor& encodings, cons
 PERFUSION_TORCH_OPERATOR(fused_edited_attention)
 
 }  // namespace
-}  // namespace perfusion::border
+}  // namespace perfusion::torch_binding

@@ -1,19 +1,19 @@
-# Binds a library to the symbols of glibc 2.28, on whatever newer glibc it is linked, as manylinux_2_28 asks.
+# Binds a library that is linked on a newer glibc to the symbols of glibc 2.28, as manylinux_2_28 requires.
 #
-# From 2.34 on, what was in libpthread, libdl and librt is in libc, under new versions: what is linked there loads nowhere older. The
-# stand-ins made here have the old names and versions; in front of libc, they are what the static CUDA runtime is bound to. They are
-# linked against and never installed: the real ones are on every Linux with glibc, new ones included.
+# From 2.34 on, the functions of libpthread, libdl and librt are in libc, with new symbol versions: a library linked there does not load on
+# older systems. Stub libraries with the old symbol versions are linked instead of libc's; they are not installed. At run time the system's
+# own libraries are loaded, which every Linux with glibc has.
 #
 #   perfusion_bind_to_glibc_2_28(TARGET)
 
-set(threads condattr_setpshared create detach getspecific join key_create key_delete kill mutex_trylock mutexattr_destroy mutexattr_init
-  mutexattr_setpshared mutexattr_settype once rwlock_destroy rwlock_init rwlock_rdlock rwlock_timedrdlock rwlock_timedwrlock rwlock_tryrdlock
-  rwlock_trywrlock rwlock_unlock rwlock_wrlock rwlockattr_destroy rwlockattr_init rwlockattr_setpshared setspecific spin_destroy spin_init
-  spin_lock spin_trylock spin_unlock)
+set(threads condattr_setpshared create detach getspecific join key_create key_delete kill mutex_trylock mutexattr_destroy
+  mutexattr_init mutexattr_setpshared mutexattr_settype once rwlock_destroy rwlock_init rwlock_rdlock rwlock_timedrdlock
+  rwlock_timedwrlock rwlock_tryrdlock rwlock_trywrlock rwlock_unlock rwlock_wrlock rwlockattr_destroy rwlockattr_init
+  rwlockattr_setpshared setspecific spin_destroy spin_init spin_lock spin_trylock spin_unlock)
 list(TRANSFORM threads PREPEND pthread_)
 
 function(perfusion_bind_to_glibc_2_28 target)
-  # each symbol as C, name by name, since when it is there
+  # the symbols of each library, after the version that introduced them
   set(pthread GLIBC_2.2.5 ${threads} sem_destroy sem_init sem_post sem_timedwait sem_trywait sem_wait)
   set(dl GLIBC_2.2.5 dlclose dlerror dlopen dlsym dlvsym GLIBC_2.3.4 dlmopen)
   set(rt GLIBC_2.2.5 shm_open shm_unlink)
@@ -35,14 +35,14 @@ function(perfusion_bind_to_glibc_2_28 target)
     file(WRITE ${folder}/${name}.c "${code}")
     file(WRITE ${folder}/${name}.map "${versions}")
     add_custom_command(OUTPUT ${folder}/${soname} DEPENDS ${folder}/${name}.c ${folder}/${name}.map VERBATIM
-      COMMAND ${CMAKE_CXX_COMPILER} -x c -fno-builtin -nostdlib -shared -fPIC -Wl,-soname,${soname} -Wl,--version-script,${folder}/${name}.map
-        -o ${folder}/${soname} ${folder}/${name}.c)
-    list(APPEND stands ${folder}/${soname})
+      COMMAND ${CMAKE_CXX_COMPILER} -x c -fno-builtin -nostdlib -shared -fPIC -Wl,-soname,${soname}
+        -Wl,--version-script,${folder}/${name}.map -o ${folder}/${soname} ${folder}/${name}.c)
+    list(APPEND stubs ${folder}/${soname})
   endwhile()
-  add_custom_target(${target}_glibc DEPENDS ${stands})
+  add_custom_target(${target}_glibc DEPENDS ${stubs})
   add_dependencies(${target} ${target}_glibc)
-  target_link_options(${target} PRIVATE -Wl,--no-as-needed ${stands} -Wl,--as-needed)
-  # libstdc++ asks this variable of glibc 2.32 whether it may count references without atomic instructions: it may not
+  target_link_options(${target} PRIVATE -Wl,--no-as-needed ${stubs} -Wl,--as-needed)
+  # libstdc++ reads this variable of glibc 2.32 to count references without atomic instructions in a single thread; 0: always atomic
   file(WRITE ${folder}/single_threaded.c "__attribute__((visibility(\"hidden\"))) char __libc_single_threaded = 0;\n")
   set_source_files_properties(${folder}/single_threaded.c PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc")
   target_sources(${target} PRIVATE ${folder}/single_threaded.c)

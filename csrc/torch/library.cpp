@@ -1,23 +1,23 @@
-// What the loader in perfusion_kernels/cuda asks of the library before it trusts it.
+// Functions with which the Python loader checks the library before it registers it.
 #include "support.h"
 
 #ifndef PERFUSION_HOST
 #include <cuda_runtime_api.h>
 #endif
 
-namespace perfusion::border {
+namespace perfusion::torch_binding {
 
 std::string& signatures() {
   static std::string lines;
   return lines;
 }
 
-}  // namespace perfusion::border
+}  // namespace perfusion::torch_binding
 
-// A line for every operator: its name and the types that the kernel takes and gives.
-extern "C" PERFUSION_API const char* perfusion_torch_signatures(void) { return perfusion::border::signatures().c_str(); }
+// One line per operator: its name, argument types and result types.
+extern "C" PERFUSION_API const char* perfusion_torch_signatures(void) { return perfusion::torch_binding::signatures().c_str(); }
 
-// The major versions of CUDA: of the runtime in here, and the newest that the driver can run, 0 if there is no driver.
+// Major versions of CUDA: that of the linked runtime, and the newest that the driver supports, 0 if there is no driver.
 extern "C" PERFUSION_API void perfusion_torch_cuda_versions(int* runtime, int* driver) {
   *runtime = *driver = 0;
 #ifndef PERFUSION_HOST

@@ -1,7 +1,8 @@
-// Between a torch operator and its C function: tensors and strides, device and stream, status and exception.
+// Shared by the torch operators: converts tensors to perfusion_tensor, sets the device, gets the current stream, converts a status to an
+// exception.
 //
-// LibTorch's stable ABI alone (torch/csrc/stable), of torch 2.10: one binary for that and every later torch. What it lacks is
-// here, to go when it has it: the current CUDA stream, and a check that a kernel takes the arguments of its schema.
+// Uses only LibTorch's stable ABI (torch/csrc/stable) of torch 2.10: one binary for that and every later torch. What the stable ABI lacks
+// is implemented here: the current CUDA stream, and a check that a kernel takes the arguments of its schema.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -30,10 +31,10 @@
 #define PERFUSION_OVERLOAD "cuda"
 #endif
 
-// libtorch_cuda alone has it: NULL with a CPU build of torch, which brings no tensors that could ask for a stream.
+// Defined in libtorch_cuda only: NULL with a CPU build of torch, which has no CUDA tensors.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
-namespace perfusion::border {
+namespace perfusion::torch_binding {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -45,20 +46,20 @@ inline std::string written(torch::headeronly::IntHeaderOnlyArrayRef shape) {
   return text + "]";
 }
 
-// One call of an operator, on the device of its first tensor, which is the current one for as long. Python has checked the
-// arguments by then; whoever calls the torch operator itself is stopped here before memory is read that is not the tensor's.
+// One call of an operator, on the device of its first tensor, which is current during the call. Python has checked the arguments; direct
+// calls of the torch operator are checked here, so that nothing is read out of bounds.
 class Call {
  public:
   Call(const char* operation, const Tensor& first) : operation(operation), first(first), guard(guarded(first)) {}
 
-  [[noreturn]] void refuse(const std::string& rule) const { throw std::runtime_error(std::string(operation) + ": " + rule); }
+  [[noreturn]] void reject(const std::string& rule) const { throw std::runtime_error(std::string(operation) + ": " + rule); }
 
-  // How many of each, where nothing before says what a size has to be.
+  // The sizes of a tensor whose shape no earlier argument determines.
   template <size_t dimensions>
   std::array<int64_t, dimensions> sizes(const char* name, const Tensor& tensor) const {
     const auto shape = tensor.sizes();
     if (shape.size() != dimensions) {
-      refuse(std::string(name) + " must have " + std::to_string(dimensions) + " dimensions; got shape " + written(shape));
+      reject(std::string(name) + " must have " + std::to_string(dimensions) + " dimensions; got shape " + written(shape));
     }
     std::array<int64_t, dimensions> result{};
     for (size_t i = 0; i < dimensions; ++i) result[i] = shape[i];
@@ -70,8 +71,8 @@ class Call {
     const auto sizes = tensor.sizes(), strides = tensor.strides();
     bool fits = sizes.size() == shape.size();
     for (size_t i = 0; fits && i < shape.size(); ++i) fits = sizes[i] == shape.begin()[i];
-    if (!fits) refuse(std::string(name) + " must have shape " + written(shape) + "; got " + written(sizes));
-    if (!(tensor.device() == first.device())) refuse(std::string(name) + " must be on the same device as the first argument");
+    if (!fits) reject(std::string(name) + " must have shape " + written(shape) + "; got " + written(sizes));
+    if (!(tensor.device() == first.device())) reject(std::string(name) + " must be on the same device as the first argument");
     perfusion_tensor result{};
     result.data = tensor.numel() ? tensor.data_ptr() : nothing;
     result.dtype = dtype(name, tensor);
@@ -91,7 +92,7 @@ class Call {
   perfusion_stream stream() const {
     void* stream = nullptr;
 #ifndef PERFUSION_HOST
-    if (!aoti_torch_get_current_cuda_stream) refuse("this torch has no CUDA streams");
+    if (!aoti_torch_get_current_cuda_stream) reject("this torch has no CUDA streams");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(first.get_device_index(), &stream));
 #endif
     return stream;
@@ -121,12 +122,12 @@ class Call {
       case ScalarType::Int:
         return PERFUSION_INT32;
       default:
-        refuse(std::string(name) + " must be float16, bfloat16, float32 or, for an index, int32; got " +
+        reject(std::string(name) + " must be float16, bfloat16, float32 or, for an index, int32; got " +
                torch::headeronly::toString(tensor.scalar_type()));
     }
   }
 
-  // What an empty tensor points to: it is not absent, and not read.
+  // Data pointer of an empty tensor: non-null, because the tensor is present; never read.
   alignas(16) static inline char nothing[16];
 
   const char* operation;
@@ -134,15 +135,16 @@ class Call {
   Guard guard;
 };
 
-// What an edit of `rows` rows has in every operator; p has its sizes already.
+// Fills gates, components and index of `rows` rows. p's sizes must be set.
 template <class Params, class Argument>
-void fill_coefficients(const Call& call, Params* p, int64_t rows, const Argument& gates, const Argument& components, const Argument& index) {
+void fill_coefficients(const Call& call, Params* p, int64_t rows, const Argument& gates, const Argument& components,
+                       const Argument& index) {
   p->gates = call.tensor("gates", gates, {rows, p->T, p->J});
   p->components = call.tensor("components", components, {rows, p->T, p->J});
   p->index = call.tensor("index", index, {rows, p->J});
 }
 
-// The edit of one projection.
+// Fills the edit of one projection.
 template <class Params>
 void fill_edit(const Call& call, Params* p, const Tensor& gates, const Tensor& components, const Tensor& index, const Tensor& outputs,
                const Tensor& projected_targets) {
@@ -151,7 +153,7 @@ void fill_edit(const Call& call, Params* p, const Tensor& gates, const Tensor& c
   p->projected_targets = call.tensor("projected_targets", projected_targets, {p->S, p->O});
 }
 
-// The edit of keys and values.
+// Fills the edit of keys and values.
 template <class Params, class Argument>
 void fill_edit(const Call& call, Params* p, int64_t rows, const Argument& gates, const Argument& components, const Argument& index,
                const Argument& key_outputs, const Argument& key_targets, const Argument& value_outputs, const Argument& value_targets) {
@@ -163,7 +165,7 @@ void fill_edit(const Call& call, Params* p, int64_t rows, const Argument& gates,
   p->value_targets = call.tensor("value_targets", value_targets, shape);
 }
 
-// A function's type as a schema writes it, without names: "(Tensor, Tensor?, float) -> Tensor".
+// A function's type in the syntax of a schema, without names: "(Tensor, Tensor?, float) -> Tensor".
 template <class T>
 std::string type_name();
 template <>
@@ -198,10 +200,10 @@ std::string signature(Result (*)(Arguments...)) {
   return type_names<Arguments...>() + " -> " + Returned<Result>::text();
 }
 
-// A line for every operator of this library.
+// One line per operator of this library: its name, argument types and result types.
 std::string& signatures();
 
-}  // namespace perfusion::border
+}  // namespace perfusion::torch_binding
 
 // Makes `operation` the kernel of perfusion_kernels::<operation>.cuda; the schema is in perfusion_kernels/schemas.py.
 #define PERFUSION_TORCH_OPERATOR(operation)                                                \

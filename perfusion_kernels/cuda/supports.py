@@ -21,7 +21,7 @@ def device(index: int) -> str | None:
 
 
 @constant_result
-def most_places() -> int:
+def max_places() -> int:
     return library.ask("concept_gates_most")
 
 
@@ -66,8 +66,8 @@ def halves(**tensors: Tensor | None) -> str | None:
 
 
 def concept_gates(encodings, targets, metric_targets, index, bias, temperature, places, floor) -> str | None:
-    if index.shape[1] > most_places():
-        return f"it takes J up to {most_places()}; got {index.shape[1]}"
+    if index.shape[1] > max_places():
+        return f"it takes J up to {max_places()}; got {index.shape[1]}"
     return dtypes(NARROW, encodings=encodings) or dtypes(
         (torch.float32,), targets=targets, metric_targets=metric_targets, bias=bias, temperature=temperature, floor=floor
     )

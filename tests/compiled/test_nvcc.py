@@ -40,17 +40,17 @@ def test_instructions_are_counted():
 def test_what_no_kernel_may_have():
     good = nvcc_matrix.Kernel("edited_attention, float16, 40, 5, 2", "sm_80", registers=96, tensor=1, wide_loads=1, wide_stores=1)
     bad = nvcc_matrix.Kernel(good.name, "sm_80", registers=96, stack=16, spills=20)
-    assert nvcc_matrix.complaints([replace(good, spills=20, runs=False)]) == []  # no call is for it
-    assert nvcc_matrix.complaints([good]) == []
-    assert nvcc_matrix.complaints([bad]) == [
+    assert nvcc_matrix.violations([replace(good, spills=20, runs=False)]) == []  # no call is for it
+    assert nvcc_matrix.violations([good]) == []
+    assert nvcc_matrix.violations([bad]) == [
         f"{good.name} for sm_80: {text}"
         for text in ("20 bytes spilled, 16 of stack, 0 local accesses", "no tensor-core instruction", "no 16-byte load", "no 16-byte store")
     ]
-    assert nvcc_matrix.complaints([nvcc_matrix.Kernel("concept_gates, float32, 1", "sm_80", wide_loads=1)]) == []
+    assert nvcc_matrix.violations([nvcc_matrix.Kernel("concept_gates, float32, 1", "sm_80", wide_loads=1)]) == []
     late = nvcc_matrix.Kernel("concept_gates, float32, 1", "sm_90", wide_loads=1, waits=1, unordered=1)
     text = "concept_gates, float32, 1 for sm_90: accesses global memory before griddepcontrol.wait"
-    assert nvcc_matrix.complaints([late]) == nvcc_matrix.complaints([replace(late, waits=0, unordered=0)]) == [text]
-    assert nvcc_matrix.complaints([replace(late, unordered=0)]) == []
+    assert nvcc_matrix.violations([late]) == nvcc_matrix.violations([replace(late, waits=0, unordered=0)]) == [text]
+    assert nvcc_matrix.violations([replace(late, unordered=0)]) == []
 
 
 def test_names_are_readable():
@@ -76,7 +76,7 @@ def test_a_kernel_that_the_registry_does_not_know_is_refused(symbol):
 
 
 def test_no_kernel_spills_and_all_are_as_wide_as_wanted(kernels):
-    assert nvcc_matrix.complaints(kernels) == []
+    assert nvcc_matrix.violations(kernels) == []
 
 
 def test_the_committed_table_is_of_these_kernels(kernels, compiled):  # noqa: F811

@@ -97,12 +97,12 @@ MUTANTS = {
         "many places have the first one's bias": ("parameters[j] : of_place(p.bias, j)", "parameters[j] : of_place(p.bias, 0)"),
     },
     "concept_gates_products.cuh": {
-        "metric targets are read before they stand there": ("      warp_barrier();\n      bring(", "      bring("),
+        "metric targets are read before they stand there": ("      warp_barrier();\n      load_slice(", "      load_slice("),
         "the next slice's metric targets land on those being read": (
             "      warp_barrier();  // all lanes have read the metric targets\n",
             "",
         ),
-        "the next slice is the one after": ("bring(next, column + step);", "bring(next, column + 2 * step);"),
+        "the next slice is the one after": ("load_slice(next, column + step);", "load_slice(next, column + 2 * step);"),
         "halves of a metric target exchanged": (
             "{{shared[j * 2 * group_lanes], shared[(j * 2 + 1) * group_lanes]}}",
             "{{shared[(j * 2 + 1) * group_lanes], shared[j * 2 * group_lanes]}}",
