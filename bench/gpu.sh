@@ -17,13 +17,14 @@
 # sanitize  programs on the C API and tests under compute-sanitizer
 # tests     the operators' tests, on the GPU
 # train     a step of training
-# autotune  torch.compile's max-autotune at all shapes of both that core and layer did not come to, in the time that is left: the layers that
-#           move most in a step first. The last of the stages has the whole budget. What it compiles stays in build/gpu-scratch
+# autotune  torch.compile's max-autotune at all shapes of both that core and layer did not come to, in the time that is left: the layers
+#           that move most in a step first. As the last stage it has the whole budget. What is compiled stays in build/gpu-scratch
 #
 # A stage is steps with limits in seconds, which add up to no more than the budget; what a step leaves over, a later one may use. A step
 # runs whatever became of those before it. Numbers need no green step elsewhere: nothing is timed that did not pass its own check. The
-# status is 1 if a step failed or a kernel of ours was wrong, 2 if there is no GPU. A step of max-autotune that time cuts short has not failed:
-# it is named at the end as not finished, its rows stay, the report names the shapes without one, and the next call measures those alone.
+# status is 1 if a step failed or a kernel of ours was wrong, 2 if there is no GPU. A step of max-autotune that time cuts short has not
+# failed: it is named at the end as not finished, its rows stay, the report names the shapes without one, and the next call with the same
+# FOLDER measures those alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -37,7 +38,7 @@ refuse() { echo "bench/gpu.sh: $1" >&2; exit 2; }
 for stage in $stages; do
   [[ " $known " == *" $stage "* ]] || refuse "there is no stage $stage; there are: $known"
 done
-last=$stage
+last=${stage:-}
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # nvcc, ncu and compute-sanitizer
 gpu=$(nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader 2> /dev/null | head -n 1) || true
 [[ $gpu == *,* ]] || refuse "no NVIDIA GPU here (nvidia-smi lists none), and nothing that this script does makes sense without one."
@@ -60,7 +61,7 @@ echo "$gpu; log, rows and report in $out" | tee -a "$log"
 # step NAME SECONDS COMMAND..., with resumable=1 before it if the next call goes on where time cut it short
 granted=$SECONDS # when the steps so far have to be over
 step() {
-  local name=$1 own=$(($2 * patience)) begin=$SECONDS left=$((budget * patience - SECONDS)) result=0 over= status
+  local name=$1 own=$(($2 * patience)) begin=$SECONDS left=$((budget * patience - SECONDS)) result=0 over='' status
   shift 2
   granted=$((granted + own))
   local limit=$((granted - begin))
@@ -74,17 +75,15 @@ step() {
   else
     # INT, at which pytest names what has failed so far, and bench/run.py what it did not come to
     timeout ${resumable:+--preserve-status} --signal=INT --kill-after=5 "$limit" "$@" >> "$log" 2>&1 || result=$?
-    if ((result == 0)); then
-      status="passed in $((SECONDS - begin)) s"
-    else
-      ((SECONDS - begin < limit || result == 1)) || over=1 # 1: there is an error to tell, whatever the time
-      status="FAILED with status $result"
-      [[ -z ${resumable:-} || -z $over ]] || status="cut short"
-      status+=" after $((SECONDS - begin)) of $limit s; in the log: $(tail -n 1 "$log")"
-    fi
+    ((SECONDS - begin < limit || result == 1)) || over=1 # 1: there is an error to tell, whatever the time
+    status="FAILED with status $result after $((SECONDS - begin)) of $limit s; in the log: $(tail -n 1 "$log")"
   fi
-  if ((result)); then
-    if [[ -n ${resumable:-} && -n $over ]]; then unfinished+=("$name"); else failed+=("$name"); fi
+  if ((result == 0)); then
+    status="passed in $((SECONDS - begin)) s"
+  elif [[ -n ${resumable:-} && -n $over ]]; then
+    unfinished+=("$name") status=${status/FAILED with status $result/cut short}
+  else
+    failed+=("$name")
   fi
   echo "$name: $status" | tee -a "$log"
 }
@@ -174,8 +173,9 @@ for stage in $stages; do
       measure train 15 --suite train --model toybox --compile none
       ;;
     autotune)
-      [[ $last != autotune ]] || granted=$(((budget - 10 - 11) * patience)) # no step follows: all but the report's time and its own, below
-      unfinished=()                                                       # which it asks again
+      # no step follows: it has all but the report's time; its own is added by the step
+      [[ $last != autotune ]] || granted=$(((budget - 10 - 11) * patience))
+      unfinished=() # which it asks again
       autotune autotune 11 --suite attention --suite layer "${shapes[@]}" --model sd21
       ;;
   esac
@@ -183,7 +183,6 @@ done
 report
 
 echo "$SECONDS s in all." | tee -a "$log"
-((${#unfinished[@]} == 0)) ||
-  echo "Not finished: ${unfinished[*]}. The report names the shapes that have no row of max-autotune yet; STAGES=autotune bench/gpu.sh $out goes on with them." |
-  tee -a "$log"
+((${#unfinished[@]} == 0)) || echo "Not finished: ${unfinished[*]}. The report names the shapes that have no row of max-autotune yet;" \
+  "STAGES=autotune bench/gpu.sh $out goes on with them." | tee -a "$log"
 ((${#failed[@]} == 0)) || { echo "Failed: ${failed[*]}" | tee -a "$log" >&2; exit 1; }

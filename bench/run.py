@@ -74,9 +74,10 @@ def main() -> None:
     print(f"{count} rows in {options.out}. Tables: python bench/report.py {options.out}", flush=True)
     if left:
         print(f"stopped; not all rows are there of {len(left)}: {'; '.join(left)}", file=sys.stderr, flush=True)
-    errors = "\n".join([f"error: kernels of ours were wrong or failed, {len(failed)} times:", *failed]) if failed else ""
+    errors = "\n".join([f"error: kernels of ours were wrong or failed, {len(failed)} times:", *failed])
     if left:
-        print(errors, end="\n" if errors else "", file=sys.stderr, flush=True)
+        if failed:
+            print(errors, file=sys.stderr, flush=True)
         os._exit(1 if failed else STOPPED)  # any other exit waits, for up to 300 s, for what torch's processes still compile
     if failed:
         raise SystemExit(errors)

@@ -19,7 +19,6 @@ NAMES = (
     "overhead", "storage", "startup", "static", "serving",
 )  # fmt: skip
 COMPANY = ("cuda", "expert", "expert addmm")  # what a time is divided by, and ours
-
 PLANNED = ("attention", "layer")  # whose problems have names before they are made
 
 

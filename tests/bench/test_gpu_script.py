@@ -252,6 +252,8 @@ def test_its_python_runs_for_real(tools, tmp_path):
     passed = {(row["suite"], row["provider"]) for row in found if row["gate"] == "passed"}
     assert passed >= {("decide", "library"), ("attention", "compile max-autotune"), ("layer", "expert addmm"), ("train", "ours"), ("step", "perfusion")}
     assert ("attention", "cuda without dependent launch") in {(row["suite"], row["provider"]) for row in found}
+    layer = [row["provider"] for row in found if row["suite"] == "layer"]
+    assert [layer.count(name) for name in ("sdpa math", "expert", "cuda", "compile max-autotune")] == [1, 2, 2, 1], "once in each step, or --missing"
     assert ("train", "ours compile") not in {(row["suite"], row["provider"]) for row in found}
     assert "ncu is not on PATH" in next(row["reason"] for row in found if row["suite"] == "nsight")
     report = (out / "report.md").read_text()

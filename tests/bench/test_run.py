@@ -155,6 +155,13 @@ def test_copies_share_what_is_compiled(suite, monkeypatch):
     assert made == ["default", "max-autotune-no-cudagraphs"] and compiler.frame_count == 2
 
 
+@pytest.mark.parametrize("more", [["--suite", "gates", "--compile", "max-autotune"], ["--suite", "layer"]])
+def test_missing_rows_are_of_a_compiled_formula_at_a_layer(more, capsys):
+    with pytest.raises(SystemExit):
+        bench.run.parse([*more, "--missing", "--device", "cpu", "--out", "x"])
+    assert "--missing is for --suite attention and layer, and for a mode of torch.compile" in capsys.readouterr().err
+
+
 def test_reasons_name_what_is_missing(folder):
     reasons = {row["provider"]: row["reason"] for row in quick_rows("attention", folder) if row["gate"] != "passed"}
     assert "No viable backend" in reasons["sdpa cudnn"] and "cuda" in reasons
