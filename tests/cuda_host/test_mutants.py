@@ -175,6 +175,10 @@ MUTANTS = {
             "bank_slot(index + (place + j) * p.index.strides[1], p.S, p.errors)",
             "load(index + (place + j) * p.index.strides[1])",
         ),
+        "a table's derivative does not see an index out of range": (
+            "bank_slot(index + b * p.index.strides[0] + j * p.index.strides[1], p.S, p.errors)",
+            "load(index + b * p.index.strides[0] + j * p.index.strides[1])",
+        ),
         "sides that share a gradient run apart": (
             "p.side[block() % p.sides];\n  const int64_t tile = block() / p.sides, b",
             "p.side[block() / tiles / p.B];\n  const int64_t tile = block() % (tiles * p.B), b",
