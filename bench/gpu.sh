@@ -7,6 +7,7 @@
 #   WHEELS=FOLDER                          wheels that it lacks (diffusers, pytest, cmake, ninja, setuptools from 77 on, ...), put beside it
 #   PATIENCE=3                             all limits, and the budget, times as much
 #   DEVICE=cpu QUICK=1                     a rehearsal: small shapes, no GPU
+#   STAGES=autotune bench/gpu.sh           goes on with max-autotune where a call with the same FOLDER was stopped
 #
 # decide    what plans rest on: how fast L2 is read, mma.sync beside the library's product, launches, what programmatic dependent launch
 #           gains, and what Nsight Compute counts, if it is there
@@ -16,16 +17,20 @@
 # sanitize  programs on the C API and tests under compute-sanitizer
 # tests     the operators' tests, on the GPU
 # train     a step of training
+# autotune  torch.compile's max-autotune at all shapes of both that core and layer did not come to, in the time that is left: the layers
+#           that move most in a step first. As the last stage it has the whole budget. What is compiled stays in build/gpu-scratch
 #
 # A stage is steps with limits in seconds, which add up to no more than the budget; what a step leaves over, a later one may use. A step
 # runs whatever became of those before it. Numbers need no green step elsewhere: nothing is timed that did not pass its own check. The
-# status is 1 if a step failed or a kernel of ours was wrong, 2 if there is no GPU.
+# status is 1 if a step failed or a kernel of ours was wrong, 2 if there is no GPU. A step of max-autotune that time cuts short has not
+# failed: it is named at the end as not finished, its rows stay, the report names the shapes without one, and the next call with the same
+# FOLDER measures those alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 budget=530 patience=${PATIENCE:-1}
-known="decide core layer engine sanitize tests train"
-stages=${STAGES:-$known} device=${DEVICE:-cuda} python=${PYTHON:-python3} failed=()
+known="decide core layer engine sanitize tests train autotune"
+stages=${STAGES:-$known} device=${DEVICE:-cuda} python=${PYTHON:-python3} failed=() unfinished=()
 out=$(realpath -m "${1:-build/gpu}") scratch=$PWD/build/gpu-scratch
 log=$out/log.txt rows=$out/rows.jsonl
 
@@ -33,6 +38,7 @@ refuse() { echo "bench/gpu.sh: $1" >&2; exit 2; }
 for stage in $stages; do
   [[ " $known " == *" $stage "* ]] || refuse "there is no stage $stage; there are: $known"
 done
+last=${stage:-}
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # nvcc, ncu and compute-sanitizer
 gpu=$(nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader 2> /dev/null | head -n 1) || true
 [[ $gpu == *,* ]] || refuse "no NVIDIA GPU here (nvidia-smi lists none), and nothing that this script does makes sense without one."
@@ -49,12 +55,13 @@ fi
 
 capability=${gpu##*, }
 export TORCH_CUDA_ARCH_LIST=$capability MAX_JOBS=${MAX_JOBS:-$(nproc)} PERFUSION_CUDA=1 MICROBENCHMARKS=$scratch/libmicrobenchmarks.so
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton}
 echo "$gpu; log, rows and report in $out" | tee -a "$log"
 
-# step NAME SECONDS COMMAND...
+# step NAME SECONDS COMMAND..., with resumable=1 before it if the next call goes on where time cut it short
 granted=$SECONDS # when the steps so far have to be over
 step() {
-  local name=$1 own=$(($2 * patience)) begin=$SECONDS left=$((budget * patience - SECONDS)) status=0
+  local name=$1 own=$(($2 * patience)) begin=$SECONDS left=$((budget * patience - SECONDS)) result=0 over='' status
   shift 2
   granted=$((granted + own))
   local limit=$((granted - begin))
@@ -62,15 +69,19 @@ step() {
   ((limit < left)) || limit=$left
   printf '\n==> %s: %s\n' "$name" "$*" >> "$log"
   if ((limit < 1)); then
-    status="not begun, the $((budget * patience)) s are over"
+    result=1 over=1 status="not begun, the $((budget * patience)) s are over"
   elif ! command -v "$1" > /dev/null; then
-    status="not begun, $1 is not on PATH"
+    result=1 status="not begun, $1 is not on PATH"
   else
-    # INT, at which pytest names what has failed so far
-    timeout --signal=INT --kill-after=5 "$limit" "$@" >> "$log" 2>&1 || status="FAILED with status $? after $((SECONDS - begin)) of $limit s; in the log: $(tail -n 1 "$log")"
+    # INT, at which pytest names what has failed so far, and bench/run.py what it did not come to
+    timeout ${resumable:+--preserve-status} --signal=INT --kill-after=5 "$limit" "$@" >> "$log" 2>&1 || result=$?
+    ((SECONDS - begin < limit || result == 1)) || over=1 # 1: there is an error to tell, whatever the time
+    status="FAILED with status $result after $((SECONDS - begin)) of $limit s; in the log: $(tail -n 1 "$log")"
   fi
-  if [[ $status == 0 ]]; then
+  if ((result == 0)); then
     status="passed in $((SECONDS - begin)) s"
+  elif [[ -n ${resumable:-} && -n $over ]]; then
+    unfinished+=("$name") status=${status/FAILED with status $result/cut short}
   else
     failed+=("$name")
   fi
@@ -84,6 +95,11 @@ measure() {
   step "$name" "$limit" "$python" bench/run.py --device "$device" ${QUICK:+--quick} --seconds 0.1 --rounds 10 --out "$rows" "$@"
 }
 
+# autotune NAME SECONDS OPTIONS...: --missing, and beside cuda and the experts alone, since an earlier step measured the others
+autotune() {
+  resumable=1 measure "$@" --places 0 --rows 2 --rows 16 --compile max-autotune --missing
+}
+
 report() {
   [[ -e $rows ]] || return 0
   timeout $((10 * patience)) "$python" bench/report.py "$rows" > "$out/report.md" 2>> "$log" || failed+=("report")
@@ -91,7 +107,7 @@ report() {
 
 shapes=(--model sd15 --model sdxl)
 all=("${shapes[@]}" --model sd21 --rows 2 --rows 16 --compile none)
-main=("${shapes[@]}" --tokens 4096 --tokens 1024 --rows 2) # where most of the time is
+main=("${shapes[@]}" --tokens 4096 --tokens 1024) # where most of the time is
 if [[ $device == cpu ]]; then needed=reference; else needed="cuda triton"; fi
 
 step library 85 "$python" setup.py -q build_cuda --inplace
@@ -114,12 +130,12 @@ for stage in $stages; do
     core)
       measure core 40 --suite attention --places 0 "${all[@]}"
       measure others 25 --suite gates --suite fused --suite projection "${shapes[@]}" --rows 2 --rows 16 --places 1 --compile none
-      measure core-edited 12 --suite attention --places 1 "${main[@]}" --compile none
-      measure core-autotune 25 --suite attention --places 0 "${main[@]}" --rows 16 --compile max-autotune
+      measure core-edited 12 --suite attention --places 1 "${main[@]}" --rows 2 --compile none
+      autotune core-autotune 20 --suite attention "${main[@]}"
       ;;
     layer)
       measure layer 35 --suite layer "${all[@]}"
-      measure layer-autotune 25 --suite layer "${main[@]}" --rows 16 --compile max-autotune
+      autotune layer-autotune 20 --suite layer "${main[@]}"
       ;;
     engine)
       measure engine 30 --suite step --model sd15 --compile none --dtype float16
@@ -156,9 +172,17 @@ for stage in $stages; do
     train)
       measure train 15 --suite train --model toybox --compile none
       ;;
+    autotune)
+      # no step follows: it has all but the report's time; its own is added by the step
+      [[ $last != autotune ]] || granted=$(((budget - 10 - 11) * patience))
+      unfinished=() # which it asks again
+      autotune autotune 11 --suite attention --suite layer "${shapes[@]}" --model sd21
+      ;;
   esac
 done
 report
 
 echo "$SECONDS s in all." | tee -a "$log"
+((${#unfinished[@]} == 0)) || echo "Not finished: ${unfinished[*]}. The report names the shapes that have no row of max-autotune yet;" \
+  "STAGES=autotune bench/gpu.sh $out goes on with them." | tee -a "$log"
 ((${#failed[@]} == 0)) || { echo "Failed: ${failed[*]}" | tee -a "$log" >&2; exit 1; }

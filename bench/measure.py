@@ -21,6 +21,7 @@ class Options:
     """How and what to measure. clock: on a CPU, "wall" or "process" (CPU time of this process).
 
     tokens: only layers with these numbers of image tokens; () for all. places: J; () for the suite's. compile: modes of torch.compile.
+    providers: only these candidates, and their graphs; () for all.
     """
 
     device: torch.device
@@ -34,6 +35,7 @@ class Options:
     tokens: tuple[int, ...] = ()
     places: tuple[int, ...] = ()
     compile: tuple[str, ...] = ("default",)
+    providers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -66,7 +68,11 @@ def measure(suite: str, problem: Problem, options: Options) -> Iterator[dict[str
     "wrong result"."""
     exact, plain = exactly(problem.exact), _tensors(problem.plain())
     on_gpu = options.device.type == "cuda"
-    candidates = with_graphs(problem.candidates, problem.copies()) if on_gpu else problem.candidates
+    candidates, *copies = (
+        [each for each in every if not options.providers or each.provider in options.providers]
+        for every in (problem.candidates, *(problem.copies() if on_gpu else ()))
+    )
+    candidates = with_graphs(candidates, copies) if on_gpu else candidates
     admitted, reasons = [], {}
     for candidate in candidates:
         result, reason, error = attempt(candidate)

@@ -48,9 +48,12 @@ def formula(operator: str, positional: tuple, modes: Sequence[str] = ("default",
     yield Candidate("eager", functools.partial(plain, *positional))
     for mode in modes:
         compiled = _compiled(plain, mode, tuple(map(_signature, positional)))
-        name = "compile" if mode == "default" else f"compile {mode}"
-        yield Candidate(name, functools.partial(compiled, *positional), on_graph=True)
+        yield Candidate(compiled_name(mode), functools.partial(compiled, *positional), on_graph=True)
     yield Candidate("expert", functools.partial(expert, *positional), on_graph=True)
+
+
+def compiled_name(mode: str) -> str:
+    return "compile" if mode == "default" else f"compile {mode}"
 
 
 @functools.cache

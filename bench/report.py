@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import model, predictions, serve_sim  # noqa: E402
+from bench.providers import compiled_name  # noqa: E402
 from bench.rows import read  # noqa: E402
+from bench.suites import PLANNED  # noqa: E402
 
 # What a suite's rows are divided by, the first of these that ran: in a graph, since ours are in one, and launches cost little in either.
 OF_OPERATORS = ("expert graph", "expert")
@@ -29,6 +31,7 @@ BASELINES = {
     "layer": ("expert addmm graph", *OF_OPERATORS), "train": ("plain",), "export": ("torch",), "step": ("stock",),
     "tenants": ("perfusion, 1",), "swap": ("step",), "capacity": ("16 resident",),
 }  # fmt: skip
+AUTOTUNE = compiled_name("max-autotune")
 OURS = ("cuda graph", "triton graph", "cuda", "triton")  # of which the first that ran has its fraction of the floor in a table
 
 
@@ -96,7 +99,22 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     reasons: dict[str, str] = {name: row["reason"] for (_, name), row in found.items() if name not in ran}
     lines += ["", *(f"- {name} did not run: {reason}" for name, reason in reasons.items())] if reasons else []
+    lines += ["", *absent] if (absent := _without_autotune(suite, device, found)) else []
     return "\n".join(lines)
+
+
+def _without_autotune(suite: str, device: str, found: dict[tuple[str, str], dict]) -> list[str]:
+    """Which cases of those that are asked of max-autotune have no time of it; on a CPU it may have been left out."""
+    mine = {case: row for (case, name), row in found.items() if name == AUTOTUNE}
+    if suite not in PLANNED or (device == "cpu" and not mine):
+        return []
+    reasons: dict[str, list[str]] = {}
+    for case in dict.fromkeys(case for (case, _), row in found.items() if not row.get("shapes", {}).get("J")):
+        if case not in mine:
+            reasons.setdefault("not measured yet", []).append(case)
+        elif mine[case]["gate"] != "passed":
+            reasons.setdefault(mine[case]["reason"], []).append(case)
+    return [f"- no time of {AUTOTUNE}, {reason}, {len(cases)}: {'; '.join(cases)}" for reason, cases in reasons.items()]
 
 
 def _of_floor(case: str, found: dict[tuple[str, str], dict]) -> str:

@@ -7,12 +7,17 @@
 Nothing is timed that did not agree with the float64 formula in the same run, by the tolerance of the tests. Candidates take
 turns; on a GPU with a cold L2 cache, between CUDA events. On a CPU only ratios between candidates of one run mean
 anything. A candidate that cannot run has a row that says why. The status is 1 if a kernel of ours gave a wrong result, or failed in a
-call that it supports; all rows are written first. Suites: see bench/suites.
+call that it supports; all rows are written first. If it is interrupted it tells what lacks rows, and the status is 75. Suites: see
+bench/suites.
+
+    python bench/run.py --suite layer --compile max-autotune --missing --out FILE   # goes on where an earlier run was stopped
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +32,7 @@ from perfusion_kernels import backend  # noqa: E402
 
 MODELS = ("toybox", *roofline.UNETS, "sd15-thin", "sdxl-thin")  # thin: the blocks at a tenth of the width
 UNSUPPORTED = backend.BackendUnavailable.__name__
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: another run goes on
 
 
 def main() -> None:
@@ -47,17 +53,34 @@ def main() -> None:
         compile=tuple(mode for mode in options.compile or ["default"] if mode != "none"),
     )
     rows.provenance(options.device)  # the commit is the one whose code was loaded
-    count, failed = 0, []
-    for suite in suites.NAMES if "all" in options.suite else options.suite:
-        for row in suites.measured(suite, chosen):
-            rows.append(options.out, row)
-            count += 1
-            if row["provider"].split()[0] in backend.ORDER and row.get("error", UNSUPPORTED) != UNSUPPORTED:
-                failed.append(f"{suite}, {row['case']}, {row['provider']}: {row['reason']}")
-            print(f"{suite}, {row['case']}, {row['provider']}: {_said(row)}", flush=True)
-    print(f"{count} rows in {options.out}. Tables: python bench/report.py {options.out}")
+    names = suites.NAMES if "all" in options.suite else options.suite
+    if options.missing:
+        parts = suites.missing(names, chosen, rows.read(options.out) if options.out.exists() else ())
+    else:
+        parts = [(suite, suites.measured(suite, chosen)) for suite in names]
+    left, count, failed = [name for name, _ in parts], 0, []
+    try:
+        for _, part in parts:
+            for row in part:
+                rows.append(options.out, row)
+                count += 1
+                what = f"{row['suite']}, {row['case']}, {row['provider']}"
+                if row["provider"].split()[0] in backend.ORDER and row.get("error", UNSUPPORTED) != UNSUPPORTED:
+                    failed.append(f"{what}: {row['reason']}")
+                print(f"{what}: {_said(row)}", flush=True)
+            del left[0]
+    except KeyboardInterrupt:
+        pass  # said below, by what is left
+    print(f"{count} rows in {options.out}. Tables: python bench/report.py {options.out}", flush=True)
+    if left:
+        print(f"stopped; not all rows are there of {len(left)}: {'; '.join(left)}", file=sys.stderr, flush=True)
+    errors = "\n".join([f"error: kernels of ours were wrong or failed, {len(failed)} times:", *failed])
+    if left:
+        if failed:
+            print(errors, file=sys.stderr, flush=True)
+        os._exit(1 if failed else STOPPED)  # any other exit waits, for up to 300 s, for what torch's processes still compile
     if failed:
-        raise SystemExit("\n".join([f"error: kernels of ours were wrong or failed, {len(failed)} times:", *failed]))
+        raise SystemExit(errors)
 
 
 def _said(row: dict) -> str:
@@ -86,6 +109,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--places", action="append", type=int, help="concepts of a row; may be repeated; by default those of the suite")
     modes = ["none", "default", "max-autotune"]
     parser.add_argument("--compile", action="append", choices=modes, help="modes of torch.compile that take part; may be repeated")
+    parser.add_argument(
+        "--missing", action="store_true", help="those problems alone that have no row yet of --compile, beside cuda and the experts alone"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="for each candidate of a case, within the limits of --rounds")
     parser.add_argument("--rounds", type=int, default=10, help="samples at least; at most ten times as many")
     parser.add_argument("--clock", choices=["wall", "process"], default="wall", help="process: a CPU's time for this process alone")
@@ -93,8 +119,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; leave it out to run on the CPU")
+    if options.missing and not (set(options.suite) <= set(suites.PLANNED) and set(options.compile or ["none"]) - {"none"}):
+        parser.error(f"--missing is for --suite {' and '.join(suites.PLANNED)}, and for a mode of torch.compile, as --compile max-autotune")
     return options
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in what it runs in the background
     main()

@@ -9,6 +9,8 @@ namespace perfusion {
 
 constexpr int64_t max_size = int64_t{1} << 30;  // tiles and blocks are counted in 32 bits
 
+inline int64_t over(int64_t size, int64_t part) { return (size + part - 1) / part; }  // rounded up
+
 // Whether a tensor of these sizes has no elements; their product could exceed 64 bits.
 inline bool is_empty(std::initializer_list<int64_t> sizes) {
   for (int64_t size : sizes) {
@@ -82,6 +84,15 @@ class Arguments {
     if (status == PERFUSION_OK && value > most) {
       status = fail(PERFUSION_UNSUPPORTED, "%s: %s must be at most %lld; got %lld", operation, name, static_cast<long long>(most),
                     static_cast<long long>(value));
+    }
+  }
+
+  // The same limit of count * ceil(size / part), the blocks of a launch.
+  void blocks_at_most(const char* count_name, int64_t count, const char* size_name, int64_t size, int64_t part, int64_t most) {
+    const int64_t blocks = count * over(size, part);
+    if (status == PERFUSION_OK && blocks > most) {
+      status = fail(PERFUSION_UNSUPPORTED, "%s: %s * ceil(%s / %lld) must be at most %lld; got %lld", operation, count_name, size_name,
+                    static_cast<long long>(part), static_cast<long long>(most), static_cast<long long>(blocks));
     }
   }
 

@@ -7,7 +7,7 @@ namespace perfusion {
 
 namespace {
 
-int64_t tiles_of(const perfusion_concept_gates_params& p) { return (p.T + tokens_of_block - 1) / tokens_of_block; }
+int64_t tiles_of(const perfusion_concept_gates_params& p) { return over(p.T, tokens_of_block); }
 
 void check_sizes(Arguments& arguments, const perfusion_concept_gates_params& p) {
   const struct {
@@ -17,7 +17,7 @@ void check_sizes(Arguments& arguments, const perfusion_concept_gates_params& p) 
   for (const auto& size : sizes) arguments.size(size.name, size.value, 0, max_size);
   arguments.at_most("J", p.J, max_places);
   if (arguments.status != PERFUSION_OK) return;
-  arguments.rule(p.B * tiles_of(p) <= max_size, PERFUSION_UNSUPPORTED, "B * T must be below 2^34", p.B * p.T);
+  arguments.blocks_at_most("B", p.B, "T", p.T, tokens_of_block, max_size);
 }
 
 int64_t workspace_bytes(const perfusion_concept_gates_params& p) {

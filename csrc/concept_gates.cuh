@@ -30,6 +30,8 @@ struct ConceptGatesLaunch {
 // Lanes that share the columns of a row, and threads of a block: 16 warps for J <= 8, else 8.
 PERFUSION_BOTH constexpr int gate_lanes(int resident) { return resident == 2 ? 4 : 8; }
 PERFUSION_BOTH constexpr int gate_threads(int resident) { return 32 * 64 / gate_lanes(resident); }
+// Most registers of a thread. Of 16 warps nvcc would take up to 128, which is all of a multiprocessor; at 120 nothing spills.
+PERFUSION_BOTH constexpr int gate_registers(int resident) { return resident == 2 ? 120 : 255; }
 
 PERFUSION_BOTH constexpr int places_in_steps(int J) { return (J + gate_places - 1) / gate_places * gate_places; }
 
@@ -86,7 +88,7 @@ PERFUSION_DEVICE float by_word(float gate, const perfusion_concept_gates_params&
 
 // resident: 2 for J <= gate_places (systems in registers), 1 for J <= resident_places (shared memory), 0 for any J (workspace).
 template <class Element, int resident>
-PERFUSION_KERNEL(gate_threads(resident))
+PERFUSION_KERNEL_WITHIN(gate_threads(resident), gate_registers(resident))
 concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
   wait_for_previous_kernel();
   const perfusion_concept_gates_params& p = launch.call;

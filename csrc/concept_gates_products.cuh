@@ -8,7 +8,7 @@
 //   16 tokens,  │      │      │     │      │      │
 //   8 targets   └──────┴──────┴─   ─┴──────┴──────┴─     The next slice is loaded into registers during the products.
 //
-// A block of 16 warps has slices of 32 columns, and a lane half of the rows: as many columns in flight, at no more than 128 registers a
+// A block of 16 warps has slices of 32 columns, and a lane half of the rows: as many columns in flight, at no more than 120 registers a
 // thread.
 //
 // Sums stay in registers until the last slice. Then they are reduced over the lanes of a group, and by the caller over the warps, in a

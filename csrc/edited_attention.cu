@@ -74,9 +74,9 @@ void fit_queries(EditedAttentionPlan* plan, const perfusion_edited_attention_par
                  int least_warps, int most_stages, int more, int limit) {
   const int d = static_cast<int>(p.d), row_bytes = 2 * tile_pitch(d), tile = 16 * plan->m * row_bytes;
   const int sides = (p.key_outputs.data != nullptr) + (p.value_outputs.data != nullptr);
-  const int most_places = p.index.data == nullptr ? 0 : static_cast<int>(std::min<int64_t>(p.J, edit_places));
+  const int max_places = p.index.data == nullptr ? 0 : static_cast<int>(std::min<int64_t>(p.J, edit_places));
   for (int warps = most_warps; warps >= least_warps; warps /= 2) {
-    for (int places = most_places;; places = (places + 1) / 2) {
+    for (int places = max_places;; places = (places + 1) / 2) {
       for (int stages = most_stages; stages > 0; --stages) {
         const int behind = std::max((stages - 1) * warps * tile, edit_bytes(places, sides, d, keys));
         const int bytes = 2 * keys * row_bytes + more + std::max(scratch, warps * tile + behind);

@@ -9,7 +9,6 @@ namespace perfusion {
 
 namespace {
 
-
 #define PERFUSION_PROJECTION_TILE(ROWS, COLUMNS) {ROWS, COLUMNS, product_bytes<ProjectionTile<ROWS, COLUMNS>, true>()},
 constexpr struct Tile {
   int rows, columns, bytes;
@@ -39,13 +38,12 @@ perfusion_status check(const char* operation, const perfusion_edited_projection_
 }
 
 template <class Element>
-perfusion_status launch_projection(const char* operation, bool once, const EditedProjectionLaunch& arguments, int64_t blocks,
-                                   perfusion_stream stream) {
+perfusion_status launch_projection(const char* operation, bool once, const EditedProjectionLaunch& arguments, perfusion_stream stream) {
   const EditedProjectionPlan& plan = arguments.plan;
 #define PERFUSION_PROJECTION_CASE(ROWS, COLUMNS)                                                                  \
   if (plan.rows == ROWS && plan.columns == COLUMNS) {                                                             \
     auto* kernel = once ? fused_edited_projection_kernel<Element, ROWS, COLUMNS> : edited_projection_kernel<Element, ROWS, COLUMNS>; \
-    return launch(operation, kernel, blocks, 32 * projection_warps, plan.bytes, stream, arguments);               \
+    return launch(operation, kernel, plan.blocks(), 32 * projection_warps, plan.bytes, stream, arguments);        \
   }
   PERFUSION_PROJECTION_TILES(PERFUSION_PROJECTION_CASE)
   return fail(PERFUSION_UNSUPPORTED, "%s: no kernel for a tile of %d x %d", operation, plan.rows, plan.columns);
@@ -53,23 +51,27 @@ perfusion_status launch_projection(const char* operation, bool once, const Edite
 
 }  // namespace
 
-perfusion_status plan_edited_projection(const perfusion_edited_projection_params& p, const Device& device,
+perfusion_status plan_edited_projection(const char* operation, const perfusion_edited_projection_params& p, const Device& device,
                                         EditedProjectionPlan* plan) {
   const int64_t M = p.B * p.T;
   const Tile& smallest = tiles[std::size(tiles) - 1];
   if (smallest.bytes > device.shared_per_block) {
-    return fail(PERFUSION_UNSUPPORTED, "edited_projection: a block needs %d bytes of shared memory; this device has %d",
+    return fail(PERFUSION_UNSUPPORTED, "%s: a block needs %d bytes of shared memory; this device has %d", operation,
                 smallest.bytes, device.shared_per_block);
   }
   // The largest tile that gives every multiprocessor a block; the smallest if there are at most its 32 rows.
   for (const Tile& tile : tiles) {
     plan->rows = tile.rows;
     plan->columns = tile.columns;
-    plan->row_tiles = static_cast<int>((M + tile.rows - 1) / tile.rows);
-    plan->column_tiles = static_cast<int>((p.O + tile.columns - 1) / tile.columns);
+    plan->row_tiles = static_cast<int>(over(M, tile.rows));
+    plan->column_tiles = static_cast<int>(over(p.O, tile.columns));
     plan->bytes = tile.bytes;
-    const bool fills = int64_t{plan->row_tiles} * plan->column_tiles >= device.multiprocessors;
+    const bool fills = plan->blocks() >= device.multiprocessors;
     if (fills && M > smallest.rows && tile.bytes <= device.shared_per_block) break;
+  }
+  if (plan->blocks() > max_size) {
+    return fail(PERFUSION_UNSUPPORTED, "%s: ceil(B * T / %d) * ceil(O / %d) must be at most %lld; got %lld", operation, plan->rows,
+                plan->columns, static_cast<long long>(max_size), static_cast<long long>(plan->blocks()));
   }
   plan->wide_encodings = wide_rows(p.encodings, 3);
   plan->wide_weight = wide_rows(p.weight, 2);
@@ -90,16 +92,11 @@ perfusion_status project(const char* operation, bool once, const perfusion_edite
 
   Device here;
   status = device(operation, &here);
-  if (status == PERFUSION_OK) status = plan_edited_projection(p, here, &arguments.plan);
+  if (status == PERFUSION_OK) status = plan_edited_projection(operation, p, here, &arguments.plan);
   if (status != PERFUSION_OK) return status;
   arguments.errors = here.errors;
-  const int64_t blocks = int64_t{arguments.plan.row_tiles} * arguments.plan.column_tiles;
-  if (blocks > max_size) {
-    return fail(PERFUSION_UNSUPPORTED, "%s: B * T * O must be below 2^41; got %lld * %lld", operation,
-                static_cast<long long>(p.B * p.T), static_cast<long long>(p.O));
-  }
-  return p.encodings.dtype == PERFUSION_FLOAT16 ? launch_projection<Half>(operation, once, arguments, blocks, stream)
-                                                : launch_projection<BFloat16>(operation, once, arguments, blocks, stream);
+  return p.encodings.dtype == PERFUSION_FLOAT16 ? launch_projection<Half>(operation, once, arguments, stream)
+                                                : launch_projection<BFloat16>(operation, once, arguments, stream);
 }
 
 }  // namespace

@@ -11,10 +11,11 @@ struct EditedProjectionPlan {
   int row_tiles, column_tiles;  // the result's
   int bytes;                    // of shared memory
   bool wide_encodings, wide_weight, wide_result, wide_tables;  // accesses of 16 bytes
+  int64_t blocks() const { return int64_t{row_tiles} * column_tiles; }
 };
 
-// PERFUSION_UNSUPPORTED if no tile fits into the device's shared memory.
-perfusion_status plan_edited_projection(const perfusion_edited_projection_params& params, const Device& device,
+// PERFUSION_UNSUPPORTED if no tile fits into the device's shared memory, or a launch cannot have as many blocks. `operation`: for messages.
+perfusion_status plan_edited_projection(const char* operation, const perfusion_edited_projection_params& params, const Device& device,
                                         EditedProjectionPlan* plan);
 
 struct EditedProjectionBackwardPlan {

@@ -13,8 +13,6 @@ namespace {
 constexpr const char* operation = "edited_projection_backward";
 constexpr int least_steps = 4;  // of a split: fewer would not fill the pipeline of the product
 
-int64_t over(int64_t size, int64_t part) { return (size + part - 1) / part; }
-
 perfusion_status check_sizes(const perfusion_edited_projection_backward_params& p) {
   Arguments arguments(operation);
   const struct {
@@ -25,8 +23,8 @@ perfusion_status check_sizes(const perfusion_edited_projection_backward_params& 
   if (arguments.status != PERFUSION_OK) return arguments.status;  // before products of sizes that could exceed 64 bits
   arguments.at_most("B * T", p.B * p.T, max_size / 2);
   if (arguments.status != PERFUSION_OK) return arguments.status;
-  arguments.at_most("B * T * D", p.B * p.T * p.D, int64_t{1} << 41);
-  arguments.rule(2 * p.S * over(p.O, rank_one_columns) <= max_size, PERFUSION_UNSUPPORTED, "S * O must be at most 2^37", p.S * p.O);
+  arguments.at_most("B * T * D", p.B * p.T * p.D, max_size * 8 * sum_threads);
+  arguments.blocks_at_most("S", p.S, "O", p.O, rank_one_columns, max_size / 2);  // for two sides
   return arguments.status;
 }
 

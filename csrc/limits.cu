@@ -2,7 +2,6 @@
 #include "limits.h"
 
 #include <cstring>
-#include <iterator>
 
 #include "attention_widths.h"
 #include "concept_gates.cuh"
@@ -15,7 +14,6 @@ namespace perfusion {
 
 namespace {
 
-constexpr int longest_context = 16 * attention_groups[std::size(attention_groups) - 1];
 constexpr int64_t any_shared_memory = int64_t{1} << 30;
 
 const perfusion_tensor there = {const_cast<int*>(attention_widths), PERFUSION_INT32, {1, 1, 1, 1}};  // non-null; plans read no data

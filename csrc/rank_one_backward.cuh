@@ -112,7 +112,7 @@ tables_gradient_kernel(PERFUSION_CONSTANT RankOneBackwardLaunch launch) {
   float sum[8] = {};
   for (int64_t b = 0; b < p.B; ++b) {
     for (int64_t j = 0; j < p.J; ++j) {
-      if (load(index + b * p.index.strides[0] + j * p.index.strides[1]) != slot) continue;
+      if (bank_slot(index + b * p.index.strides[0] + j * p.index.strides[1], p.S, p.errors) != slot) continue;
       const auto* gradient = static_cast<const Element*>(p.gradient.data) + b * p.gradient.strides[0];
       const auto* coefficients = static_cast<const float*>(side.coefficients.data) + b * side.coefficients.strides[0] +
                                  j * side.coefficients.strides[2];

@@ -47,7 +47,7 @@ def kernels(objects: Iterable[Path]) -> list[dict]:
 
 
 def named(symbol: str) -> tuple[str, str, tuple[int, ...]]:
-    """The kernel, dtype and numbers decoded from a mangled name; of edited_attention_kernel<Half, 40, 5>: edited_attention, float16, (40, 5).
+    """Kernel, dtype and numbers decoded from a mangled name; of edited_attention_kernel<Half, 40, 5>: edited_attention, float16, (40, 5).
 
     Raises ValueError for a kernel that is not in TILES, or has other template arguments than TILES lists.
     """

@@ -1,5 +1,6 @@
 """`edited_projection`: the edited keys or values of every layer from one set of encodings."""
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -53,10 +54,17 @@ def edited_projection(
     Source: arXiv 2305.01644, eq. 3 and 4.
     """
     arguments = (encodings, weight, gates, components, index, outputs, projected_targets)
-    _check(*arguments)
-    read = (index, gates, components)
-    check_values(validate_edit, "edited_projection", validate, arguments, read, outputs.shape[0])
-    return call("edited_projection", arguments, backend)
+    return checked_call("edited_projection", _check, arguments, validate, backend)
+
+
+def checked_call(
+    operator: str, check: Callable[..., None], arguments: tuple[Tensor, ...], validate: bool | None, backend: str | None
+) -> Tensor:
+    """The operator of these arguments, of which shapes are checked, and values as `validate` says."""
+    check(*arguments)
+    _, _, gates, components, index, outputs, _ = arguments
+    check_values(validate_edit, operator, validate, arguments, (index, gates, components), outputs.shape[0])
+    return call(operator, arguments, backend)
 
 
 def check_projection(

@@ -4,13 +4,12 @@ from functools import partial
 
 from torch import Tensor
 
-from .backend import call, register
+from .backend import register
 from .edited_projection import OPERATOR as SEPARATE
-from .edited_projection import check_projection
+from .edited_projection import check_projection, checked_call
 from .reference import fused_edited_projection as reference
 from .registration import Operator
 from .shape_checks import once
-from .validation import check_values, validate_edit
 
 
 def fused_edited_projection(
@@ -31,16 +30,7 @@ def fused_edited_projection(
     and edits the results in a second pass. This operator gives no such guarantee. It serves training, and callers that
     compute the keys and values of all rows with it.
 
-    Args:
-        encodings [B, T, D]: float16, bfloat16, float32 or float64.
-        weight [O, D]: of the dtype of encodings.
-        gates, components [B, T, J]: from `concept_gates`; float32 or float64; not read where index is -1.
-        index [B, J]: int32, the bank slots a row uses, -1 for none. Any J, 0 included.
-        outputs, projected_targets [S, O]: any of the four dtypes, both the same.
-        validate: whether to check values (index in range, gates and components finite), which waits for
-            the device. None: on ordinary host tensors outside torch.compile only, and not again until one is written
-            in place as torch counts it, so not through `.data` or numpy.
-        backend: "cuda", "triton" or "reference"; None chooses.
+    Args: those of `edited_projection`.
 
     Returns:
         [B, T, O] in the dtype of encodings; under autocast, in autocast's, to which encodings and weight are cast.
@@ -53,10 +43,7 @@ def fused_edited_projection(
     Source: arXiv 2305.01644, eq. 3 and 4.
     """
     arguments = (encodings, weight, gates, components, index, outputs, projected_targets)
-    _check(*arguments)
-    read = (index, gates, components)
-    check_values(validate_edit, "fused_edited_projection", validate, arguments, read, outputs.shape[0])
-    return call("fused_edited_projection", arguments, backend)
+    return checked_call("fused_edited_projection", _check, arguments, validate, backend)
 
 
 _check = once(partial(check_projection, "fused_edited_projection"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
@@ -13,6 +14,20 @@ from tests.kernels import cases, plain
 
 T = 77
 SMALL = (roofline.Layer(48, 64, 2, 2),)  # a UNet for --quick
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A problem by its name, before anything of it is drawn: `make` does that."""
+
+    case: str
+    layer: roofline.Layer
+    make: Callable[[], Problem]
+
+    @property
+    def elements(self) -> int:
+        """Values that pass through the layers of this kind in a step, for each row: what the layer is worth."""
+        return self.layer.count * self.layer.N * self.layer.C
 
 
 def unets(options: Options) -> Iterator[tuple[str, tuple[roofline.Layer, ...], int, int]]:

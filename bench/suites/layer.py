@@ -1,38 +1,43 @@
 """`cross_attention_layer`: to_q to residual, of the keys and values of a prompt; diffusers' with its projections of the text."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from bench import formulas
 from bench.measure import Options, Problem
 from bench.providers import formula, library, ours
-from bench.suites.draw import T, case, problem, unets
+from bench.roofline import Layer
+from bench.suites.draw import Planned, T, case, problem, unets
 from bench.timing import Candidate
 from tests.kernels import cases
 
 
-def problems(options: Options) -> Iterator[Problem]:
+def planned(options: Options) -> Iterator[Planned]:
     for model, layers, D, B in unets(options):
         for layer in layers:
-            N, C, H, d = layer.N, layer.C, layer.H, layer.d
-            one = case(options, B=B, D=D, J=0, H=H, d=d, N=N, channels=C)
-            scale = d**-0.5
+            name = f"{model}, {B} rows, N = {layer.N}, C = {layer.C}"
+            yield Planned(name, layer, partial(_problem, name, options, layer, B, D))
 
-            def candidates(arguments: dict, one: cases.Case = one, scale: float = scale) -> list[Candidate]:
-                positional = cases.positional("cross_attention_layer", arguments, scale)
-                return [
-                    *ours("cross_attention_layer", arguments, scale=scale),
-                    *library(lambda: formulas.expert_cross_attention_layer(*positional)),
-                    Candidate("expert addmm", lambda: formulas.addmm_cross_attention_layer(*positional), on_graph=True),
-                    diffusers(one),
-                    *formula("cross_attention_layer", positional, options.compile),
-                ]
 
-            arguments, name = one.arguments("cross_attention_layer"), f"{model}, {B} rows, N = {N}, C = {C}"
-            yield problem(
-                name, "cross_attention_layer", arguments, scale, one.index, options, candidates, B=B, N=N, C=C, T=T, H=H, d=d, D=D
-            )
+def _problem(name: str, options: Options, layer: Layer, B: int, D: int) -> Problem:
+    N, C, H, d = layer.N, layer.C, layer.H, layer.d
+    scale = d**-0.5
+    one = case(options, B=B, D=D, J=0, H=H, d=d, N=N, channels=C)
+
+    def candidates(arguments: dict) -> list[Candidate]:
+        positional = cases.positional("cross_attention_layer", arguments, scale)
+        return [
+            *ours("cross_attention_layer", arguments, scale=scale),
+            *library(lambda: formulas.expert_cross_attention_layer(*positional)),
+            Candidate("expert addmm", lambda: formulas.addmm_cross_attention_layer(*positional), on_graph=True),
+            diffusers(one),
+            *formula("cross_attention_layer", positional, options.compile),
+        ]
+
+    arguments = one.arguments("cross_attention_layer")
+    return problem(name, "cross_attention_layer", arguments, scale, one.index, options, candidates, B=B, N=N, C=C, T=T, H=H, d=d, D=D)
 
 
 def diffusers(one: cases.Case) -> Candidate:

@@ -13,6 +13,12 @@
 // spills a few to raise occupancy.
 #define PERFUSION_KERNEL(threads) PERFUSION_LAUNCH_BOUNDS(threads, 1)
 #define PERFUSION_LAUNCH_BOUNDS(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// At most so many registers a thread, for blocks of so many threads. nvcc takes either this or launch bounds.
+#if CUDART_VERSION >= 12040
+#define PERFUSION_KERNEL_WITHIN(threads, registers) __global__ void __maxnreg__(registers)
+#else
+#define PERFUSION_KERNEL_WITHIN(threads, registers) PERFUSION_KERNEL(threads)
+#endif
 #define PERFUSION_CONSTANT const __grid_constant__
 #define PERFUSION_UNROLL _Pragma("unroll")
 

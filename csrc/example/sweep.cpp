@@ -330,8 +330,8 @@ void edited_projection_backward(const perfusion_edited_projection_params &p, con
   }
 }
 
-// tables: the dtype of outputs and targets, and of their derivatives. partial: derivatives by the encodings alone, then by gates and
-// projected_targets alone, instead of all.
+// tables: the dtype of outputs and targets, and of their derivatives. partial: derivatives by the encodings alone, by gates and
+// projected_targets alone, and by both tables alone, instead of all.
 void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, int64_t J, Layout layout, perfusion_dtype tables,
                        bool partial) {
   const int64_t B = 3;
@@ -359,6 +359,7 @@ void edited_projection(perfusion_dtype dtype, int64_t T, int64_t D, int64_t O, i
   if (partial) {
     edited_projection_backward(p, weight, edit, layout, {true, false, false, false, false});
     edited_projection_backward(p, weight, edit, layout, {false, true, false, false, true});
+    edited_projection_backward(p, weight, edit, layout, {false, false, false, true, true});
   } else {
     edited_projection_backward(p, weight, edit, layout, {true, true, true, true, true});
   }

@@ -15,6 +15,7 @@
 #define PERFUSION_BOTH
 #define PERFUSION_KERNEL(threads) void
 #define PERFUSION_LAUNCH_BOUNDS(threads, blocks) void
+#define PERFUSION_KERNEL_WITHIN(threads, registers) void
 #define PERFUSION_CONSTANT const
 #define PERFUSION_UNROLL
 

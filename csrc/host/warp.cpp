@@ -1,6 +1,5 @@
 // Warp-level collectives, with the fragment layouts of the PTX manual.
-#include <algorithm>
-
+#include "banks.h"
 #include "run.h"
 
 namespace perfusion::host {
@@ -45,10 +44,8 @@ void exchange_matrices(uint32_t* r, const uint16_t* row, const void* address, in
                                    {"load_matrices of 4", "load_matrices_transposed of 4"}};
   // one object for each name: collective() compares addresses
   run.collective(names[matrices == 4][transposed], Operand{r, row, address}, [=](const Operand* const* lanes) {
-    for (int m = 0; m < matrices; ++m) {  // 8 rows of 16 bytes cover all 32 banks once: two rows at the same 16 bytes of 128 conflict
-      int rows[8] = {};
-      for (int i = 0; i < 8; ++i) ++rows[reinterpret_cast<uintptr_t>(lanes[8 * m + i]->address) / 16 % 8];
-      machine().matrices += 1, machine().matrix_cycles += *std::max_element(rows, rows + 8);
+    for (int m = 0; m < matrices; ++m) {
+      machine().matrices += 1, machine().matrix_cycles += cycles_of_matrix([=](int i) { return lanes[8 * m + i]->address; });
     }
     for (int i = 0; i < warp_lanes; ++i) {
       for (int m = 0; m < matrices; ++m) {

@@ -68,7 +68,9 @@ typedef struct perfusion_concept_gates_params {
 /* The bytes of workspace that a call of these sizes needs, 0 up to J = 128; tensors are not read. */
 PERFUSION_API perfusion_status perfusion_concept_gates_workspace(const perfusion_concept_gates_params *params, int64_t *bytes);
 
-/* J <= 32768, B * T < 2^34. PERFUSION_INVALID_ARGUMENT, PERFUSION_UNSUPPORTED or PERFUSION_DEVICE_ERROR with a message, or PERFUSION_OK. */
+/* J at most perfusion_concept_gates_most(). Too many blocks for a launch are PERFUSION_UNSUPPORTED, here and
+ * below; the message has the limit.
+ * PERFUSION_INVALID_ARGUMENT, PERFUSION_UNSUPPORTED or PERFUSION_DEVICE_ERROR with a message, or PERFUSION_OK. */
 PERFUSION_API perfusion_status perfusion_concept_gates(const perfusion_concept_gates_params *params, perfusion_stream stream);
 
 /* e Wᵀ + Σ_j (g_j outputs_j - a_j projected_targets_j) (DESIGN.md, (10)), added to the rounded product in float32 and rounded once

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import nsight, rows, suites
+import bench.run
+from bench import nsight, roofline, rows, suites
 from bench.run import parse
 
 pytestmark = pytest.mark.bench
@@ -21,7 +22,7 @@ TOOLS = ("bash", "grep", "dirname", "realpath", "head", "tail", "mkdir", "nproc"
 PROGRAMS = "sweep dense", "sweep dense 160 edited_attention fused_edited_attention", "sweep", "example"
 SUITES = [
     ["decide"], ["attention"], ["attention"], ["attention"], ["gates", "fused", "projection"], ["attention"], ["attention"], ["layer"], ["layer"],
-    ["step"], ["train"],
+    ["step"], ["train"], ["attention", "layer"],
 ]  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def test_all_it_calls_is_there(tools, tmp_path):
     options = [parse(line.replace("--device cuda", "--device cpu").split()[2:]) for line in measured]
     assert [each.suite for each in options] == SUITES
     assert all("--device cuda" in line and ("--compile" in line or "--suite decide" in line) for line in measured)
-    assert options[-2].dtype == "float16" and options[-2].model == ["sd15"], "whose attention the kernels take"
+    assert options[-3].dtype == "float16" and options[-3].model == ["sd15"], "whose attention the kernels take"
     sanitized = [re.search(r"--tool (\w+).*/example/(.+)$", line) for line in lines if "compute-sanitizer" in line and "pytest" not in line]
     assert [found.groups() for found in sanitized] == [
         (tool, name) for tool in ("memcheck", "racecheck", "synccheck", "initcheck") for name in PROGRAMS
@@ -107,14 +108,15 @@ def test_all_it_calls_is_there(tools, tmp_path):
 
 def test_limits_add_up():
     """Of all steps, each as often as it runs: so none takes the time of a later one."""
-    found = re.findall(r"^\s*(?:\w+=\S+ )?(?:step|measure) (\S+) (\d+) ", SCRIPT, re.MULTILINE)
+    found = re.findall(r"^\s*(?:\w+=\S+ )?(?:step|measure|autotune) (\S+) (\d+) ", SCRIPT, re.MULTILINE)
     limits, loops = {name: int(limit) for name, limit in found}, re.findall(r"for (\w+) in (.*); do", SCRIPT)
     for variable, values in loops:
         for name in limits:
             limits[name] *= len(values.split()) if f"${variable}" in name else 1
     report = int(re.search(r"timeout \$\(\((\d+) \* patience\)\) \S+ bench/report.py", SCRIPT)[1])
     assert sum(limits.values()) + report <= int(re.search(r"^budget=(\d+) ", SCRIPT, re.MULTILINE)[1]) <= 540
-    assert len(limits) == 18 and limits['"$tool"'] == 48
+    assert len(limits) == 19 and limits['"$tool"'] == 48
+    assert f"granted=$(((budget - {report} - {limits['autotune']}) * patience))" in SCRIPT
     assert nsight.LIMIT < limits["nsight"], "it says itself that it took too long"
 
 
@@ -130,6 +132,79 @@ def test_time_that_is_left_over_goes_to_a_later_step_which_is_interrupted(tools,
     environment = {"PATH": tools.path, "STAGES": "decide", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run([copy, out], env=environment, capture_output=True, text=True)
     assert ran.returncode == 1 and re.search(r"decide: FAILED with status 124 after [123] of [12] s; in the log: interrupted", ran.stdout), ran.stdout
+
+
+def test_max_autotune_is_asked_of_every_shape_and_again_of_those_that_are_left(tools, tmp_path, monkeypatch, capsys):
+    """Over three steps, of which the last is stopped; then once more with the same folder."""
+    calls, out = tmp_path / "calls", tmp_path / "out"
+    stand_ins(tools, calls)
+    assert run(tools, out, STAGES="core layer autotune").returncode == 0
+    commands = [line.replace("--device cuda", "--device cpu").split()[1:] for line in calls.read_text().splitlines() if "--missing" in line]
+    asked, stop, broken = [], 20, "sdxl, 2 rows, N = 1024, C = 1280"
+
+    def one(suite, planned, options):
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        assert options.providers == ("cuda", "expert", "expert addmm", "compile max-autotune")
+        gate = {"gate": "not passed", "reason": "no compiler"} if stop and planned.case == broken else {"gate": "passed", "repeats": 1}
+        asked.append((suite, planned.case))
+        row = {"suite": suite, "case": planned.case, "dtype": "float32", "quick": False, **rows.provenance("cpu"), **gate}
+        yield from ({**row, "provider": name} for name in ("expert", "compile max-autotune"))
+
+    monkeypatch.setattr(suites, "_one", one)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+
+    def call():
+        for command in commands:
+            monkeypatch.setattr(sys, "argv", command)
+            bench.run.main()
+
+    with pytest.raises(SystemExit) as stopped:
+        call()
+    assert stopped.value.code == bench.run.STOPPED and asked[0] == ("attention", "sdxl, 2 rows, N = 1024, d = 64, J = 0")
+    left = capsys.readouterr().err.split("not all rows are there of ")[1].strip()
+    first, stop = list(asked), None
+    asked.clear()
+    call()
+    assert len({*first}) == 20 and len({*asked}) == len(asked) == 21 and {*first} & {*asked} == {("layer", broken)}
+    assert left == f"21: {'; '.join(map(', '.join, [*asked[1:], ('layer', broken)]))}", "what failed comes last"
+    layers = {(model, B, layer) for model, layers in roofline.UNETS.items() for B in (2, 16) for layer in layers}
+    assert {*first, *asked} == {
+        *(("attention", f"{model}, {B} rows, N = {layer.N}, d = {layer.d}, J = 0") for model, B, layer in layers),
+        *(("layer", f"{model}, {B} rows, N = {layer.N}, C = {layer.C}") for model, B, layer in layers),
+    }
+    call()
+    assert len(asked) == 21 and f"0 rows in {out}" in capsys.readouterr().out
+    monkeypatch.setattr(rows, "provenance", lambda device, known=rows.provenance: {**known(device), "torch": "9.9"})
+    call()
+    assert len(asked) == 61, "another torch has rows of its own"
+
+
+def test_max_autotune_that_time_cuts_short_is_told_and_no_failure(tools, tmp_path):
+    calls, out, copy = tmp_path / "calls", tmp_path / "out", tmp_path / "bench/gpu.sh"
+    copy.parent.mkdir()
+    copy.write_text(re.sub(r"(autotune [\w-]+) \d+ ", r"\1 1 ", re.sub(r"budget=\d+", "budget=30", SCRIPT)).replace("budget - 10 - 11", "1"))
+    copy.chmod(0o755)
+    tools("sleep", f'exec {shutil.which("sleep")} "$@"')
+    environment = {"PATH": tools.path, "STAGES": "autotune", "TRITON_CACHE_DIR": "/own"}
+    for status, told in ((75, "autotune: cut short after "), (1, "autotune: FAILED with status 1 after ")):
+        script = f'case "$*" in *--missing*) trap "echo what is left; exit {status}" INT; sleep 9 & wait;; esac'
+        stand_ins(tools, calls, python3=f'echo "$TORCHINDUCTOR_CACHE_DIR $TRITON_CACHE_DIR" > {calls}.environment; {script}')
+        ran = subprocess.run([copy, out], env=environment, capture_output=True, text=True)
+        assert re.search(f"{told}[1-4] of [12] s; in the log: what is left\n", ran.stdout), ran.stdout
+        finished = f"Not finished: autotune. The report names the shapes that have no row of max-autotune yet; STAGES=autotune bench/gpu.sh {out} goes"
+        assert (finished in ran.stdout, ran.returncode, ran.stderr) == ((True, 0, "") if status == 75 else (False, 1, "Failed: autotune\n"))
+    assert Path(f"{calls}.environment").read_text() == f"{tmp_path}/build/gpu-scratch/inductor /own\n"
+
+
+@pytest.mark.parametrize(("stages", "seconds"), [("autotune", range(505, 521)), ("autotune train", range(11, 107))])
+def test_max_autotune_as_the_last_stage_has_the_budget(tools, tmp_path, stages, seconds):
+    stand_ins(tools, tmp_path / "calls")
+    limits = tmp_path / "limits"
+    tools("timeout", f'echo "$*" >> {limits}; while [[ $1 == -* ]]; do shift; done; shift; exec "$@"')
+    assert run(tools, tmp_path / "out", STAGES=stages).returncode == 0
+    (line,) = [line for line in limits.read_text().splitlines() if "--missing" in line]
+    assert int(re.search(r"--kill-after=5 (\d+) ", line)[1]) in seconds
 
 
 def test_a_backend_that_is_not_there_is_a_failure(tools, tmp_path):
@@ -177,6 +252,8 @@ def test_its_python_runs_for_real(tools, tmp_path):
     passed = {(row["suite"], row["provider"]) for row in found if row["gate"] == "passed"}
     assert passed >= {("decide", "library"), ("attention", "compile max-autotune"), ("layer", "expert addmm"), ("train", "ours"), ("step", "perfusion")}
     assert ("attention", "cuda without dependent launch") in {(row["suite"], row["provider"]) for row in found}
+    layer = [row["provider"] for row in found if row["suite"] == "layer"]
+    assert [layer.count(name) for name in ("sdpa math", "expert", "cuda", "compile max-autotune")] == [1, 2, 2, 1], "once in each step, or --missing"
     assert ("train", "ours compile") not in {(row["suite"], row["provider"]) for row in found}
     assert "ncu is not on PATH" in next(row["reason"] for row in found if row["suite"] == "nsight")
     report = (out / "report.md").read_text()

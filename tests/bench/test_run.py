@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import os
 import subprocess
 import sys
@@ -147,13 +146,20 @@ def test_copies_share_what_is_compiled(suite, monkeypatch):
     compiler = torch._dynamo.testing.CompileCounter()
     providers._compiled.cache_clear()
     options = dataclasses.replace(CPU, compile=("default", "max-autotune"), places=(1,))
-    (problem,) = importlib.import_module(f"bench.suites.{suite}").problems(options)
+    (problem,) = suites.problems(suite, options)
     for candidates in (problem.candidates, *problem.copies()[:3]):
         for candidate in candidates:
             if candidate.provider.startswith("compile"):
                 candidate.call()
     providers._compiled.cache_clear()
     assert made == ["default", "max-autotune-no-cudagraphs"] and compiler.frame_count == 2
+
+
+@pytest.mark.parametrize("more", [["--suite", "gates", "--compile", "max-autotune"], ["--suite", "layer"]])
+def test_missing_rows_are_of_a_compiled_formula_at_a_layer(more, capsys):
+    with pytest.raises(SystemExit):
+        bench.run.parse([*more, "--missing", "--device", "cpu", "--out", "x"])
+    assert "--missing is for --suite attention and layer, and for a mode of torch.compile" in capsys.readouterr().err
 
 
 def test_reasons_name_what_is_missing(folder):
@@ -190,6 +196,11 @@ def test_a_table_divides_by_the_strongest_and_tells_our_own_part_of_the_floor():
     assert "time over that of `expert addmm graph`" in page and "| l | 0.80 | 1.60 | 1 | 5.0 |  |" in page
     assert "| only eager | – | – | ? | – | ? |  | 0.40 (triton) |" in page
     assert "time over that of `expert`**" in tables(rows, "expert")
+    assert "no time of compile max-autotune, not measured yet, 2: c; only eager\n" in page
+    wrong = {"suite": "attention", "case": "c", "device": "NVIDIA H200", "dtype": "bfloat16", "provider": "compile max-autotune", "gate": "not passed"}
+    edited = {**rows[0], "case": "e", "shapes": {"J": 1}}
+    page = tables([*rows, {**wrong, "reason": "its result is wrong"}, edited])
+    assert "max-autotune, its result is wrong, 1: c\n- no time of compile max-autotune, not measured yet, 1: only eager\n" in page
     assert baseline("step", {}) == "stock" and baseline("gates", {}) == "expert"
 
 

@@ -3,6 +3,7 @@
 They are those of the library that test_torch_library.py looks at: nothing is compiled for this.
 """
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -88,6 +89,13 @@ def test_the_committed_table_is_of_these_kernels(kernels, compiled):  # noqa: F8
     assert sorted(rows) == sorted({kernel.name for kernel in kernels})
     if compiled[1]["cuda"] == release:
         assert {(k.name, k.arch): rows[k.name].get(k.arch) for k in kernels} == {(k.name, k.arch): k.registers for k in kernels}
+
+
+def test_gates_of_few_places_take_fewer_than_128_registers():
+    """On every architecture, and without a spill, which would be a violation above."""
+    rows = {name: registers for name, registers in nvcc_matrix.committed()[1].items() if re.fullmatch(r"concept_gates, \w+, 2", name)}
+    assert len(rows) == 3 and all(len(registers) == len(nvcc_matrix.ARCHITECTURES) for registers in rows.values())
+    assert max(count for registers in rows.values() for count in registers.values()) < 128
 
 
 def test_a_written_table_is_read_as_it_was(tmp_path, monkeypatch):

@@ -49,7 +49,10 @@ py::dict plan_fused(uintptr_t params) {
 }
 
 py::dict plan_projection(uintptr_t params) {
-  return planned(plan_edited_projection, params, [](py::dict& result, const EditedProjectionPlan& made) {
+  const auto plan = [](const perfusion_edited_projection_params& p, const Device& device, EditedProjectionPlan* made) {
+    return plan_edited_projection("edited_projection", p, device, made);
+  };
+  return planned(+plan, params, [](py::dict& result, const EditedProjectionPlan& made) {
     for (auto [name, value] : {std::pair{"rows", made.rows}, {"columns", made.columns}, {"row_tiles", made.row_tiles},
                                {"column_tiles", made.column_tiles}, {"bytes", made.bytes}}) {
       result[name] = value;

@@ -58,7 +58,7 @@ def test_the_committed_predictions_are_of_these_plans(host):
 
 
 def test_the_committed_page_is_of_these_plans(host):
-    """The fill that it says there is now. The remedy: python bench/kernels/attention_before_after.py."""
+    """The fill and the matrix loads that it says there are now. The remedy: python bench/kernels/attention_before_after.py."""
     page = attention_before_after.PAGE.read_text(encoding="utf-8")
     for chip in attention_before_after.CHIPS:
         table = page.split(f"### {chip}\n")[1].split("###")[0]
@@ -66,6 +66,11 @@ def test_the_committed_page_is_of_these_plans(host):
             (line,) = re.findall(rf"^\| N = {layer.N}, {layer.H} heads of {layer.d} \|.*$", table, re.MULTILINE)
             now = [f"{plans.plan(host, chip, layer, rows).fill():.2f}" for rows in plans.ROWS]
             assert re.findall(r"→ (\S+)", line) == now, (chip, line)
+    counted = attention_before_after.conflicts(host)
+    lines = re.findall(r"^\| cycles of an 8 x 8 matrix .* for (\d+) rows of heads of (\d+) \| (\S+), \S+ \| (\S+), (\S+) \|$", page, re.MULTILINE)
+    assert [(int(d), int(N)) for N, d, *_ in lines] == list(counted)
+    for (matrices, cycles), (*_, before, now, loads) in zip(counted.values(), lines, strict=True):
+        assert (now, loads) == (f"{cycles / matrices:.2f}", f"{matrices:,}") and float(before) >= 1
 
 
 @pytest.mark.parametrize("m", (1, 2))

@@ -1,6 +1,9 @@
 """What fits, the C library says, and Python asks it: its answer is where the launch plans begin to refuse."""
 
+import ctypes
 import itertools
+import math
+import re
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from perfusion_kernels.cuda import library, supports
 
 from ..kernels import cases
 from .build import build_torch_library
+from .c_api import params
 from .host import Refused
 
 SHARED_MEMORY = (49152, 101376, 166912, 232448)  # bytes of a block: an old device, 8.6, 8.0, 9.0
@@ -89,3 +93,38 @@ def test_python_supports_what_the_function_takes(host, asked, name, sizes):
     else:
         with pytest.raises(Refused):
             getattr(host, name)(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("operator", "sizes", "longer"),  # the greatest sizes that fit; the size with which one more does not
+    [
+        ("concept_gates", dict(B=2**15, T=2**19, J=1), "T"),
+        ("edited_projection", dict(B=2**10, T=2**20, D=8, O=79 * 128), "O"),
+        ("edited_projection_backward", dict(B=2**14, T=2**15, D=8, O=8), "T"),
+        ("edited_projection_backward", dict(B=2**14, T=2**15, D=2**12, O=8), "D"),
+        ("edited_projection_backward", dict(B=1, T=1, D=8, O=2**22, S=2**15), "O"),
+    ],
+)
+def test_the_limit_of_a_launch_is_where_its_message_says(host, operator, sizes, longer):
+    """The formula in the message, with the sizes, gives the number in it. Nothing is allocated or launched."""
+
+    def ask(sizes):
+        call = params(operator, {}, **sizes)
+        if operator == "edited_projection":
+            planned = host.module.plan_edited_projection(ctypes.addressof(call))
+            return planned["status"], planned["message"]
+        try:
+            host.api(f"{operator}_workspace", call, ctypes.byref(ctypes.c_int64()))
+        except Refused as refused:
+            return refused.status, str(refused)
+        return 0, ""
+
+    assert ask(sizes) == (0, "")
+    more = sizes | {longer: sizes[longer] + 1}
+    status, message = ask(more)
+    formula, most, got = re.fullmatch(rf"{operator}(?:_workspace)?: (.+) must be at most (\d+); got (\d+)", message).groups()
+
+    def computed(sizes):
+        return eval(formula, {"ceil": math.ceil}, sizes)
+
+    assert status == 2 and computed(sizes) <= int(most) < computed(more) == int(got), message

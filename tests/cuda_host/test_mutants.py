@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 
 from . import test_concept_gates as gates
+from . import test_edited_attention as attention
 from . import test_edited_projection as projection
 from . import test_edited_projection_backward as projection_backward
 from . import test_fused_edited_attention as fused
@@ -68,6 +69,7 @@ MUTANTS = {
         ),
         "concepts give way before they are edited": ("          barrier();  // all threads have read the previous group\n", ""),
     },
+    "device/memory.cuh": {"rows of shared memory meet in a bank": ("return (columns / 8 | 1) * 8;", "return columns / 8 * 8;")},
     "concept_gates.cuh": {
         "rows are divided by another's energy": ("system[i] /= energies[i / J]", "system[i] /= energies[i % J]"),
         "approximate components": (
@@ -175,6 +177,10 @@ MUTANTS = {
             "bank_slot(index + (place + j) * p.index.strides[1], p.S, p.errors)",
             "load(index + (place + j) * p.index.strides[1])",
         ),
+        "a table's derivative does not see an index out of range": (
+            "bank_slot(index + b * p.index.strides[0] + j * p.index.strides[1], p.S, p.errors)",
+            "load(index + b * p.index.strides[0] + j * p.index.strides[1])",
+        ),
         "sides that share a gradient run apart": (
             "p.side[block() % p.sides];\n  const int64_t tile = block() / p.sides, b",
             "p.side[block() / tiles / p.B];\n  const int64_t tile = block() % (tiles * p.B), b",
@@ -199,6 +205,7 @@ MUTANTS = {
     },
 }  # fmt: skip
 CHECKS = {  # of bits, bytes and order, or at another head width
+    "rows of shared memory meet in a bank": partial(attention.test_no_two_rows_of_a_matrix_share_a_bank, d=96),
     "tokens behind the last": gates.test_nothing_else_is_read,
     "each concept's edit is rounded by itself": projection.test_rounded_once_more,
     "absent places are added as zeros": projection.test_rows_without_a_concept,
@@ -210,7 +217,9 @@ CHECKS = {  # of bits, bytes and order, or at another head width
     "blocks are counted without their waves": fused.test_no_other_share_is_cheaper,
 }
 OPERATORS = {  # whose sources alone see a change of the file: the others need not be compiled again
-    **dict.fromkeys(("edited_attention.cuh", "attention_tiles.cuh", "query_stream.cuh", "edited_tiles.cuh"), "edited_attention"),
+    **dict.fromkeys(
+        ("edited_attention.cuh", "attention_tiles.cuh", "query_stream.cuh", "edited_tiles.cuh", "device/memory.cuh"), "edited_attention"
+    ),
     **dict.fromkeys(("fused_edited_attention.cuh", "fused_edited_attention.cu"), "fused_edited_attention"),
     **dict.fromkeys(("concept_gates.cuh", "concept_gates_products.cuh", "device/warp.cuh"), "concept_gates"),
     **dict.fromkeys(("edited_projection.cuh", "matrix_product.cuh"), "edited_projection"),

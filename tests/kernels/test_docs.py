@@ -82,29 +82,44 @@ def test_nvcc_compiles_the_page(sources):
 
 
 def test_every_place_is_there():
-    """Each file of the table, with the name of an operator in it; a file of the operator's own has it in its path."""
+    """Each file of the table, with the name of an operator or of its suite in it; a file of the operator's own has it in its path."""
     rows = [line.split("|")[1] for line in PAGE.split("## Every place")[1].splitlines() if line.startswith("| `")]
     places = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
-    assert len(places) > 35
+    assert len(places) > 45
     for place in places:
-        file = ROOT / place.replace("OPERATOR", "edited_projection")
-        assert file.exists(), place
+        files = [ROOT / place.replace("OPERATOR", name) for name in OPERATORS]
+        assert any(file.exists() for file in files), place
         if "OPERATOR" not in place and place not in NOT_NAMED:
-            assert "edited_projection" in file.read_text(encoding="utf-8"), place
-    known = {place.replace("OPERATOR", "edited_projection") for place in places}
-    listed = subprocess.run(["git", "ls-files", "*edited_projection*"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    others = {file for file in listed if not re.search(r"fused_edited_projection|_backward", file)}
-    assert others <= known, sorted(others - known)
-    # a file that names four of the five operators is a place, too
-    most = [file for file, names in Counter(file for name in OPERATORS for file in naming(name)).items() if names >= 4]
-    assert set(most) <= known | NO_PLACES, sorted(set(most) - known - NO_PLACES)
+            assert re.search(NAMES, files[0].read_text(encoding="utf-8")), place
+    known = {place.replace("OPERATOR", name) for place in places for name in OPERATORS}
+    for name in OPERATORS:
+        others = {file for file in files_of(name) if file not in known}
+        assert not others, sorted(others)
+    # a file that names four of the five operators is a place, too, and one that names three suites
+    most = {file for file, names in Counter(file for name in OPERATORS for file in naming(name)).items() if names >= 4}
+    most |= {file for file, names in Counter(file for name in SUITES for file in naming_suite(name)).items() if names >= len(SUITES)}
+    assert most <= known | NO_PLACES, sorted(most - known - NO_PLACES)
 
 
+SUITES = ("gates", "fused", "projection")
+NAMES = "|".join([*OPERATORS, *(rf"--suite {name}" for name in SUITES)])
 NOT_NAMED = ("bench/kernels/nvcc_matrix.py", "bench/kernels/compile_matrix.py", "bench/suites/__init__.py", "python/perfusion/cli/doctor.py")
 NO_PLACES = {
     *("bench/predictions.jsonl", "bench/results/compile_matrix.jsonl"),  # generated
     *("perfusion_kernels/fused_edited_attention.py", "python/perfusion/engine.py", "tests/perfusion/test_engine.py"),  # which use others
 }
+
+
+def files_of(operator):
+    """Those that have the operator's name, or that of its derivatives, and not a longer one."""
+    listed = subprocess.run(["git", "ls-files", f"*{operator}*"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    return [file for file in listed if re.fullmatch(rf"(test_)?{operator}(_backward)?", Path(file).stem) and not file.endswith(".md")]
+
+
+def naming_suite(suite):
+    pattern = rf'(--suite |"){suite}("|\b[^_.])'
+    found = subprocess.run(["git", "grep", "-lE", pattern, "--", "bench", "tests/bench", ":!*.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.split()
 
 
 def naming(operator):
