@@ -4,7 +4,7 @@ A backend is a subpackage of this package whose import calls `register` once per
 than a successful import has a function `unavailable`, which returns why none of its operators can run here, or None.
 A call takes the first of its operator's `DEFAULTS` that is registered, supports the arguments and is preferred for them. A
 backend requested by name (a call's `backend=`, `use_backend`, or the environment variable
-PERFUSION_BACKEND, in this order) is taken, or the call fails and says why.
+PERFUSION_BACKEND, in this order) is used, or the call fails with the reason.
 """
 
 import importlib
@@ -36,8 +36,8 @@ DEFAULTS = {
 
 _requested: str | None = os.environ.get("PERFUSION_BACKEND") or None
 _implementations: dict[str, dict[str, Implementation]] = {}  # operator -> backend -> how to call it
-_absent: dict[str, str] = {}  # backend -> why it is not here
-_unavailable: dict[str, Callable[[], str | None]] = {}  # backend -> what says why it cannot run here
+_absent: dict[str, str] = {}  # backend -> why it is absent
+_unavailable: dict[str, Callable[[], str | None]] = {}  # backend -> its `unavailable`
 
 
 class BackendUnavailable(RuntimeError):

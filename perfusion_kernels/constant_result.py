@@ -7,6 +7,6 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def constant_result(function: Function) -> Function:
-    """What torch.compiler.assume_constant_result does, without importing torch._dynamo, which doubles the time of `import torch`."""
+    """The effect of torch.compiler.assume_constant_result, without importing torch._dynamo, which doubles the time of `import torch`."""
     function._dynamo_marked_constant = True
     return function

@@ -53,7 +53,7 @@ def check_device(device: torch.device | str, *, synchronize: bool = True) -> Non
 
 
 def _of_triton(device: torch.device) -> tuple[bool, ...]:
-    """What Triton's kernels on the device have noted, and forgets it."""
+    """Reads and clears the flags that Triton's kernels on the device have set."""
     flags = _words.get(device)
     if flags is None:
         return (False,) * len(KINDS)
@@ -64,7 +64,7 @@ def _of_triton(device: torch.device) -> tuple[bool, ...]:
 
 
 def _of_library(device: torch.device) -> tuple[bool, ...]:
-    """The same of the compiled kernels, if their library has been loaded and runs on such a device."""
+    """The same for the compiled kernels, if their library has been loaded and runs on such a device."""
     from .cuda import library
 
     flags = (ctypes.c_int32 * len(KINDS))()

@@ -52,7 +52,7 @@ def shrink(covariance: Tensor, max_condition: float) -> tuple[Tensor, float]:
     """(1 - w) C + w μ I with the least w that brings the condition number to max_condition; μ is C's mean diagonal.
 
     Returns the covariance, in its dtype, and w. If the condition number is within the limit already, w is
-    0.0 and the covariance is returned as it came. w > 0 deserves a report: the metric is then in part a guess.
+    0.0 and the covariance is returned as it came. Report w > 0: the metric is then partly μ I instead of data.
 
     Raises ValueError when the covariance is not finite, not symmetric or clearly indefinite, and when
     max_condition is not above 1 or beyond what the covariance's dtype can hold.

@@ -136,7 +136,7 @@ def validate_concepts(
 
 
 def validate_edit(operator: str, index: Tensor, gates: Tensor, components: Tensor, slots: int) -> None:
-    """Refuses an index out of range, and gates or components that are used but not finite."""
+    """Raises ValueError for an index out of range, and for gates or components that are used but not finite."""
     validate_index(operator, index, slots)
     present = index >= 0
     for name, values in (("gates", gates), ("components", components)):
@@ -145,7 +145,7 @@ def validate_edit(operator: str, index: Tensor, gates: Tensor, components: Tenso
 
 
 def validate_places(operator: str, places: Tensor, floor: Tensor | None, index: Tensor, T: int) -> None:
-    """Refuses a place that is no text position, and a floor that is no gate, where index names a concept."""
+    """Raises ValueError for a place that is no text position, and for a floor outside of 0 … 1, where index names a concept."""
     present = index >= 0
     used = places[present]
     if used.numel() and (used.min() < -1 or used.max() >= T):
@@ -160,7 +160,7 @@ def validate_places(operator: str, places: Tensor, floor: Tensor | None, index: 
 
 
 def validate_slots(operator: str, slots: Tensor, rows: int) -> None:
-    """Refuses a slot that is no row of keys and values."""
+    """Raises ValueError for a slot that is no row of keys and values."""
     if slots.numel() and (slots.min() < 0 or slots.max() >= rows):
         raise ValueError(
             f"{operator}: slots must lie in 0 … {rows - 1} (P = {rows} rows of key and value);"
@@ -182,7 +182,7 @@ def _require_finite(operator: str, name: str, tensor: Tensor) -> None:
 
 
 def dependent_concepts(targets: Tensor, metric_targets: Tensor, max_condition: float = MAX_CONDITION) -> list[int]:
-    """Which rows of targets [J, D] make the Gram matrix of all nearly singular; none if it is not.
+    """The rows of targets [J, D] that make their Gram matrix nearly singular; none if it is not.
 
     The Gram matrix is normalised, so that only angles in the metric C⁻¹ count, neither the lengths of
     the targets nor any scale of the rows of metric_targets.

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench.measure import Options, Problem
 from bench.plain_training import ExpertSession, PlainSession
@@ -38,6 +37,8 @@ def toybox() -> tuple[Any, Covariance, int]:
 
 
 def sd15() -> tuple[Any, Covariance, int]:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     pipe = tiny_sd(width=768, unet=SD15)
     tokenizer = pipe.tokenizer
     config = CLIPTextConfig(
@@ -84,7 +85,7 @@ def problem(name: str, make: Callable[[], tuple[Any, Covariance, int]], batch: i
         return kind(own_modules(pipe), describe_base(pipe), settings, covariance, pictures)
 
     def gradients(session: TrainingSession) -> tuple[Tensor, ...]:
-        """Of the next step, [1, ...] each."""
+        """The gradients of the next step, [1, ...] each."""
         session.train_step()
         return tuple(parameter.grad.clone()[None] for parameter in session._trained().values())
 
@@ -117,7 +118,7 @@ def problem(name: str, make: Callable[[], tuple[Any, Covariance, int]], batch: i
 
 
 def own_modules(pipe: Any) -> Any:
-    """The pipeline with modules of its own around the same weights, so that hooks on one do not show in another."""
+    """The pipeline with modules of its own around the same weights, so that hooks on one do not affect another."""
     models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     shared = {id(tensor): tensor for model in models for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(pipe, shared)

@@ -101,7 +101,7 @@ def outdated(signatures: str) -> str | None:
 
 
 def types(schema: str) -> str:
-    """A schema without its names: "(Tensor, Tensor?, float) -> Tensor"."""
+    """A schema without names: "(Tensor, Tensor?, float) -> Tensor"."""
     return re.sub(r" \w+(?=[,)])", "", schema)
 
 

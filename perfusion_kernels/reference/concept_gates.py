@@ -78,8 +78,8 @@ def _project(encodings: Tensor, targets: Tensor, metric_targets: Tensor, index: 
 def _products(x: Tensor, y: Tensor) -> Tensor:
     """x[B, J, D] · y[B, T, D] -> [B, J, T].
 
-    A sum, not a matrix product: torch may run those in TF32, which the large cancellations inside
-    C⁻¹ do not survive.
+    A sum, not a matrix product: torch may run those in TF32, which is too coarse for the large
+    cancellations inside C⁻¹.
     """
     return (x[:, :, None] * y[:, None]).sum(-1)
 

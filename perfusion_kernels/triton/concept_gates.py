@@ -2,7 +2,7 @@
 
 A program has a block of tokens of one batch row. It sums m_j · e and m_j · i*_k over D in float32 without tensor cores,
 because TF32 is too coarse for the cancellation in C⁻¹; then it solves R a = c by the reference's elimination, with R in
-registers. Each program recomputes R: J more rows beside its tokens, which saves a launch and a dependency. Beyond 8
+registers. Each program recomputes R: J more rows beside its tokens, instead of another launch and a dependency. Beyond 8
 places R does not fit in registers; a kernel then computes only the sums, and plain torch the rest.
 """
 

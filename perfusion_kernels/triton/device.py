@@ -1,4 +1,4 @@
-"""The devices that Triton's kernels support, and the interpreter, which stands in for a GPU in tests.
+"""The devices that Triton's kernels support, and the interpreter, which executes kernels on the CPU in tests.
 
 With TRITON_INTERPRET=1, set before Triton is imported, kernels are executed by numpy on the host. That is for tests:
 a call on tensors in host memory runs there only if it requests the backend by name.
@@ -18,7 +18,7 @@ ON_HOST = "Triton's kernels need tensors on a GPU; got cpu"
 
 
 def unsupported(*arguments) -> str | None:
-    """Why no kernel takes these arguments, or None: a device that Triton does not serve, or float64."""
+    """Why no kernel takes these arguments, or None: a device that Triton does not support, or float64."""
     for argument in arguments:
         if isinstance(argument, Tensor):
             if argument.dtype == torch.float64:
@@ -38,7 +38,7 @@ def not_preferred(*arguments) -> str | None:
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 rounded to nearest even in `dtype`. The interpreter truncates to bfloat16 (3.9 too), so bits are rounded by hand there."""
+    """float32 rounded to nearest even in `dtype`. The interpreter truncates to bfloat16 (3.9 too), so there the bits are rounded with integer arithmetic."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

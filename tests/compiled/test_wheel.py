@@ -1,7 +1,7 @@
 """The wheel that is given away: built, repaired and checked by the tools that everybody uses, installed in a clean environment, loaded there.
 
 For all architectures, from the objects that test_torch_library.py compiles too. PERFUSION_WHEEL_ARCHITECTURES=9.0 compiles one, which shows all but
-the wheel's final size.
+the wheel's final size. PERFUSION_WHEEL=FILE tests a wheel that has been built already, without nvcc.
 """
 
 import email
@@ -24,7 +24,8 @@ PLATFORM = "manylinux_2_28_x86_64"
 LIBRARY = "perfusion_kernels/cuda/libperfusion_kernels_torch.so"
 LARGEST = 40 * 2**20
 pytestmark = pytest.mark.skipif(
-    not (shutil.which("nvcc") and shutil.which("patchelf") and all(map(importlib.util.find_spec, ("build", "auditwheel")))),
+    "PERFUSION_WHEEL" not in os.environ
+    and not (shutil.which("nvcc") and shutil.which("patchelf") and all(map(importlib.util.find_spec, ("build", "auditwheel")))),
     reason="a wheel takes nvcc, build, auditwheel and patchelf",
 )
 
@@ -46,6 +47,8 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
+    if "PERFUSION_WHEEL" in os.environ:
+        return Path(os.environ["PERFUSION_WHEEL"]).resolve(strict=True)
     folder = tmp_path_factory.mktemp("wheel")
     environment = {**os.environ, "PYTHON": sys.executable, "TORCH_CUDA_ARCH_LIST": os.environ.get("PERFUSION_WHEEL_ARCHITECTURES", "")}
     ran = subprocess.run([ROOT / ".ci/wheel", folder], capture_output=True, text=True, env=environment)
