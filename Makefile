@@ -66,7 +66,7 @@ $(tiers:%=test-%): test-%: $(VENV)/.installed-test
 	$(say) 'Running the tests of $*, $(JOBS) at a time'
 	@$(pytest) --dist loadfile -m '$* and not proof' --junitxml build/$*.xml $(call files_of,$*)
 
-proof: $(VENV)/.installed-test $(VENV)/.installed-release ## the rest: sanitizers, faults that must be seen, traffic, every instance on every architecture
+proof: $(VENV)/.installed-test $(VENV)/.installed-release ## the rest: sanitizers, inserted faults, traffic, every instance on every architecture
 	$(say) 'Running the proofs, $(JOBS) at a time'
 	@$(pytest) --dist loadfile -m proof --junitxml build/proof.xml $(ARGS)
 

@@ -1,11 +1,11 @@
-"""`edited_attention` before and after tiles of 32 rows and blocks that go on from head to head, by all that shows without a GPU.
+"""`edited_attention` before and after tiles of 32 rows and blocks that go on from head to head: what can be measured without a GPU.
 
     PYTHONPATH=.:python python bench/kernels/attention_before_after.py [--before COMMIT]     writes bench/results/edited_attention.md
 
 Instructions and bytes of a warp's tile are counted in the disassembly for 9.0 of both commits' sources (nvcc, cuobjdump). Fill is the mean
-work of a multiprocessor over that of the busiest, from the launch plans of both commits' libraries (g++), for every cross-attention layer
-of three UNets at 1 to 64 rows. Bank conflicts of matrix loads (ldmatrix) are counted while both commits' kernels run on the host, for 32
-and for 512 rows of queries; the earlier sources get today's counter, csrc/host/banks.h, and nothing else. Nothing here is a time.
+work of a multiprocessor over that of the most loaded, from the launch plans of both commits' libraries (g++), for every cross-attention
+layer of three UNets at 1 to 64 rows. Bank conflicts of matrix loads (ldmatrix) are counted while both commits' kernels run on the host,
+for 32 and for 512 rows of queries; the earlier sources get today's counter, csrc/host/banks.h, and nothing else. Nothing here is a time.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def mean(numbers) -> float:
 
 
 def summary(before: list[list[int]], now: list[list[int]], loads: list[str], found: dict[tuple, tuple[float, float]]) -> list[str]:
-    """The table of all; `loads`: the rows of matrix loads. Instructions are of the tallest tiles, as layers of many tokens have them."""
+    """The table of all; `loads`: the rows of matrix loads. Instructions are of the largest tiles, which layers of many tokens use."""
     lines = ["| | before | now |", "|---|---|---|"]
     for title in ("all", "tensor", "float", "integer and control", "bytes, shared", "bytes, global"):
         at = tile_instructions.TITLES.index(title)
