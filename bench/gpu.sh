@@ -128,17 +128,18 @@ for stage in $stages; do
       step nsight 30 "$python" bench/nsight.py --out "$rows"
       ;;
     core)
-      measure core 40 --suite attention --places 0 "${all[@]}"
+      measure core 38 --suite attention --places 0 "${all[@]}"
       measure others 25 --suite gates --suite fused --suite projection "${shapes[@]}" --rows 2 --rows 16 --places 1 --compile none
+      measure gradients 12 --suite gradients "${shapes[@]}" --rows 2 --compile none
       measure core-edited 12 --suite attention --places 1 "${main[@]}" --rows 2 --compile none
       autotune core-autotune 20 --suite attention "${main[@]}"
       ;;
     layer)
-      measure layer 35 --suite layer "${all[@]}"
+      measure layer 32 --suite layer "${all[@]}"
       autotune layer-autotune 20 --suite layer "${main[@]}"
       ;;
     engine)
-      measure engine 30 --suite step --model sd15 --compile none --dtype float16
+      measure engine 25 --suite step --model sd15 --compile none --dtype float16
       ;;
     sanitize)
       # the objects that the step library has compiled
@@ -170,7 +171,7 @@ for stage in $stages; do
       done
       ;;
     train)
-      measure train 15 --suite train --model toybox --compile none
+      measure train 13 --suite train --model toybox --compile none
       ;;
     autotune)
       # no step follows: it has all but the report's time; its own is added by the step

@@ -36,10 +36,14 @@ def ours(operator: str, arguments: Mapping[str, Tensor | None], form: str = "", 
     device = next(tensor.device for tensor in arguments.values() if tensor is not None)
     for name in backend.ORDER:
         call = functools.partial(cases.PUBLIC[operator], **arguments, **options, backend=name, validate=False)
-        interpreted = name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-        reason = "Triton's interpreter is for tests" if interpreted else ""
         left_out = WITHOUT_DEPENDENT_LAUNCH if name == "cuda" and os.environ.get("PERFUSION_DEPENDENT_LAUNCH") == "0" else ""
-        yield Candidate(f"{name}{form}{left_out}", call, reason, on_graph=name != "reference")
+        yield Candidate(f"{name}{form}{left_out}", call, interpreted(name, device), on_graph=name != "reference")
+
+
+def interpreted(name: str, device: torch.device) -> str:
+    """Why a backend is not timed on a device where it only pretends to run, or nothing."""
+    of_triton = name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return "Triton's interpreter is for tests" if of_triton else ""
 
 
 def formula(operator: str, positional: tuple, modes: Sequence[str] = ("default",)) -> Iterator[Candidate]:

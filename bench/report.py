@@ -28,7 +28,7 @@ from bench.suites import PLANNED  # noqa: E402
 # What a suite's rows are divided by, the first of these that ran: in a graph, since ours are in one, and launches cost little in either.
 OF_OPERATORS = ("expert graph", "expert")
 BASELINES = {
-    "layer": ("expert addmm graph", *OF_OPERATORS), "train": ("plain",), "export": ("torch",), "step": ("stock",),
+    "layer": ("expert addmm graph", *OF_OPERATORS), "train": ("plain",), "gradients": ("eager",), "export": ("torch",), "step": ("stock",),
     "tenants": ("perfusion, 1",), "swap": ("step",), "capacity": ("16 resident",),
 }  # fmt: skip
 AUTOTUNE = compiled_name("max-autotune")

@@ -39,7 +39,7 @@ def read(chip: str, backend: str | None = None) -> list[dict[str, Any]]:
 
 def of(row: dict[str, Any]) -> dict[str, Any] | None:
     """The prediction for a measured row: of a kernel of ours in a graph, on a chip and of sizes that were predicted; else None."""
-    kernel, (backend, _, form) = KERNELS.get(row["suite"]), row["provider"].partition(" ")
+    kernel, (backend, _, form) = row.get("operator") or KERNELS.get(row["suite"]), row["provider"].partition(" ")
     if kernel == "edited_projection" and form == "fused graph":
         kernel, form = "fused_edited_projection", "graph"
     if kernel is None or form != "graph":

@@ -15,7 +15,7 @@ from bench.providers import compiled_name
 from bench.suites.draw import Planned
 
 NAMES = (
-    "decide", "gates", "projection", "attention", "fused", "layer", "step", "tenants", "swap", "capacity", "train", "export",
+    "decide", "gates", "projection", "attention", "fused", "gradients", "layer", "step", "tenants", "swap", "capacity", "train", "export",
     "overhead", "storage", "startup", "static", "serving",
 )  # fmt: skip
 COMPANY = ("cuda", "expert", "expert addmm")  # what a time is divided by, and ours

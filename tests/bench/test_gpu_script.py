@@ -21,8 +21,8 @@ STAGES = re.search(r'known="([\w ]+)"', SCRIPT)[1].split()
 TOOLS = ("bash", "grep", "dirname", "realpath", "head", "tail", "mkdir", "nproc", "timeout", "tee", "env", "cat", "ls", "true")
 PROGRAMS = "sweep dense", "sweep dense 160 edited_attention fused_edited_attention", "sweep", "example"
 SUITES = [
-    ["decide"], ["attention"], ["attention"], ["attention"], ["gates", "fused", "projection"], ["attention"], ["attention"], ["layer"], ["layer"],
-    ["step"], ["train"], ["attention", "layer"],
+    ["decide"], ["attention"], ["attention"], ["attention"], ["gates", "fused", "projection"], ["gradients"], ["attention"], ["attention"],
+    ["layer"], ["layer"], ["step"], ["train"], ["attention", "layer"],
 ]  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def test_limits_add_up():
             limits[name] *= len(values.split()) if f"${variable}" in name else 1
     report = int(re.search(r"timeout \$\(\((\d+) \* patience\)\) \S+ bench/report.py", SCRIPT)[1])
     assert sum(limits.values()) + report <= int(re.search(r"^budget=(\d+) ", SCRIPT, re.MULTILINE)[1]) <= 540
-    assert len(limits) == 19 and limits['"$tool"'] == 48
+    assert len(limits) == 20 and limits['"$tool"'] == 48
     assert f"granted=$(((budget - {report} - {limits['autotune']}) * patience))" in SCRIPT
     assert nsight.LIMIT < limits["nsight"], "it says itself that it took too long"
 

@@ -51,6 +51,7 @@ MUST_RUN = {
     "projection": {"reference", "reference fused", "eager", "compile", "expert"},
     "attention": {"reference", "eager", "compile", "expert", "sdpa flash", "sdpa math"},
     "fused": {"reference", "eager", "compile", "expert", "sdpa flash", "sdpa math"},
+    "gradients": {"reference", "eager", "expert"},
     "layer": {"reference", "expert addmm", "eager", "compile", "expert", "sdpa flash", "sdpa math", "diffusers"},
     "train": {"ours", "plain", "expert"},
     "export": {"torch", "torch, K and V", "onnxruntime", "onnxruntime, by layer"},

@@ -63,9 +63,12 @@ def test_the_doctor_tries_them():
 
 def test_benchmarks_admit_them(tmp_path):
     """In the run whose rows would hold times, their results pass the gate, in every suite of an operator and in each form."""
-    suites = ("gates", "projection", "attention", "fused", "layer")
+    suites = ("gates", "projection", "attention", "fused", "gradients", "layer")
     options = [*("--quick", "--dtype", "float16", "--out", str(tmp_path / "rows.jsonl")), *(f"--suite={suite}" for suite in suites)]
     ran = run("-c", f"{REGISTER}; import runpy, sys; sys.argv[1:] = {options}; runpy.run_path('bench/run.py', run_name='__main__')")
     assert ran.returncode == 0, ran.stderr
-    mine = {(row["suite"], row["provider"]): row["gate"] for row in rows.read(tmp_path / "rows.jsonl") if row["provider"].startswith("cuda")}
-    assert mine == dict.fromkeys([*((suite, "cuda") for suite in suites), ("projection", "cuda fused")], "passed")
+    mine = [row for row in rows.read(tmp_path / "rows.jsonl") if row["provider"].startswith("cuda")]
+    passed = {(row["suite"], row["provider"]) for row in mine if row["gate"] == "passed"}
+    assert passed == {*((suite, "cuda") for suite in suites), ("projection", "cuda fused")}
+    others = {(row["operator"], row["reason"]) for row in mine if row["gate"] != "passed"}
+    assert others == {(f"{name}_backward", "it has no kernels of these derivatives") for name in ("concept_gates", "edited_attention")}
