@@ -1,4 +1,4 @@
-"""Two commits of this repository beside each other: suites of bench/run.py, run in turn in a work tree of each.
+"""Compares two commits of this repository: suites of bench/run.py, run alternately in a work tree of each.
 
     python bench/compare.py main HEAD --suite attention --suite layer            # on a GPU: the shapes of real UNets
     python bench/compare.py HEAD~1 HEAD --suite gates --quick --repeats 3 -- --device cpu

@@ -1,4 +1,4 @@
-"""What the choices behind C = E[e eᵀ] cost, in units of the similarity c that a gate sees. Tables of docs/covariance.md.
+"""The effect of the choices behind C = E[e eᵀ] on the similarity c that a gate reads. Tables of docs/covariance.md.
 
     PYTHONPATH=.:python python bench/covariance.py                          # an untrained text encoder of width 64; 1 minute
     PYTHONPATH=.:python python bench/covariance.py --model PATH             # any diffusers folder
@@ -54,7 +54,7 @@ def encode(pipe, captions) -> list[torch.Tensor]:
 
 
 def table_of_counts(batches: list[torch.Tensor], raw: torch.Tensor) -> None:
-    """How far c moves between the C of the first n captions and the C of all."""
+    """The change of c between the C of the first n captions and the C of all."""
     targets, probes = draw(torch.cat(batches))
     truth = similarity(probes, targets, shrink(raw, 1e6)[0])
     print("\n1. Fewer captions\n      captions      rms c      max c   max gate   condition  shrinkage")
@@ -67,7 +67,7 @@ def table_of_counts(batches: list[torch.Tensor], raw: torch.Tensor) -> None:
 
 
 def table_of_limits(rows: torch.Tensor, raw: torch.Tensor) -> None:
-    """What rounding costs, and what shrinkage changes, under each limit of the condition number."""
+    """The errors by rounding and by shrinkage, for each limit of the condition number."""
     targets, probes = draw(rows)
     print(f"\n2. The limit of the condition number (here {condition_number(raw):.1e}); largest error of c")
     print("         limit  shrinkage  condition |  shrinking  i* in f16  e in f16  e in bf16  f32 inside")
@@ -88,7 +88,7 @@ def table_of_limits(rows: torch.Tensor, raw: torch.Tensor) -> None:
 
 
 def untrained():
-    """A CLIP text encoder with random weights, whose last layer norm has a scale and a bias as training leaves them."""
+    """A CLIP text encoder with random weights, whose last layer norm has a scale and a bias like a trained one's."""
     from tests.perfusion.tiny import tiny_sd
 
     pipe = tiny_sd(width=64)

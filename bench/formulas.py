@@ -40,7 +40,7 @@ def _plus_rank_one(base: Tensor, gates: Tensor, components: Tensor, index: Tenso
 
 
 def edited_attention(query, key, value, *edit_and_scale):
-    *edit, scale = edit_and_scale  # slots and regions, which may stand behind the edit, are not measured
+    *edit, scale = edit_and_scale  # slots and regions, which may follow the edit, are not measured
     key, value = _edited(key, value, edit)
     scores = torch.softmax(torch.einsum("bnhd,bthd->bhnt", query, key) * scale, -1)
     return torch.einsum("bhnt,bthd->bnhd", scores, value)

@@ -51,7 +51,7 @@ def overheads(operators: tuple[str, ...] = tuple(SCHEMAS), *, calls: int = 50, r
                 "empty_like": lambda: [torch.empty_like(first) for _ in range(results)],
             }
             best = dict.fromkeys(timed, math.inf)
-            for _ in range(rounds):  # in turn: a busy moment touches all
+            for _ in range(rounds):  # in turn: load affects all
                 for name, call in timed.items():
                     best[name] = min(best[name], _microseconds(call, calls))
         rows.append(

@@ -89,7 +89,7 @@ def rank1_edit_module() -> type:
     """perfusion-pytorch's layer; raises ImportError with the reason where it cannot be imported.
 
     Its package imports open_clip for a text encoder that is not used here, and with it torchvision; where only that is missing,
-    an empty class stands for the text encoder, and the layer is the library's own.
+    an empty class replaces the text encoder, and the layer is the library's own.
     """
     loaded = sys.modules.get("perfusion_pytorch.perfusion")
     if loaded is not None and hasattr(loaded, "Rank1EditModule"):

@@ -32,7 +32,7 @@ WITHOUT_DEPENDENT_LAUNCH = " without dependent launch"  # which the library read
 
 
 def ours(operator: str, arguments: Mapping[str, Tensor | None], form: str = "", **options) -> Iterator[Candidate]:
-    """One per backend; `form` stands behind its name, and what the environment leaves out of the compiled kernels."""
+    """One per backend; `form` is appended to its name, with the features of the compiled kernels that the environment disables."""
     device = next(tensor.device for tensor in arguments.values() if tensor is not None)
     for name in backend.ORDER:
         call = functools.partial(cases.PUBLIC[operator], **arguments, **options, backend=name, validate=False)

@@ -1,4 +1,4 @@
-"""How far apart the encodings lie that thresholds of recognition must tell apart. Table of docs/pipelines.md.
+"""Distances of the encodings that the thresholds of recognition must separate. Table of docs/pipelines.md.
 
     PYTHONPATH=.:python python bench/recognition.py perfusion-demo/*.safetensors --out bench/results/recognition.jsonl
 

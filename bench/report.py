@@ -4,8 +4,8 @@
     python bench/report.py --against plain bench/results/train.jsonl
     python bench/report.py --page docs/benchmarks.md                 # updates the page's tables
 
-A cell is the median, over rounds, of a candidate's time divided by the baseline's in the same round: below 1 is faster. A
-case that was measured twice counts as it was the last time. In a page, a table stands between the comments
+A cell is the median, over rounds, of a candidate's time divided by the baseline's in the same round: below 1 is faster. Of a
+case that was measured twice, the last measurement counts. In a page, a table is between the comments
 `<!-- rows: FILE, against PROVIDER -->` and `<!-- end of rows -->`.
 """
 
@@ -85,7 +85,7 @@ def _table(key: tuple[str, str, str], found: dict[tuple[str, str], dict], agains
     if suite == "decide":
         return _rates(device, list(found.values()))
     cases = list(dict.fromkeys(case for case, _ in found))
-    # never an empty column: who ran nowhere is named below
+    # no empty columns: candidates that ran nowhere are listed below
     ran = list(dict.fromkeys(name for (_, name), row in found.items() if row["gate"] == "passed"))
     what = "CPU ratios" if device == "cpu" else f"Ratios on one {device}, and the baseline's median in µs"
     lines = [f"**{suite}, {dtype}: {what}; time over that of `{against}`**", ""]
@@ -274,7 +274,7 @@ PLACE = re.compile(r"(<!-- rows: (?P<file>\S+), against (?P<against>[\w ,]+) -->
 
 
 def refreshed(page: str) -> str:
-    """A page with its tables made anew from the rows that it names."""
+    """A page with its tables regenerated from the rows that it names."""
     return PLACE.sub(lambda found: f"{found[1]}\n{tables(read(ROOT / found['file']), found['against'])}\n{found[4]}", page)
 
 

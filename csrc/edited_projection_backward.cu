@@ -60,7 +60,7 @@ perfusion_status check(const perfusion_edited_projection_backward_params& p, con
   return arguments.status;
 }
 
-// The launch for the sides of the edit whose derivatives are wanted: those of tables, or those of coefficients.
+// The launch for the sides of the edit whose derivatives are requested: those of tables, or those of coefficients.
 RankOneBackwardLaunch rank_one(const perfusion_edited_projection_backward_params& p, int32_t* errors, bool tables) {
   RankOneBackwardLaunch launch{p.T == 0 ? 0 : p.B, p.T, p.O, p.J, p.S, p.gradient, p.index, wide_rows(p.gradient, 3), errors, 0, {}};
   const RankOneSide sides[] = {

@@ -178,7 +178,7 @@ class ConceptBank:
         """Zeroes the concept's rows and frees its slot and name.
 
         An index tensor made before still names the slot, and then gives values that are not finite, or the
-        concept that took the slot: make it anew.
+        concept that took the slot: call `index` again.
         """
         slot = self.slot(concept)
         for table in self._tables().values():

@@ -34,7 +34,7 @@ def concept_gates(
         index [B, J]: int32, the bank slots a row uses, -1 for none. Any J, 0 included.
         bias, temperature [B, J]: β and τ per row and place; float32 or float64, both the same; not read
             where index is -1.
-        places [B, J] or [B, J, P]: int32, the text positions at which a concept's own word stands (several tokens or
+        places [B, J] or [B, J, P]: int32, the text positions of a concept's own word (several tokens or
             mentions: P > 1), -1 for none. At its own places a concept's gate is at least its floor; at those of another
             concept of the same row it is 0, unless the place is its own too. None: the published gates everywhere.
         floor [B, J]: the least gate at the own places, in 0 … 1; as bias. None: 0. Both are not read where index is -1.

@@ -62,7 +62,7 @@ def once(check: Callable[..., None]) -> Callable[..., None]:
 
 
 class Arguments:
-    """Checks one call's tensors in turn; shape letters keep the size of their first appearance.
+    """Checks one call's tensors in order; shape letters keep the size of their first appearance.
 
     The error names the operator, the argument, the rule and what came.
     """

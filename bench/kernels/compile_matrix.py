@@ -5,7 +5,7 @@
     PYTHONPATH=.:python python bench/kernels/compile_matrix.py --only edited   # operators with this in their name
 
 Operators are called at the shapes of Stable Diffusion 1.5 and XL, two rows of 77 tokens, with meta tensors; every kernel
-that they launch is compiled and disassembled. Rows are appended to --rows, one JSON object a line; cases that are there already
+that they launch is compiled and disassembled. Rows are appended to --rows, one JSON object a line; existing cases
 are not compiled again unless --anew is given. The table of all rows goes to --page. Nothing here is a time.
 """
 
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="operators whose names contain this")
     parser.add_argument("--architectures", default=",".join(TARGETS), help="some of: " + ",".join(TARGETS))
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--anew", action="store_true", help="forget the rows that are there")
+    parser.add_argument("--anew", action="store_true", help="discard existing rows")
     parser.add_argument("--rows", type=Path, default=ROOT / "bench/results/compile_matrix.jsonl")
     parser.add_argument("--page", type=Path, default=ROOT / "bench/results/compile_matrix.md")
     options = parser.parse_args()

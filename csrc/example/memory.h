@@ -8,7 +8,7 @@
 
 #if defined(PERFUSION_HOST)
 
-// By operator new, whose exact end AddressSanitizer checks; it aligns to 16 bytes.
+// Allocated by operator new, because AddressSanitizer checks its exact end; it aligns to 16 bytes.
 inline void *allocate(size_t bytes) { return ::operator new[](bytes); }
 inline void free_device(void *device) { ::operator delete[](device); }
 inline void copy_to_device(void *device, const void *host, size_t bytes) {

@@ -24,7 +24,7 @@ struct Fiber {
   void* sanitizer_fiber = nullptr;  // ThreadSanitizer's, to which a fiber is a thread
 };
 
-void become(Fiber& fiber);  // makes `fiber` stand for the calling thread
+void become(Fiber& fiber);  // makes `fiber` represent the calling thread
 // A fiber that starts in `entry` on this OS thread's stack number `stack`. `entry` must call arrived first.
 void prepare(Fiber& fiber, size_t stack, void (*entry)());
 void switch_fiber(Fiber& from, Fiber& to, bool last);  // last: `from` is not resumed

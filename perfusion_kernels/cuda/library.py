@@ -25,8 +25,8 @@ def compiled_kernels() -> dict:
     architectures: "sm_80" for machine code, "compute_80" for PTX. cuda, torch: the versions that it was compiled with; sources:
     a digest of the compiled sources. kernels: one dict for each kernel and architecture: kernel, dtype and architecture; tile, its
     template arguments, as "head_dim 40, keys 80"; registers per thread; bytes of spills, stack, static_shared_memory, and
-    dynamic_shared_memory of a launch without an edit, None where that depends on J. If the library cannot be loaded, `reason` stands
-    in place of kernels. If nothing was compiled, the dict has `reason` only.
+    dynamic_shared_memory of a launch without an edit, None where that depends on J. If the library cannot be loaded, it has
+    `reason` in place of kernels. If nothing was compiled, the dict has `reason` only.
     """
     found = note()
     if "reason" in found:

@@ -5,7 +5,7 @@ gate is sigmoid((c_j(e) - β_j) / τ_j). The components a(e), by which e - Σ_k 
 to every concept of the row, solve R a = c(e) with R_jk = c_j(i*_k). This is (A C⁻¹ Aᵀ) a = A C⁻¹ e with each
 row divided by its energy, so no scale of a row of metric_targets matters.
 
-Gates by word: where `places` says at which positions concept j's own words stand, its gate there is at least floor_j; at the
+Gates by word: with `places`, the positions of each concept's own words, the gate of concept j there is at least floor_j; at the
 words of another concept of the row it is 0. Components stay as they are.
 """
 
@@ -55,7 +55,7 @@ def by_word(gates: Tensor, present: Tensor, places: Tensor | None, floor: Tensor
 
 
 def words(places: Tensor, present: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """Where a concept's own words stand, and where those of other concepts of its row do, both [B, J, T].
+    """Masks of a concept's own words, and of those of other concepts of its row, both [B, J, T].
 
     places [B, J, P]: positions, -1 for none; present [B, J]: the places of absent concepts are not read.
     """

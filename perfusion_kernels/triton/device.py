@@ -38,7 +38,7 @@ def not_preferred(*arguments) -> str | None:
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 rounded to nearest even in `dtype`. The interpreter truncates to bfloat16 (3.9 too), so there the bits are rounded with integer arithmetic."""
+    """float32 rounded to nearest even in `dtype`. The interpreter truncates to bfloat16 (3.9 too), so it gets integer arithmetic."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
