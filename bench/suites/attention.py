@@ -1,4 +1,4 @@
-"""`edited_attention`: the core of one layer, of keys and values that are edited already (J = 0), or on the way."""
+"""`edited_attention`: the core of one layer, with keys and values that are edited already (J = 0), or in the call."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -34,7 +34,7 @@ def problems(options: Options) -> Iterator[Problem]:
 
 
 def on_gpu(name: str, options: Options, make: Callable[[], Callable[[], object]], **more) -> Candidate:
-    """A candidate of the microbenchmarks; `make` gives its call, once it is known that there can be one."""
+    """A candidate of the microbenchmarks; `make` gives its call, once it is known to be possible."""
     if options.device.type != "cuda":
         return Candidate(name, None, "the microbenchmarks need a GPU")
     try:
@@ -94,7 +94,7 @@ def product(options: Options) -> Problem:
 
 
 def read(mebibytes: int, options: Options) -> Problem:
-    """All words of a buffer, added modulo 2^32, again and again; torch's sum reads it once."""
+    """All words of a buffer, summed modulo 2^32, repeatedly; torch's sum reads it once."""
     repeats = 1 if options.quick else max(1, READ // mebibytes)
     draw = torch.Generator(options.device).manual_seed(0)
     words = torch.randint(-(2**31), 2**31, (mebibytes * MEBIBYTE // 4,), dtype=torch.int32, generator=draw, device=options.device)
@@ -158,7 +158,7 @@ def launches(options: Options) -> Problem:
         return lambda: launch("launch_once", number, programmatic)
 
     def counted(call: Callable[[], object], calls: int) -> Tensor:
-        """1 if the number is what so many calls make of 0."""
+        """1 if the counter equals the number of calls."""
         call()  # a graph is captured, which takes calls of its own
         number.zero_()
         call()

@@ -1,4 +1,4 @@
-"""`fused_edited_attention`: the core of one layer, of encodings that change at every step, projected and edited on the way."""
+"""`fused_edited_attention`: the core of one layer, for encodings that change at every step, projected and edited in the call."""
 
 from collections.abc import Iterator
 

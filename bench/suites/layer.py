@@ -1,4 +1,4 @@
-"""`cross_attention_layer`: to_q to residual, of the keys and values of a prompt; diffusers' with its projections of the text."""
+"""`cross_attention_layer`: to_q to residual, for stored keys and values of a prompt; diffusers' block also projects the text."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -41,7 +41,7 @@ def _problem(name: str, options: Options, layer: Layer, B: int, D: int) -> Probl
 
 
 def diffusers(one: cases.Case) -> Candidate:
-    """The block that the pipeline has, which projects the text to K and V at every step."""
+    """The pipeline's own block, which projects the text to K and V at every step."""
     try:
         from diffusers.models.attention_processor import Attention
     except ImportError as error:

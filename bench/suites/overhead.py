@@ -1,4 +1,4 @@
-"""What one eager call costs beside the work (bench/overhead.py), as rows. Nothing is computed, so there is no result to check."""
+"""Overhead of one eager call (bench/overhead.py), as rows. Nothing is computed, so there is no result to check."""
 
 from collections.abc import Iterator
 from typing import Any

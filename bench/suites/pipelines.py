@@ -1,7 +1,7 @@
 """What the suites of whole UNets share: pipelines at the shapes of real ones, a call that makes one step, and rows of what was timed.
 
 Weights are random. Latents are small, so that the text is a larger part of the work than at full size: what personalisation
-costs or saves shows larger than it would there.
+costs or saves appears larger than there.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ TINY = Model(tiny_sd, 8, 0.0, "a tiny one")
 
 
 def free_memory() -> float:
-    """Bytes that can be had; infinite where the system does not say."""
+    """Bytes available; infinite where the system does not report them."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -146,7 +146,7 @@ def tried(steps: dict[str, Callable[[], Tensor]], absent: dict[str, str]) -> dic
 def common(
     suite: str, case: str, base: Base | None, options: Options, dtype: torch.dtype = torch.float32, **shapes: Any
 ) -> dict[str, Any]:  # fmt: skip
-    """What every row of a case says."""
+    """The fields that all rows of a case share."""
     if base is not None:
         shapes = dict(D=base.encoding_dim, O=base.outputs, layers=len(base.layers), **shapes)
     return {
@@ -175,7 +175,7 @@ def _in_a_row(call: Callable[[], Any], count: int) -> None:
 def told(
     shared: dict[str, Any], times: dict[str, Times], absent: dict[str, str], options: Options, more: dict[str, dict[str, Any]] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """A row for each that was timed, and one for each that was not, with the reason. more: provider -> further fields."""
+    """A row for each that was timed, and for each that was not one with the reason. more: provider -> further fields."""
     more = more or {}
     on_gpu = options.device.type == "cuda"
     for provider in times:

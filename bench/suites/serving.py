@@ -1,4 +1,4 @@
-"""What a server's simulation needs to know of one model: a step by the number of its rows, every row with a concept of its own.
+"""Inputs of the simulation of a server, for one model: a step by the number of its rows, every row with a concept of its own.
 
 Cases: a step of 1 to 64 rows; per picture, its text and its decoding; a concept read from its file until it can be drawn with, and one
 that was read before. The gate: the batch's rows are those that each row gives alone. `bench/serve_sim.py` reads the rows.

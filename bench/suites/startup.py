@@ -1,4 +1,4 @@
-"""What a fresh process costs until it can be used: processor time and peak memory of imports and commands, beside `import torch`.
+"""The cost of a fresh process until it can be used: processor time and peak memory of imports and commands, beside `import torch`.
 
 A sample is a process, timed by the processor's time that it took, which others on the machine do not lengthen as they do a wait. Only
 ratios mean anything, as everywhere on a CPU.
@@ -30,7 +30,7 @@ PEAK = "print('peak', *(line.split()[1] for line in open('/proc/self/status') if
 
 
 def children() -> float:
-    """Seconds of processor that processes took which this one has started and waited for."""
+    """CPU seconds of child processes that this one has waited for."""
     times = os.times()
     return times.children_user + times.children_system
 

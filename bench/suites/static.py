@@ -1,4 +1,4 @@
-"""What needs no clock: operator launches of a step, and the memory of a concept and of a prompt's slot.
+"""What is counted instead of timed: operator launches of a step, and the memory of a concept and of a prompt's slot.
 
 Launches, by torch's profiler on a CPU: operators that start a kernel, so all but views, allocations and what only calls others. Their
 number depends on a UNet's blocks and not on its widths, so SD 1.5's and XL's have their blocks at a tenth of the width. One concept
@@ -50,7 +50,7 @@ def launches(step: Callable[[], Any]) -> int:
 
 
 def _kernels(event: Any) -> int:
-    """An operator that calls none which starts a kernel starts one itself."""
+    """An operator starts a kernel if none that it calls does."""
     below = sum(_kernels(child) for child in event.cpu_children if "::" in child.name)
     name = event.name.split("::")[-1]
     return below or int(name not in FREE and not name.startswith("empty"))

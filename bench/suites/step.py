@@ -10,8 +10,8 @@ Diffusion 1.5's and XL's shapes with random weights at small latents; with --qui
     expert, gated edit, perfusion-pytorch, LoRA, LoRA fused          see bench/peers.py
     ... compiled         after torch.compile of the whole UNet, of toybox and with --quick alone: it takes minutes elsewhere
 
-All in the dtype of --dtype, float32 on a CPU. Checked: attached has the stock step's bits. The edited row of perfusion, hooks, expert,
-gated edit and perfusion-pytorch is the same within the roundings of that; a fused LoRA agrees with the unfused one. The row of
+All in the dtype of --dtype, float32 on a CPU. Checked: attached is bit-equal to the stock step. The edited row of perfusion, hooks, expert,
+gated edit and perfusion-pytorch is the same up to rounding; a fused LoRA agrees with the unfused one. The row of
 perfusion names the operators of ours that ran, with their backend.
 """
 

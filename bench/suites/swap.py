@@ -1,6 +1,6 @@
 """How long another subject takes until a step with it can begin, against a step, and against loading a LoRA.
 
-    step                          one step of the stock UNet, two rows: what the others are told in
+    step                          one step of the stock UNet, two rows: the unit of the others
     perfusion, from memory        unload, load, encode the prompt, keys and values of all layers
     perfusion, from its file      the same, and the file is read and checked
     LoRA, load                    diffusers' unload_lora_weights and load_lora_weights
