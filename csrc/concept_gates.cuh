@@ -217,23 +217,21 @@ concept_gates_kernel(PERFUSION_CONSTANT ConceptGatesLaunch launch) {
       c[j] /= system[j * J + j];
       store_component(t, j, c[j]);
     }
-    return;
-  }
-
-  // one warp per token: forward, then backward substitution, lanes over the rows that a solved entry updates
-  for (int t = warp(); t < tokens_of_block && first + t < T; t += Products::warps) {
-    const auto c = columns + t * J;
-    for (int k = 0; k < J; ++k) {
-      for (int j = k + 1 + lane(); j < J; j += 32) c[j] -= system[j * J + k] * c[k];
-      warp_barrier();
+  } else {  // one warp per token: forward, then backward substitution, lanes over the rows that a solved entry updates
+    for (int t = warp(); t < tokens_of_block && first + t < T; t += Products::warps) {
+      const auto c = columns + t * J;
+      for (int k = 0; k < J; ++k) {
+        for (int j = k + 1 + lane(); j < J; j += 32) c[j] -= system[j * J + k] * c[k];
+        warp_barrier();
+      }
+      for (int k = J - 1; k >= 0; --k) {
+        if (lane() == 0) c[k] /= system[k * J + k];
+        warp_barrier();
+        for (int j = lane(); j < k; j += 32) c[j] -= system[j * J + k] * c[k];
+        warp_barrier();
+      }
+      for (int j = lane(); j < J; j += 32) store_component(t, j, c[j]);
     }
-    for (int k = J - 1; k >= 0; --k) {
-      if (lane() == 0) c[k] /= system[k * J + k];
-      warp_barrier();
-      for (int j = lane(); j < k; j += 32) c[j] -= system[j * J + k] * c[k];
-      warp_barrier();
-    }
-    for (int j = lane(); j < J; j += 32) store_component(t, j, c[j]);
   }
 }
 

@@ -129,3 +129,11 @@ def test_importing_loads_no_more_than_it_must(code, absent):
     )
     assert (loaded.returncode, loaded.stderr) == (0, "")
     assert not absent & set(loaded.stdout.split())
+
+
+def test_no_source_uses_managed_memory():
+    """What a kernel reads or flags must not migrate between host and device while others use it."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".cpp", ".h")]
+    assert len(sources) > 30
+    wrong = [path for path in sources if re.search(r"cudaMallocManaged|__managed__|cudaMemPrefetch", path.read_text(encoding="utf-8"))]
+    assert not wrong

@@ -87,6 +87,20 @@ def test_the_page_shows_every_kernel(compiled):
         assert f"\n## {operator}\n" in page
 
 
+def test_the_committed_table_is_of_these_kernels(compiled):
+    """What was compiled here is what the page says, if by the same Triton. The remedy: bench/kernels/compile_matrix.py --anew."""
+    rows, *_ = compiled
+    names = ("operator", "head_dim", "J", "dtype", "architecture", "triton", "kernel")
+
+    def by_name(found):
+        return {tuple(row[name] for name in names): row for row in found if row["kernel"] != "unsupported"}
+
+    committed = by_name(json.loads(line) for line in (ROOT / "bench/results/compile_matrix.jsonl").read_text().splitlines())
+    if not {row["triton"] for row in rows} <= {row["triton"] for row in committed.values()}:
+        return
+    assert {key: committed.get(key) for key in by_name(rows)} == by_name(rows)
+
+
 ROWS_AND_SLICES = """
 import warnings
 import torch, compile_matrix
