@@ -4,7 +4,7 @@
 #   bench/gpu.sh [FOLDER]                  writes log.txt, rows.jsonl and report.md there, by default into build/gpu
 #   STAGES="decide core" bench/gpu.sh      some stages; each is of use alone
 #   PYTHON=.venv/bin/python                which Python: one with a CUDA build of torch from 2.10 on
-#   WHEELS=FOLDER                          wheels that it lacks (diffusers, pytest, cmake, ninja, setuptools from 77 on, ...), put beside it
+#   WHEELS=FOLDER                          wheels that it lacks, put beside it; docs/benchmarks.md has the command that downloads them
 #   PATIENCE=3                             all limits, and the budget, times as much
 #   DEVICE=cpu QUICK=1                     a rehearsal: small shapes, no GPU
 #   STAGES=autotune bench/gpu.sh           goes on with max-autotune where a call with the same FOLDER was stopped
@@ -46,7 +46,7 @@ gpu=$(nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader 2> /dev/null
 mkdir -p "$out" "$scratch"
 export PYTHONPATH=$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}
 if [[ -n ${WHEELS:-} ]]; then
-  "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$scratch/site" "$WHEELS"/*.whl > "$scratch/wheels.log" 2>&1 ||
+  "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$scratch/site" "$WHEELS"/*.whl > "$scratch/wheels.log" 2>&1 ||
     refuse "the wheels in $WHEELS cannot be installed: $(tail -n 1 "$scratch/wheels.log")"
   export PYTHONPATH=$PWD:$PWD/python:$scratch/site${PYTHONPATH#"$PWD:$PWD/python"} PATH=$scratch/site/bin:$PATH
 fi

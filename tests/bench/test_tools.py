@@ -16,6 +16,7 @@ from bench.chips import CHIPS
 from bench.predictions import tables as prediction_tables
 from bench.regression.__main__ import compared, ratios
 from bench.report import tables
+from bench.suites import gradients
 
 pytestmark = pytest.mark.bench
 
@@ -68,8 +69,19 @@ def test_a_measured_kernel_stands_beside_its_prediction():
     changes = ({"provider": "cuda"}, {"provider": "expert graph"}, {"device": "cpu"}, {"shapes": {**shapes, "J": 3}}, {"shapes": {}})
     assert all(predictions.of({**row, **change}) is None for change in changes)
     assert predictions.of({**row, "device": "NVIDIA A100-SXM4-40GB"})["chip"] == "A100"
+    of_derivatives = {**row, "suite": "gradients", "operator": "edited_attention_backward", "provider": "triton graph"}
+    assert predictions.of(of_derivatives)["kernel"] == "edited_attention_backward" and predictions.of({**of_derivatives, "provider": "cuda graph"}) is None
     page = tables([{**row, "dtype": "bfloat16", "median_us": 2 * expected["microseconds"], "ratios": {}}], "expert")
     assert "| attention, c | cuda graph |" in page and "| 2.00 |" in page
+
+
+def test_what_is_predicted_is_measured_by_the_first_run():
+    """Each kernel of each backend, by a suite of bench/gpu.sh, at two rows."""
+    asked = set(re.findall(r"--suite (\w+)", (ROOT / "bench/gpu.sh").read_text()))
+    suites = {*(suite for suite in predictions.KERNELS if suite in asked), *(["gradients"] if "gradients" in asked else [])}
+    measured = {predictions.KERNELS[suite] for suite in suites - {"gradients"}} | {"fused_edited_projection"}
+    measured |= {f"{name}_backward" for name in gradients.NEEDED} if "gradients" in suites else set()
+    assert {each["kernel"] for each in predictions.read("H100") if each["rows"] == 2} == measured
 
 
 def test_a_chip_is_known_by_its_whole_name():
