@@ -22,6 +22,7 @@ from bench.predictions import cuda
 from bench.predictions.assumptions import DEPENDENT_LOAD, L2_LOAD, LIBRARY, PRODUCTS, REACHED, TRITON, TRITON_INSTRUCTIONS
 from bench.predictions.row import row
 from perfusion_kernels.triton import concept_gates, edited_attention, fused_edited_attention, rank_one, waves
+from perfusion_kernels.triton import concept_gates_backward as gates_backward
 from perfusion_kernels.triton import edited_attention_backward as attention_backward
 from perfusion_kernels.triton import fused_edited_projection as fused_projection
 from perfusion_kernels.triton.attention_tiles import padded, pieces
@@ -211,24 +212,24 @@ def _longest(times: dict[str, float], what: str) -> dict[str, float]:
 def gates(chip: str, D: int, B: int) -> dict:
     """`concept_gates` of one concept a row: programs of a few tokens, which wait for the loads of each step over D."""
     one, work = CHIPS[chip], roofline.concept_gates(B=B, T=T, D=D, J=1)
-    programs, latency = _steps(D, B)
+    programs, latency = _steps(D, B, concept_gates.STAGES)
     times = {"latency": latency, "DRAM": work.bytes / one.dram / TRITON}
     return row("triton", "concept_gates", chip, dict(D=D, J=1, rows=B, blocks=programs), [times], work)
 
 
-def _steps(D: int, B: int) -> tuple[int, float]:
+def _steps(D: int, B: int, stages: int) -> tuple[int, float]:
     """Programs, all of them resident, and seconds of the loop over D of each, whose loads are in flight for all stages but one."""
-    tiles, in_flight = concept_gates.tiles(1)[0], concept_gates.STAGES.value - 1
-    return -(-T // tiles["BLOCK_T"]) * B, (-(-D // tiles["BLOCK_D"]) / in_flight + 1) * DEPENDENT_LOAD
+    tiles = concept_gates.tiles(1)[0]
+    return -(-T // tiles["BLOCK_T"]) * B, (-(-D // tiles["BLOCK_D"]) / (stages - 1) + 1) * DEPENDENT_LOAD
 
 
 def gradients_of_gates(chip: str, D: int, B: int) -> dict:
     """Sums and solves again and de by token, then the tables' gradients by concept, then those of shared slots."""
     one, work = CHIPS[chip], roofline.concept_gates_backward(B=B, T=T, D=D, J=1)
-    programs, latency = _steps(D, B)
+    programs, latency = _steps(D, B, gates_backward.STAGES)
     tokens = -(-T // concept_gates.tiles(1)[0]["BLOCK_T"]) * DEPENDENT_LOAD
     by_concept = tokens + work.bytes / one.dram / TRITON
-    launches = [{"by token": 2 * latency}, {"by concept": by_concept}, {"by slot": DEPENDENT_LOAD}, *[SMALL] * 4]
+    launches = [{"by token": latency + -(-D // 32) * L2_LOAD}, {"by concept": by_concept}, {"by slot": DEPENDENT_LOAD}, *[SMALL] * 4]
     return row("triton", "concept_gates_backward", chip, dict(D=D, J=1, rows=B, blocks=programs), launches, work)
 
 

@@ -19,8 +19,8 @@ from .tuning import launch
 
 IN_REGISTERS = 8  # places
 
-STAGES = tl.constexpr(4)
-"""Steps over D in flight, plus one: a step's sums take far less time than its loads, which would follow each other otherwise."""
+STAGES = 4
+"""Steps over D whose loads are in flight, plus one: the sums of a step take far less time than its loads."""
 
 SMALL = ["index", "bias", "temperature"]
 """Not specialised on 16-byte alignment, so that slices of a batch do not recompile."""
@@ -64,7 +64,7 @@ def concept_gates(
 
         def run(shape):
             grid = (triton.cdiv(T, shape["BLOCK_T"]), B)
-            _concept_gates[grid](gates, components, *arguments, J=J, PLACES=PLACES, **shape)
+            _concept_gates[grid](gates, components, *arguments, J=J, PLACES=PLACES, STAGES=STAGES, **shape)
 
         launch("concept_gates", (T, D, J, encodings.dtype), encodings.device, tiles(J), run)
     return gates, components
@@ -93,7 +93,7 @@ def divided(x, y):
 @triton.jit
 def similarities(
     encodings, targets, metric_targets, t, slots, T, D, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d,
-    PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """c [BLOCK_T, PLACES] of tokens t, R [PLACES, PLACES] and ε [PLACES]; an empty place has 0, the identity's row and 1."""
     present = slots >= 0
@@ -137,7 +137,7 @@ def _concept_gates(
     gates, components, encodings, targets, metric_targets, index, bias, temperature, places, floor, errors, T, D, S, P,
     encodings_b, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, index_b, index_j,
     bias_b, bias_j, temperature_b, temperature_j, places_b, places_j, places_p, floor_b, floor_j,
-    J: tl.constexpr, PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    J: tl.constexpr, PLACES: tl.constexpr, STAGES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """gates, components [B, T, J] of BLOCK_T tokens of row b."""
     b = tl.program_id(1).to(tl.int64)
@@ -150,7 +150,7 @@ def _concept_gates(
     if tl.max(slots, 0) >= 0:
         c, system, energies = similarities(
             encodings + b * encodings_b, targets, metric_targets, t, slots, T, D,
-            encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, PLACES, BLOCK_T, BLOCK_D,
+            encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, PLACES, BLOCK_T, BLOCK_D, STAGES,
         )  # fmt: skip
         beta = tl.load(bias + b * bias_b + j * bias_j, mask=present, other=0.0)
         tau = tl.load(temperature + b * temperature_b + j * temperature_j, mask=present, other=1.0)
@@ -183,7 +183,8 @@ def _beyond_registers(*arguments) -> tuple[Tensor, Tensor]:
 
         def run(tiles):
             grid = (triton.cdiv(T + J, tiles["BLOCK_T"]), triton.cdiv(J, IN_REGISTERS), B)
-            _products[grid](products, *tables, words(encodings.device), T, D, J, len(targets), *strides, PLACES=IN_REGISTERS, **tiles)
+            arguments = (products, *tables, words(encodings.device), T, D, J, len(targets), *strides)
+            _products[grid](*arguments, PLACES=IN_REGISTERS, STAGES=STAGES, **tiles)
 
         launch("concept_gates_products", (T, D, J, encodings.dtype), encodings.device, TILES, run)
     energies = torch.where(present, products[..., T:].diagonal(dim1=1, dim2=2), 1)
@@ -200,7 +201,7 @@ def _beyond_registers(*arguments) -> tuple[Tensor, Tensor]:
 def _products(
     products, encodings, targets, metric_targets, index, errors, T, D, J, S,
     encodings_b, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, index_b, index_j,
-    PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    PLACES: tl.constexpr, STAGES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """products[b, j, x] = m_j · e_x for the T tokens, then m_j · i*_k for the J places; 0 for an empty one."""
     b = tl.program_id(2).to(tl.int64)

@@ -18,6 +18,8 @@ from .device import rounded, slots_at
 from .rank_one import sum_by_slot
 from .tuning import launch
 
+STAGES = 2  # of `similarities`; more of them spill on compute capability 10.0
+
 
 def unsupported_backward(gates_gradient: Tensor, components_gradient: Tensor, *arguments) -> str | None:
     *_, index, _, _, places, _, needs = arguments
@@ -49,7 +51,7 @@ def concept_gates_backward(gates_gradient: Tensor, components_gradient: Tensor, 
         strides = (n for x in (*gradients, *arguments) for n in x.stride())
         _by_token[(blocks, B)](
             by_encodings, by_products, by_gram, by_gate, *gradients, *arguments, words(encodings.device), B, T, D, len(targets), *strides,
-            J=J, PLACES=places, ENCODINGS=ENCODINGS, **shape,
+            J=J, PLACES=places, ENCODINGS=ENCODINGS, STAGES=STAGES, **shape,
         )  # fmt: skip
 
     launch("concept_gates_by_token", (T, D, J, encodings.dtype, ENCODINGS), encodings.device, tiles(J), run)
@@ -79,7 +81,7 @@ def _by_token(
     dg_b, dg_t, dg_j, da_b, da_t, da_j,
     encodings_b, encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, index_b, index_j,
     bias_b, bias_j, temperature_b, temperature_j,
-    J: tl.constexpr, PLACES: tl.constexpr, ENCODINGS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    J: tl.constexpr, PLACES: tl.constexpr, ENCODINGS: tl.constexpr, STAGES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Of BLOCK_T tokens of row b: by_encodings = Σ_j m_j dc_j / ε_j, by_products = dc / ε, and their parts of the sums
     by_gram[block, b, j, k] = dR_jk / ε_j, with dε_j on the diagonal, and by_gate[block, 0 and 1, b, j] = dβ_j and dτ_j.
@@ -98,7 +100,7 @@ def _by_token(
     if tl.max(slots, 0) >= 0:
         c, system, energies = similarities(
             encodings + b * encodings_b, targets, metric_targets, t, slots, T, D,
-            encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, PLACES, BLOCK_T, BLOCK_D,
+            encodings_t, encodings_d, targets_s, targets_d, metric_s, metric_d, PLACES, BLOCK_T, BLOCK_D, STAGES,
         )  # fmt: skip
         beta = tl.load(bias + b * bias_b + j * bias_j, mask=present, other=0.0)
         tau = tl.load(temperature + b * temperature_b + j * temperature_j, mask=present, other=1.0)
