@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.kernels import nvcc_matrix
+from bench.kernels import attention_before_after, nvcc_matrix, tile_instructions
 
 from .test_torch_library import compiled  # noqa: F401, a fixture
 
@@ -89,6 +89,15 @@ def test_the_committed_table_is_of_these_kernels(kernels, compiled):  # noqa: F8
     assert sorted(rows) == sorted({kernel.name for kernel in kernels})
     if compiled[1]["cuda"] == release:
         assert {(k.name, k.arch): rows[k.name].get(k.arch) for k in kernels} == {(k.name, k.arch): k.registers for k in kernels}
+
+
+def test_the_committed_instructions_are_of_these_sources(compiled):  # noqa: F811
+    """Of the loop over tiles, one head width, with the same nvcc. The remedy: attention_before_after.py."""
+    page = attention_before_after.PAGE.read_text(encoding="utf-8")
+    lines = ["| now | " + " | ".join(map(str, row)) + " |" for row in tile_instructions.rows(nvcc_matrix.ROOT / "csrc", "90", [64])]
+    assert len(lines) == 2
+    if compiled[1]["cuda"] == nvcc_matrix.committed()[0]:
+        assert all(line in page.replace(",", "") for line in lines), lines
 
 
 def test_gates_of_few_places_take_fewer_than_128_registers():
