@@ -67,8 +67,8 @@ class Plan:
         """How many heads' K and V each block loads."""
         return [(end - 1) // self.of_head - first // self.of_head + 1 for first, end in self.ranges()]
 
-    def busiest(self) -> tuple[int, int]:
-        """Tiles, and heads whose K and V are loaded, of the busiest multiprocessor; blocks are assigned round-robin."""
+    def most_loaded(self) -> tuple[int, int]:
+        """Tiles, and heads whose K and V are loaded, of the most loaded multiprocessor; blocks are assigned round-robin."""
         number = CHIPS[self.chip].multiprocessors
         tiles, loads = [0] * number, [0] * number
         for block, ((first, end), loaded) in enumerate(zip(self.ranges(), self.loads())):
@@ -77,8 +77,8 @@ class Plan:
         return max(tiles), max(loads)
 
     def fill(self) -> float:
-        """Mean work of a multiprocessor over that of the busiest."""
-        return self.tiles / CHIPS[self.chip].multiprocessors / self.busiest()[0]
+        """Mean work of a multiprocessor over that of the most loaded."""
+        return self.tiles / CHIPS[self.chip].multiprocessors / self.most_loaded()[0]
 
     @property
     def rounds(self) -> int:
@@ -110,12 +110,12 @@ class Plan:
         chip, layer = CHIPS[self.chip], self.layer
         head = 2 * 2 * T * layer.d + self.J * (2 * 2 * 2 * layer.d + 2 * 4 * T)  # K and V; tables and coefficients
         requested = 2 * 2 * self.rows * layer.N * layer.C + sum(self.loads()) * head
-        found = {name: self.busiest()[0] * cycles / chip.clock for name, cycles in self.cycles().items()}
+        found = {name: self.most_loaded()[0] * cycles / chip.clock for name, cycles in self.cycles().items()}
         return {**found, "L2": requested / chip.l2, "DRAM": self.work.bytes / chip.dram}
 
     def edit_seconds(self) -> float:
         """Of the edit, during which a block has no tile yet: that of the slot's index before its tables, and the instructions."""
-        return DEPENDENT_LOAD + self.busiest()[1] * self.edit_cycles() / CHIPS[self.chip].clock if self.J else 0.0
+        return DEPENDENT_LOAD + self.most_loaded()[1] * self.edit_cycles() / CHIPS[self.chip].clock if self.J else 0.0
 
     def seconds(self) -> float:
         return max(self.times().values()) / REACHED + self.edit_seconds() + LATENCY

@@ -50,14 +50,14 @@ def projections(host, chip: str, unet: str, B: int) -> Iterator[dict]:
     made = _planned(host, chip, "edited_projection", B=B, T=T, D=D, O=O)
     tiles = made["row_tiles"] * made["column_tiles"]
     work = roofline.edited_projection(B=B, T=T, D=D, O=O, J=1)
-    of_busiest, elements = -(-tiles // one.multiprocessors), made["rows"] * made["columns"]
+    most, elements = -(-tiles // one.multiprocessors), made["rows"] * made["columns"]
     edit = elements * 5 / 128  # cycles: three instructions of the edit, two conversions
     times = {
-        "tensor cores": of_busiest * (elements * D / (PRODUCTS * one.tensor) + edit) / one.clock,
+        "tensor cores": most * (elements * D / (PRODUCTS * one.tensor) + edit) / one.clock,
         "DRAM": work.bytes / one.dram / REACHED,
         "L2": 2 * D * tiles * (made["rows"] + made["columns"]) / one.l2 / REACHED,
     }
-    facts = dict(D=D, O=O, J=1, rows=B, tile_rows=made["rows"], blocks=tiles, fill=round(tiles / one.multiprocessors / of_busiest, 3))
+    facts = dict(D=D, O=O, J=1, rows=B, tile_rows=made["rows"], blocks=tiles, fill=round(tiles / one.multiprocessors / most, 3))
     for kernel in ("edited_projection", "fused_edited_projection"):
         yield row("cuda", kernel, chip, facts, [times], work)
 
@@ -67,12 +67,12 @@ def fused(host, chip: str, layer: roofline.Layer, D: int, B: int) -> dict:
     one, sizes = CHIPS[chip], dict(T=T, H=layer.H, d=layer.d)
     made = _planned(host, chip, "fused_edited_attention", B=B, N=layer.N, D=D, **sizes)
     blocks = B * layer.H * made["splits"]
-    of_busiest, padded = -(-blocks // one.multiprocessors), -(-layer.d // 16) * 16
+    most, padded = -(-blocks // one.multiprocessors), -(-layer.d // 16) * 16
     attention = Plan(chip, layer, B, made["warps"], 1, made["stages"], made["splits"], blocks, 1, made["bytes"], J=1)
     work = roofline.fused_edited_attention(B=B, N=layer.N, D=D, J=1, **sizes)
-    tiles = max(attention.cycles().values()) * attention.busiest()[0]
+    tiles = max(attention.cycles().values()) * attention.most_loaded()[0]
     times = {
-        "tensor cores": (of_busiest * 2 * KEYS * padded * D / (PRODUCTS * one.tensor) + tiles) / one.clock,
+        "tensor cores": (most * 2 * KEYS * padded * D / (PRODUCTS * one.tensor) + tiles) / one.clock,
         "DRAM": work.bytes / one.dram / REACHED,
     }
     facts = dict(N=layer.N, H=layer.H, d=layer.d, D=D, J=1, rows=B, blocks=blocks, splits=made["splits"], fill=round(attention.fill(), 3))

@@ -113,14 +113,14 @@ class Attention:
         return -(-self.programs // (self.resident * CHIPS[self.chip].multiprocessors))
 
     @property
-    def of_busiest(self) -> int:
-        """Programs of the busiest multiprocessor."""
+    def most_programs(self) -> int:
+        """Programs of the most loaded multiprocessor."""
         return -(-self.programs // CHIPS[self.chip].multiprocessors)
 
     def fill(self) -> float:
-        """Mean work of a multiprocessor over that of the busiest."""
+        """Mean work of a multiprocessor over that of the most loaded."""
         count = -(-self.layer.N // self.tiles["BLOCK_N"])
-        return count * self.rows * self.layer.H / CHIPS[self.chip].multiprocessors / (self.of_busiest * self.shared[1])
+        return count * self.rows * self.layer.H / CHIPS[self.chip].multiprocessors / (self.most_programs * self.shared[1])
 
     def cycles(self) -> dict[str, float]:
         """Of a multiprocessor for one tile, by resource. From 9.0 on, products of 64 rows and more are of a whole warpgroup, at the full
@@ -141,7 +141,7 @@ class Attention:
         """Seconds, by resource, of all but the edit."""
         one, layer = CHIPS[self.chip], self.layer
         moved = 2 * 2 * self.rows * layer.N * layer.C + self.programs * 2 * 2 * T * layer.d
-        found = {name: self.of_busiest * self.shared[1] * each / one.clock for name, each in self.cycles().items()}
+        found = {name: self.most_programs * self.shared[1] * each / one.clock for name, each in self.cycles().items()}
         return {**found, "L2": moved / one.l2, "DRAM": self.work.bytes / one.dram}
 
     def edit_seconds(self) -> float:
@@ -152,7 +152,7 @@ class Attention:
         one, (keys, d) = CHIPS[self.chip], padded(T, self.layer.d)
         count = 2 * sum(size > 0 for size in pieces(T)) * sum(size > 0 for size in pieces(self.layer.d))
         cycles = 2 * keys * d * (2 * self.J + 4) / 32 / 4
-        return self.waves * count * self.J * L2_LOAD + self.of_busiest * cycles / one.clock
+        return self.waves * count * self.J * L2_LOAD + self.most_programs * cycles / one.clock
 
     def before(self) -> dict[str, float]:
         """Seconds that nothing hides: the first loads of each wave beyond the first, and the edit."""
@@ -180,7 +180,7 @@ def fused(chip: str, layer: roofline.Layer, D: int, B: int) -> dict:
     call = Attention(chip, layer, B, 1, "fused_edited_attention", "_project_and_attend", fused_edited_attention, load=D // step)
     keys, d = padded(T, layer.d)
     times = {name: seconds / TRITON for name, seconds in call.times().items()}
-    times["tensor cores"] += call.of_busiest * 2 * keys * d * D / (PRODUCTS * one.tensor) / one.clock
+    times["tensor cores"] += call.most_programs * 2 * keys * d * D / (PRODUCTS * one.tensor) / one.clock
     work = roofline.fused_edited_attention(B=B, N=layer.N, T=T, D=D, H=layer.H, d=layer.d, J=1)
     times["DRAM"] = work.bytes / one.dram / TRITON
     times["latency"] = call.waves * 2 * D // step * L2_LOAD / 2  # two stages: a step waits for half of a load
@@ -248,13 +248,13 @@ def fused_edited_projection(chip: str, D: int, O: int, B: int) -> dict:
     one, work = CHIPS[chip], roofline.edited_projection(B=B, T=T, D=D, O=O, J=1)
     width, keys = fused_projection.tiles(HALF)[0]["BLOCK_O"], sum(pieces(T))
     programs = -(-O // width) * B
-    of_busiest = -(-programs // one.multiprocessors)
+    most = -(-programs // one.multiprocessors)
     times = {
-        "tensor cores": of_busiest * keys * width * D / (PRODUCTS * one.tensor) / one.clock,
+        "tensor cores": most * keys * width * D / (PRODUCTS * one.tensor) / one.clock,
         "DRAM": work.bytes / one.dram / TRITON,
         "L2": 2 * D * programs * (keys + width) / one.l2 / TRITON,
     }
-    facts = dict(D=D, O=O, J=1, rows=B, blocks=programs, fill=round(programs / one.multiprocessors / of_busiest, 3))
+    facts = dict(D=D, O=O, J=1, rows=B, blocks=programs, fill=round(programs / one.multiprocessors / most, 3))
     return row("triton", "fused_edited_projection", chip, facts, [times], work, before={"edit": 2 * 2 * L2_LOAD})
 
 
