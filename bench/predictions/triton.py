@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
@@ -73,20 +72,19 @@ class Attention:
     J: int = 0
     operator: str = "edited_attention"
     kernel: str = "_attend"
-    module: ModuleType = edited_attention
+    list_of_tiles: Callable = edited_attention.tiles
+    bytes_held: Callable = edited_attention.held
     products: float = 1.0  # matrix products of a tile, over those of attention
     load: int = 1  # cost of a program's loads before its first tile, in tiles
 
     @property
     def tiles(self) -> dict[str, int]:
         """The first of the list that the chip's shared memory holds, which an untuned installation takes."""
-        by_query = self.module is attention_backward
-        tiles = (attention_backward.tiles_by_query if by_query else self.module.tiles)(T, self.layer.d, HALF)
+        tiles = self.list_of_tiles(T, self.layer.d, HALF)
         return next(each for each in tiles if self.held(each) <= CHIPS[self.chip].shared_per_block)
 
     def held(self, tiles: dict[str, int]) -> int:
-        of = attention_backward.held_by_query if self.module is attention_backward else self.module.held
-        return of(T, self.layer.d, HALF)(tiles)
+        return self.bytes_held(T, self.layer.d, HALF)(tiles)
 
     @functools.cached_property
     def shared(self) -> tuple[int, int]:
@@ -177,7 +175,8 @@ def attention(chip: str, layer: roofline.Layer, B: int, J: int = 0) -> dict:
 def fused(chip: str, layer: roofline.Layer, D: int, B: int) -> dict:
     """A program projects K, then V, of its head: [80, d] in steps over D, whose loads the compiler overlaps."""
     one, step = CHIPS[chip], 32
-    call = Attention(chip, layer, B, 1, "fused_edited_attention", "_project_and_attend", fused_edited_attention, load=D // step)
+    functions = fused_edited_attention.tiles, fused_edited_attention.held
+    call = Attention(chip, layer, B, 1, "fused_edited_attention", "_project_and_attend", *functions, load=D // step)
     keys, d = padded(T, layer.d)
     times = {name: seconds / TRITON for name, seconds in call.times().items()}
     times["tensor cores"] += call.most_programs * 2 * keys * d * D / (PRODUCTS * one.tensor) / one.clock
@@ -191,7 +190,8 @@ def gradients_of_attention(chip: str, layer: roofline.Layer, B: int) -> dict:
     """dq by one launch, dK and dV by another, of three and four products where attention has two. Without an edit, which adds the launches
     of rank_one.py."""
     one = CHIPS[chip]
-    by_query = Attention(chip, layer, B, 0, "edited_attention, backward", "_by_query", attention_backward, products=1.5)
+    functions = attention_backward.tiles_by_query, attention_backward.held_by_query
+    by_query = Attention(chip, layer, B, 0, "edited_attention, backward", "_by_query", *functions, products=1.5)
     work = roofline.edited_attention_backward(B=B, N=layer.N, T=T, H=layer.H, d=layer.d)
     first = {name: seconds / TRITON for name, seconds in by_query.times().items()}
     first["DRAM"] = 3 * 2 * B * layer.N * layer.C / one.dram / TRITON  # query and gradient in, dq out
