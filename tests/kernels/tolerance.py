@@ -8,14 +8,14 @@ once saw it depends on no processor and on no library of matrix products.
     assert_close(actual, exact)               `ROUNDINGS` of the actual's dtype, of the scale
     assert_agree(one, other)                  two ways to compute one result in float64, given as functions: of both their scales
     assert_no_worse(actual, plain, exact, …)  one rounding, and four times the error that the plain formula makes in the same dtype
+    assert_same_run(actual, as_run(run))      a whole model's result in its own dtype: two roundings of it, of the scale
     assert_rounded_once(actual, exact)        half a unit of each element's last place, and `ROUNDINGS` of the wider dtype, of the scale
 
 The plain formula is the one a reader would write, in the tested precision throughout. The bounds hold for all elements and for each
 concept's rows alone: one number for everything can hide one wrong concept beside others of larger size. The multiple is 4, because
 the largest error of few elements is a matter of luck: over 200 cases the quotient had median 1 and maximum 4.5.
 
-For whole models, which exist in their own dtype alone, `as_it_is` finds the scale in that dtype. tests/test_tolerances.py refuses other
-tolerances in numeric tests.
+tests/test_tolerances.py refuses other tolerances in numeric tests.
 """
 
 import hashlib
@@ -93,6 +93,19 @@ def _results(found) -> tuple[Tensor | None, ...]:
     return tuple(x if x is None else x.detach() for x in (found if isinstance(found, tuple) else (found,)))
 
 
+def as_run(run: Callable[[], Tensor]) -> Exact:
+    """What `run()` returns, as it is, and its scale: of a whole model, which exists in its own dtype alone. Operands are changed far more than
+    that dtype rounds, or as much where it is a short one."""
+    value = torch.as_tensor(run())
+    change = max(2.0**-14, torch.finfo(value.dtype).eps)
+    scale = value.double().abs()
+    for seed in range(RUNS):
+        with _Changed(seed, value.dtype, change):
+            changed = torch.as_tensor(run())
+        scale = torch.maximum(scale, (changed.double() - value.double()).abs() / change)
+    return Exact(value.double(), scale)
+
+
 class _Changed(TorchDispatchMode):
     """Every operand of an arithmetic operation that is of `dtype`, times 1 plus or minus `change`."""
 
@@ -140,6 +153,11 @@ def assert_agree(one: Callable[[], Tensor | tuple[Tensor, ...]], other: Callable
     for i, (mine, theirs) in enumerate(zip(exactly(one), exactly(other), strict=True)):
         scale = torch.maximum(mine.scale.max(), theirs.scale.max()).expand_as(theirs.value)
         assert_close(mine.value, Exact(theirs.value, 2 * scale), f"result {i}")
+
+
+def assert_same_run(actual: Tensor, expected: Exact) -> None:
+    """actual: of the run that `expected` is `as_run` of, computed in another way. Either may be wrong by a rounding of every operand."""
+    assert_close(torch.as_tensor(actual), expected, roundings=2)
 
 
 def assert_rounded_once(actual: Tensor, exact: Exact) -> None:
