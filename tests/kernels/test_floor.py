@@ -118,6 +118,7 @@ def test_empty_batch(operator, backend, device):
         assert result.shape[0] == 0
 
 
+@pytest.mark.numeric
 @each_run
 def test_views_of_poisoned_memory(operator, backend, device):
     case = cases.make(device=device, backend=backend, views=True)
@@ -318,6 +319,7 @@ def test_compiles_with_gradients(operator, backend, device):
         assert torch.equal(arguments[name].grad, twin[name].grad), name
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     "backend, device", [run for run in cases.runs("concept_gates") if run in cases.runs("fused_edited_attention")]
 )

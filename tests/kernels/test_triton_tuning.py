@@ -108,6 +108,7 @@ def test_a_failure_inside_keeps_what_was_chosen_and_stops_measuring():
     assert kernel.runs[-2:] == [16, 32]
 
 
+@pytest.mark.numeric
 def test_the_kernels_measure_and_keep_their_results_right(folder):
     """In place and not: with every configuration tried in turn the results stay what they are without."""
     from . import cases, plain

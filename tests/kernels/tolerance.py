@@ -34,6 +34,8 @@ ARITHMETIC = (
     "_softmax", "softmax", "sigmoid_backward", "_softmax_backward_data", "linalg_solve_ex", "_linalg_solve_ex", "linalg_inv_ex", "linalg_qr",
     "linalg_cholesky_ex", "linalg_solve_triangular", "cholesky_solve", "_linalg_eigh", "linalg_vector_norm",
     "_scaled_dot_product_flash_attention_for_cpu", "convolution", "native_group_norm", "native_layer_norm", "silu", "gelu", "tanh", "pow",
+    "_scaled_dot_product_flash_attention_for_cpu_backward", "convolution_backward", "native_group_norm_backward",
+    "native_layer_norm_backward", "silu_backward", "gelu_backward", "sqrt", "sin", "cos", "lerp", "linalg_lstsq",
 )  # fmt: skip
 
 

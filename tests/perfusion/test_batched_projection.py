@@ -82,6 +82,7 @@ def test_every_projection_reads_no_rows_and_every_caption_is_projected_once(fold
     assert read == [(0, 7)] * 8 and projected == [len(CAPTIONS)]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_the_layers_own(dtype):
     """An encoding without edit: strength 0."""

@@ -58,6 +58,7 @@ def test_fifty_steps_project_once_and_call_no_to_k_or_to_v(handle, pipe, called)
     assert not calls and called == {"concept_gates": 1, "fused_edited_projection": 1, "edited_attention": 50 * 4}
 
 
+@pytest.mark.numeric
 def test_a_schedule_is_an_edit_in_the_tile_load_and_projects_nothing_again(handle, pipe, teddy, called):
     biases = [0.0, 0.2, 0.4]
     handle.set("teddy", bias=biases)
@@ -72,6 +73,7 @@ def test_a_schedule_is_an_edit_in_the_tile_load_and_projects_nothing_again(handl
     check_rows(pipe.unet, forwards[1], [[], [use(teddy, 0.5, bias=0.1)]])
 
 
+@pytest.mark.numeric
 def test_encodings_that_change_at_every_step_take_one_call_for_all(handle, pipe, teddy, called):
     embeds = pipe.encode_prompt([PROMPT], "cpu", 1, True)
     tables = [torch.cat(embeds[::-1]) for _ in range(6)]
@@ -87,6 +89,7 @@ def test_encodings_that_change_at_every_step_take_one_call_for_all(handle, pipe,
     assert called["fused_edited_attention"] == 4 * 4 and "one call" in handle.explain()[0]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("by_index", [False, True])
 def test_a_batch_is_its_single_runs(handle, pipe, by_index):
     handle._engine.fast_path.by_index = by_index
@@ -97,6 +100,7 @@ def test_a_batch_is_its_single_runs(handle, pipe, by_index):
         assert_same_run(together[row : row + 1], as_run(lambda: draw(pipe, prompt, latents=noise[row : row + 1])))
 
 
+@pytest.mark.numeric
 def test_exact_keeps_the_bits_of_rows_without_a_concept(pipe, teddy):
     plain = draw(pipe, ["a dog", "a cat"])
     with attach(pipe, exact=True) as handle:
@@ -195,6 +199,7 @@ def test_a_lora_scaled_by_the_call_projects_once_a_prompt(pipe, teddy):
     assert len(calls) == 4 and pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.scaling["style"] != 0.9
 
 
+@pytest.mark.numeric
 def test_replaced_processors_are_noticed_and_said_once(handle, pipe):
     expected = as_run(lambda: draw(pipe, PROMPT))
     pipe.unet.set_default_attn_processor()
@@ -239,6 +244,7 @@ def test_the_way_from_a_prompt_to_a_kernel_is_short_and_drawn_in_the_design(hand
 # Requests
 
 
+@pytest.mark.numeric
 def test_names_resolve_per_request(handle, pipe):
     handle.load(make_concept(handle.base, "dog", seed=5), name="alice-teddy")
     both = draw(pipe, [Request("a <teddy>", names={"teddy": "alice-teddy"}), "a <teddy>"])
@@ -248,6 +254,7 @@ def test_names_resolve_per_request(handle, pipe):
         draw(pipe, Request("a <teddy>", names={"teddy": "bob"}))
 
 
+@pytest.mark.numeric
 def test_regions_hide_a_concepts_word_from_the_rest_of_the_picture(handle, pipe, teddy):
     left = torch.zeros(16, 16)
     left[:, :8] = 1
@@ -282,6 +289,7 @@ def test_what_a_request_says_of_nothing_is_refused_and_the_next_one_drawn(handle
     assert torch.equal(draw(pipe, PROMPT), expected)
 
 
+@pytest.mark.numeric
 def test_names_in_a_request_may_be_written_as_in_a_prompt(handle, pipe):
     names = {"Bear": "teddy"}
     same = as_run(lambda: draw(pipe, Request("a <Bear> here", names=names, bias={"BEAR": 0.4})))
@@ -321,6 +329,7 @@ def test_encodings_are_known_after_scaling_weighting_casts_files_and_joining(han
     assert found[0].places == ((5,), (77 + 3,))
 
 
+@pytest.mark.numeric
 def test_plain_words_are_not_taken_for_a_concept(handle, pipe):
     plain = as_run(lambda: draw(pipe, PLAIN))
     draw(pipe, PROMPT)
@@ -329,6 +338,7 @@ def test_plain_words_are_not_taken_for_a_concept(handle, pipe):
     assert handle._engine.form == "stock"
 
 
+@pytest.mark.numeric
 def test_bind_says_how_an_encoding_was_made_also_without_text_encoders(pipe, teddy):
     with attach(pipe) as handle:
         handle.load(teddy)

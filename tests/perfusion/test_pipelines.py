@@ -78,6 +78,7 @@ def lcm(pipe):
     return pipe
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("case", CASES)
 def test_every_row_of_every_kind_of_pipeline(case, sd, sdxl):
     kind, build, options, rows = CASES[case]
@@ -98,6 +99,7 @@ def test_every_row_of_every_kind_of_pipeline(case, sd, sdxl):
     assert not hooks_of(pipe.unet)
 
 
+@pytest.mark.numeric
 def test_sd2_predicts_v_and_has_another_width():
     pipe = tiny_sd(width=24, prediction_type="v_prediction", unet=dict(use_linear_projection=True))
     concept = make_concept(describe_base(pipe), "teddy")
@@ -106,6 +108,7 @@ def test_sd2_predicts_v_and_has_another_width():
         check_rows(pipe.unet, seen(pipe, PROMPTS)[1][1], guided([use(concept)]))
 
 
+@pytest.mark.numeric
 def test_bfloat16():
     pipe = tiny_sd(dtype=torch.bfloat16)
     concept, plain = make_concept(describe_base(pipe), "teddy"), draw(pipe, PLAIN)
@@ -119,6 +122,7 @@ def test_bfloat16():
 # Pipelines that share their parts
 
 
+@pytest.mark.numeric
 def test_a_pipeline_from_an_attached_one_reads_no_concepts_but_knows_their_encodings(attached, sd, teddy):
     other = StableDiffusionImg2ImgPipeline.from_pipe(sd)
     options = dict(image=PICTURES, strength=1.0)
@@ -128,6 +132,7 @@ def test_a_pipeline_from_an_attached_one_reads_no_concepts_but_knows_their_encod
     check_rows(sd.unet, seen(other, prompt_embeds=embeds, guidance_scale=1.0, **options)[1][0], unguided([use(teddy)]))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("first", [0, 1])
 def test_pipelines_that_share_a_unet_are_attached_one_by_one(sd, teddy, first):
     """Both may know the very same prompt, and still it is edited once; they are detached in any order."""

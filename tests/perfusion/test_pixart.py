@@ -14,7 +14,7 @@ from perfusion.handle import attach
 from perfusion.prompts import PromptError
 from perfusion.training.data import read_pictures
 from perfusion.training.session import TrainingSession
-from tests.kernels.tolerance import assert_close, exactly
+from tests.kernels.tolerance import as_run, assert_close, assert_same_run, exactly
 from tests.perfusion import editing
 from tests.perfusion.editing import PLAIN, PROMPTS, check_rows, guided, make_concept, unguided, use
 from tests.perfusion.learning import assert_unchanged, covariance_of, learn, settings, snapshot, write_pictures
@@ -46,6 +46,7 @@ def teddy(pipe):
 # Drawn
 
 
+@pytest.mark.numeric
 @KINDS
 @pytest.mark.parametrize(("exact", "guidance"), [(False, 4.5), (True, 4.5), (False, 1.0)])
 def test_every_row_is_edited_as_written_out(kind, exact, guidance):
@@ -63,6 +64,7 @@ def test_every_row_is_edited_as_written_out(kind, exact, guidance):
     assert torch.equal(draw(pipe, PLAIN, guidance_scale=guidance), plain)
 
 
+@pytest.mark.numeric
 def test_keys_without_the_lock_and_two_concepts(pipe):
     base = describe_base(pipe)
     teddy, pot = make_concept(base, "teddy", unlocked=True), make_concept(base, "teapot", seed=2)
@@ -74,6 +76,7 @@ def test_keys_without_the_lock_and_two_concepts(pipe):
             check_rows(pipe.transformer, forward, guided([use(teddy), use(pot, bias=0.5)]))
 
 
+@pytest.mark.numeric
 def test_the_global_lock_projects_the_superclass_prompt(pipe, teddy):
     plain = project_text(pipe.transformer, pipe.encode_prompt(PLAIN[0], **ENCODING)[0])[0]
     for exact in (False, True):
@@ -125,6 +128,7 @@ def test_regions_and_padding_together(pipe):
         assert places == [0, 1, 0, 0, 2, 0, -(2**31), -(2**31)]  # a teddy by a teapot </s>, and padding
 
 
+@pytest.mark.numeric
 def test_prompts_are_read_as_the_pipeline_reads_them(pipe):
     """Small letters, words of several tokens, and no more tokens than the call asks for."""
     base = describe_base(pipe)
@@ -151,6 +155,7 @@ def test_gates_by_word(pipe, teddy):
         assert handle._engine.form == "slots" and not torch.allclose(usual[0], by_word[0], atol=1e-2)
 
 
+@pytest.mark.numeric
 def test_weights_of_the_projection_that_change_are_followed(pipe, teddy):
     """The same encodings, given again: what was made of them is made anew."""
     with attach(pipe) as handle:
@@ -209,6 +214,7 @@ def test_learned_saved_combined_and_drawn(kind, folder, tmp_path):
     assert torch.isfinite(images).all() and not torch.allclose(images[0], plain[0], atol=1e-3)
 
 
+@pytest.mark.numeric
 def test_a_start_is_the_superclass_itself(pipe, folder):
     """Before the first step o* = W s without the bias, so that a gate of 1 would change nothing at the word."""
     with session_on(pipe, folder) as session:
@@ -241,17 +247,23 @@ def test_products_of_all_layers_and_calls_of_each_learn_the_same(folder, key_loc
         assert reference.norm() > 0 and (gradient - reference).norm() < 1e-6 * reference.norm()
 
 
+@pytest.mark.numeric
 def test_covariance_is_of_projected_tokens_without_padding(pipe):
     captions = ["A teddy bear on a beach", "cat", "a photo of a large red teapot, near the sea"]
-    total, count = torch.zeros(16, 16, dtype=torch.float64), 0
-    for caption in captions:
-        ids = pipe.tokenizer(caption.lower(), return_tensors="pt").input_ids
-        encoded = pipe.text_encoder(ids, attention_mask=torch.ones_like(ids))[0]  # without padding at all
-        read = pipe.transformer.caption_projection(encoded)[0].double()
-        total, count = total + read.T @ read, count + len(read)
+
+    def rows():
+        for caption in captions:
+            ids = pipe.tokenizer(caption.lower(), return_tensors="pt").input_ids
+            encoded = pipe.text_encoder(ids, attention_mask=torch.ones_like(ids))[0]  # without padding at all
+            yield pipe.transformer.caption_projection(encoded)[0]
+
+    def moment():
+        read = torch.cat(list(rows()))
+        return read.T @ read / len(read)
+
     found = compute_covariance(pipe, captions, progress=False, max_condition=1e12)
-    assert found.tokens == count
-    torch.testing.assert_close(found.matrix, total / count, rtol=1e-4, atol=1e-6)
+    assert found.tokens == sum(map(len, rows()))
+    assert_same_run(found.matrix.float(), as_run(moment))
 
 
 # Its family

@@ -74,6 +74,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.numeric
 def test_one_graph_serves_all_prompts_concepts_and_settings(pipe, handle):
     expected = [as_run(lambda: draw(pipe, prompt, num_inference_steps=3)) for prompt in PROMPTS]
     handle._engine.use_graphs(TapeRecorder())
@@ -86,6 +87,7 @@ def test_one_graph_serves_all_prompts_concepts_and_settings(pipe, handle):
     assert "forward" not in vars(pipe.unet)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", ["regions", "schedule", "no concept"])
 def test_what_a_prompt_makes_anew_is_copied_to_where_the_graph_reads(pipe, handle, kind):
     prompts = {
@@ -134,6 +136,7 @@ def changes():
     return [weights, in_place, freeu, module, processor]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
 def test_a_changed_unet_is_never_drawn_with_an_old_graph(pipe, handle, graphs, change):
     before = draw(pipe, "a <teddy>", num_inference_steps=2)
@@ -146,6 +149,7 @@ def test_a_changed_unet_is_never_drawn_with_an_old_graph(pipe, handle, graphs, c
     assert not torch.allclose(after, before, atol=1e-4)
 
 
+@pytest.mark.numeric
 def test_lora_is_followed_through_its_whole_life(pipe, handle):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False)
@@ -197,6 +201,7 @@ def test_what_no_graph_can_stand_for_runs_as_it_is_and_says_why(pipe, handle, gr
     assert graphs.replays > 0
 
 
+@pytest.mark.numeric
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_pictures_with_and_without_graphs_are_the_same(pipe):
     pipe = pipe.to("cuda")
