@@ -1,7 +1,7 @@
 """One policy for numbers that are computed: `tests/kernels/tolerance.py`, and nothing beside it.
 
 A test that compares by it is marked `numeric`, so that it runs as on other processors, or `proof`, which takes minutes. A file with such
-tests has no other tolerance. What is no matter of a processor's roundings keeps its own and is in no such test, or is listed below:
+tests has no other tolerance. What is no matter of a processor's roundings keeps its own, in tests of its own:
 
 - what a file keeps: the short floats of a saved concept, numbers of JSON and of a command's tables
 - pictures of 8 bits: masks, crops, resized pictures
@@ -20,8 +20,6 @@ TESTS = Path(__file__).parent
 POLICY = {"assert_agree", "assert_close", "assert_no_worse", "assert_rounded_once", "assert_same_run"}
 SHARED = {"check_rows"}  # of tests/perfusion/editing.py, by the policy
 OTHERS = {"allclose", "approx", "assert_allclose", "isclose"}
-EXEMPT = {
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +75,14 @@ def test_what_compares_numbers_is_numeric(files):
 
 
 def test_numeric_tests_have_no_other_tolerance(files):
-    found = {}
+    found = []
     for file, tree in files.items():
         marked = {test.name: marked for test, marked in marks(tree)}
         for each in tree.body:
             name = getattr(each, "name", "")
             if any("numeric" in marked.get(test, ()) for test in ([name] if name.startswith("test_") else marked)):
-                found |= {(file, name): ast.unparse(call) for call in other_tolerances(each)}
-    unknown = {each: call for each, call in found.items() if each not in EXEMPT}
-    assert not unknown, "\n".join(f"{'::'.join(each)}: {call}" for each, call in unknown.items())
-    assert found.keys() >= EXEMPT.keys(), "of these exemptions, some are needed no more"
+                found += [f"{file}::{name}: {ast.unparse(call)}" for call in other_tolerances(each)]
+    assert not found, "\n".join(found)
 
 
 def test_what_is_looked_for_is_found():

@@ -54,8 +54,8 @@ def test_wrong_targets_are_refused():
 
 
 def test_condition_number():
-    expected = torch.tensor(cases.CONDITION).double()
-    assert_agree(lambda: torch.tensor(metric.condition_number(cases.covariance(24))).double(), lambda: expected)
+    expected = torch.tensor(cases.CONDITION, dtype=torch.float64)
+    assert_agree(lambda: torch.tensor(metric.condition_number(cases.covariance(24)), dtype=torch.float64), lambda: expected)
     assert metric.condition_number(torch.diag(torch.tensor([1.0, 0.0]))) == float("inf")
 
 

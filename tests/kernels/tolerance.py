@@ -35,7 +35,8 @@ ARITHMETIC = (
     "linalg_cholesky_ex", "linalg_solve_triangular", "cholesky_solve", "_linalg_eigh", "linalg_vector_norm",
     "_scaled_dot_product_flash_attention_for_cpu", "convolution", "native_group_norm", "native_layer_norm", "silu", "gelu", "tanh", "pow",
     "_scaled_dot_product_flash_attention_for_cpu_backward", "convolution_backward", "native_group_norm_backward",
-    "native_layer_norm_backward", "silu_backward", "gelu_backward", "sqrt", "sin", "cos", "lerp", "linalg_lstsq",
+    "native_layer_norm_backward", "silu_backward", "gelu_backward", "sqrt", "sin", "cos", "lerp", "addcmul", "addcdiv",
+    "linalg_lstsq",
 )  # fmt: skip
 
 
@@ -95,17 +96,21 @@ def _results(found) -> tuple[Tensor | None, ...]:
     return tuple(x if x is None else x.detach() for x in (found if isinstance(found, tuple) else (found,)))
 
 
-def as_run(run: Callable[[], Tensor]) -> Exact:
+def as_run(run: Callable[[], Tensor | tuple[Tensor, ...]]) -> Exact | tuple[Exact, ...]:
     """What `run()` returns, as it is, and its scale: of a whole model, which exists in its own dtype alone. Operands are changed far more than
     that dtype rounds, or as much where it is a short one."""
-    value = torch.as_tensor(run())
-    change = max(2.0**-14, torch.finfo(value.dtype).eps)
-    scale = value.double().abs()
+    found = run()
+    values = [torch.as_tensor(x).detach() for x in (found if isinstance(found, tuple) else (found,))]
+    change = max(2.0**-14, torch.finfo(values[0].dtype).eps)
+    scales = [value.double().abs() for value in values]
     for seed in range(RUNS):
-        with _Changed(seed, value.dtype, change):
-            changed = torch.as_tensor(run())
-        scale = torch.maximum(scale, (changed.double() - value.double()).abs() / change)
-    return Exact(value.double(), scale)
+        with _Changed(seed, values[0].dtype, change):
+            changed = run()
+        for i, x in enumerate(changed if isinstance(changed, tuple) else (changed,)):
+            moved = torch.as_tensor(x).detach().double() - values[i].double()
+            scales[i] = torch.maximum(scales[i], moved.abs() / change)
+    runs = tuple(Exact(value.double(), scale) for value, scale in zip(values, scales))
+    return runs if isinstance(found, tuple) else runs[0]
 
 
 class _Changed(TorchDispatchMode):
@@ -120,17 +125,21 @@ class _Changed(TorchDispatchMode):
             device = next(x.device.type for x in arguments if isinstance(x, Tensor))
             with self:
                 return operation.redispatch(_KERNELS[device], *arguments, **(keywords or {}))
-        if operation.__name__.split(".")[0] in ARITHMETIC:
+        name = operation.__name__.split(".")[0]
+        if name in ARITHMETIC:
             arguments = [self._changed(x) for x in arguments]
+        elif name.removesuffix("_") in ARITHMETIC:  # in place
+            arguments = [arguments[0], *map(self._changed, arguments[1:])]
         return operation(*arguments, **(keywords or {}))
 
     def _changed(self, x):
-        if not isinstance(x, Tensor) or x.dtype != self.dtype:
+        if not isinstance(x, Tensor) or x.dtype != self.dtype or x.dim() == 0:  # a number alone is a setting, or a share that stays below 1
             return x
         if x.device not in self.generators:
             self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
         signs = 2 * torch.randint(2, x.shape, generator=self.generators[x.device], device=x.device).to(x) - 1
-        return x * (1 + self.change * signs)
+        changed = x * (1 + self.change * signs)
+        return torch.where(changed.isfinite(), changed, x)  # a mask's least number
 
 
 _KERNELS = {key.lower(): torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in ("CPU", "CUDA")}

@@ -27,8 +27,9 @@ def test_concept_computes_the_gate(small):
     def similarity():
         return encodings @ metric_target / (target @ metric_target)
 
-    assert similarity()[0] == 1
-    assert_close(concept.similarity(along), *exactly(similarity))
+    (exact,) = exactly(similarity)
+    assert_close(torch.ones(()).double(), exact[0])
+    assert_close(concept.similarity(along), exact)
     assert_close(concept.gate(along), *exactly(lambda: torch.sigmoid((similarity() - 0.70) / 0.15)))
     assert_close(concept.gate(along, 0.5, 0.1), *exactly(lambda: torch.sigmoid((similarity() - 0.5) / 0.1)))
 

@@ -52,13 +52,15 @@ def teddy(pipe):
 def test_every_row_is_edited_as_written_out(kind, exact, guidance):
     pipe = tiny_pixart(kind)
     teddy, plain = make_concept(describe_base(pipe), "teddy"), draw(pipe, PLAIN, guidance_scale=guidance)
+    without_concept = as_run(lambda: draw(pipe, PLAIN, guidance_scale=guidance)[1])
     with attach(pipe, exact=exact) as handle:
         handle.load(teddy)
         images, forwards = seen(pipe, PROMPTS, guidance_scale=guidance)
         assert len(forwards) == 2 and all(forward.fast != exact for forward in forwards)
         for forward in forwards:
             check_rows(pipe.transformer, forward, (guided if guidance > 1 else unguided)([use(teddy)]))
-        assert not torch.allclose(images[0], plain[0], atol=1e-2) and torch.allclose(images[1], plain[1], atol=1e-4)
+        assert not torch.allclose(images[0], plain[0], atol=1e-2)
+        assert_same_run(images[1], without_concept)
         assert torch.equal(images[1], plain[1]) or not exact
         assert torch.equal(draw(pipe, ["a photo of a <teddy:0> on a beach", "a cat"], guidance_scale=guidance), plain)
     assert torch.equal(draw(pipe, PLAIN, guidance_scale=guidance), plain)
@@ -226,25 +228,28 @@ def test_a_start_is_the_superclass_itself(pipe, folder):
         assert_close(s, *exactly(lambda: (read[0, 1].double() + read[1, 4].double()) / 2))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("key_lock", [True, False])
 @pytest.mark.parametrize("size", [8, 128])
 def test_products_of_all_layers_and_calls_of_each_learn_the_same(folder, key_lock, size):
     """size 128: the transformer reads the size of the picture, too."""
     sides = dict(sample_size=size, attention_head_dim=12, cross_attention_dim=24) if size == 128 else {}
-    pipe, found = tiny_pixart(dtype=torch.float64, **sides), []
-    for one_by_one in (False, True):
+    pipe = tiny_pixart(dtype=torch.float64, **sides)
+
+    def learned(one_by_one):
         layer = next(iter(cross_attention_layers(pipe.transformer).values()))
         hook = layer.to_v.register_forward_hook(lambda module, args, output: None) if one_by_one else None
         with session_on(pipe, folder, key_lock=key_lock, gradient_checkpointing=one_by_one) as session:
             assert (session.obstacle is None) != one_by_one
-            measures = [session.train_step() for _ in range(2)]
-            found.append((measures, [parameter.grad.clone() for parameter in session._trained().values()]))
+            losses = [torch.tensor(session.train_step().loss) for _ in range(2)]
+            gradients = [parameter.grad.clone() for parameter in session._trained().values()]
         if hook is not None:
             hook.remove()
-    (one, gradients), (other, others) = found
-    assert [each.loss for each in one] == pytest.approx([each.loss for each in other], rel=1e-6)
-    for gradient, reference in zip(gradients, others, strict=True):
-        assert reference.norm() > 0 and (gradient - reference).norm() < 1e-6 * reference.norm()
+        return *losses, *gradients
+
+    for mine, other in zip(learned(False), as_run(lambda: learned(True)), strict=True):
+        assert other.value.abs().sum() > 0
+        assert_same_run(mine, other)
 
 
 @pytest.mark.numeric

@@ -61,7 +61,7 @@ def test_samplers_are_diffusers(scheduler, steps):
     scheduler.set_timesteps(steps)
     schedule, alphas = read_schedule(scheduler)
     mine = sampler(schedule, alphas, steps)
-    assert_close(torch.tensor(mine.timesteps, dtype=torch.float32), Exact(*[scheduler.timesteps.double()] * 2))
+    assert_close(torch.tensor(np.array(mine.timesteps), dtype=torch.float32), Exact(*[scheduler.timesteps.double()] * 2))
     noise = randn((2, 4, 8, 8), 0)
     ours = noise * np.float32(mine.initial_scale)
 
