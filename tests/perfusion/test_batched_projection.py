@@ -16,6 +16,8 @@ from tests.kernels.tolerance import as_run, assert_close, assert_same_run, exact
 from tests.perfusion.learning import covariance_of, settings, write_pictures
 from tests.perfusion.tiny import SMALL, tiny_sd, tiny_sdxl
 
+pytestmark = pytest.mark.models
+
 CAPTIONS = ("a {}", "a photo of a {}")
 
 

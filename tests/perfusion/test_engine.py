@@ -22,6 +22,8 @@ from tests.kernels.tolerance import as_run, assert_same_run
 from tests.perfusion.editing import PLAIN, check_rows, draw, guided, lora, make_concept, seen, use
 from tests.perfusion.tiny import tiny_sd
 
+pytestmark = pytest.mark.models
+
 PROMPT = "a photo of a <teddy> on a beach"
 
 

@@ -17,6 +17,8 @@ from tests.kernels.tolerance import as_run, assert_close, assert_same_run, exact
 from tests.perfusion.editing import draw, make_concept, watch, weight_of
 from tests.perfusion.tiny import WORDS, tiny_sd, tiny_sdxl
 
+pytestmark = pytest.mark.models
+
 SCALE = 0.9
 
 

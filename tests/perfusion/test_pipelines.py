@@ -36,6 +36,8 @@ from tests.perfusion.editing import (
 )
 from tests.perfusion.tiny import tiny_sd
 
+pytestmark = pytest.mark.models
+
 # Every kind of pipeline
 
 PICTURES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -20,6 +20,8 @@ from tests.perfusion.editing import PLAIN, PROMPTS, check_rows, guided, make_con
 from tests.perfusion.learning import assert_unchanged, covariance_of, learn, settings, snapshot, write_pictures
 from tests.perfusion.tiny import tiny_pixart
 
+pytestmark = pytest.mark.models
+
 OPTIONS = dict(use_resolution_binning=False, max_sequence_length=24)  # of 300, which one test has
 ENCODING = dict(do_classifier_free_guidance=False, max_sequence_length=24)
 KINDS = pytest.mark.parametrize("kind", [PixArtAlphaPipeline, PixArtSigmaPipeline])

@@ -361,6 +361,7 @@ def test_a_caption_whose_word_is_cut_names_its_picture(tmp_path):
 # Less memory
 
 
+@pytest.mark.models
 @pytest.mark.numeric
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
 def test_micro_batches_are_the_same_step(make, folder):

@@ -14,6 +14,8 @@ from perfusion.base import cross_attention_layers
 from tests.kernels.tolerance import as_run, assert_same_run
 from tests.perfusion.editing import attached_with_two, draw
 
+pytestmark = pytest.mark.models
+
 LEFT = torch.zeros(16, 16)
 LEFT[:, :8] = 1
 
