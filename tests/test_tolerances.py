@@ -15,6 +15,11 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
+
+from perfusion_kernels import edited_projection
+from tests.kernels import cases
+from tests.kernels.tolerance import as_run, exactly
 
 TESTS = Path(__file__).parent
 POLICY = {"assert_agree", "assert_close", "assert_no_worse", "assert_rounded_once", "assert_same_run"}
@@ -98,3 +103,18 @@ def test_what_is_looked_for_is_found():
         "assert_close(a, exact)": 0,
     }.items():
         assert len(list(other_tolerances(ast.parse(line)))) == count, line
+
+
+def test_a_scale_does_not_vanish_where_terms_cancel():
+    """In a sum, in an operator of the package, and in a model's own dtype."""
+    case = cases.make(J=1, dtype=torch.float64)
+    target, index = case.targets[None, 1:2], torch.ones(1, 1, dtype=torch.int32)
+    nothing, all_of_it = torch.zeros(1, 1, 1).double(), torch.ones(1, 1, 1).double()
+    numbers = torch.linspace(1, 2, 50, dtype=torch.float64)[:, None]
+    terms = torch.cat([numbers, -numbers])
+    (total,) = exactly(lambda: terms.sum(0))
+    (removed,) = exactly(lambda: edited_projection(target, case.value_weight, nothing, all_of_it, index, case.value_outputs, case.value_targets))
+    run = as_run(lambda: terms.float().sum(0))
+    for each in (total, run):
+        assert abs(each.value) < 1e-5 and 1 < each.scale < 200
+    assert removed.value.abs().max() < 1e-12 and removed.scale.max() > 0.1 * case.value_targets[1].abs().max()
