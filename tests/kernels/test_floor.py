@@ -333,7 +333,8 @@ def test_compiles_with_inductor(backend, device):
         return 2 * perfusion_kernels.fused_edited_attention(edit.pop("query").relu(), **edit, backend=backend)
 
     (exact,) = exactly(lambda: block(case.double(), "reference"))
-    assert_close(torch.compile(block, fullgraph=True)(case, backend), exact)
+    with torch._inductor.config.patch(force_disable_caches=True):  # code for another kind of processor would be taken from there
+        assert_close(torch.compile(block, fullgraph=True)(case, backend), exact)
 
 
 @each_run
