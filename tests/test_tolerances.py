@@ -1,7 +1,7 @@
 """One policy for numbers that are computed: `tests/kernels/tolerance.py`, and nothing beside it.
 
-A test that compares by it is marked `numeric`, so that it runs as on other processors, or `proof`, which takes minutes. A file with such
-tests has no other tolerance. What is no matter of a processor's roundings keeps its own, in tests of its own:
+A test that compares by it is marked `numeric`, so that it runs as on other processors, or `proof`, which takes minutes. Numeric tests, and
+what their files share, have no other tolerance. What is no matter of a processor's roundings keeps its own, in tests of its own:
 
 - what a file keeps: the short floats of a saved concept, numbers of JSON and of a command's tables
 - pictures of 8 bits: masks, crops, resized pictures
