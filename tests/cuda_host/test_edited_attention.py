@@ -78,6 +78,7 @@ def test_tiles_of_16_and_of_32_rows(host, m, T, d):
     compare(host, "edited_attention", case)
 
 
+@pytest.mark.models
 @pytest.mark.numeric
 @pytest.mark.parametrize("scale", (-0.3, 0.0, 40.0))
 def test_any_scale(host, scale):
