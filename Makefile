@@ -42,8 +42,8 @@ docs: $(VENV)/.installed-docs ## build the documentation into build/site
 pytest := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 # files with tests of a tier, unless ARGS names some: collecting all the others would take longer than many a tier
 files_of = $(if $(filter tests%,$(ARGS)),,$$(grep -rl --include='test_*.py' 'pytest\.mark\.$(1)\>' tests)) $(ARGS)
-# 5: of what ARGS names, nothing is of the tier
-as_cpus = $(foreach cpu,$(CPUS),{ .ci/as_cpu $(cpu) env $(pytest) --dist worksteal -m 'numeric and not proof' \
+# those of $(1), as on each of CPUS; 5: of what ARGS names, nothing is of them
+as_cpus = $(foreach cpu,$(CPUS),{ .ci/as_cpu $(cpu) env $(pytest) --dist worksteal -m '$(1)' \
 	--junitxml build/numeric-$(cpu).xml $(call files_of,numeric)$(if $(ARGS), || [ $$? -eq 5 ]); } &&) true
 
 nothing :=
@@ -54,7 +54,7 @@ test: $(VENV)/.installed-test ## run the tests, in minutes: public behaviour, th
 	$(say) 'Running the tests, $(JOBS) at a time'
 	@$(pytest) --dist loadfile -m 'not proof and (smoke or not ($(any_tier)))' --junitxml build/tests.xml $(ARGS)
 	$(say) 'The numeric ones as on other processors'
-	@$(as_cpus)
+	@$(call as_cpus,numeric and not (proof or models or $(any_tier)))
 
 test-pipelines: ## every pipeline of diffusers that is supported, every form of a checkpoint
 test-serve: ## the server: its API, its queue, what it survives
@@ -72,7 +72,7 @@ proof: $(VENV)/.installed-test $(VENV)/.installed-release ## the rest: sanitizer
 
 numeric: CPUS ?= Prescott Haswell SkylakeX Zen
 numeric: $(VENV)/.installed-test ## the numeric tests as on each kind of processor that this one can stand in for
-	@$(as_cpus)
+	@$(call as_cpus,numeric and not proof)
 
 test-gpu: $(VENV)/.installed-test ## the tests of the kernels on an NVIDIA GPU, with the compiled library
 	$(say) 'Running the tests of the kernels on the GPU'

@@ -107,6 +107,7 @@ def test_an_interval_holds_the_median():
     assert 0.94 < sum(low <= 0 <= high for low, high in intervals) / 1000 <= 1
 
 
+@pytest.mark.numeric
 def test_peers_compute_the_published_formula():
     """The expert's step is that of the module that edits at every step, which is eq. 3 in float64."""
     pipe = tiny_sd()

@@ -83,6 +83,8 @@ def test_tiles_of_16_and_of_32_rows(host, m, T, d):
     compare(host, "edited_attention", case)
 
 
+@pytest.mark.models
+@pytest.mark.numeric
 @pytest.mark.parametrize("scale", (-0.3, 0.0, 40.0))
 def test_any_scale(host, scale):
     """0 is the mean of the values; a negative one prefers the smallest score; large scores do not overflow.

@@ -1,6 +1,7 @@
 """What every operator must do on every backend that runs here."""
 
 import importlib
+import os
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from perfusion_kernels import BackendUnavailable
 from perfusion_kernels.schemas import SCHEMAS
 
 from . import cases, plain
-from .tolerance import assert_close, assert_no_worse, exactly, twice_rounded
+from .tolerance import assert_close, assert_no_worse, exactly
 
 OPERATORS = list(cases.PUBLIC)
 each_operator = pytest.mark.parametrize("operator", OPERATORS)
@@ -118,6 +119,7 @@ def test_empty_batch(operator, backend, device):
         assert result.shape[0] == 0
 
 
+@pytest.mark.numeric
 @each_run
 def test_views_of_poisoned_memory(operator, backend, device):
     case = cases.make(device=device, backend=backend, views=True)
@@ -299,7 +301,7 @@ def test_compiles_to_one_graph_and_stays_compiled(operator, backend, device):
                 for name, tensor in case.arguments(operator).items()
             }
             for mine, eager in zip(compiled(arguments), call(operator, arguments)):
-                torch.testing.assert_close(mine, eager)
+                assert torch.equal(mine, eager)
     assert counter.frame_count == 1 and counter.op_count >= 1
 
 
@@ -315,9 +317,11 @@ def test_compiles_with_gradients(operator, backend, device):
     for function, tensors in ((compiled, arguments), (lambda x: call(operator, x, backend=backend), twin)):
         sum(result.square().sum() for result in function(tensors)).backward()
     for name in DIFFERENTIABLE[operator]:
-        torch.testing.assert_close(arguments[name].grad, twin[name].grad)
+        assert torch.equal(arguments[name].grad, twin[name].grad), name
 
 
+@pytest.mark.models
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     "backend, device", [run for run in cases.runs("concept_gates") if run in cases.runs("fused_edited_attention")]
 )
@@ -325,17 +329,15 @@ def test_compiles_with_inductor(backend, device):
     torch._dynamo.reset()
     case = cases.make(**FEW, device=device, backend=backend)
 
-    @torch.compile(fullgraph=True)
-    def block(query, edit, arguments):
-        gates, components = perfusion_kernels.concept_gates(**arguments, backend=backend)
-        edit = {**edit, "gates": gates, "components": components}
-        return 2 * perfusion_kernels.fused_edited_attention(query.relu(), **edit, backend=backend)
+    def block(case, backend):
+        gates, components = perfusion_kernels.concept_gates(**case.arguments("concept_gates"), backend=backend)
+        edit = {**case.arguments("fused_edited_attention"), "gates": gates, "components": components}
+        return 2 * perfusion_kernels.fused_edited_attention(edit.pop("query").relu(), **edit, backend=backend)
 
-    edit = case.arguments("fused_edited_attention")
-    query = edit.pop("query")
-    expected = 2 * perfusion_kernels.fused_edited_attention(query.relu(), **edit, backend=backend)
-    found = block(query, edit, case.arguments("concept_gates"))  # of gates of its own
-    torch.testing.assert_close(found, expected, **twice_rounded(found.dtype))
+    (exact,) = exactly(lambda: block(case.double(), "reference"))
+    other = "ATEN_CPU_CAPABILITY" in os.environ  # for whose code inductor's caches would give that of this processor
+    with torch._inductor.config.patch(force_disable_caches=other):
+        assert_close(torch.compile(block, fullgraph=True)(case, backend), exact)
 
 
 @each_run
@@ -369,7 +371,7 @@ def test_autocast_backward_and_compile(operator, backend, device):
     with torch.autocast(device, torch.bfloat16):
         results = call(operator, arguments, backend=backend)
         for mine, other in zip(compiled(arguments), results):
-            torch.testing.assert_close(mine, other)
+            assert torch.equal(mine, other)
         leaf = [arguments[name] for name in DIFFERENTIABLE[operator]]
         loss = sum(result.float().square().sum() for result in results)
         inside = torch.autograd.grad(loss, leaf, retain_graph=True)

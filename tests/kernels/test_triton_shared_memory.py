@@ -39,6 +39,7 @@ def test_half_precision_fits_everywhere_at_77_tokens(limit, d):
     assert backward.unsupported_gradients(torch.empty(1, 1, 1, d, dtype=HALF), 77, d) is None
 
 
+@pytest.mark.numeric
 def test_what_does_not_fit_is_refused_and_left_to_others(limit):
     """float32 at d = 160: 100 KiB of keys and values alone, where 8.6, 8.9 and 12.0 have 99."""
     case = cases.make(B=1, T=77, J=1, H=1, d=160, N=3, device=str(DEVICE))

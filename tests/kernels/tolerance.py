@@ -6,12 +6,16 @@ size of the change, is its `scale`. Unlike the result itself it does not vanish 
 once saw it depends on no processor and on no library of matrix products.
 
     assert_close(actual, exact)               `ROUNDINGS` of the actual's dtype, of the scale
+    assert_agree(one, other)                  two ways to compute one result in float64, given as functions: of both their scales
     assert_no_worse(actual, plain, exact, …)  one rounding, and four times the error that the plain formula makes in the same dtype
+    assert_same_run(actual, as_run(run))      a whole model's result in its own dtype: two roundings of it, of the scale
     assert_rounded_once(actual, exact)        half a unit of each element's last place, and `ROUNDINGS` of the wider dtype, of the scale
 
 The plain formula is the one a reader would write, in the tested precision throughout. The bounds hold for all elements and for each
 concept's rows alone: one number for everything can hide one wrong concept beside others of larger size. The multiple is 4, because
 the largest error of few elements is a matter of luck: over 200 cases the quotient had median 1 and maximum 4.5.
+
+tests/test_tolerances.py refuses other tolerances in numeric tests.
 """
 
 import hashlib
@@ -23,14 +27,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROUNDINGS = 16  # sums of a few hundred terms, each rounded on the way, in any order
-CHANGE = 2.0**-30  # of an operand: far above a rounding of float64, far below what counts twice
+CHANGE = 2.0**-30  # of an operand in float64: far above a rounding, far below what counts twice
 RUNS = 4
 ARITHMETIC = (
-    "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "mul", "add", "sub", "rsub", "div", "sum", "_softmax", "softmax", "exp", "sigmoid",
-    "linalg_solve_ex", "_linalg_solve_ex", "sigmoid_backward", "_softmax_backward_data",
+    "mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "linear", "mul", "add", "sub", "rsub", "div", "sum", "mean", "exp", "sigmoid",
+    "_softmax", "softmax", "sigmoid_backward", "_softmax_backward_data", "linalg_solve_ex", "_linalg_solve_ex", "linalg_inv_ex", "linalg_qr",
+    "linalg_cholesky_ex", "linalg_solve_triangular", "cholesky_solve", "_linalg_eigh", "linalg_vector_norm",
+    "_scaled_dot_product_flash_attention_for_cpu", "convolution", "native_group_norm", "native_layer_norm", "silu", "gelu", "tanh", "pow",
+    "_scaled_dot_product_flash_attention_for_cpu_backward", "convolution_backward", "native_group_norm_backward",
+    "native_layer_norm_backward", "silu_backward", "gelu_backward", "sqrt", "sin", "cos", "lerp", "addcmul", "addcdiv",
+    "linalg_lstsq",
 )  # fmt: skip
-
-TIGHT = dict(rtol=0, atol=1e-12)  # for assert_close of torch.testing: float64, numbers of about 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def _exactly(function: Callable, *arguments) -> tuple[Exact | None, ...]:
     values = _results(function(*arguments))
     scales = [None if value is None else value.abs() for value in values]
     for seed in range(RUNS):
-        with _Changed(seed):
+        with _Changed(seed, torch.float64, CHANGE):
             changed = _results(function(*arguments))
         for i, value in enumerate(values):
             if value is not None:
@@ -89,25 +96,53 @@ def _results(found) -> tuple[Tensor | None, ...]:
     return tuple(x if x is None else x.detach() for x in (found if isinstance(found, tuple) else (found,)))
 
 
-class _Changed(TorchDispatchMode):
-    """Every floating operand of an arithmetic operation, times 1 plus or minus CHANGE."""
+def as_run(run: Callable[[], Tensor | tuple[Tensor, ...]]) -> Exact | tuple[Exact, ...]:
+    """What `run()` returns, as it is, and its scale: of a whole model, which exists in its own dtype alone. Operands are changed far more than
+    that dtype rounds, or as much where it is a short one."""
+    found = run()
+    values = [torch.as_tensor(x).detach() for x in (found if isinstance(found, tuple) else (found,))]
+    change = max(2.0**-14, torch.finfo(values[0].dtype).eps)
+    scales = [value.double().abs() for value in values]
+    for seed in range(RUNS // 2):  # a model takes a while
+        with _Changed(seed, values[0].dtype, change):
+            changed = run()
+        for i, x in enumerate(changed if isinstance(changed, tuple) else (changed,)):
+            moved = torch.as_tensor(x).detach().double() - values[i].double()
+            scales[i] = torch.maximum(scales[i], moved.abs() / change)
+    runs = tuple(Exact(value.double(), scale) for value, scale in zip(values, scales))
+    return runs if isinstance(found, tuple) else runs[0]
 
-    def __init__(self, seed: int):
+
+class _Changed(TorchDispatchMode):
+    """Every operand of an arithmetic operation that is of `dtype`, times 1 plus or minus `change`."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, change: float):
         super().__init__()
-        self.seed, self.generators = seed, {}  # by device
+        self.seed, self.dtype, self.change, self.generators = seed, dtype, change, {}  # by device
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-        if operation.__name__.split(".")[0] in ARITHMETIC:
+        if operation.namespace == "perfusion_kernels":  # the operations inside
+            device = next(x.device.type for x in arguments if isinstance(x, Tensor))
+            with self:
+                return operation.redispatch(_KERNELS[device], *arguments, **(keywords or {}))
+        name = operation.__name__.split(".")[0]
+        if name in ARITHMETIC:
             arguments = [self._changed(x) for x in arguments]
+        elif name.removesuffix("_") in ARITHMETIC:  # in place
+            arguments = [arguments[0], *map(self._changed, arguments[1:])]
         return operation(*arguments, **(keywords or {}))
 
     def _changed(self, x):
-        if not isinstance(x, Tensor) or x.dtype != torch.float64:
+        if not isinstance(x, Tensor) or x.dtype != self.dtype or x.dim() == 0:  # a number alone is a setting, or a share that stays below 1
             return x
         if x.device not in self.generators:
             self.generators[x.device] = torch.Generator(x.device).manual_seed(self.seed)
         signs = 2 * torch.randint(2, x.shape, generator=self.generators[x.device], device=x.device).to(x) - 1
-        return x * (1 + CHANGE * signs)
+        changed = x * (1 + self.change * signs)
+        return torch.where(changed.isfinite(), changed, x)  # a mask's least number
+
+
+_KERNELS = {key.lower(): torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in ("CPU", "CUDA")}
 
 
 def step(dtype: torch.dtype) -> float:
@@ -122,6 +157,18 @@ def assert_close(actual: Tensor, exact: Exact, name: str = "", roundings: float 
         error = (actual.double() - exact.value).abs().max().item()
         bound = roundings * step(actual.dtype) * exact.scale.max().item()
         assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
+
+
+def assert_agree(one: Callable[[], Tensor | tuple[Tensor, ...]], other: Callable[[], Tensor | tuple[Tensor, ...]]) -> None:
+    """Both compute the same in float64, each to `ROUNDINGS` of its own scale."""
+    for i, (mine, theirs) in enumerate(zip(exactly(one), exactly(other), strict=True)):
+        scale = torch.maximum(mine.scale.max(), theirs.scale.max()).expand_as(theirs.value)
+        assert_close(mine.value, Exact(theirs.value, 2 * scale), f"result {i}")
+
+
+def assert_same_run(actual: Tensor, expected: Exact) -> None:
+    """actual: of the run that `expected` is `as_run` of, computed in another way. Either may be wrong by a rounding of every operand."""
+    assert_close(torch.as_tensor(actual), expected, roundings=2)
 
 
 def assert_rounded_once(actual: Tensor, exact: Exact) -> None:
@@ -150,9 +197,3 @@ def groups(index: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "all rows", torch.ones(index.shape[0], dtype=torch.bool, device=index.device)
     for slot in index[index >= 0].unique().tolist():
         yield f"slot {slot}", (index == slot).any(-1)
-
-
-def twice_rounded(dtype: torch.dtype) -> dict[str, float]:
-    """For torch.testing.assert_close: numbers of about 1 that differ by where 16 bits were rounded; its own tolerance for more bits."""
-    step = torch.finfo(dtype).eps
-    return dict(rtol=4 * step, atol=4 * step) if torch.finfo(dtype).bits == 16 else {}

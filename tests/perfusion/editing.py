@@ -248,11 +248,6 @@ def seen(pipe, prompt=None, **options):
     return images, forwards
 
 
-def same_bits_or_nearly(image: Tensor, other: Tensor) -> bool:
-    """Whether a row without a concept in a mixed batch is what the plain pipeline draws, up to rounding."""
-    return torch.allclose(image.float(), other.float(), atol=1e-4 if image.dtype == torch.float32 else 0.2, rtol=1e-3)
-
-
 def hooks_of(module: torch.nn.Module) -> dict[str, int]:
     """How many hooks every submodule has, where it has any."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_backward_hooks")

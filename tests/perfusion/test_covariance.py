@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from perfusion.captions import everyday_captions
 from perfusion.covariance import Covariance, CovarianceError, get_covariance
+from tests.kernels.tolerance import assert_agree, assert_close, exactly
 from tests.perfusion.covariances import compute, final_norm, trained_sd
 from tests.perfusion.tiny import tiny_sd, tiny_sdxl
 
@@ -35,8 +36,8 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
-def brute_force(pipe, captions) -> tuple[torch.Tensor, int]:
-    """One caption at a time, one token at a time: start, words and the first end; the layers diffusers' UNet reads."""
+def rows_of(pipe, captions) -> torch.Tensor:
+    """Encodings [rows, D], float64. One caption at a time, one token at a time: start, words and the first end; the layers diffusers' UNet reads."""
     xl = hasattr(pipe, "text_encoder_2")
     rows = []
     for caption in captions:
@@ -49,34 +50,41 @@ def brute_force(pipe, captions) -> tuple[torch.Tensor, int]:
                 output = encoder(padded, output_hidden_states=True)
             hidden = output.hidden_states[-2] if xl else output.last_hidden_state
             parts.append(hidden[0, : len(ids)])
-        rows += list(torch.cat(parts, 1))
-    moment = torch.zeros(len(rows[0]), len(rows[0]), dtype=torch.float64)
-    for row in rows:
-        moment += torch.outer(row.double(), row.double())
-    return moment / len(rows), len(rows)
+        rows.append(torch.cat(parts, 1))
+    return torch.cat(rows).double()
+
+
+def moment_of(rows):
+    return rows.T @ rows / len(rows)
+
+
+def condition_of(moment):
+    eigenvalues = torch.linalg.eigvalsh(moment)
+    return eigenvalues[-1] / eigenvalues[0]
 
 
 # ---- what is counted --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("make", [trained_sd, tiny_sdxl])
 def test_equals_a_loop_over_real_tokens(make, captions):
     """SDXL: the penultimate hidden layers of both encoders, side by side, and its second tokenizer pads with "!"."""
     pipe = make(dtype=torch.float64)
     covariance = compute(pipe, captions)
-    expected, tokens = brute_force(pipe, captions)
-    assert covariance.matrix.dtype == torch.float64 and covariance.width == expected.shape[0]
-    assert (covariance.captions, covariance.tokens, covariance.shrinkage) == (120, tokens, 0)
-    torch.testing.assert_close(covariance.matrix, expected, rtol=1e-12, atol=1e-12)
-    eigenvalues = torch.linalg.eigvalsh(expected)
-    condition = (eigenvalues[-1] / eigenvalues[0]).item()
-    assert covariance.condition == covariance.condition_before == pytest.approx(condition, rel=1e-6)
+    rows = rows_of(pipe, captions)
+    assert covariance.matrix.dtype == torch.float64 and covariance.width == rows.shape[1]
+    assert (covariance.captions, covariance.tokens, covariance.shrinkage) == (120, len(rows), 0)
+    assert_close(covariance.matrix, *exactly(moment_of, rows))
+    (condition,) = exactly(lambda: condition_of(moment_of(rows)))
+    assert covariance.condition == covariance.condition_before
+    assert_close(torch.tensor(covariance.condition, dtype=torch.float64), condition)
 
 
 @pytest.mark.filterwarnings("ignore:the covariance of:UserWarning")
 def test_padding_is_not_counted(sd):
     assert compute(sd, ["red cat"]).tokens == 4
-    assert compute(sd, FEW).tokens == brute_force(sd, FEW)[1]
+    assert compute(sd, FEW).tokens == len(rows_of(sd, FEW))
 
 
 def test_a_truncated_caption_counts_77_tokens_and_diffusers_does_not_complain(sd, captions, caplog, monkeypatch):
@@ -90,11 +98,12 @@ def test_a_truncated_caption_counts_77_tokens_and_diffusers_does_not_complain(sd
     assert "truncated" in caplog.text, "the pipeline's own warning must come back afterwards"
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("batch_size", [1, 7, 120, 1000])
 def test_batch_size_does_not_matter(sd, captions, batch_size):
     expected = compute(sd, captions)
     covariance = compute(sd, iter(captions), batch_size=batch_size)
-    torch.testing.assert_close(covariance.matrix, expected.matrix, rtol=1e-12, atol=1e-12)
+    assert_close(covariance.matrix, *exactly(moment_of, rows_of(sd, captions)))
     assert (covariance.tokens, covariance.source) == (expected.tokens, expected.source)
 
 
@@ -141,16 +150,19 @@ def test_bad_arguments_are_refused(sd, captions):
 # ---- shrinkage ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numeric
 def test_too_few_captions_are_shrunk_and_say_so(sd):
     few = ["red cat", "blue dog"]  # 8 tokens, of which 4 are distinct, for 16 dimensions
     with pytest.warns(UserWarning, match=r"condition number .*, above 1\.0e\+03; 8 tokens are few for 16 dimensions: shrunk by"):
         covariance = compute(sd, few, max_condition=1e3)
-    raw, _ = brute_force(sd, few)
-    assert covariance.condition_before > 1e12 and covariance.condition == pytest.approx(1e3, rel=1e-6)
+    raw = moment_of(rows_of(sd, few))
+    assert covariance.condition_before > 1e12
+    (condition,) = exactly(condition_of, covariance.matrix)
+    assert_close(torch.tensor(covariance.condition, dtype=torch.float64), condition)
+    assert_close(torch.tensor(1e3, dtype=torch.float64), condition)
     weight = covariance.shrinkage
     assert 0 < weight < 1
-    expected = (1 - weight) * raw + weight * raw.diagonal().mean() * torch.eye(16, dtype=torch.float64)
-    torch.testing.assert_close(covariance.matrix, expected)
+    assert_close(covariance.matrix, *exactly(lambda: (1 - weight) * raw + weight * raw.diagonal().mean() * torch.eye(16).double()))
 
 
 def test_an_encoder_whose_encodings_sum_to_zero_is_shrunk_a_little(captions):
@@ -177,11 +189,11 @@ def saved(sd, captions, tmp_path) -> Path:
     return compute(sd, captions, source="unit test").save(tmp_path / "folder" / "c.safetensors").path
 
 
+@pytest.mark.numeric
 def test_metric_targets(sd, captions):
     covariance = compute(sd, captions)
     targets = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    metric = covariance.metric_targets(targets)
-    torch.testing.assert_close(metric @ covariance.matrix, targets, rtol=1e-6, atol=1e-6)
+    assert_agree(lambda: covariance.metric_targets(targets) @ covariance.matrix, lambda: targets)
     assert covariance.metric_targets(targets.half()).dtype == torch.float32
 
 

@@ -257,6 +257,7 @@ def seen(pipe, prompt=None, **options):
     return forwards
 
 
+@pytest.mark.numeric
 def test_prompt_settings_go_before_those_of_set(handle, pipe, teddy):
     check_rows(pipe.unet, seen(pipe, PROMPT)[0], [[], [use(teddy)]])
     handle.set("teddy", bias=-0.1, temperature=0.8, strength=0.5)
@@ -269,6 +270,7 @@ def test_prompt_settings_go_before_those_of_set(handle, pipe, teddy):
     assert handle.concepts()["teddy"].bias == -0.1
 
 
+@pytest.mark.numeric
 def test_bias_and_temperature_act_on_what_is_encoded_and_strength_does_not(handle, pipe, teddy):
     embeds = pipe.encode_prompt(["a <teddy>", "a <teddy|bias=0.9>"], "cpu", 1, False)[0]
     handle.set("teddy", bias=0.0, temperature=1.0, strength=0.3)
@@ -276,6 +278,7 @@ def test_bias_and_temperature_act_on_what_is_encoded_and_strength_does_not(handl
     check_rows(pipe.unet, forwards[0], [[use(teddy, 1.0, 0.0, 1.0)], [use(teddy, 1.0, 0.9, 1.0)]])
 
 
+@pytest.mark.numeric
 def test_settings_may_change_between_two_steps(handle, pipe, teddy):
     def step(pipe, number, timestep, tensors):
         handle.set("teddy", bias=0.1 * number)
@@ -314,6 +317,7 @@ def test_strength_zero_and_disable_are_the_plain_superclass(handle, pipe, plain)
     assert handle.enabled and torch.equal(draw(pipe, PROMPT), edited)
 
 
+@pytest.mark.numeric
 def test_the_global_lock_takes_keys_from_the_superclass_prompt(handle, pipe, teddy, teapot):
     handle.load(teapot)
     handle.set("teddy", key_lock="global")
@@ -337,6 +341,7 @@ def test_concepts_that_are_copies_cannot_share_a_prompt(handle, pipe, teddy, pla
     draw(pipe, ["a <teddy>", "a <bear>"])
 
 
+@pytest.mark.numeric
 def test_many_concepts_in_many_rows(pipe, teddy):
     names = ["teddy", "teapot", "cat", "dog", "tortoise"]
     with attach(pipe) as handle:

@@ -13,9 +13,11 @@ from perfusion.handle import attach
 from perfusion.models import add_embedding, add_lora
 from perfusion.original_names import original_name
 from perfusion.other_formats import EXPORTS, export, fit_scale
-from tests.kernels.tolerance import assert_close, exactly
+from tests.kernels.tolerance import as_run, assert_close, assert_same_run, exactly
 from tests.perfusion.editing import draw, make_concept, watch, weight_of
 from tests.perfusion.tiny import WORDS, tiny_sd, tiny_sdxl
+
+pytestmark = pytest.mark.models
 
 SCALE = 0.9
 
@@ -34,6 +36,7 @@ def projected(pipe, concept, encodings, name, kind):
     return (encodings.double() - (c / SCALE)[..., None] * target) @ weight.T + c[..., None] * output
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("superclass", ["teddy", "toy boat"])
 @pytest.mark.parametrize("to", ["lora", "a1111", "comfyui"])
 def test_loaded_by_diffusers_it_is_the_formula(pipe, tmp_path, to, superclass):
@@ -41,14 +44,15 @@ def test_loaded_by_diffusers_it_is_the_formula(pipe, tmp_path, to, superclass):
     with attach(pipe) as handle:
         handle.load(concept)
         with torch.no_grad():
-            whole = pipe.encode_prompt(prompt="a <mine> on a beach", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
+            options = dict(device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+            whole = as_run(lambda: pipe.encode_prompt(prompt="a <mine> on a beach", **options)[0])
     files, notes = export(concept, pipe, to, tmp_path, scale=SCALE, dtype=torch.float32)
     lora = next(file for file in files if "ora" in str(file.relative_to(tmp_path)))
     (embedding,) = (file for file in files if file != lora)
     assert add_lora(pipe, str(lora)) and add_embedding(pipe, str(embedding), token="<mine>") == "<mine>"
     with watch(pipe.unet) as forwards:
         draw(pipe, "a <mine> on a beach", guidance_scale=1.0)
-    torch.testing.assert_close(forwards[0].encodings, whole)  # the embedding stands where the concept's word stood
+    assert_same_run(forwards[0].encodings, whole)  # the embedding stands where the concept's word stood
     for kind, seen in (("to_k", forwards[0].keys), ("to_v", forwards[0].values)):
         assert set(seen) == set(cross_attention_layers(pipe.unet))
         for name, values in seen.items():
@@ -56,13 +60,14 @@ def test_loaded_by_diffusers_it_is_the_formula(pipe, tmp_path, to, superclass):
     assert len(notes) == 1 and "mine" in notes[0]
 
 
+@pytest.mark.numeric
 def test_the_scale_is_the_least_squares_one(pipe):
     concept = make_concept(describe_base(pipe), "mine", superclass="teddy")
     fit = fit_scale(concept, pipe, captions=16)
-    # the same sums, of encodings made one by one; the word's tokens weigh as much as all others
-    g, c, here = [], [], []
-    with attach(pipe) as handle, torch.no_grad():
-        handle.load(concept)
+
+    def by_least_squares(handle):
+        """Of encodings made one by one; the word's tokens weigh as much as all others."""
+        g, c, here = [], [], []
         for number, text in enumerate(everyday_captions(16)):
             text = " ".join(word for word in re.findall(r"[\w'-]+", text) if word.lower() in WORDS or len(word) == 1)
             head = ("a {}", "a photo of a {}", "a picture of the {}", "{}")[number % 4]
@@ -74,10 +79,15 @@ def test_the_scale_is_the_least_squares_one(pipe):
                 here.append(torch.zeros(count, dtype=torch.bool))
                 if prompt != text:
                     here[-1][len(head.split())] = True
-    g, c, here = torch.cat(g), torch.cat(c), torch.cat(here)
-    weights = torch.where(here, 1 / here.sum(), 1 / (~here).sum()).sqrt()
-    assert fit.scale == pytest.approx(float(torch.linalg.lstsq((weights * c)[:, None], (weights * g)[:, None]).solution), rel=1e-5)
-    assert fit.loss == pytest.approx(float((weights * (g - fit.scale * c)).norm() / (weights * g).norm()), rel=1e-5)
+        g, c, here = torch.cat(g), torch.cat(c), torch.cat(here)
+        weights = torch.where(here, 1 / here.sum(), 1 / (~here).sum()).sqrt()
+        scale = torch.linalg.lstsq((weights * c)[:, None], (weights * g)[:, None]).solution.squeeze()
+        return scale.float(), ((weights * (g - scale * c)).norm() / (weights * g).norm()).float()
+
+    with attach(pipe) as handle, torch.no_grad():
+        handle.load(concept)
+        for mine, expected in zip((fit.scale, fit.loss), as_run(lambda: by_least_squares(handle))):
+            assert_same_run(torch.tensor(mine), expected)
     assert f"κ = {fit.scale:.3f}" in str(fit)
 
 

@@ -14,6 +14,7 @@ from perfusion.prompts import PromptError
 from tests.perfusion.editing import PROMPTS, check_rows, draw, guided, make_concept, seen, unguided, use, watch
 
 
+@pytest.mark.numeric
 def test_every_row_has_its_own_concepts_and_settings(attached, sd, teddy):
     pot = make_concept(attached.base, "teapot", seed=2, unlocked=True)
     attached.load(pot)
@@ -28,11 +29,13 @@ def test_every_row_has_its_own_concepts_and_settings(attached, sd, teddy):
         check_rows(sd.unet, forward, [row for row in rows for _ in range(2)])
 
 
+@pytest.mark.numeric
 def test_prompt_and_negative_prompt_may_differ_in_settings_only(attached, sd, teddy):
     _, forwards = seen(sd, "a <teddy|bias=0.1>", negative_prompt="a <teddy|bias=0.9>")
     check_rows(sd.unet, forwards[0], [[use(teddy, bias=0.9)], [use(teddy, bias=0.1)]])
 
 
+@pytest.mark.numeric
 def test_the_second_encoder_of_xl_may_read_another_prompt(sdxl):
     teddy, pot = (make_concept(describe_base(sdxl), name, seed=seed) for seed, name in enumerate(("teddy", "teapot"), 1))
     with attach(sdxl) as handle:
@@ -42,6 +45,7 @@ def test_the_second_encoder_of_xl_may_read_another_prompt(sdxl):
         check_rows(sdxl.unet, forwards[0], [[use(pot)], [use(teddy), use(pot)]])
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("cast", [torch.float32, torch.float16])
 def test_prompt_embeds_given_directly(attached, sd, teddy, cast):
     expected = draw(sd, PROMPTS)
@@ -61,6 +65,7 @@ def test_the_text_encoder_may_go_once_prompts_are_encoded(fresh):
     assert torch.equal(draw(fresh, prompt_embeds=positive, negative_prompt_embeds=negative), expected)
 
 
+@pytest.mark.numeric
 def test_prompt_embeds_of_xl_given_directly(sdxl):
     teddy = make_concept(describe_base(sdxl), "teddy")
     with attach(sdxl) as handle:
@@ -72,12 +77,14 @@ def test_prompt_embeds_of_xl_given_directly(sdxl):
         assert torch.equal(images, draw(sdxl, PROMPTS))
 
 
+@pytest.mark.numeric
 def test_prompts_that_differ_in_settings_only_may_be_encoded_one_by_one(attached, sd, teddy):
     embeds = {bias: sd.encode_prompt(f"a <teddy|bias={bias}>", "cpu", 1, False)[0] for bias in (0.0, 0.5)}
     for bias, each in embeds.items():
         check_rows(sd.unet, seen(sd, prompt_embeds=each, guidance_scale=1.0)[1][0], [[use(teddy, bias=bias)]])
 
 
+@pytest.mark.numeric
 def test_a_callback_may_end_guidance(attached, sd, teddy):
     def cut(pipe, step, timestep, tensors):
         pipe._guidance_scale = 1.0
@@ -89,6 +96,7 @@ def test_a_callback_may_end_guidance(attached, sd, teddy):
         check_rows(sd.unet, forward, rows([use(teddy)]))
 
 
+@pytest.mark.numeric
 def test_a_callback_may_change_the_prompt_in_place(attached, sd, teddy):
     """Under inference_mode a tensor counts no versions, and the change must be noticed all the same."""
     other = sd.encode_prompt(["a cat", "a <teddy>"], "cpu", 1, False)[0].clone()
@@ -105,6 +113,7 @@ def test_a_callback_may_change_the_prompt_in_place(attached, sd, teddy):
         check_rows(sd.unet, forwards[1], [[], [], [], [use(teddy)]])
 
 
+@pytest.mark.numeric
 def test_prompt_embeds_changed_in_place_between_calls_under_inference_mode(attached, sd, teddy):
     with torch.inference_mode():
         embeds, other = (sd.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in ("a <teddy>", "a cat"))

@@ -14,11 +14,13 @@ from perfusion.handle import attach
 from perfusion.prompts import PromptError
 from perfusion.training.data import read_pictures
 from perfusion.training.session import TrainingSession
-from tests.kernels.tolerance import assert_close, exactly
+from tests.kernels.tolerance import as_run, assert_close, assert_same_run, exactly
 from tests.perfusion import editing
 from tests.perfusion.editing import PLAIN, PROMPTS, check_rows, guided, make_concept, unguided, use
 from tests.perfusion.learning import assert_unchanged, covariance_of, learn, settings, snapshot, write_pictures
 from tests.perfusion.tiny import tiny_pixart
+
+pytestmark = pytest.mark.models
 
 OPTIONS = dict(use_resolution_binning=False, max_sequence_length=24)  # of 300, which one test has
 ENCODING = dict(do_classifier_free_guidance=False, max_sequence_length=24)
@@ -46,23 +48,27 @@ def teddy(pipe):
 # Drawn
 
 
+@pytest.mark.numeric
 @KINDS
 @pytest.mark.parametrize(("exact", "guidance"), [(False, 4.5), (True, 4.5), (False, 1.0)])
 def test_every_row_is_edited_as_written_out(kind, exact, guidance):
     pipe = tiny_pixart(kind)
     teddy, plain = make_concept(describe_base(pipe), "teddy"), draw(pipe, PLAIN, guidance_scale=guidance)
+    without_concept = as_run(lambda: draw(pipe, PLAIN, guidance_scale=guidance)[1])
     with attach(pipe, exact=exact) as handle:
         handle.load(teddy)
         images, forwards = seen(pipe, PROMPTS, guidance_scale=guidance)
         assert len(forwards) == 2 and all(forward.fast != exact for forward in forwards)
         for forward in forwards:
             check_rows(pipe.transformer, forward, (guided if guidance > 1 else unguided)([use(teddy)]))
-        assert not torch.allclose(images[0], plain[0], atol=1e-2) and torch.allclose(images[1], plain[1], atol=1e-4)
+        assert not torch.allclose(images[0], plain[0], atol=1e-2)
+        assert_same_run(images[1], without_concept)
         assert torch.equal(images[1], plain[1]) or not exact
         assert torch.equal(draw(pipe, ["a photo of a <teddy:0> on a beach", "a cat"], guidance_scale=guidance), plain)
     assert torch.equal(draw(pipe, PLAIN, guidance_scale=guidance), plain)
 
 
+@pytest.mark.numeric
 def test_keys_without_the_lock_and_two_concepts(pipe):
     base = describe_base(pipe)
     teddy, pot = make_concept(base, "teddy", unlocked=True), make_concept(base, "teapot", seed=2)
@@ -74,6 +80,7 @@ def test_keys_without_the_lock_and_two_concepts(pipe):
             check_rows(pipe.transformer, forward, guided([use(teddy), use(pot, bias=0.5)]))
 
 
+@pytest.mark.numeric
 def test_the_global_lock_projects_the_superclass_prompt(pipe, teddy):
     plain = project_text(pipe.transformer, pipe.encode_prompt(PLAIN[0], **ENCODING)[0])[0]
     for exact in (False, True):
@@ -125,6 +132,7 @@ def test_regions_and_padding_together(pipe):
         assert places == [0, 1, 0, 0, 2, 0, -(2**31), -(2**31)]  # a teddy by a teapot </s>, and padding
 
 
+@pytest.mark.numeric
 def test_prompts_are_read_as_the_pipeline_reads_them(pipe):
     """Small letters, words of several tokens, and no more tokens than the call asks for."""
     base = describe_base(pipe)
@@ -151,6 +159,7 @@ def test_gates_by_word(pipe, teddy):
         assert handle._engine.form == "slots" and not torch.allclose(usual[0], by_word[0], atol=1e-2)
 
 
+@pytest.mark.numeric
 def test_weights_of_the_projection_that_change_are_followed(pipe, teddy):
     """The same encodings, given again: what was made of them is made anew."""
     with attach(pipe) as handle:
@@ -209,6 +218,7 @@ def test_learned_saved_combined_and_drawn(kind, folder, tmp_path):
     assert torch.isfinite(images).all() and not torch.allclose(images[0], plain[0], atol=1e-3)
 
 
+@pytest.mark.numeric
 def test_a_start_is_the_superclass_itself(pipe, folder):
     """Before the first step o* = W s without the bias, so that a gate of 1 would change nothing at the word."""
     with session_on(pipe, folder) as session:
@@ -220,38 +230,47 @@ def test_a_start_is_the_superclass_itself(pipe, folder):
         assert_close(s, *exactly(lambda: (read[0, 1].double() + read[1, 4].double()) / 2))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("key_lock", [True, False])
 @pytest.mark.parametrize("size", [8, 128])
 def test_products_of_all_layers_and_calls_of_each_learn_the_same(folder, key_lock, size):
     """size 128: the transformer reads the size of the picture, too."""
     sides = dict(sample_size=size, attention_head_dim=12, cross_attention_dim=24) if size == 128 else {}
-    pipe, found = tiny_pixart(dtype=torch.float64, **sides), []
-    for one_by_one in (False, True):
+    pipe = tiny_pixart(dtype=torch.float64, **sides)
+
+    def learned(one_by_one):
         layer = next(iter(cross_attention_layers(pipe.transformer).values()))
         hook = layer.to_v.register_forward_hook(lambda module, args, output: None) if one_by_one else None
         with session_on(pipe, folder, key_lock=key_lock, gradient_checkpointing=one_by_one) as session:
             assert (session.obstacle is None) != one_by_one
-            measures = [session.train_step() for _ in range(2)]
-            found.append((measures, [parameter.grad.clone() for parameter in session._trained().values()]))
+            losses = [torch.tensor(session.train_step().loss) for _ in range(2)]
+            gradients = [parameter.grad.clone() for parameter in session._trained().values()]
         if hook is not None:
             hook.remove()
-    (one, gradients), (other, others) = found
-    assert [each.loss for each in one] == pytest.approx([each.loss for each in other], rel=1e-6)
-    for gradient, reference in zip(gradients, others, strict=True):
-        assert reference.norm() > 0 and (gradient - reference).norm() < 1e-6 * reference.norm()
+        return *losses, *gradients
+
+    for mine, other in zip(learned(False), as_run(lambda: learned(True)), strict=True):
+        assert other.value.abs().sum() > 0
+        assert_same_run(mine, other)
 
 
+@pytest.mark.numeric
 def test_covariance_is_of_projected_tokens_without_padding(pipe):
     captions = ["A teddy bear on a beach", "cat", "a photo of a large red teapot, near the sea"]
-    total, count = torch.zeros(16, 16, dtype=torch.float64), 0
-    for caption in captions:
-        ids = pipe.tokenizer(caption.lower(), return_tensors="pt").input_ids
-        encoded = pipe.text_encoder(ids, attention_mask=torch.ones_like(ids))[0]  # without padding at all
-        read = pipe.transformer.caption_projection(encoded)[0].double()
-        total, count = total + read.T @ read, count + len(read)
+
+    def rows():
+        for caption in captions:
+            ids = pipe.tokenizer(caption.lower(), return_tensors="pt").input_ids
+            encoded = pipe.text_encoder(ids, attention_mask=torch.ones_like(ids))[0]  # without padding at all
+            yield pipe.transformer.caption_projection(encoded)[0]
+
+    def moment():
+        read = torch.cat(list(rows()))
+        return read.T @ read / len(read)
+
     found = compute_covariance(pipe, captions, progress=False, max_condition=1e12)
-    assert found.tokens == count
-    torch.testing.assert_close(found.matrix, total / count, rtol=1e-4, atol=1e-6)
+    assert found.tokens == sum(map(len, rows()))
+    assert_same_run(found.matrix.float(), as_run(moment))
 
 
 # Its family

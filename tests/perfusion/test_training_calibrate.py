@@ -9,6 +9,7 @@ from perfusion.training import train
 from perfusion.training.calibrate import BIASES, STRENGTHS, Candidate, _Vectors, calibrate, choose
 from perfusion.training.data import read_pictures
 from perfusion.training.session import TrainingSession
+from tests.kernels.tolerance import assert_close, exactly
 from tests.perfusion.learning import (
     NAME,
     SHORT,
@@ -44,6 +45,7 @@ def test_the_least_drift_among_those_that_keep_the_gain():
     assert choose(tried, 0.9) == tried[1] and choose(tried, 0.95) == tried[0] and choose(tried, 0.5) == tried[2]
 
 
+@pytest.mark.numeric
 def test_what_is_found_is_in_the_concept(session):
     state, before = session.state(), session.concept()
     concept, report = calibrate(session)
@@ -54,8 +56,8 @@ def test_what_is_found_is_in_the_concept(session):
     taken = next(each for each in report.candidates if (each.strength, each.bias) == (report.chosen["strength"], report.chosen["bias"]))
     assert taken.gain >= 0.9 and all(other.drift >= taken.drift for other in report.candidates if other.gain >= 0.9)
     # the optimiser has moved nothing: what is stored is what was learned, scaled
-    start = session.start_values
-    assert torch.allclose(concept.value_outputs, torch.lerp(start, before.value_outputs, taken.strength), atol=1e-6)
+    ends = session.start_values.double(), before.value_outputs.double()
+    assert_close(concept.value_outputs, *exactly(lambda: torch.lerp(*ends, taken.strength)))
     after = session.state()
     assert all(torch.equal(after[name], value) for name, value in state.items() if name.startswith("adam."))
     session.restore(session.step, state)

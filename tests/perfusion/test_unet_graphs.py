@@ -11,11 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 from perfusion import Request, unet_graphs
 from perfusion.base import cross_attention_layers
+from tests.kernels.tolerance import as_run, assert_same_run
 from tests.perfusion.editing import attached_with_two, draw
+
+pytestmark = pytest.mark.models
 
 LEFT = torch.zeros(16, 16)
 LEFT[:, :8] = 1
-NEAR = dict(atol=1e-5, rtol=1e-4)
 
 
 class Tape(TorchDispatchMode):
@@ -74,18 +76,20 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.numeric
 def test_one_graph_serves_all_prompts_concepts_and_settings(pipe, handle):
-    expected = [draw(pipe, prompt, num_inference_steps=3) for prompt in PROMPTS]
+    expected = [as_run(lambda: draw(pipe, prompt, num_inference_steps=3)) for prompt in PROMPTS]
     handle._engine.use_graphs(TapeRecorder())
     graphs = handle._engine._graphs
     for prompt, image in zip(PROMPTS, expected):
-        torch.testing.assert_close(draw(pipe, prompt, num_inference_steps=3), image, **NEAR)
+        assert_same_run(draw(pipe, prompt, num_inference_steps=3), image)
     assert (graphs.recordings, graphs.replays) == (1, 12)
     assert "replayed as a graph" in handle.explain()[-1] and handle.memory()["graphs"] > 0
     handle.detach()
     assert "forward" not in vars(pipe.unet)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", ["regions", "schedule", "no concept"])
 def test_what_a_prompt_makes_anew_is_copied_to_where_the_graph_reads(pipe, handle, kind):
     prompts = {
@@ -93,11 +97,11 @@ def test_what_a_prompt_makes_anew_is_copied_to_where_the_graph_reads(pipe, handl
         "schedule": [Request(f"a <{name}>", bias=biases) for name, biases in (("teddy", [0.0, 0.3, 0.6]), ("teapot", [0.5, 0.1, 0.2]))],
         "no concept": ["a cat", "a dog on a beach"],
     }[kind]
-    expected = [draw(pipe, prompt, num_inference_steps=3) for prompt in prompts]
-    assert not torch.allclose(*expected, atol=1e-3)
+    expected = [as_run(lambda: draw(pipe, prompt, num_inference_steps=3)) for prompt in prompts]
+    assert not torch.allclose(*(each.value for each in expected), atol=1e-3)
     handle._engine.use_graphs(TapeRecorder())
     for prompt, image in zip(prompts, expected):
-        torch.testing.assert_close(draw(pipe, prompt, num_inference_steps=3), image, **NEAR)
+        assert_same_run(draw(pipe, prompt, num_inference_steps=3), image)
     assert handle._engine._graphs.recordings == 1
 
 
@@ -134,6 +138,7 @@ def changes():
     return [weights, in_place, freeu, module, processor]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
 def test_a_changed_unet_is_never_drawn_with_an_old_graph(pipe, handle, graphs, change):
     before = draw(pipe, "a <teddy>", num_inference_steps=2)
@@ -142,10 +147,11 @@ def test_a_changed_unet_is_never_drawn_with_an_old_graph(pipe, handle, graphs, c
     assert graphs.recordings == (1 if change.__name__ == "in_place" else 2)
     graphs.closed, own = "no graph in this test", graphs.remove
     own()
-    torch.testing.assert_close(after, draw(pipe, "a <teddy>", num_inference_steps=2), **NEAR)
+    assert_same_run(after, as_run(lambda: draw(pipe, "a <teddy>", num_inference_steps=2)))
     assert not torch.allclose(after, before, atol=1e-4)
 
 
+@pytest.mark.numeric
 def test_lora_is_followed_through_its_whole_life(pipe, handle):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False)
@@ -168,7 +174,7 @@ def test_lora_is_followed_through_its_whole_life(pipe, handle):
     for _ in steps():
         found = draw(pipe, "a <teddy>", num_inference_steps=1)
         count, graphs._recorder.kind = graphs.recordings, "none"
-        torch.testing.assert_close(found, draw(pipe, "a <teddy>", num_inference_steps=1), **NEAR)
+        assert_same_run(found, as_run(lambda: draw(pipe, "a <teddy>", num_inference_steps=1)))
         graphs._recorder.kind = "cpu"
         assert "without a graph" in handle.explain()[-1]
         seen.append(found)
@@ -197,18 +203,19 @@ def test_what_no_graph_can_stand_for_runs_as_it_is_and_says_why(pipe, handle, gr
     assert graphs.replays > 0
 
 
+@pytest.mark.numeric
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_pictures_with_and_without_graphs_are_the_same(pipe):
     pipe = pipe.to("cuda")
     prompts = [*PROMPTS, Request("a <teddy> and a <teapot>", regions={"teddy": LEFT}), Request("a <teddy>", bias=[0.0, 0.3]), "a cat"]
 
-    def pictures(**options):
+    def pictures(kept, **options):
         with attached_with_two(pipe, **options) as handle:
-            found = [draw(pipe, prompt, num_inference_steps=3) for prompt in prompts]
+            found = [kept(lambda: draw(pipe, prompt, num_inference_steps=3)) for prompt in prompts]
             return found, handle._engine._graphs and (handle._engine._graphs.recordings, handle.memory()["graphs"])
 
-    expected, _ = pictures()
-    found, (recordings, nbytes) = pictures(graphs=True)
+    expected, _ = pictures(as_run)
+    found, (recordings, nbytes) = pictures(lambda run: run(), graphs=True)
     for image, same in zip(expected, found):
-        torch.testing.assert_close(same, image, atol=1e-3, rtol=1e-3)
+        assert_same_run(same, image)
     assert recordings == 4 and nbytes > 0
