@@ -54,17 +54,15 @@ def edited_projection(
     Source: arXiv 2305.01644, eq. 3 and 4.
     """
     arguments = (encodings, weight, gates, components, index, outputs, projected_targets)
-    return checked_call("edited_projection", _check, arguments, validate, backend)
+    check_call("edited_projection", _check, arguments, validate)
+    return call("edited_projection", arguments, backend)
 
 
-def checked_call(
-    operator: str, check: Callable[..., None], arguments: tuple[Tensor, ...], validate: bool | None, backend: str | None
-) -> Tensor:
-    """The operator of these arguments, of which shapes are checked, and values as `validate` says."""
+def check_call(operator: str, check: Callable[..., None], arguments: tuple[Tensor, ...], validate: bool | None) -> None:
+    """Checks shapes by `check`, and values as `validate` says."""
     check(*arguments)
     _, _, gates, components, index, outputs, _ = arguments
     check_values(validate_edit, operator, validate, arguments, (index, gates, components), outputs.shape[0])
-    return call(operator, arguments, backend)
 
 
 def check_projection(

@@ -4,9 +4,9 @@ from functools import partial
 
 from torch import Tensor
 
-from .backend import register
+from .backend import call, register
 from .edited_projection import OPERATOR as SEPARATE
-from .edited_projection import check_projection, checked_call
+from .edited_projection import check_call, check_projection
 from .reference import fused_edited_projection as reference
 from .registration import Operator
 from .shape_checks import once
@@ -43,7 +43,8 @@ def fused_edited_projection(
     Source: arXiv 2305.01644, eq. 3 and 4.
     """
     arguments = (encodings, weight, gates, components, index, outputs, projected_targets)
-    return checked_call("fused_edited_projection", _check, arguments, validate, backend)
+    check_call("fused_edited_projection", _check, arguments, validate)
+    return call("fused_edited_projection", arguments, backend)
 
 
 _check = once(partial(check_projection, "fused_edited_projection"))
