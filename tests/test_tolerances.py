@@ -7,6 +7,7 @@ what their files share, have no other tolerance. What is no matter of a processo
 - pictures of 8 bits: masks, crops, resized pictures
 - memory, times, counts of operations and of launches, which are reckoned or measured
 - how well something was learned or drawn: a score, a similarity, a peak signal-to-noise ratio
+- what toybox renders and judges, the pictures of the lab, and other programs beside ours (ComfyUI): numbers of about 1, to 1e-3 to 1e-6
 - that two things differ: `not torch.allclose(…)`, by far more than any rounding
 - finite differences, whose own error is larger
 """
