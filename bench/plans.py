@@ -12,7 +12,7 @@ import torch
 
 from bench import roofline
 from bench.chips import CHIPS
-from bench.predictions.assumptions import DEPENDENT_LOAD, LATENCY, REACHED
+from bench.predictions.assumptions import DEPENDENT_LOAD
 
 T = 77
 KEYS = 80  # T as the kernels pad it
@@ -116,9 +116,6 @@ class Plan:
     def edit_seconds(self) -> float:
         """Of the edit, during which a block has no tile yet: that of the slot's index before its tables, and the instructions."""
         return DEPENDENT_LOAD + self.most_loaded()[1] * self.edit_cycles() / CHIPS[self.chip].clock if self.J else 0.0
-
-    def seconds(self) -> float:
-        return max(self.times().values()) / REACHED + self.edit_seconds() + LATENCY
 
     @property
     def work(self) -> roofline.Work:

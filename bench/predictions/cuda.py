@@ -21,8 +21,9 @@ def rows(host) -> Iterator[dict]:
     for chip in CHIPS:
         for layer in plans.layers():
             for B in plans.ROWS:
-                yield attention(plans.plan(host, chip, layer, B))
-                yield around_attention("cuda", chip, layer, B, plans.plan(host, chip, layer, B).times(), REACHED)
+                plan = plans.plan(host, chip, layer, B)
+                yield attention(plan)
+                yield around_attention("cuda", chip, layer, B, plan.times(), REACHED)
             yield from (attention(plans.plan(host, chip, layer, B, J)) for B in EDITED for J in PLACES)
         for unet, D in roofline.TEXT_WIDTHS.items():
             for B in EDITED:
@@ -51,7 +52,7 @@ def projections(host, chip: str, unet: str, B: int) -> Iterator[dict]:
     tiles = made["row_tiles"] * made["column_tiles"]
     work = roofline.edited_projection(B=B, T=T, D=D, O=O, J=1)
     most, elements = -(-tiles // one.multiprocessors), made["rows"] * made["columns"]
-    edit = elements * 5 / 128  # cycles: three instructions of the edit, two conversions
+    edit = elements * 4 / 128  # cycles: two multiply-adds, two conversions
     times = {
         "tensor cores": most * (elements * D / (PRODUCTS * one.tensor) + edit) / one.clock,
         "DRAM": work.bytes / one.dram / REACHED,

@@ -229,7 +229,8 @@ def gradients_of_gates(chip: str, D: int, B: int) -> dict:
     programs, latency = _steps(D, B, gates_backward.STAGES)
     tokens = -(-T // concept_gates.tiles(1)[0]["BLOCK_T"]) * DEPENDENT_LOAD
     by_concept = tokens + work.bytes / one.dram / TRITON
-    launches = [{"by token": latency + -(-D // 32) * L2_LOAD}, {"by concept": by_concept}, {"by slot": DEPENDENT_LOAD}, *[SMALL] * 4]
+    by_token = latency + -(-D // concept_gates.tiles(1)[0]["BLOCK_D"]) * L2_LOAD  # a second time over D, for the encodings' gradient
+    launches = [{"by token": by_token}, {"by concept": by_concept}, {"by slot": DEPENDENT_LOAD}, *[SMALL] * 4]
     return row("triton", "concept_gates_backward", chip, dict(D=D, J=1, rows=B, blocks=programs), launches, work)
 
 
