@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 pytest.importorskip("httpx")
 
+from perfusion.studio.answers import Answers  # noqa: E402
 from perfusion.studio.card import archive, card  # noqa: E402
 from perfusion.studio.client import Client, ServerError, sentence  # noqa: E402
 from perfusion.studio.painting import BOXES, COLOURS, box_mask, overlay, painted_mask, region_masks  # noqa: E402
@@ -93,3 +94,25 @@ def test_a_picture_is_given_up_by_breaking_the_connection():
         closes[0]()
         thread.join(10)
         assert not thread.is_alive() and ended and server.cancelled.wait(10)
+
+
+def test_a_slow_answer_never_replaces_that_to_a_later_question():
+    answers, asked, answer = Answers(), threading.Event(), threading.Event()
+    assert answers.choices("concepts") is None
+
+    def slow():
+        asked.set()
+        assert answer.wait(10)
+        return []
+
+    thread = threading.Thread(target=answers.ask, args=("concepts", slow))
+    thread.start()
+    assert asked.wait(10)
+    answers.ask("concepts", lambda: [{"name": "teddy"}])
+    answer.set()
+    thread.join(10)
+    assert not thread.is_alive() and answers.choices("concepts") == [("teddy", "teddy")]
+    answers.ask("concepts", list)
+    assert answers.choices("concepts") == []
+    answers.ask("jobs", lambda: [{"id": "job-0", "name": "mycat", "status": "running", "step": 1, "steps": 2}])
+    assert answers.choices("jobs") == [("mycat: running, step 1 of 2", "job-0")]

@@ -1,6 +1,7 @@
 """The page as people use it: by keyboard and mouse, on a narrow screen, with a server that refuses; and nothing is asked of the internet."""
 
 import io
+import threading
 import time
 import zipfile
 from urllib.parse import urlsplit
@@ -295,6 +296,41 @@ def test_a_concept_is_taken_away_uploaded_and_deleted(tab, server, tmp_path):
     tab.locator("#delete").click()
     see(tab, "<good> is gone.")
     assert server.concepts.keys() == {"teddy", "teapot"}
+
+
+def test_a_slow_first_answer_does_not_empty_the_lists(chromium, tmp_path, monkeypatch):
+    """The page asks as it opens; concepts that are uploaded before the answer is there stay."""
+    from perfusion.studio import Client
+
+    own, asks, answered = Client.bases, iter(["the first"]), threading.Event()
+
+    def bases(client):
+        if next(asks, None):
+            assert answered.wait(20)
+        return own(client)
+
+    monkeypatch.setattr(Client, "bases", bases)
+    with StandIn() as server:
+        server.concepts.clear()
+        studio = Studio(chromium, server.address)
+        tab = studio.open()
+        tab.get_by_role("button", name="Connection").click()
+        tab.get_by_role("tab", name="Concepts").click()
+        for name in ("teddy", "teapot"):
+            (tmp_path / f"{name}.safetensors").write_bytes(f"concept {name}".encode())
+            tab.locator("#upload input[type=file]").set_input_files(tmp_path / f"{name}.safetensors")
+            see(tab, f"<{name}> is there now.")
+            tab.wait_for_function("name => document.querySelector('#concept input').value === name", arg=name)
+            tab.wait_for_timeout(500)  # the place for files is empty again
+        answered.set()
+        see(tab, "answers.")
+        tab.wait_for_timeout(500)
+        assert tab.locator("#concept input").input_value() == "teapot", "the lists stay where they are"
+        tab.get_by_role("tab", name="Combine").click()
+        tab.get_by_role("button", name="Draw both").click()
+        see(tab, "“a <teddy> and a <teapot>”")
+        tab.close()
+        studio.close()
 
 
 def test_a_key_is_asked_for_and_typed(chromium):

@@ -7,13 +7,15 @@ from typing import Any
 
 import gradio as gr
 
+from perfusion.studio.answers import Answers
 from perfusion.studio.card import archive, card
 from perfusion.studio.shared import Shared, guarded, kept, none_yet, plain, shown_gallery
 
 __all__ = ["build"]
 
 
-def build(shared: Shared) -> gr.on:
+def build(shared: Shared, tab: gr.Tab) -> list[Any]:
+    """The events after which there are other concepts."""
     with gr.Row():
         with gr.Column(min_width=280):
             concept = shared.concept_list("Concept", elem_id="concept")
@@ -48,29 +50,32 @@ def build(shared: Shared) -> gr.on:
         return _facts(found), mine, *buttons, card(found, with_gallery=bool(mine))
 
     @guarded
-    def add(key: str, path: str | None) -> tuple[Any, Any]:
-        if path is None:
-            return gr.skip(), gr.skip()
-        found = shared.client.with_key(key).upload(Path(path))
-        gr.Info(plain(f"<{found['name']}> is there now."))
-        names = [concept["name"] for concept in shared.client.with_key(key).concepts()]
-        return gr.Dropdown(choices=names, value=found["name"]), None
+    def add(key: str, answers: Answers, path: str | None) -> None:
+        """Empties the place for files, too."""
+        if path is not None:
+            client = shared.client.with_key(key)
+            name = client.upload(Path(path))["name"]
+            answers.ask("concepts", client.concepts)
+            answers.chosen = name
+            gr.Info(plain(f"<{name}> is there now."))
 
     @guarded
-    def remove(key: str, name: str | None, sure: bool) -> tuple[Any, bool]:
+    def remove(key: str, answers: Answers, name: str | None, sure: bool) -> bool:
         if not sure:
             raise ValueError("tick “I want to delete it” first; nothing was deleted")
         client = shared.client.with_key(key)
         client.delete(none_yet(name))
+        answers.ask("concepts", client.concepts)
         gr.Info(plain(f"<{name}> is gone."))
-        names = [concept["name"] for concept in client.concepts()]
-        return gr.Dropdown(choices=names, value=names[0] if names else None), False
+        return False
 
-    seen = [facts, pictures, file, whole, text]
-    concept.change(show, [shared.key, shared.drawn, concept], seen, show_progress="hidden")
-    added = upload.upload(add, [shared.key, upload], [concept, upload], show_progress="hidden")
-    removed = delete.click(remove, [shared.key, concept, sure], [concept, sure], show_progress="hidden")
-    return [added, removed], lambda tab: tab.select(show, [shared.key, shared.drawn, concept], seen, show_progress="hidden")
+    gr.on(
+        [concept.change, tab.select], show, [shared.key, shared.drawn, concept], [facts, pictures, file, whole, text],
+        show_progress="hidden", trigger_mode="always_last", preprocess=False,
+    )  # fmt: skip
+    added = upload.upload(add, [shared.key, shared.answers, upload], upload, show_progress="hidden")
+    removed = delete.click(remove, [shared.key, shared.answers, concept, sure], sure, show_progress="hidden")
+    return [added, removed]
 
 
 def _facts(concept: dict[str, Any]) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr  # noqa: E402
 
 from perfusion.studio import combine, concepts, draw, strips, train  # noqa: E402
+from perfusion.studio.answers import Answers  # noqa: E402
 from perfusion.studio.client import Client, ServerError  # noqa: E402
 from perfusion.studio.shared import Shared, guarded  # noqa: E402
 
@@ -37,39 +38,33 @@ def create_page(client: Client) -> gr.Blocks:
                 "", label="Key", type="password", info="Only where the server asks for one. It is kept in this page alone.", lines=1
             )
             again = gr.Button("Connect", size="sm")
-        shared = Shared(client, key, gr.State([]))
+        answers = gr.State(Answers())
+        shared = Shared(client, key, gr.State([]), answers)
         with gr.Tabs():
             with gr.Tab("Draw", id="draw"):
                 draw.build(shared)
             with gr.Tab("Train", id="train"):
-                learned, jobs = train.build(shared)
+                learned = train.build(shared)
             with gr.Tab("Concepts", id="concepts") as tab:
-                changed, show = concepts.build(shared)
-                show(tab)
+                changed = concepts.build(shared, tab)
             with gr.Tab("Strips", id="strips"):
                 strips.build(shared)
             with gr.Tab("Combine", id="combine"):
                 combine.build(shared)
 
-        @guarded
-        def refresh(key: str, *shown: str | None) -> list[Any]:
-            return shared.refreshed(key, *shown)
-
-        def connect(key: str, *shown: str | None) -> list[Any]:
+        def connect(key: str, answers: Answers) -> str:
             try:
-                found = shared.refreshed(key, *shown)
+                shared.ask(key, answers)
             except ServerError as error:
-                return [f"{client.server}: {error}", *(gr.skip() for _ in shared.follows), gr.skip()]
-            try:
-                own_jobs = train._jobs(client.with_key(key))
-            except ServerError:  # a key that may not train
-                own_jobs = gr.skip()
-            return [f"{client.server} answers.", *found, own_jobs]
+                return f"{client.server}: {error}"
+            with contextlib.suppress(ServerError):  # a key that may not train
+                answers.ask("jobs", client.with_key(key).jobs)
+            return f"{client.server} answers."
 
-        every = [key, *shared.lists]
-        gr.on([page.load, again.click, key.submit], connect, every, [where, *shared.follows, jobs], show_progress="hidden")
-        for event in (*learned, *changed):
-            event.then(refresh, every, shared.follows, show_progress="hidden")
+        connected = gr.on([page.load, again.click, key.submit], connect, [key, answers], where, show_progress="hidden")
+        asked = (event.then(guarded(shared.ask), [key, answers], show_progress="hidden") for event in learned)
+        for event in (connected, *asked, *changed):
+            shared.follow(event)
     return page
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from perfusion.studio.answers import Answers
 from perfusion.studio.client import Client, ServerError, sentence
 
 __all__ = [
@@ -32,28 +33,30 @@ NO_CONCEPTS = "No concepts yet. Train one, or upload a file under Concepts."
 class Shared:
     """Components and helpers of one page.
 
-    concepts: every list of concepts on it. places: which concept each shows at first. bases: every list of base models.
+    lists: every list that follows the server, what it is a list of, and which of its entries it shows at first.
     suited: a list of base models, a setting, and the slider of it, which shows what suits the model until it is moved.
     """
 
     client: Client
     key: gr.Textbox
     drawn: gr.State  # [(picture, caption, prompt)], the newest first, of this visit
-    concepts: list[gr.Dropdown] = dataclasses.field(default_factory=list)
-    places: list[int] = dataclasses.field(default_factory=list)
-    bases: list[gr.Dropdown] = dataclasses.field(default_factory=list)
+    answers: gr.State
+    lists: list[tuple[gr.Dropdown, str, int]] = dataclasses.field(default_factory=list)
     suited: list[tuple[gr.Dropdown, str, gr.Slider]] = dataclasses.field(default_factory=list)
 
+    def _list(self, about: str, place: int, label: str, **options: Any) -> gr.Dropdown:
+        made = gr.Dropdown([], label=label, interactive=True, filterable=False, **options)
+        self.lists.append((made, about, place))
+        return made
+
     def concept_list(self, label: str, place: int = 0, **options: Any) -> gr.Dropdown:
-        """A list of concepts that `refreshed` fills."""
-        self.places.append(place)
-        self.concepts.append(gr.Dropdown([], label=label, interactive=True, filterable=False, **options))
-        return self.concepts[-1]
+        return self._list("concepts", place, label, **options)
 
     def base_list(self) -> gr.Dropdown:
-        """A list of base models that `refreshed` fills."""
-        self.bases.append(gr.Dropdown([], label="Model", interactive=True, filterable=False))
-        return self.bases[-1]
+        return self._list("bases", 0, "Model")
+
+    def job_list(self) -> gr.Dropdown:
+        return self._list("jobs", 0, "Jobs", elem_id="jobs")
 
     def steps_slider(self, model: gr.Dropdown) -> gr.Slider:
         return self._suited(model, "steps", gr.Slider(1, 150, 30, step=1, label="Steps"))
@@ -63,47 +66,47 @@ class Shared:
 
     def _suited(self, model: gr.Dropdown, field: str, slider: gr.Slider) -> gr.Slider:
         self.suited.append((model, field, slider))
-
-        @guarded
-        def follow(key: str, name: str | None) -> Any:
-            return self._suits(self.client.with_key(key).bases(), name, field)
-
-        model.input(follow, [self.key, model], slider, show_progress="hidden")
+        model.input(lambda answers, name: _suits(answers, name, field), [self.answers, model], slider, show_progress="hidden")
         return slider
 
-    @staticmethod
-    def _suits(bases: list[dict[str, Any]], name: str | None, field: str) -> Any:
-        """The slider at what the server says of a base model."""
-        value = next((base.get(field) for base in bases if base["id"] == name), None)
-        return gr.skip() if value is None else gr.Slider(value=value)
-
-    @property
-    def lists(self) -> list[gr.Dropdown]:
-        return [*self.concepts, *self.bases]
-
-    @property
-    def follows(self) -> list[Any]:
-        """What `refreshed` has updates for: the lists, and the sliders that suit a model."""
-        return [*self.lists, *(slider for _, _, slider in self.suited)]
-
-    def refreshed(self, key: str, *shown: str | None) -> list[Any]:
-        """Updates for `follows`. shown: what the lists show now, which stays if it is still there, and with a model its sliders."""
+    def ask(self, key: str, answers: Answers) -> None:
+        """Ask the server which concepts and base models there are."""
         client = self.client.with_key(key)
-        names, known = [concept["name"] for concept in client.concepts()], client.bases()
-        bases = [base["id"] for base in known]
-        updates, values, before = [], [], None
-        places = [*self.places, *(0 for _ in self.bases)]
-        for number, (value, place) in enumerate(zip(shown, places)):
-            choices = names if number < len(self.concepts) else bases
-            if value not in choices:  # the second of two lists has another than the first, or nothing
-                value = next((choice for choice in choices if not place or choice != before), None)
-            before = value
-            values.append(value)
-            updates.append(gr.Dropdown(choices=choices, value=value))
-        for model, field, _ in self.suited:
-            place = self.lists.index(model)
-            updates.append(gr.skip() if shown[place] == values[place] else self._suits(known, values[place], field))
-        return updates
+        answers.ask("concepts", client.concepts)
+        answers.ask("bases", client.bases)
+
+    def follow(self, event: Any) -> None:
+        """After the event the lists show what `answers` has then, each what it showed before if that is still there."""
+        shown = [made for made, _, _ in self.lists]
+        event.then(
+            self._followed, [self.answers, *shown], [*shown, *(slider for *_, slider in self.suited)], show_progress="hidden",
+            preprocess=False,  # else Gradio refuses what a list shows where its choices have just changed
+        )  # fmt: skip
+
+    def _followed(self, answers: Answers, *shown: str | None) -> list[Any]:
+        updates, values, before = [], {}, None
+        chosen, answers.chosen = answers.chosen, None
+        for value, (made, about, place) in zip(shown, self.lists):
+            choices = answers.choices(about)
+            there = [choice for _, choice in choices or []]
+            wanted = chosen if made.elem_id == "concept" and chosen in there else value
+            if wanted not in there:  # the second of two lists has another than the first, or nothing
+                wanted = next((choice for choice in there if not place or choice != before), None)
+            before = wanted
+            if choices is None:
+                updates.append(gr.skip())
+            elif wanted == value:  # which the visitor may have changed since
+                updates.append(gr.Dropdown(choices=choices))
+            else:
+                updates.append(gr.Dropdown(choices=choices, value=wanted))
+                values[made] = wanted
+        return updates + [_suits(answers, values[model], field) if model in values else gr.skip() for model, field, _ in self.suited]
+
+
+def _suits(answers: Answers, name: str | None, field: str) -> Any:
+    """The slider at what the server says of a base model."""
+    value = next((base.get(field) for base in answers.of("bases") or [] if base["id"] == name), None)
+    return gr.skip() if value is None else gr.Slider(value=value)
 
 
 def shown_gallery(label: str, columns: int = 4, **options: Any) -> gr.Gallery:

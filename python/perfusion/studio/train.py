@@ -11,6 +11,8 @@ import gradio as gr
 from PIL import Image
 
 from perfusion.pictures import open_picture
+from perfusion.studio.answers import Answers
+from perfusion.studio.client import Client
 from perfusion.studio.painting import overlay, painted_mask, png
 from perfusion.studio.shared import BUTTONS, Shared, decode, guarded, seed_box, seed_of, shown_gallery, shown_picture
 from perfusion.training_config import TrainingConfig
@@ -23,8 +25,8 @@ upload masks that are named as their pictures: `a.png` or `a-masklabel.png` for 
 DONE = {"succeeded": "is learned", "failed": "could not be learned", "cancelled": "is cancelled; its checkpoint is kept"}
 
 
-def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
-    """The events after which there may be a new concept, and the list of jobs."""
+def build(shared: Shared) -> list[Any]:
+    """The events after which there may be a new concept."""
     masks = gr.State({})  # path of a picture -> its mask, [L], in the picture's size
     chosen = gr.State("")
     with gr.Row():
@@ -62,7 +64,7 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
                 flip = gr.Checkbox(False, label="Mirror pictures at random")
                 author, licence = gr.Textbox("", label="Author", lines=1), gr.Textbox("", label="Licence", lines=1)
             go = gr.Button("Train", variant="primary", elem_id="train")
-            job = gr.Dropdown([], label="Jobs", interactive=True, filterable=False, elem_id="jobs")
+            job = shared.job_list()
             with gr.Row():
                 watch, resume, cancel = (gr.Button(text, size="sm", min_width=70) for text in ("Watch", "Go on", "Cancel the job"))
             progress = gr.HTML(elem_id="progress")
@@ -105,8 +107,8 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
         return masks, _checked(items, masks), None
 
     @guarded
-    def train(key: str, items: list | None, masks: dict, name: str, superclass: str, steps: float, every: float, model: str, batch: float,
-              seed: str, flip: bool, author: str, licence: str) -> Iterator[Any]:  # fmt: skip
+    def train(key: str, answers: Answers, items: list | None, masks: dict, name: str, superclass: str, steps: float, every: float,
+              model: str, batch: float, seed: str, flip: bool, author: str, licence: str) -> Iterator[Any]:  # fmt: skip
         paths = _paths(items)
         if not paths:
             raise ValueError("upload pictures of the thing first")
@@ -123,24 +125,24 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
         fields |= {field: value for field, value in (("model", model), ("author", author.strip()), ("license", licence.strip())) if value}
         client = shared.client.with_key(key)
         made = client.train(sent, [png(mask) for mask in whole.values()], **fields)
-        yield _bar(made), None, _jobs(client, made["id"])
-        yield from _watched(client, made["id"])
+        yield _bar(made), None, _jobs(client, answers, made["id"])
+        yield from _watched(client, answers, made["id"])
 
     @guarded
-    def go_on(key: str, id: str | None, resume: bool) -> Iterator[Any]:
+    def go_on(key: str, answers: Answers, id: str | None, resume: bool) -> Iterator[Any]:
         if not id:
             raise ValueError("there are no jobs yet")
         client = shared.client.with_key(key)
         if resume:
             client.job_action(id, "resume")
-        yield from _watched(client, id)
+        yield from _watched(client, answers, id)
 
     @guarded
-    def stop(key: str, id: str | None) -> Any:
+    def stop(key: str, answers: Answers, id: str | None) -> Any:
         if not id:
             raise ValueError("there are no jobs yet")
         client = shared.client.with_key(key)
-        return _bar(client.job_action(id, "cancel")), _jobs(client, id)
+        return _bar(client.job_action(id, "cancel")), _jobs(client, answers, id)
 
     pictures.change(guarded(_checked), [pictures, masks], checked, show_progress="hidden")
     pictures.select(choose, [pictures, masks], [editor, chosen], show_progress="hidden")
@@ -148,13 +150,14 @@ def build(shared: Shared) -> tuple[list[Any], gr.Dropdown]:
     clear.click(lambda items: ({}, _checked(items, {})), pictures, [masks, checked])
     files.upload(add_masks, [pictures, masks, files], [masks, checked, files], show_progress="hidden")
     seen = [progress, preview, job]
-    inputs = [shared.key, pictures, masks, name, superclass, steps, every, model, batch, seed, flip, author, licence]
+    inputs = [shared.key, shared.answers, pictures, masks, name, superclass, steps, every, model, batch, seed, flip, author, licence]
     options = {"show_progress": "hidden"}
     trained = go.click(train, inputs, seen, **options)
-    watched = watch.click(lambda key, id: (yield from go_on(key, id, False)), [shared.key, job], seen, **options)
-    resumed = resume.click(lambda key, id: (yield from go_on(key, id, True)), [shared.key, job], seen, **options)
-    cancel.click(stop, [shared.key, job], [progress, job], **options)
-    return [trained, watched, resumed], job
+    which = [shared.key, shared.answers, job]
+    watched = watch.click(lambda *inputs: (yield from go_on(*inputs, False)), which, seen, **options)
+    resumed = resume.click(lambda *inputs: (yield from go_on(*inputs, True)), which, seen, **options)
+    cancel.click(stop, which, [progress, job], **options)
+    return [trained, watched, resumed]
 
 
 def _paths(items: list | None) -> list[str]:
@@ -184,11 +187,10 @@ def _checked(items: list | None, masks: dict) -> list[tuple[Image.Image, str]]:
     return [(overlay(_fitted(open_picture(Path(path))), masks.get(path)), "its mask" if path in masks else "all of it") for path in paths]
 
 
-def _jobs(client: Any, shown: str | None = None) -> Any:
-    jobs = client.jobs()
-    choices = [(f"{job['name']}: {job['status']}, step {job['step']} of {job['steps']}", job["id"]) for job in jobs]
-    ids = [id for _, id in choices]
-    return gr.Dropdown(choices=choices, value=shown if shown in ids else ids[0] if ids else None)
+def _jobs(client: Client, answers: Answers, shown: str) -> Any:
+    """The list of jobs, asked for anew, at one of them."""
+    answers.ask("jobs", client.jobs)
+    return gr.Dropdown(choices=answers.choices("jobs"), value=shown)
 
 
 def _bar(job: dict[str, Any]) -> str:
@@ -206,7 +208,7 @@ def _bar(job: dict[str, Any]) -> str:
     return f'<progress max="{steps}" value="{step}" aria-label="Training"></progress><p role="status" aria-live="polite">{words}</p>'
 
 
-def _watched(client: Any, id: str) -> Iterator[Any]:
+def _watched(client: Client, answers: Answers, id: str) -> Iterator[Any]:
     """Updates of the bar, the preview and the list until the job ends."""
     job = {"name": "", "status": "running"}
     for event in client.watch_job(id):
@@ -216,4 +218,4 @@ def _watched(client: Any, id: str) -> Iterator[Any]:
             job |= event.data
             yield _bar({**job, "status": "running"}), gr.skip(), gr.skip()
         elif event.kind in DONE:
-            yield _bar({**event.data, "status": event.kind}), gr.skip(), _jobs(client, id)
+            yield _bar({**event.data, "status": event.kind}), gr.skip(), _jobs(client, answers, id)
