@@ -287,11 +287,11 @@ def roofline(figure: Any, rows: Rows) -> None:
     axes.annotate(f"{machine.bandwidth / 1e12:.1f} TB/s", (15, 15 * machine.bandwidth), (-48, 4), textcoords="offset points", fontsize=8)
     axes.annotate(f"{machine.tensor / 1e12:.0f} TFLOP/s", (600, machine.tensor), (0, 4), textcoords="offset points", fontsize=8)
     kinds = list(dict.fromkeys(row["suite"] for row in rows))
-    for kind, colour in zip(kinds, (OURS, *OTHERS)):
+    for kind, colour, marker in zip(kinds, (OURS, *OTHERS), "os^vD"):  # shapes: two operators may stand at one point
         for row in (row for row in rows if row["suite"] == kind):
-            fill = colour if row["gate"] == "passed" else "white"
-            axes.plot(row["flops"] / row["bytes"], row["flops_per_s"], "o", color=colour, mfc=fill, ms=5)
-        axes.plot([], [], "o", color=colour, label=kind)
+            fill = colour if row["gate"] == "passed" else "none"
+            axes.plot(row["flops"] / row["bytes"], row["flops_per_s"], marker, color=colour, mfc=fill, ms=5)
+        axes.plot([], [], marker, color=colour, mfc=fill, label=kind)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(8, 2000)
