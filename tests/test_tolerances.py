@@ -60,7 +60,7 @@ def comparing(tree):
 
 
 def other_tolerances(node, denied=False):
-    """The calls that bring a tolerance of their own."""
+    """Calls, and comparisons with a small number, that bring a tolerance of their own."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Call):
             name = ast.unparse(child.func)
@@ -68,6 +68,10 @@ def other_tolerances(node, denied=False):
             none = all(isinstance(given.get(each), ast.Constant) and given[each].value == 0 for each in ("rtol", "atol"))
             of_torch = name.endswith("testing.assert_close")
             if not none and (of_torch or name.split(".")[-1] in OTHERS and not denied or not denied and {"rtol", "atol"} & given.keys()):
+                yield child
+        if isinstance(child, ast.Compare) and any(isinstance(each, (ast.Lt, ast.LtE)) for each in child.ops):
+            bounds = (each.value for bound in child.comparators for each in ast.walk(bound) if isinstance(each, ast.Constant))
+            if any(isinstance(each, float) and 0 < each < 0.01 for each in bounds):
                 yield child
         yield from other_tolerances(child, isinstance(child, ast.UnaryOp) and isinstance(child.op, ast.Not))
 
@@ -99,6 +103,8 @@ def test_what_is_looked_for_is_found():
         "torch.testing.assert_close(a, b, rtol=0, atol=1e-6)": 1,
         "assert not torch.allclose(a, b, atol=1e-3)": 0,
         "assert torch.allclose(a, b)": 1,
+        "assert (a - b).abs().max() < 1e-3 * b.norm()": 1,
+        "assert 0 < a < 1 and a <= bound": 0,
         "assert a == pytest.approx(b)": 1,
         "near = dict(atol=1e-4, rtol=1e-3)": 1,
         "assert_close(a, exact)": 0,
