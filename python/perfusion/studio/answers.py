@@ -15,11 +15,11 @@ _LOCK = threading.Lock()  # Gradio copies an `Answers` for each visitor, which a
 class Answers:
     """The newest answer to each question: one that was asked earlier never replaces one that was asked later, however slow it was.
 
-    chosen: the concept that the list of the tab Concepts is to show next.
+    uploaded: the concept that was uploaded last, until a list has turned to it.
     """
 
     def __init__(self) -> None:
-        self.chosen: str | None = None
+        self.uploaded: str | None = None
         self._newest: dict[str, tuple[float, list[Any]]] = {}
 
     def ask(self, about: str, question: Callable[[], list[dict[str, Any]]]) -> None:

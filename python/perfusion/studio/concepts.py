@@ -18,7 +18,7 @@ def build(shared: Shared, tab: gr.Tab) -> list[Any]:
     """The events after which there are other concepts."""
     with gr.Row():
         with gr.Column(min_width=280):
-            concept = shared.concept_list("Concept", elem_id="concept")
+            concept = shared.concept_list("Concept", uploads=True, elem_id="concept")
             facts = gr.Markdown(elem_id="facts")
             pictures = shown_gallery("Drawn with it in this visit")
         with gr.Column(min_width=280):
@@ -56,7 +56,7 @@ def build(shared: Shared, tab: gr.Tab) -> list[Any]:
             client = shared.client.with_key(key)
             name = client.upload(Path(path))["name"]
             answers.ask("concepts", client.concepts)
-            answers.chosen = name
+            answers.uploaded = name
             gr.Info(plain(f"<{name}> is there now."))
 
     @guarded

@@ -86,7 +86,7 @@ def build(shared: Shared) -> None:
     running = gr.on(
         [go.click, prompt.submit], draw, inputs, [picture, status, gallery, shared.drawn], show_progress="hidden",
         trigger_mode="always_last",
-    )
+    )  # fmt: skip
     stop.click(Running.end, state, status, cancels=[running])
     own.change(lambda own: gr.Slider(visible=not own), own, beta)
     insert.click(lambda text, name: f"{text.rstrip()} <{name}>".strip() if name else text, [prompt, concept], prompt)

@@ -29,11 +29,20 @@ SHOWN: dict[str, Any] = dict(buttons=BUTTONS, format="png", interactive=False)
 NO_CONCEPTS = "No concepts yet. Train one, or upload a file under Concepts."
 
 
+@dataclasses.dataclass(frozen=True)
+class Following:
+    """A list that follows the server. place: which entry it shows at first. uploads: it turns to what was uploaded."""
+
+    shown: gr.Dropdown
+    about: str  # "concepts", "bases" or "jobs"
+    place: int = 0
+    uploads: bool = False
+
+
 @dataclasses.dataclass
 class Shared:
     """Components and helpers of one page.
 
-    lists: every list that follows the server, what it is a list of, and which of its entries it shows at first.
     suited: a list of base models, a setting, and the slider of it, which shows what suits the model until it is moved.
     """
 
@@ -41,22 +50,22 @@ class Shared:
     key: gr.Textbox
     drawn: gr.State  # [(picture, caption, prompt)], the newest first, of this visit
     answers: gr.State
-    lists: list[tuple[gr.Dropdown, str, int]] = dataclasses.field(default_factory=list)
+    lists: list[Following] = dataclasses.field(default_factory=list)
     suited: list[tuple[gr.Dropdown, str, gr.Slider]] = dataclasses.field(default_factory=list)
 
-    def _list(self, about: str, place: int, label: str, **options: Any) -> gr.Dropdown:
-        made = gr.Dropdown([], label=label, interactive=True, filterable=False, **options)
-        self.lists.append((made, about, place))
-        return made
-
-    def concept_list(self, label: str, place: int = 0, **options: Any) -> gr.Dropdown:
-        return self._list("concepts", place, label, **options)
+    def concept_list(self, label: str, place: int = 0, uploads: bool = False, **options: Any) -> gr.Dropdown:
+        return self._following("concepts", label, place, uploads, **options)
 
     def base_list(self) -> gr.Dropdown:
-        return self._list("bases", 0, "Model")
+        return self._following("bases", "Model")
 
     def job_list(self) -> gr.Dropdown:
-        return self._list("jobs", 0, "Jobs", elem_id="jobs")
+        return self._following("jobs", "Jobs", elem_id="jobs")
+
+    def _following(self, about: str, label: str, place: int = 0, uploads: bool = False, **options: Any) -> gr.Dropdown:
+        shown = gr.Dropdown([], label=label, interactive=True, filterable=False, **options)
+        self.lists.append(Following(shown, about, place, uploads))
+        return shown
 
     def steps_slider(self, model: gr.Dropdown) -> gr.Slider:
         return self._suited(model, "steps", gr.Slider(1, 150, 30, step=1, label="Steps"))
@@ -77,30 +86,31 @@ class Shared:
 
     def follow(self, event: Any) -> None:
         """After the event the lists show what `answers` has then, each what it showed before if that is still there."""
-        shown = [made for made, _, _ in self.lists]
+        shown = [each.shown for each in self.lists]
         event.then(
             self._followed, [self.answers, *shown], [*shown, *(slider for *_, slider in self.suited)], show_progress="hidden",
             preprocess=False,  # else Gradio refuses what a list shows where its choices have just changed
         )  # fmt: skip
 
-    def _followed(self, answers: Answers, *shown: str | None) -> list[Any]:
-        updates, values, before = [], {}, None
-        chosen, answers.chosen = answers.chosen, None
-        for value, (made, about, place) in zip(shown, self.lists):
-            choices = answers.choices(about)
-            there = [choice for _, choice in choices or []]
-            wanted = chosen if made.elem_id == "concept" and chosen in there else value
-            if wanted not in there:  # the second of two lists has another than the first, or nothing
-                wanted = next((choice for choice in there if not place or choice != before), None)
-            before = wanted
+    def _followed(self, answers: Answers, *values: str | None) -> list[Any]:
+        updates, turned, before = [], {}, None
+        uploaded, answers.uploaded = answers.uploaded, None
+        for each, value in zip(self.lists, values):
+            choices = answers.choices(each.about)
             if choices is None:
                 updates.append(gr.skip())
-            elif wanted == value:  # which the visitor may have changed since
+                continue
+            there = [choice for _, choice in choices]
+            wanted = uploaded if each.uploads and uploaded in there else value
+            if wanted not in there:  # the second of two lists has another than the first, or nothing
+                wanted = next((choice for choice in there if not each.place or choice != before), None)
+            before = wanted
+            if wanted == value:  # not sent: the visitor may have turned to another since
                 updates.append(gr.Dropdown(choices=choices))
             else:
                 updates.append(gr.Dropdown(choices=choices, value=wanted))
-                values[made] = wanted
-        return updates + [_suits(answers, values[model], field) if model in values else gr.skip() for model, field, _ in self.suited]
+                turned[each.shown] = wanted
+        return updates + [_suits(answers, turned[model], field) if model in turned else gr.skip() for model, field, _ in self.suited]
 
 
 def _suits(answers: Answers, name: str | None, field: str) -> Any:
