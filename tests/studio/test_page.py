@@ -261,7 +261,7 @@ def test_two_concepts_in_painted_regions(tab, server):
     tab.locator("#regions").get_by_label("Color").first.click() if tab.locator("#regions").get_by_label("Color").count() else None
     tab.get_by_label("left and right").check()
     tab.get_by_role("button", name="Draw both").click()
-    see(tab, "“a <teddy> and a <teapot>”")
+    see(tab, "“a <teddy> next to a <teapot>”")
     (sent,) = requests(server)
     boxes = [(use["name"], use["region"]["box"]) for use in sent["concepts"]]
     assert boxes == [("teddy", [0, 0, 0.5, 1]), ("teapot", [0.5, 0, 1, 1])]
@@ -328,7 +328,7 @@ def test_a_slow_first_answer_does_not_empty_the_lists(chromium, tmp_path, monkey
         assert tab.locator("#concept input").input_value() == "teapot", "the lists stay where they are"
         tab.get_by_role("tab", name="Combine").click()
         tab.get_by_role("button", name="Draw both").click()
-        see(tab, "“a <teddy> and a <teapot>”")
+        see(tab, "“a <teddy> next to a <teapot>”")
         tab.close()
         studio.close()
 

@@ -53,7 +53,7 @@ def test_upload_draw_combine_train_and_take_away(chromium, address, world, tmp_p
     paint(tab, "regions", (0.3, 0.3), (0.3, 0.6))
     tab.get_by_label("left and right").check()
     tab.get_by_role("button", name="Draw both").click()
-    see(tab, "“a <teddy> and a <teapot>”")
+    see(tab, "“a <teddy> next to a <teapot>”")
     tab.locator("#both img").wait_for()
     shot(tab, "real-combined")
 

@@ -24,7 +24,7 @@ def build(shared: Shared) -> None:
                 first, second = shared.concept_list("First concept (orange)"), shared.concept_list("Second concept (blue)", place=1)
             with gr.Row():
                 strengths = [gr.Slider(0, 2, 0.9, step=0.05, label=f"Strength of the {which}") for which in ("first", "second")]
-            prompt = gr.Textbox("a <{1}> and a <{2}>", label="Prompt", info="{1} and {2} stand for the concepts' names.", lines=1)
+            prompt = gr.Textbox("a <{1}> next to a <{2}>", label="Prompt", info="{1} and {2} stand for the concepts' names.", lines=1)
             layout = gr.Radio([*BOXES, "painted", "everywhere"], value="left and right", label="Regions")
             with gr.Row():
                 seed, model = seed_box(), shared.base_list()
