@@ -120,13 +120,14 @@ def swap(figure: Any, rows: Rows) -> None:
             interval(axes, row, "step", number, OURS if row["provider"].startswith("perfusion") else OTHERS[-1])
         axes.axvline(1, color=INK, lw=0.8)
         axes.set_xscale("log")
-        ticks = [0.5, 1, 2, 5, 10, 20, 50, 100]
+        ticks = [0.01, 0.1, 1, 10]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xlim(0.01, 20)
         axes.set_yticks(range(len(mine)), [row["provider"] for row in mine])
         axes.set_title(titled(case))
-        axes.set_xlabel("until a step with another subject can begin, in steps" + cpu(rows))
         tidy(axes, "x")
-    key(figure.axes[-1])
+    figure.supxlabel("until a step with another subject can begin, in steps" + cpu(rows), fontsize=9)
+    key(figure, "outside right center")
 
 
 def interval(axes: Any, row: dict[str, Any], against: str, y: float, colour: str) -> None:
@@ -138,12 +139,12 @@ def interval(axes: Any, row: dict[str, Any], against: str, y: float, colour: str
         axes.plot(row["processor_ratios"][against][1], y - 0.25, "|", color=colour, ms=6)
 
 
-def key(axes: Any) -> None:
+def key(where: Any, place: str = "lower right") -> None:
     from matplotlib.lines import Line2D
 
     marks = [Line2D([], [], marker="o", color=INK, lw=1, ms=4, label="median and its 95 % interval")]
     marks.append(Line2D([], [], marker="|", color=INK, lw=0, label="by processor time"))
-    axes.legend(handles=marks, frameon=False, fontsize=7, loc="lower right")
+    where.legend(handles=marks, frameon=False, fontsize=7, loc=place)
 
 
 def cpu(rows: Rows) -> str:
@@ -348,7 +349,7 @@ PLOTTED: dict[str, tuple[Callable[[Any, Rows], None], Callable[[Rows], Rows], tu
     "train": (ratios, lambda rows: [row for row in rows if row["suite"] == "train"], (7, 2.2)),
     "startup": (startup, lambda rows: [row for row in rows if row["suite"] == "startup"], (7, 2.6)),
     "step": (step, lambda rows: [row for row in rows if row["suite"] == "step"], (10, 3.4)),
-    "swap": (swap, lambda rows: [row for row in rows if row["suite"] == "swap"], (7, 2.6)),
+    "swap": (swap, lambda rows: [row for row in rows if row["suite"] == "swap"], (10, 2.6)),
     "tenants": (tenants, lambda rows: [row for row in rows if row["suite"] in ("model", "tenants") and "tenants" in row], (12, 3)),
     "concepts": (concepts, lambda rows: [row for row in rows if row["suite"] == "model" and "concepts" in row], (10, 3)),
     "launches": (launches, lambda rows: [row for row in rows if row["suite"] == "static"], (10, 2.8)),
