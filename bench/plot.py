@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -288,7 +289,8 @@ def roofline(figure: Any, rows: Rows) -> None:
     axes.annotate(f"{machine.bandwidth / 1e12:.1f} TB/s", (15, 15 * machine.bandwidth), (-48, 4), textcoords="offset points", fontsize=8)
     axes.annotate(f"{machine.tensor / 1e12:.0f} TFLOP/s", (600, machine.tensor), (0, 4), textcoords="offset points", fontsize=8)
     kinds = list(dict.fromkeys(row["suite"] for row in rows))
-    for kind, colour, marker in zip(kinds, (OURS, *OTHERS), "os^vD"):  # shapes: two operators may stand at one point
+    styles = itertools.cycle(zip((OURS, *OTHERS), "os^vDP", strict=True))  # shapes, too: two operators may stand at one point
+    for kind, (colour, marker) in zip(kinds, styles):
         for row in (row for row in rows if row["suite"] == kind):
             fill = colour if row["gate"] == "passed" else "none"
             axes.plot(row["flops"] / row["bytes"], row["flops_per_s"], marker, color=colour, mfc=fill, ms=5)

@@ -53,6 +53,16 @@ def test_measured_kernels_take_the_place_of_predictions(tmp_path):
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
 
 
+def test_every_suite_has_a_point_on_the_roofline():
+    """However many there are: colours and shapes come again."""
+    figures = pytest.importorskip("matplotlib.figure")
+    figure = figures.Figure()
+    row = {"gate": "passed", "flops": 2e9, "bytes": 1e7, "flops_per_s": 3e14}
+    names = [f"suite {number}" for number in range(9)]
+    plot.roofline(figure, [{**row, "suite": name} for name in names])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == names
+
+
 # predictions
 
 

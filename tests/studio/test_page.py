@@ -306,7 +306,7 @@ def test_a_slow_first_answer_does_not_empty_the_lists(chromium, tmp_path, monkey
 
     def bases(client):
         if next(asks, None):
-            assert answered.wait(20)
+            assert answered.wait(120)
         return own(client)
 
     monkeypatch.setattr(Client, "bases", bases)
