@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence
 
 import torch
 
@@ -32,7 +32,8 @@ class ClientConcepts(Mapping[str, LoadedConcept]):
             raise ValueError(f"the store cannot be used here: its concepts are {reason}")
         self.base, self.store = base, store
         self._bank = ConceptBank(capacity, base.encoding_dim, base.outputs)
-        self._loaded: dict[str, LoadedConcept] = {}
+        self._loaded: dict[str, LoadedConcept] = {}  # replaced, never changed, so that a thread may go through it
+        self._changing = threading.Lock()
         self._prompt = threading.local()
 
     def __bool__(self) -> bool:
@@ -45,13 +46,17 @@ class ClientConcepts(Mapping[str, LoadedConcept]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._loaded)
 
+    def items(self) -> ItemsView[str, LoadedConcept]:
+        """As they are now: others may be loaded or unloaded meanwhile."""
+        return self._loaded.items()
+
     def __contains__(self, name: object) -> bool:
         return name in self._loaded or (self.store is not None and name in self.store)
 
     def __getitem__(self, name: str) -> LoadedConcept:
         """ConceptUnavailable where the store cannot give it."""
-        if name in self._loaded:
-            return self._loaded[name]
+        if (loaded := self._loaded.get(name)) is not None:
+            return loaded
         if self.store is None or name not in self.store:
             raise KeyError(name)
         if (lease := getattr(self._prompt, "lease", None)) is None:
@@ -65,9 +70,10 @@ class ClientConcepts(Mapping[str, LoadedConcept]):
 
     def loaded(self, name: str) -> LoadedConcept:
         """One that was loaded here. ValueError."""
-        if name not in self._loaded:
-            raise ValueError(f"no concept named {name!r} is loaded; loaded are: {', '.join(sorted(self._loaded)) or 'none'}")
-        return self._loaded[name]
+        known = self._loaded
+        if name not in known:
+            raise ValueError(f"no concept named {name!r} is loaded; loaded are: {', '.join(sorted(known)) or 'none'}")
+        return known[name]
 
     def load(
         self, concept: str | os.PathLike[str] | Concept, name: str | None, user: str, check: Callable[[str, Concept], None]
@@ -84,17 +90,18 @@ class ClientConcepts(Mapping[str, LoadedConcept]):
             raise ValueError(f"concept {concept.name!r} cannot be used with this {user}: {reason}")
         check(name, concept)
         vectors = {"target": concept.target, "metric_target": concept.metric_target, "superclass": concept.superclass_encoding}
-        self._bank.add(name, **vectors, value_output=concept.value_outputs)
-        self._loaded[name] = LoadedConcept(
-            concept.superclass, concept.word_embeddings, concept, bias=concept.bias, temperature=concept.temperature
-        )
+        loaded = LoadedConcept(concept.superclass, concept.word_embeddings, concept, bias=concept.bias, temperature=concept.temperature)
+        with self._changing:
+            self._bank.add(name, **vectors, value_output=concept.value_outputs)
+            self._loaded = {**self._loaded, name: loaded}
         return name
 
     def unload(self, name: str) -> None:
         """Forget a concept that was loaded here, and free its place."""
-        self.loaded(name)
-        self._bank.remove(name)
-        del self._loaded[name]
+        with self._changing:
+            self.loaded(name)
+            self._bank.remove(name)
+            self._loaded = {other: loaded for other, loaded in self._loaded.items() if other != name}
 
     def begin_prompt(self) -> None:
         """Concepts of the store that this thread looked up for its last prompt may leave their places."""

@@ -13,6 +13,7 @@ What neither finds must be bound by hand (`Handle.bind`).
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -34,15 +35,17 @@ ALIKE = 0.9
 
 
 class EncodingRegistry:
-    """The rows that were encoded with concepts, the last few thousand of them."""
+    """The rows that were encoded with concepts, the last few thousand of them. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._requests: OrderedDict[bytes, list[RowRequest | None]] = OrderedDict()
         self._directions: OrderedDict[bytes, Tensor] = OrderedDict()  # content -> [T, D] float16, each token of length 1
+        self._lock = threading.Lock()
         self._sources = WeakTensorKeyDictionary()  # a tensor that encode_prompt returned -> what it taught
 
     def __bool__(self) -> bool:
-        return any(any(requests) for requests in self._requests.values())
+        with self._lock:
+            return any(any(requests) for requests in self._requests.values())
 
     def remember(self, parts: Sequence[tuple[Tensor, Sequence[RowRequest | None]]]) -> None:
         """Learn the rows of encodings [R, T, D], each with its RowRequest or None.
@@ -53,14 +56,16 @@ class EncodingRegistry:
         for encodings, requests in parts:
             for row, request in zip(encodings.detach().cpu(), requests, strict=True):
                 fresh.setdefault(_digest(row), (row, []))[1].append(request)
-        for encodings, _ in parts:
-            self._sources[encodings] = fresh
-        self._learn(fresh)
+        with self._lock:
+            for encodings, _ in parts:
+                self._sources[encodings] = fresh
+            self._learn(fresh)
 
     def recall(self, encodings: Tensor | None) -> None:
         """A tensor that was learned earlier is used again: what it taught goes before what came since."""
         if encodings is not None:
-            self._learn(self._sources.get(encodings, {}))
+            with self._lock:
+                self._learn(self._sources.get(encodings, {}))
 
     def find(self, encodings: Tensor) -> dict[int, RowRequest]:
         """row -> RowRequest for the rows of encodings [R, T, D] that hold concepts.
@@ -70,9 +75,14 @@ class EncodingRegistry:
         """
         if not self:
             return {}
+        rows = encodings.detach().cpu()
+        with self._lock:
+            return self._find(rows)
+
+    def _find(self, rows: Tensor) -> dict[int, RowRequest]:
         seen: dict[bytes, int] = {}
         found = {}
-        for row, encoding in enumerate(encodings.detach().cpu()):
+        for row, encoding in enumerate(rows):
             key = _digest(encoding)
             if key not in self._requests:
                 parts = self._by_direction(encoding)
@@ -100,12 +110,13 @@ class EncodingRegistry:
         def holds(requests: Sequence[RowRequest | None]) -> bool:
             return any(mention.name == name for request in filter(None, requests) for mention in request.mentions)
 
-        for key in [key for key, requests in self._requests.items() if holds(requests)]:
-            del self._requests[key]
-            self._directions.pop(key, None)
-        for known in self._sources.values():
-            for key in [key for key, (_, requests) in known.items() if holds(requests)]:
-                del known[key]
+        with self._lock:
+            for key in [key for key, requests in self._requests.items() if holds(requests)]:
+                del self._requests[key]
+                self._directions.pop(key, None)
+            for known in self._sources.values():
+                for key in [key for key, (_, requests) in known.items() if holds(requests)]:
+                    del known[key]
 
     def _first(self, key: bytes) -> RowRequest | None:
         return next(filter(None, self._requests[key]), None)

@@ -13,6 +13,7 @@ and `explain` says in a sentence per reason why a faster one was not taken.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import warnings
@@ -49,15 +50,17 @@ OPERATORS = {
 }
 
 _ENGINES: Any = weakref.WeakKeyDictionary()  # UNet -> a weak reference to its engine, which holds the UNet: what keeps it are its clients
+_MAKING = threading.Lock()
 
 
 def engine_of(unet: torch.nn.Module) -> Engine:
     """The engine of a UNet, the same for all pipelines that share it."""
-    engine = _ENGINES[unet]() if unet in _ENGINES else None
-    if engine is None:
-        engine = Engine(unet)
-        _ENGINES[unet] = weakref.ref(engine)
-    return engine
+    with _MAKING:
+        engine = _ENGINES[unet]() if unet in _ENGINES else None
+        if engine is None:
+            engine = Engine(unet)
+            _ENGINES[unet] = weakref.ref(engine)
+        return engine
 
 
 class Run(threading.local):
@@ -109,35 +112,43 @@ class Engine:
 
     # clients
 
+    @property
+    def between_forwards(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, no other thread is in a forward of the UNet: for changes that a forward must not see half made."""
+        return self._lock
+
     def add(self, client: Client) -> None:
         """A pipeline begins to use the UNet with concepts."""
-        if not self.clients:
-            self._handles = [self.fast_path.install(self._decide), self.unet.register_forward_hook(self._end, always_call=True)]
-        self.clients.append(client)
-        if client.exact and not self._hooks.installed:
-            self._hooks.install()
+        with self._lock:
+            if not self.clients:
+                self._handles = [self.fast_path.install(self._decide), self.unet.register_forward_hook(self._end, always_call=True)]
+            self.clients.append(client)
+            if client.exact and not self._hooks.installed:
+                self._hooks.install()
 
     def remove(self, client: Client) -> None:
-        self.clients.remove(client)
-        self.forget()
-        if not self.clients:
-            self._hooks.remove()
-            for handle in self._handles:
-                handle.remove()
-            self._handles = []
-            if self._graphs is not None:
-                self._graphs.remove()
-                self._graphs = None
-            self.fast_path.reset()
-            self.state.__init__()
-        self.follow()
+        with self._lock:
+            self.clients.remove(client)
+            self.forget()
+            if not self.clients:
+                self._hooks.remove()
+                for handle in self._handles:
+                    handle.remove()
+                self._handles = []
+                if self._graphs is not None:
+                    self._graphs.remove()
+                    self._graphs = None
+                self.fast_path.reset()
+                self.state.__init__()
+            self.follow()
 
     def follow(self) -> None:
         """Own processors are in place exactly while a concept is loaded."""
-        if self._given is not None or self._has_concepts():
-            self._processors.put()
-        else:
-            self._processors.take_back()
+        with self._lock:
+            if self._given is not None or self._has_concepts():
+                self._processors.put()
+            else:
+                self._processors.take_back()
 
     def _has_concepts(self) -> bool:
         return any(client.has_concepts() for client in self.clients)
@@ -216,19 +227,23 @@ class Engine:
         For a batch whose rows come and go between steps: each row's keys and values are made once (`keys_values`) and kept by
         whoever owns the row. UnsupportedPipeline where the layers cannot read them.
         """
-        changed = (rows is None) != (self._given is None)
-        self._given = rows
-        if changed:
-            self.follow()
-            if rows is not None and (not self._processors.placed or self._processors.replaced()):
-                self._given = None
-                raise UnsupportedPipeline(f"keys and values cannot be given to this UNet: {self._blocked()}.")
+        with self._lock:
+            changed = (rows is None) != (self._given is None)
+            self._given = rows
+            if changed:
+                self.follow()
+                if rows is not None and (not self._processors.placed or self._processors.replaced()):
+                    self._given = None
+                    raise UnsupportedPipeline(f"keys and values cannot be given to this UNet: {self._blocked()}.")
 
     # one forward
 
     def _decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
         """What the fast path is to prepare for a forward of the UNet; None where the pipeline's own attention runs."""
         self._lock.acquire()
+        if not self.clients:  # they left while this thread waited, and the hook that ends the forward with them
+            self._lock.release()
+            return None
         self._depth += 1
         self.state.form, self._hooks.asleep = STOCK, True
         self.check_device()

@@ -22,7 +22,7 @@ from perfusion.errors import UnsupportedPipeline, advise
 from perfusion.loaded_concept import LoadedConcept, Schedule
 from perfusion.requests import RowRequest, check_schedule
 from perfusion.settings import GATES, KEY_LOCKS, one_of
-from perfusion.text import TextHook, added_tokens, superclass_tokens
+from perfusion.text import TextHook, added_tokens
 from perfusion.wrapped_method import WrappedMethod
 
 __all__ = ["Handle", "LoadedConcept", "attach", "detach"]
@@ -54,7 +54,11 @@ def attach(
     RuntimeError refuses a second attach to the same pipeline. A failed attach changes nothing.
 
     Pipelines that share a UNet (`from_pipe`) are attached one by one: each reads the concepts of its own handle. A pipeline
-    without text encoders is given encodings, which `Handle.bind` explains. Threads that share a UNet wait for each other.
+    without text encoders is given encodings, which `Handle.bind` explains.
+
+    Threads whose pipelines share a UNet, a text encoder or a tokenizer wait for each other, and what one loads or sets acts from the
+    next forward on. A pipeline that is not attached does not wait: give it a tokenizer of its own (`copy.deepcopy(pipe.tokenizer)`), as
+    a tokenizer keeps padding and truncation in itself, with perfusion or without.
     """
     if getattr(pipe, _MARK, None) is not None:
         raise RuntimeError("perfusion is already attached to this pipeline; use that handle, or perfusion.detach(pipe) first.")
@@ -154,17 +158,17 @@ class Handle:
                 python="Load this concept under another name=.",
                 command="Give this concept another name with --concept NAME=FILE.",
             )
-        for tokenizer in self._text.tokenizers():
-            superclass_tokens(tokenizer, concept.superclass)
+        self._text.learn(name, concept.superclass)
         self._warn_about_covariance(name, concept)
 
     def unload(self, name: str) -> None:
         """Forget a concept and free its place. Encodings that were made with it are no longer edited."""
         self._require(name)
-        self._concepts.unload(name)
-        self._text.forget(name)
-        self._engine.forget()
-        self._engine.follow()
+        with self._engine.between_forwards:
+            self._concepts.unload(name)
+            self._text.forget(name)
+            self._engine.forget()
+            self._engine.follow()
 
     def set(
         self,
@@ -195,10 +199,11 @@ class Handle:
         for key, value, allowed in (("key_lock", key_lock, KEY_LOCKS), ("gate", gate, GATES)):
             if value is not None and value not in allowed:
                 raise ValueError(f"<{name}>: {key} must be {one_of(allowed)}, got {value!r}")
-        for field, value in {**given, "key_lock": key_lock, "gate": gate}.items():
-            if value is not None:
-                setattr(loaded, field, value)
-        self._engine.forget()
+        with self._engine.between_forwards:
+            for field, value in {**given, "key_lock": key_lock, "gate": gate}.items():
+                if value is not None:
+                    setattr(loaded, field, value)
+            self._engine.forget()
 
     def concepts(self) -> dict[str, LoadedConcept]:
         """What is loaded, by name. A copy: change settings by `set`."""
@@ -227,9 +232,10 @@ class Handle:
 
     def _enable(self, enabled: bool) -> None:
         self._require_attached()
-        self._text.enabled = enabled
-        self._engine.forget()
-        self._engine.follow()
+        with self._engine.between_forwards:
+            self._text.enabled = enabled
+            self._engine.forget()
+            self._engine.follow()
 
     def bind(self, encodings: Tensor, prompts: str | Sequence[str]) -> None:
         """Say with which prompts encodings were made that perfusion did not see made: weighted, joined, loaded from a file.

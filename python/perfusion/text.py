@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import numbers
+import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from perfusion.loaded_concept import LoadedConcept
 from perfusion.prompts import Mention, Prompt, PromptError, parse_prompt, quoted
 from perfusion.requests import Request, RowRequest
 from perfusion.settings import SETTINGS
+from perfusion.text_lock import TextLock
 from perfusion.wrapped_method import WrappedMethod
 
 __all__ = ["TextHook", "added_tokens", "superclass_tokens", "warn_of_unknown_word"]
@@ -76,6 +78,18 @@ class _Expected:
         return len(self.ids) in (1, len(ids)) and torch.equal(self.ids.expand(len(ids), -1), ids)
 
 
+class _Encoding(threading.local):
+    """The call of `encode_prompt` that goes on in this thread. Others may send texts through the same encoders meanwhile.
+
+    expected: for each text encoder, the calls that are to come. reading: the arguments that change the way from a prompt to ids.
+    """
+
+    expected: Sequence[list[_Expected]] = ()
+
+    def __init__(self, reading: Mapping[str, Any]):
+        self.reading = reading
+
+
 def _encode_methods(pipe: Any) -> list[tuple[Any, str]]:
     """(object, method) of where a pipeline encodes prompts: itself, or the blocks of a modular one that do."""
     blocks = getattr(pipe, "_blocks", None) or getattr(pipe, "blocks", None)  # diffusers 0.35 has no underscore
@@ -104,12 +118,12 @@ class TextHook:
         if not self._methods:
             raise UnsupportedPipeline(f"{type(pipe).__name__} is not supported: it has no encode_prompt, where concepts are read.")
         self._parameters = inspect.signature(getattr(self._methods[0].owner, self._methods[0].name)).parameters
-        # what changes the way from a prompt to ids, as the call sets it that is going on
         self._usual = {key: self._parameters[key].default for key in READING if key in self._parameters}
-        self._reading = self._usual
         self.pipe, self.words, self.enabled, self._on_encode = pipe, words, True, on_encode
         self._known = EncodingRegistry()
-        self._expected: list[list[_Expected]] = [[] for _ in text_encoders(pipe, required=False)]
+        self._encoding, self._encoders = _Encoding(self._usual), len(pairs := text_encoders(pipe, required=False))
+        self.lock = TextLock((*tokenizers(pipe), *(plain_module(encoder) for _, encoder in pairs)))
+        self._written: dict[str, list[list[int]]] = {}  # name -> for each text encoder, the ids of "<name>"
         self._handles: list[Any] = []
         self._frames: dict[Any, tuple[int, int]] = {}  # tokenizer -> special tokens before and behind a text
 
@@ -120,6 +134,8 @@ class TextHook:
         raise RuntimeError("a pipeline with perfusion attached cannot be pickled: detach first.")
 
     def install(self) -> None:
+        for name, word in self.words.items():
+            self.learn(name, word.superclass)
         for number, (_, encoder) in enumerate(text_encoders(self.pipe, required=False)):
             for embedding in _embeddings(encoder):
                 self._handles.append(embedding.register_forward_hook(functools.partial(self._substitute, number)))
@@ -135,7 +151,8 @@ class TextHook:
             bound = signature.bind(*args, **kwargs) if self._handles else None
             if bound is None or bound.arguments.get("components", self.pipe) is not self.pipe:
                 return original(*args, **kwargs)
-            return self._encode(original, bound)
+            with self.lock.held():
+                return self._encode(original, bound)
 
         return encode_prompt
 
@@ -165,7 +182,7 @@ class TextHook:
     def overlong(self, text: str) -> bool:
         """Whether a text encoder reads a prompt's beginning only."""
         plain = self.parse(text).text
-        return any(len(self._ids(number, plain, truncation=False)) > self._length(number) for number in range(len(self._expected)))
+        return any(len(self._ids(number, plain, truncation=False)) > self._length(number) for number in range(self._encoders))
 
     def check(self, text: str, tokens: Collection[str] | None = None) -> tuple[Mention, ...]:
         """The concepts that act in a prompt. PromptError, or what else would stop it when it is drawn; nothing is encoded."""
@@ -174,7 +191,7 @@ class TextHook:
             mentions = _Side(0, [[prompt]]).mentions(0, 1)
         except PromptError as error:
             raise PromptError(f"prompt {quoted(text)}: {error}") from None
-        for number in range(len(self._expected)):
+        for number in range(self._encoders):
             self._expect(number, [prompt])
         return mentions
 
@@ -189,7 +206,7 @@ class TextHook:
             return None
         key_encoding = None
         if self._locks(mentions, prompt.request):
-            if not self._expected:
+            if not self._encoders:
                 raise PromptError(f"prompt {quoted(text)}: the global key lock encodes the superclass prompt; there is no text encoder.")
             with torch.no_grad():
                 encoded = self._encoded_plainly(prompt.text, row)
@@ -216,8 +233,21 @@ class TextHook:
         """Whether a row [T, D] was made by `encode_prompt` or bound, with concepts or without."""
         return self._known.known(row)
 
+    def learn(self, name: str, superclass: str) -> None:
+        """A concept is going to be loaded: `<name>` is noticed from now on where something else sends it to a text encoder.
+
+        ValueError where a tokenizer cannot read the superclass.
+        """
+        with self.lock.held():
+            for tokenizer in self.tokenizers():
+                superclass_tokens(tokenizer, superclass)
+            # here, as the hook that compares them runs in threads of others, which may not wait for the lock
+            pairs = text_encoders(self.pipe, required=False)
+            self._written[name] = [tokenizer(f"<{name}>", add_special_tokens=False).input_ids for tokenizer, _ in pairs]
+
     def forget(self, name: str) -> None:
-        """Forget every encoding that holds the concept."""
+        """Forget a concept, and every encoding that holds it."""
+        self._written.pop(name, None)
         self._known.forget(name)
 
     def _named(self, text: str, name: str) -> LoadedConcept:
@@ -241,11 +271,11 @@ class TextHook:
         self._on_encode()
         bound.apply_defaults()
         arguments = bound.arguments
-        self._reading = {key: arguments[key] for key in self._usual}
+        self._encoding.reading = {key: arguments[key] for key in self._usual}
         try:
             return self._read(original, bound, arguments)
         finally:
-            self._reading = self._usual
+            self._encoding.reading = self._usual
 
     def _read(self, original: Callable[..., Any], bound: inspect.BoundArguments, arguments: dict[str, Any]) -> Any:
         for role in ("prompt_embeds", "negative_prompt_embeds"):
@@ -283,24 +313,25 @@ class TextHook:
             skipped = place == 1 and not guided
             if not skipped and arguments.get(f"{role}_embeds") is None:
                 first = parsed.get(role, [])
-                sides.append(_Side(place, [first, parsed.get(f"{role}_2", first)][: len(self._expected)]))
+                sides.append(_Side(place, [first, parsed.get(f"{role}_2", first)][: self._encoders]))
         return sides
 
     def _run(self, original: Callable[..., Any], bound: inspect.BoundArguments, sides: list[_Side]) -> Any:
         # pipelines encode the prompt first; calls that read the same text in another order could not be told apart
         ordered = sorted(sides, key=lambda side: side.place)
-        read = [[side.prompts[number] for side in ordered if side.prompts[number]] for number in range(len(self._expected))]
+        read = [[side.prompts[number] for side in ordered if side.prompts[number]] for number in range(self._encoders)]
         expected = [[self._expect(number, prompts) for prompts in calls] for number, calls in enumerate(read)]
         try:
-            self._expected = expected
+            self._encoding.expected = expected
             result = original(*bound.args, **bound.kwargs)
             missed = any(call.substitutions for calls in expected for call in calls)
         finally:
-            self._expected = [[] for _ in expected]
+            self._encoding.expected = ()
         if missed:
             raise PromptError(
                 f"{type(self.pipe).__name__}.encode_prompt did not send the prompt through the text encoder as it stands, so the "
-                "concepts in it could not be put in place. Was the text encoder compiled before attach, or exchanged after it?"
+                "concepts in it could not be put in place. Was the text encoder compiled before attach, or exchanged after it? Or does a "
+                "pipeline that is not attached use its tokenizer in another thread? Give that one a copy, copy.deepcopy(tokenizer)."
             )
         return result
 
@@ -326,22 +357,24 @@ class TextHook:
         given = {"max_length": self._length(number), "truncation": True, **options}
         if given["truncation"] is False:
             del given["max_length"]
-        return tokenizer(convert(self._prepared(text), tokenizer), **given).input_ids
+        with self.lock.held():
+            return tokenizer(convert(self._prepared(text), tokenizer), **given).input_ids
 
     def _prepared(self, text: str | list[str]) -> str | list[str]:
-        return prepared_text(self.pipe, text, bool(self._reading.get("clean_caption")))
+        return prepared_text(self.pipe, text, bool(self._encoding.reading.get("clean_caption")))
 
     def _length(self, number: int, given: int | None = None) -> int:
         """How many tokens a text encoder reads: of an encoding of `given` ones, or in the call that goes on."""
         if "max_sequence_length" in self._usual:
-            return given or self._reading["max_sequence_length"]
+            return given or self._encoding.reading["max_sequence_length"]
         return self.tokenizers()[number].model_max_length
 
     def _frame(self, number: int) -> tuple[int, int]:
         """How many special tokens stand before a text, and how many behind it."""
         tokenizer = self.tokenizers()[number]
         if tokenizer not in self._frames:
-            inner, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+            with self.lock.held():
+                inner, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
             front = next(at for at in range(len(whole)) if whole[at : at + len(inner)] == inner)
             self._frames[tokenizer] = front, len(whole) - front - len(inner)
         return self._frames[tokenizer]
@@ -356,7 +389,8 @@ class TextHook:
 
     def _word(self, number: int, mention: Mention) -> list[int]:
         """The tokens of the mention's superclass."""
-        return superclass_tokens(self.tokenizers()[number], self._prepared(self.words[mention.name].superclass))
+        with self.lock.held():
+            return superclass_tokens(self.tokenizers()[number], self._prepared(self.words[mention.name].superclass))
 
     def tokenizers(self) -> list[Any]:
         """Those that the pipeline has, also where the text encoders are gone."""
@@ -373,10 +407,11 @@ class TextHook:
     @torch.compiler.disable
     def _substitute(self, number: int, module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook of a token embedding: ids [R, T] -> output [R, T, width]."""
-        waiting = self._expected[number]
-        if not waiting:
+        expected = self._encoding.expected
+        if not expected or not expected[number]:
             self._warn_of_names(number, args[0])
             return None
+        waiting = expected[number]
         ids = args[0].detach().cpu()
         call = next((call for call in waiting if call.reads(ids)), None)
         if call is None:
@@ -396,9 +431,8 @@ class TextHook:
 
     def _warn_of_names(self, number: int, ids: Tensor) -> None:
         """Of `<name>` that reaches the text encoder as it is: from a pipeline of the same parts, or from whoever calls the encoder."""
-        tokenizer, _ = text_encoders(self.pipe, required=False)[number]
-        for name in self.words:
-            written = tokenizer(f"<{name}>", add_special_tokens=False).input_ids
+        for name, encoders in list(self._written.items()):
+            written = encoders[number]
             if not 1 < len(written) <= ids.shape[-1]:  # one token: a textual inversion of that name
                 continue
             if (ids.detach().cpu().unfold(-1, len(written), 1) == torch.tensor(written)).all(-1).any():

@@ -80,12 +80,13 @@ class UNetConcepts:
     def unload(self, name: str) -> None:
         """Forget a concept. Encodings whose requests name it are no longer edited."""
         self._require_attached()
-        self._concepts.unload(name)
-        for encodings, rows in list(self._requests.items()):
-            if any(mention.name == name for request in rows.values() for mention in request.mentions):
-                del self._requests[encodings]
-        self._engine.forget()
-        self._engine.follow()
+        with self._engine.between_forwards:
+            self._concepts.unload(name)
+            for encodings, rows in list(self._requests.items()):
+                if any(mention.name == name for request in rows.values() for mention in request.mentions):
+                    del self._requests[encodings]
+            self._engine.forget()
+            self._engine.follow()
 
     def request(self, encodings: Tensor, rows: Sequence[RowRequest | Sequence[Mention] | None]) -> None:
         """Say what the rows of encodings [R, T, D] want, for as long as this tensor lives: a later call with it replaces the former.
@@ -105,8 +106,9 @@ class UNetConcepts:
         wanted = {row: each for row, each in wanted.items() if each.mentions}
         for row, each in wanted.items():
             self._check(f"row {row}", each, encodings)
-        self._requests[encodings] = wanted
-        self._engine.forget()
+        with self._engine.between_forwards:
+            self._requests[encodings] = wanted
+            self._engine.forget()
 
     def _check(self, where: str, request: RowRequest, encodings: Tensor) -> None:
         for mention in request.mentions:

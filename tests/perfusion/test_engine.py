@@ -4,7 +4,6 @@ import copy
 import gc
 import pickle
 import sys
-import threading
 import warnings
 import weakref
 from pathlib import Path
@@ -409,60 +408,6 @@ def test_a_pipeline_of_the_same_parts_says_that_it_does_not_know_the_concept(pip
             warnings.simplefilter("error", UserWarning)
             draw(other, "a teddy on the beach")
             draw(pipe, "a <teddy> on the beach")
-
-
-def test_threads_that_share_a_unet_do_not_disturb_each_other(pipe, teddy):
-    pipes = [type(pipe)(**pipe.components, requires_safety_checker=False) for _ in range(2)]
-    for each in pipes:
-        each.scheduler = copy.deepcopy(pipe.scheduler)
-        each.set_progress_bar_config(disable=True)
-    plain = draw(pipes[1], "a cat")
-    with attach(pipes[0]) as handle:
-        handle.load(teddy)
-        expected, results = draw(pipes[0], PROMPT), {0: [], 1: []}
-
-        def work(number, prompt):
-            for _ in range(3):
-                results[number].append(draw(pipes[number], prompt))
-
-        threads = [threading.Thread(target=work, args=each) for each in enumerate((PROMPT, "a cat"))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert len(results[0]) == len(results[1]) == 3
-    assert all(torch.equal(image, expected) for image in results[0]) and all(torch.equal(image, plain) for image in results[1])
-
-
-def test_threads_that_share_a_unet_count_the_steps_of_their_own_schedules(pipe, teddy):
-    """One thread is a step ahead of the other, so timesteps go up and down from one forward of the UNet to the next."""
-    pipes = [type(pipe)(**pipe.components, requires_safety_checker=False) for _ in range(2)]
-    fading = Request(PROMPT, bias=[-0.5, 0.0, 0.5, 1.0])
-    with attach(pipes[0]) as one, attach(pipes[1]) as other:
-        for handle in (one, other):
-            handle.pipe.scheduler = copy.deepcopy(pipe.scheduler)
-            handle.pipe.set_progress_bar_config(disable=True)
-            handle.load(teddy)
-        expected = [draw(each, fading, num_inference_steps=4) for each in pipes]
-        turns, results = [threading.Semaphore(1), threading.Semaphore(0)], {}
-
-        def work(number):
-            def hand_over(pipe, step, timestep, tensors):
-                if (number, step) != (0, 0) and step < 3:
-                    turns[1 - number].release()
-                    assert turns[number].acquire(timeout=60)
-                return tensors
-
-            assert turns[number].acquire(timeout=60)
-            results[number] = draw(pipes[number], fading, num_inference_steps=4, callback_on_step_end=hand_over)
-            turns[1 - number].release(4)  # the other's remaining steps
-
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert all(torch.equal(results[number], expected[number]) for number in range(2))
 
 
 def test_graphs_without_cuda_say_so(pipe):

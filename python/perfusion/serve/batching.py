@@ -100,7 +100,6 @@ class Base:
         self.handle = attach(pipe, capacity=1, store=self.store)
         self.engine = engine_of(pipe.unet)
         self.device, self.dtype = torch.device(pipe._execution_device), pipe.unet.dtype
-        self.text = threading.Lock()  # around what reads or writes the remembered encodings
         self.wanted = 0  # concepts, by drawings so far
         self._last: Any = None
 
@@ -211,16 +210,12 @@ class Base:
 
     # steps
 
-    def keys_values(self, encodings: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
-        with self.text:
-            return self.engine.keys_values(encodings, step)
-
     @torch.no_grad()
     def forward(self, rows: Sequence[Row]) -> list[Tensor]:
         """What the UNet says of each row [k, C, h, w] at the row's own timestep; one forward."""
         for row in rows:
             if row.scheduled and row.written_at != row.step:
-                row.keys, row.values = self.keys_values(row.encodings, row.step)
+                row.keys, row.values = self.engine.keys_values(row.encodings, row.step)
                 row.written_at = row.step
         batch = tuple(map(id, rows)), tuple(row.written_at for row in rows)
         if self._last is None or self._last[0] != batch:
@@ -437,14 +432,13 @@ class Batcher:
         try:
             if drawing.id not in self._live:
                 return
-            with base.text:
-                encodings, conditions = base.encode(drawing)
-                requests = base.handle.rows_of(encodings)
+            encodings, conditions = base.encode(drawing)
+            requests = base.handle.rows_of(encodings)
             parts = base.begin(drawing)
             scheduled = any(_is_schedule(mention) for request in requests.values() for mention in request.mentions)
             # the engine holds a concept's place while the encodings live that it was asked with: a view of them is gone at once
             asked = encodings if scheduled else encodings.view_as(encodings)
-            keys, values = self.between_steps(functools.partial(base.keys_values, asked))
+            keys, values = self.between_steps(functools.partial(base.engine.keys_values, asked))
             row = Row(
                 drawing=drawing, base=base, encodings=encodings, requests=requests, keys=keys, values=values, scheduled=scheduled,
                 conditions=conditions, **parts,
