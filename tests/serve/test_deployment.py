@@ -62,7 +62,7 @@ def test_a_replica_that_is_killed_loses_no_picture(tmp_path, survived):
         os.kill(victims[0].pid, signal.SIGKILL)
         for thread in threads:
             thread.join()
-        metrics = httpx.get(f"{url}/metrics").text
+        metrics = httpx.get(f"{url}/metrics", timeout=120).text
     assert {seed: status for seed, (status, _) in together.items()} == dict.fromkeys(range(PICTURES), 200), together
     assert together.keys() == alone.keys()
     for seed in range(PICTURES):

@@ -132,7 +132,7 @@ def test_a_picture_that_takes_too_long_is_given_up(settings_of, tmp_path, surviv
     with running(settings_of(tmp_path / "state", timeout=0.3)) as url:
         answer = ask(url, 1, "a cat", steps=150, size="256x256")
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "timeout"
-        with httpx.Client(base_url=url) as http:
+        with httpx.Client(base_url=url, timeout=120) as http:
             until(lambda: gauge(http, "drawing_pictures") == 0)
     survived("a picture takes longer than the timeout", f"{answer.status_code} {answer.json()['error']['code']}; it is drawn no further")
 

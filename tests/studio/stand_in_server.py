@@ -88,7 +88,7 @@ class StandIn:
 
     def __exit__(self, *_: object) -> None:
         self.server.should_exit = True
-        self.thread.join(10)
+        self.thread.join(60)
 
     def go_on(self) -> None:
         self.let_go.release()

@@ -7,7 +7,7 @@ import zipfile
 from urllib.parse import urlsplit
 
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 from tests.studio.conftest import Studio, free_port, shot
 from tests.studio.stand_in_server import Refusal, StandIn
@@ -46,19 +46,57 @@ def see(tab, text):
     tab.get_by_text(text).first.wait_for()
 
 
-def paint(tab, editor, start, end):
-    """A stroke, in parts of the editor's canvas."""
+def uploaded(tab, file, shown):
+    """Give a file to the place for concepts, which takes the next one once it is empty again."""
+    tab.locator("#upload input[type=file]").set_input_files(file)
+    see(tab, shown)
+    tab.locator("#upload [data-testid=status-tracker].hide").wait_for(state="attached")
+    tab.locator("#upload input[type=file]").wait_for(state="attached")
+
+
+def until(tab, reached, what):
+    """Look every 100 ms, for half a minute."""
+    for _ in range(300):
+        if reached():
+            return
+        tab.wait_for_timeout(100)
+    raise AssertionError(f"waited in vain until {what}")
+
+
+def paint(tab, editor, start, end, over=None):
+    """A stroke, in parts of the editor's canvas, seen on it. over: the colour that it goes over, once the canvas shows that."""
     canvas = tab.locator(f"#{editor} canvas").first
     canvas.wait_for()
     canvas.scroll_into_view_if_needed()
-    tab.wait_for_timeout(800)  # the canvas takes its size
-    box = canvas.bounding_box()
-    points = [(box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in (start, end)]
-    tab.mouse.move(*points[0])
-    tab.mouse.down()
-    tab.mouse.move(*points[1], steps=12)
-    tab.mouse.up()
-    tab.wait_for_timeout(800)  # the layer goes to the page's state
+    boxes = [None]
+
+    def settled():
+        boxes.append(canvas.bounding_box())
+        return len(boxes) > 5 and all(box == boxes[-1] for box in boxes[-5:])
+
+    def middle():
+        """The pixel halfway between the ends."""
+        image = Image.open(io.BytesIO(canvas.screenshot())).convert("RGB")
+        return image.getpixel(tuple(int(size * (a + b) / 2) for size, a, b in zip(image.size, start, end)))
+
+    def alike(one, other):
+        return all(abs(a - b) < 9 for a, b in zip(one, other))
+
+    def painted():
+        tab.mouse.move(*points[0])
+        tab.mouse.down()
+        tab.mouse.move(*points[1], steps=12)
+        tab.mouse.up()
+        tab.mouse.move(*(each - 30 for each in points[0]))  # the brush's own outline, out of the way
+        tab.wait_for_timeout(300)
+        return not alike(middle(), before)
+
+    if over is not None:
+        until(tab, lambda: alike(middle(), over), f"the canvas shows {over}")
+    until(tab, settled, "the canvas has its size")
+    points = [(boxes[-1]["x"] + boxes[-1]["width"] * x, boxes[-1]["y"] + boxes[-1]["height"] * y) for x, y in (start, end)]
+    before = middle()
+    until(tab, painted, "the stroke is seen")
 
 
 def test_draws_by_keyboard_alone_and_shows_the_picture_as_it_comes(tab, server):
@@ -128,7 +166,7 @@ def test_stop_gives_up_the_picture_at_the_server(chromium):
         see(tab, "Step 6 of 24")
         tab.get_by_role("button", name="Stop").first.click()
         see(tab, "Stopped.")
-        assert slow.cancelled.wait(10)
+        assert slow.cancelled.wait(60)
         tab.close()
         studio.close()
 
@@ -175,8 +213,7 @@ def test_trains_with_a_painted_mask_and_an_uploaded_one(tab, server, tmp_path):
     tab.get_by_text("all of it").nth(2).wait_for()
     tab.get_by_role("button", name="Masks").click()
     tab.locator("#pictures button.thumbnail-lg, #pictures .thumbnail-item").nth(1).click()
-    tab.wait_for_timeout(1500)  # the picture comes into the editor
-    paint(tab, "mask-editor", (0.35, 0.5), (0.65, 0.5))
+    paint(tab, "mask-editor", (0.35, 0.5), (0.65, 0.5), over=ImageColor.getrgb("brown"))
     tab.get_by_role("button", name="Keep this mask").click()
     tab.get_by_text("its mask").nth(0).wait_for()
     mask = Image.new("L", (300, 200))
@@ -318,10 +355,8 @@ def test_a_slow_first_answer_does_not_empty_the_lists(chromium, tmp_path, monkey
         tab.get_by_role("tab", name="Concepts").click()
         for name in ("teddy", "teapot"):
             (tmp_path / f"{name}.safetensors").write_bytes(f"concept {name}".encode())
-            tab.locator("#upload input[type=file]").set_input_files(tmp_path / f"{name}.safetensors")
-            see(tab, f"<{name}> is there now.")
+            uploaded(tab, tmp_path / f"{name}.safetensors", f"<{name}> is there now.")
             tab.wait_for_function("name => document.querySelector('#concept input').value === name", arg=name)
-            tab.wait_for_timeout(500)  # the place for files is empty again
         answered.set()
         see(tab, "answers.")
         tab.wait_for_timeout(500)
@@ -385,8 +420,9 @@ def test_nothing_is_wider_than_a_narrow_screen(studio):
             shown = tab.locator(".overflow-dropdown button", has_text=name)
         shown.first.click()
         tab.wait_for_timeout(700)
-        assert tab.evaluate("document.documentElement.scrollWidth") <= 360, name
-        assert not tab.evaluate("[...document.querySelectorAll('.form')].filter(form => form.scrollWidth > form.clientWidth + 1).length"), name
+        until(tab, lambda: tab.evaluate("document.documentElement.scrollWidth") <= 360, f"{name} fits")
+        wide = "[...document.querySelectorAll('.form')].filter(form => form.scrollWidth > form.clientWidth + 1).length"
+        until(tab, lambda: not tab.evaluate(wide), f"the forms of {name} fit")
         shot(tab, f"narrow-{name.lower()}")
     tab.close()
 
@@ -395,12 +431,10 @@ def test_everything_has_a_name_for_who_cannot_see_it(tab):
     for name in TABS:
         tab.get_by_role("tab", name=name).click()
         tab.wait_for_timeout(500)
-        nameless = tab.evaluate(
-            """() => [...document.querySelectorAll('input:not([type=file]), textarea, button')].filter(each => each.offsetParent !== null
-               && !(each.labels?.length || each.ariaLabel || each.getAttribute('aria-labelledby') || each.title || each.innerText.trim()
-               || each.closest('label'))).map(each => each.outerHTML.slice(0, 120))"""
-        )
-        assert not nameless, (name, nameless)
+        nameless = """() => [...document.querySelectorAll('input:not([type=file]), textarea, button')].filter(each => each.offsetParent !== null
+            && !(each.labels?.length || each.ariaLabel || each.getAttribute('aria-labelledby') || each.title || each.innerText.trim()
+            || each.closest('label'))).map(each => each.outerHTML.slice(0, 120))"""
+        until(tab, lambda: not tab.evaluate(nameless), f"each of {tab.evaluate(nameless)} in {name} has a name")
 
 
 def test_the_internet_is_asked_nothing(studio, tab):

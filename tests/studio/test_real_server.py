@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.serve.conftest import settings_of, world  # noqa: F401  (fixtures)
 from tests.studio.conftest import Studio, shot
-from tests.studio.test_page import paint, pictures, see
+from tests.studio.test_page import paint, pictures, see, uploaded
 
 
 @pytest.fixture
@@ -26,11 +26,9 @@ def test_upload_draw_combine_train_and_take_away(chromium, address, world, tmp_p
 
     tab.get_by_role("tab", name="Concepts").click()
     for name in ("teddy", "teapot"):
-        tab.locator("#upload input[type=file]").set_input_files(world / f"{name}.safetensors")
-        see(tab, f"<{name}> is there now.")
+        uploaded(tab, world / f"{name}.safetensors", f"<{name}> is there now.")
         tab.locator("#facts").get_by_text(f"<{name}>").wait_for()
-        tab.wait_for_timeout(500)  # the place for files is empty again
-    assert {each["name"] for each in httpx.get(f"{address}/v1/concepts").json()["data"]} == {"teddy", "teapot"}
+    assert {each["name"] for each in httpx.get(f"{address}/v1/concepts", timeout=120).json()["data"]} == {"teddy", "teapot"}
     with tab.expect_download() as download:
         tab.locator("#file").click()
     assert download.value.path().read_bytes() == (world / "teapot.safetensors").read_bytes()
@@ -44,7 +42,7 @@ def test_upload_draw_combine_train_and_take_away(chromium, address, world, tmp_p
     tab.keyboard.press("Enter")
     see(tab, "Seed ")
     tab.locator("#gallery img").first.wait_for()
-    seen = httpx.get(tab.locator("#gallery img").first.get_attribute("src")).content
+    seen = httpx.get(tab.locator("#gallery img").first.get_attribute("src"), timeout=120).content
     assert Image.open(io.BytesIO(seen)).convert("L").getextrema() != (0, 0)
     shot(tab, "real-draw")
 
@@ -67,8 +65,8 @@ def test_upload_draw_combine_train_and_take_away(chromium, address, world, tmp_p
     tab.get_by_role("button", name="Train", exact=True).click()
     see(tab, "<mycat> is learned.")
     shot(tab, "real-trained")
-    assert httpx.get(f"{address}/v1/concepts/mycat").json()["superclass"] == "cat"
-    metrics = httpx.get(f"{address}/metrics").text
+    assert httpx.get(f"{address}/v1/concepts/mycat", timeout=120).json()["superclass"] == "cat"
+    metrics = httpx.get(f"{address}/metrics", timeout=120).text
     assert "perfusion_picture_seconds_count" in metrics
     own = ("data:", "blob:", f"http://127.0.0.1:{studio.port}")
     assert all(asked.startswith(own) for asked in studio.asked), "the page asks nobody but its own address"
