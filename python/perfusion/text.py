@@ -121,8 +121,8 @@ class TextHook:
         self._usual = {key: self._parameters[key].default for key in READING if key in self._parameters}
         self.pipe, self.words, self.enabled, self._on_encode = pipe, words, True, on_encode
         self._known = EncodingRegistry()
-        self._encoding, self._encoders = _Encoding(self._usual), len(pairs := text_encoders(pipe, required=False))
-        self.lock = TextLock((*tokenizers(pipe), *(plain_module(encoder) for _, encoder in pairs)))
+        self._encoding, self._pairs = _Encoding(self._usual), text_encoders(pipe, required=False)
+        self.lock = TextLock((*tokenizers(pipe), *(plain_module(encoder) for _, encoder in self._pairs)))
         self._written: dict[str, list[list[int]]] = {}  # name -> for each text encoder, the ids of "<name>"
         self._handles: list[Any] = []
         self._frames: dict[Any, tuple[int, int]] = {}  # tokenizer -> special tokens before and behind a text
@@ -136,7 +136,7 @@ class TextHook:
     def install(self) -> None:
         for name, word in self.words.items():
             self.learn(name, word.superclass)
-        for number, (_, encoder) in enumerate(text_encoders(self.pipe, required=False)):
+        for number, (_, encoder) in enumerate(self._pairs):
             for embedding in _embeddings(encoder):
                 self._handles.append(embedding.register_forward_hook(functools.partial(self._substitute, number)))
         for method in self._methods:
@@ -182,7 +182,7 @@ class TextHook:
     def overlong(self, text: str) -> bool:
         """Whether a text encoder reads a prompt's beginning only."""
         plain = self.parse(text).text
-        return any(len(self._ids(number, plain, truncation=False)) > self._length(number) for number in range(self._encoders))
+        return any(len(self._ids(number, plain, truncation=False)) > self._length(number) for number in range(len(self._pairs)))
 
     def check(self, text: str, tokens: Collection[str] | None = None) -> tuple[Mention, ...]:
         """The concepts that act in a prompt. PromptError, or what else would stop it when it is drawn; nothing is encoded."""
@@ -191,7 +191,7 @@ class TextHook:
             mentions = _Side(0, [[prompt]]).mentions(0, 1)
         except PromptError as error:
             raise PromptError(f"prompt {quoted(text)}: {error}") from None
-        for number in range(self._encoders):
+        for number in range(len(self._pairs)):
             self._expect(number, [prompt])
         return mentions
 
@@ -206,7 +206,7 @@ class TextHook:
             return None
         key_encoding = None
         if self._locks(mentions, prompt.request):
-            if not self._encoders:
+            if not self._pairs:
                 raise PromptError(f"prompt {quoted(text)}: the global key lock encodes the superclass prompt; there is no text encoder.")
             with torch.no_grad():
                 encoded = self._encoded_plainly(prompt.text, row)
@@ -242,8 +242,7 @@ class TextHook:
             for tokenizer in self.tokenizers():
                 superclass_tokens(tokenizer, superclass)
             # here, as the hook that compares them runs in threads of others, which may not wait for the lock
-            pairs = text_encoders(self.pipe, required=False)
-            self._written[name] = [tokenizer(f"<{name}>", add_special_tokens=False).input_ids for tokenizer, _ in pairs]
+            self._written[name] = [tokenizer(f"<{name}>", add_special_tokens=False).input_ids for tokenizer, _ in self._pairs]
 
     def forget(self, name: str) -> None:
         """Forget a concept, and every encoding that holds it."""
@@ -313,13 +312,13 @@ class TextHook:
             skipped = place == 1 and not guided
             if not skipped and arguments.get(f"{role}_embeds") is None:
                 first = parsed.get(role, [])
-                sides.append(_Side(place, [first, parsed.get(f"{role}_2", first)][: self._encoders]))
+                sides.append(_Side(place, [first, parsed.get(f"{role}_2", first)][: len(self._pairs)]))
         return sides
 
     def _run(self, original: Callable[..., Any], bound: inspect.BoundArguments, sides: list[_Side]) -> Any:
         # pipelines encode the prompt first; calls that read the same text in another order could not be told apart
         ordered = sorted(sides, key=lambda side: side.place)
-        read = [[side.prompts[number] for side in ordered if side.prompts[number]] for number in range(self._encoders)]
+        read = [[side.prompts[number] for side in ordered if side.prompts[number]] for number in range(len(self._pairs))]
         expected = [[self._expect(number, prompts) for prompts in calls] for number, calls in enumerate(read)]
         try:
             self._encoding.expected = expected
@@ -433,7 +432,7 @@ class TextHook:
         """Of `<name>` that reaches the text encoder as it is: from a pipeline of the same parts, or from whoever calls the encoder."""
         for name, encoders in list(self._written.items()):
             written = encoders[number]
-            if not 1 < len(written) <= ids.shape[-1]:  # one token: a textual inversion of that name
+            if name not in self.words or not 1 < len(written) <= ids.shape[-1]:  # one token: a textual inversion of that name
                 continue
             if (ids.detach().cpu().unfold(-1, len(written), 1) == torch.tensor(written)).all(-1).any():
                 warnings.warn(

@@ -400,13 +400,16 @@ def test_a_pipeline_that_is_forgotten_is_freed_with_all_that_served_it(detached)
 def test_a_pipeline_of_the_same_parts_says_that_it_does_not_know_the_concept(pipe, teddy):
     other = type(pipe)(**pipe.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
-    with attach(pipe) as handle:
+    with attach(pipe, capacity=1) as handle:
         handle.load(teddy)
+        with pytest.raises(ValueError, match="slots are in use"):
+            handle.load(make_concept(handle.base, "dog", seed=2))
         with pytest.warns(UserWarning, match="<teddy> was encoded by something else than the pipeline that perfusion is attached to"):
             draw(other, "a <teddy> on the beach")
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             draw(other, "a teddy on the beach")
+            draw(other, "a <dog> on the beach")
             draw(pipe, "a <teddy> on the beach")
 
 
