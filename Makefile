@@ -7,6 +7,8 @@ PIP_ARGS ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
+# many a test starts Python anew, which would compile every module again
+unexport PYTHONDONTWRITEBYTECODE
 say = @printf '\n==> %s\n'
 
 .DEFAULT_GOAL := help
@@ -39,12 +41,15 @@ picture: demo ## the same, its overview into docs/demo.png, which README.md show
 docs: $(VENV)/.installed-docs ## build the documentation into build/site
 	@$(BIN)/python -m mkdocs build
 
-pytest := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+pytest := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+at_a_time := -n $(JOBS) --dist loadfile
 # files with tests of a tier, unless ARGS names some: collecting all the others would take longer than many a tier
 files_of = $(if $(filter tests%,$(ARGS)),,$$(grep -rl --include='test_*.py' 'pytest\.mark\.$(1)\>' tests)) $(ARGS)
-# those of $(1), as on each of CPUS; 5: of what ARGS names, nothing is of them
-as_cpus = $(foreach cpu,$(CPUS),{ .ci/as_cpu $(cpu) env $(pytest) --dist worksteal -m '$(1)' \
-	--junitxml build/numeric-$(cpu).xml $(call files_of,numeric)$(if $(ARGS), || [ $$? -eq 5 ]); } &&) true
+# of what ARGS names, perhaps nothing is chosen
+or_none = $(if $(ARGS), || [ $$? -eq 5 ])
+# the numeric ones of $(1) as on each of CPUS
+as_cpus = workers="$$(.ci/as_cpus $(CPUS))" && { [ -z "$$workers" ] || \
+	$(pytest) $$workers -m '$(1)' --junitxml build/numeric.xml $(call files_of,numeric)$(or_none); }
 
 nothing :=
 any_tier := $(subst $(nothing) $(nothing), or ,$(strip $(tiers)))
@@ -52,11 +57,11 @@ any_tier := $(subst $(nothing) $(nothing), or ,$(strip $(tiers)))
 test: CPUS ?= Haswell Prescott
 as_others := numeric and not (proof or models or $(any_tier))
 # not as on this processor, too, if it can stand in for another
-only_there = $(if $(shell .ci/as_cpu $(firstword $(CPUS)) echo it-can 2> /dev/null | grep -x it-can),and not ($(as_others)))
+only_there = $(if $(shell .ci/as_cpus $(CPUS) 2> /dev/null),and not ($(as_others)))
 test: $(VENV)/.installed-test ## run the tests, in minutes: public behaviour, the reference, the floor of every backend, a little of each tier below
 	$(say) 'Running the tests, $(JOBS) at a time'
-	@$(pytest) --dist loadfile -m 'not proof and (smoke or not ($(any_tier))) $(only_there)' --junitxml build/tests.xml $(ARGS)$(if $(ARGS), || [ $$? -eq 5 ])
-	$(say) 'The numeric ones as on other processors'
+	@$(pytest) $(at_a_time) -m 'not proof and (smoke or not ($(any_tier))) $(only_there)' --junitxml build/tests.xml $(ARGS)$(or_none)
+	$(say) 'The numeric ones, as on these kinds of processors at a time: $(CPUS)'
 	@$(call as_cpus,$(as_others))
 
 test-pipelines: ## every pipeline of diffusers that is supported, every form of a checkpoint
@@ -67,14 +72,15 @@ test-toybox: ## the model that is shipped, the recipe that made it, and the demo
 test-bench: ## the measurements' own tests
 $(tiers:%=test-%): test-%: $(VENV)/.installed-test
 	$(say) 'Running the tests of $*, $(JOBS) at a time'
-	@$(pytest) --dist loadfile -m '$* and not proof' --junitxml build/$*.xml $(call files_of,$*)
+	@$(pytest) $(at_a_time) -m '$* and not proof' --junitxml build/$*.xml $(call files_of,$*)
 
 proof: $(VENV)/.installed-test $(VENV)/.installed-release ## the rest: sanitizers, inserted faults, traffic, every instance on every architecture
 	$(say) 'Running the proofs, $(JOBS) at a time'
-	@$(pytest) --dist loadfile -m proof --junitxml build/proof.xml $(ARGS)
+	@$(pytest) $(at_a_time) -m proof --junitxml build/proof.xml $(ARGS)
 
 numeric: CPUS ?= Prescott Haswell SkylakeX Zen
 numeric: $(VENV)/.installed-test ## the numeric tests as on each kind of processor that this one can stand in for
+	$(say) 'Running the numeric tests as on these kinds of processors at a time: $(CPUS)'
 	@$(call as_cpus,numeric and not proof)
 
 test-gpu: $(VENV)/.installed-test ## the tests of the kernels on an NVIDIA GPU, with the compiled library
@@ -87,7 +93,7 @@ test-studio: $(VENV)-studio/.installed ## the tests of `perfusion studio`, in a 
 	@OMP_NUM_THREADS=1 $(VENV)-studio/bin/python -m pytest -q -rs -n $(JOBS) --dist loadfile --junitxml build/studio.xml tests/studio $(ARGS)
 
 coverage: $(VENV)/.installed-test ## which lines the tests of all tiers but the proofs run
-	@$(pytest) --dist loadfile -m 'not proof' --cov --cov-report term --cov-report html:build/coverage $(ARGS)
+	@$(pytest) $(at_a_time) -m 'not proof' --cov --cov-report term --cov-report html:build/coverage $(ARGS)
 	$(say) 'Wrote build/coverage/index.html'
 
 test-lower: $(VENV)-lower/.installed ## run the tests at the lowest versions that pyproject.toml allows

@@ -218,9 +218,11 @@ def test_other_functions_for_the_graphs(exported, sd):
 
 
 @pytest.mark.numeric
-def test_torch_export_programs(tmp_path, pipelines, exported, concepts, alike):
-    """pt2 files are loaded by the user's own call only; they draw what the ONNX files draw, 63 rows at a time."""
-    result = perfusion.export(pipelines["sd"], tmp_path / "pt2", format="pt2")
+@pytest.mark.smoke
+def test_torch_export_programs(tmp_path, pipelines, concepts, alike):
+    """pt2 files are loaded by the user's own call only; they draw the pipeline's pictures, 63 rows at a time."""
+    pipe, concept = pipelines["sd"], concepts["sd"][0]
+    result = perfusion.export(pipe, tmp_path / "pt2", format="pt2")
     assert result.differences.keys() == set(result.manifest.graphs), "each file is compared with torch"
     with pytest.raises(ExportedFolderError, match="never loaded from here. Export with --format onnx, or give functions"):
         Runtime(result.folder)
@@ -236,11 +238,11 @@ def test_torch_export_programs(tmp_path, pipelines, exported, concepts, alike):
         return run
 
     runtime = Runtime(result.folder, graphs={name: function(name) for name in result.manifest.graphs})
-    onnx = Runtime(exported("sd"), threads=1)
-    for each in (runtime, onnx):
-        each.load(Concept.of(concepts["sd"][0]))
-    several = [Request(prompt="a <teddy>", seed=seed) for seed in range(33)]
-    alike(pictures(runtime, several), pictures(onnx, several))
+    runtime.load(Concept.of(concept))
+    several = [Request(prompt="a <teddy>", seed=seed, guidance_scale=6.0) for seed in range(33)]
+    with perfusion.attach(pipe) as handle:
+        handle.load(concept)
+        alike(pictures(runtime, several), draw(pipe, ["a <teddy>"] * 33, [""] * 33, guidance_scale=6.0))
 
 
 @pytest.mark.proof
@@ -578,7 +580,6 @@ assert not Absent.names & set(sys.modules), Absent.names & set(sys.modules)
 
 
 @pytest.mark.numeric
-@pytest.mark.smoke
 def test_a_process_without_torch_draws_the_same(tmp_path, exported, pipelines, concepts):
     """Two users with their own <teddy> in one batch, in numpy and onnxruntime alone, and the command; against the pipeline in torch."""
     files = []

@@ -19,6 +19,7 @@ from perfusion.training.session import TrainingSession
 from tests.perfusion.device_memory import Counted
 from tests.perfusion.original_layout import pipeline_of
 
+pytestmark = pytest.mark.proof
 CAPTIONS = ("a photo of a {}", "a {} on a table", "the {}")
 
 
@@ -51,10 +52,10 @@ def identity(width):
     ("family", "side", "options", "card"),
     [
         pytest.param("sd1", 512, {"low_memory": True}, 6e9, id="sd1-low"),
-        pytest.param("sd1", 512, {}, None, id="sd1-usual", marks=pytest.mark.proof),
-        pytest.param("sd1", 512, {"micro_batch": 1, "gradient_checkpointing": True}, None, id="sd1-micro", marks=pytest.mark.proof),
-        pytest.param("sdxl", 1024, {"low_memory": True}, 12e9, id="sdxl-low", marks=pytest.mark.proof),
-        pytest.param("sdxl", 1024, {"gradient_checkpointing": True}, None, id="sdxl-checkpointing", marks=pytest.mark.proof),
+        pytest.param("sd1", 512, {}, None, id="sd1-usual"),
+        pytest.param("sd1", 512, {"micro_batch": 1, "gradient_checkpointing": True}, None, id="sd1-micro"),
+        pytest.param("sdxl", 1024, {"low_memory": True}, 12e9, id="sdxl-low"),
+        pytest.param("sdxl", 1024, {"gradient_checkpointing": True}, None, id="sdxl-checkpointing"),
     ],
 )
 def test_what_is_reckoned_is_what_a_device_holds(monkeypatch, family, side, options, card):
@@ -91,7 +92,6 @@ def test_what_is_reckoned_is_what_a_device_holds(monkeypatch, family, side, opti
         assert max(step, start) + memory.CUDA_CONTEXT < card
 
 
-@pytest.mark.proof
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_sdxl_is_trained_and_drawn_at_its_real_widths(tmp_path):

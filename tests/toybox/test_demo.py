@@ -33,7 +33,6 @@ def folder(result):
     return result.report.parent
 
 
-@pytest.mark.smoke
 def test_the_page_is_one_file_with_every_picture_inside(result):
     page = result.report.read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
@@ -126,7 +125,6 @@ def test_no_setting_is_turned_by_hand():
     assert all(re.fullmatch(r"a <teddy> (in|next to) a <teapot>", prompt) for prompt in TOGETHER.values())
 
 
-@pytest.mark.smoke
 def test_the_files_are_concepts(folder):
     for name in ("teddy", "teapot"):
         concept = Concept.load(folder / f"{name}.safetensors")
