@@ -1,24 +1,32 @@
-"""Interpreted kernels in half the time."""
+"""Triton's interpreter in half the time, and with every NumPy."""
 
 import functools
 import inspect
 
-__all__ = ["patch_once_a_launch"]
+__all__ = ["patch_interpreter"]
 
 
-def patch_once_a_launch() -> None:
-    """Let Triton's interpreter put its functions in place of those of `triton.language` once a launch.
+def patch_interpreter() -> None:
+    """Change what the interpreter of Triton is slow at or fails at. Does nothing with a Triton that has none, or is built otherwise."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    for change in (_replace_once_a_launch, _index_with_one_element):
+        try:
+            change(interpreter)
+        except AttributeError:
+            continue
+
+
+def _replace_once_a_launch(interpreter) -> None:
+    """Let it put its functions in place of those of `triton.language` once a launch.
 
     It does so before every call of a device function, too, and searches the whole language for what there is to replace, which is half
     of the time of interpreted kernels. All is replaced by then, unless the function sees modules of the language that the kernel does
-    not. Does nothing with a Triton whose interpreter is built otherwise.
+    not.
     """
-    try:
-        from triton.runtime import interpreter
-
-        patch, call, scope = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._LangPatchScope
-    except (ImportError, AttributeError):
-        return
+    patch, call, scope = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter._LangPatchScope
     language, replaced = {id(interpreter.tl), id(interpreter.tl.core)}, set()
 
     @functools.cache
@@ -35,3 +43,14 @@ def patch_once_a_launch() -> None:
         return call(self, *arguments, **options)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch
+
+
+def _index_with_one_element(interpreter) -> None:
+    """Let scalars be indices: Triton 3.6 converts their arrays of one element by `int`, which NumPy 2.4 no longer does."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_tensor
