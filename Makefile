@@ -70,11 +70,12 @@ test-export: ## exported models: their pictures are the pipelines'
 test-docs: ## the code of README.md and of every page
 test-toybox: ## the model that is shipped, the recipe that made it, and the demo
 test-bench: ## the measurements' own tests
+test-bench: $(VENV)/.installed-bench
 $(tiers:%=test-%): test-%: $(VENV)/.installed-test
 	$(say) 'Running the tests of $*, $(JOBS) at a time'
 	@$(pytest) $(at_a_time) -m '$* and not proof' --junitxml build/$*.xml $(call files_of,$*)
 
-proof: $(VENV)/.installed-test $(VENV)/.installed-release ## the rest: sanitizers, inserted faults, traffic, every instance on every architecture
+proof: $(VENV)/.installed-bench $(VENV)/.installed-release ## the rest: sanitizers, inserted faults, traffic, every instance on every architecture
 	$(say) 'Running the proofs, $(JOBS) at a time'
 	@$(pytest) $(at_a_time) -m proof --junitxml build/proof.xml $(ARGS)
 
