@@ -42,10 +42,10 @@ def function_of(name):
 def parameters():
     """(command, parameter, kind of its value, its metavar and help) of all commands."""
     for name in cli.COMMANDS:
-        for parameter, hint in typing.get_type_hints(function_of(name), include_extras=True).items():
-            if typing.get_args(hint):
-                value, info, *_ = typing.get_args(hint)
-                yield name, parameter, str(value), info
+        for parameter in inspect.signature(function_of(name), eval_str=True).parameters.values():
+            if typing.get_args(parameter.annotation):
+                value, info, *_ = typing.get_args(parameter.annotation)
+                yield name, parameter.name, str(value), info
 
 
 PATHS = [(command, parameter) for command, parameter, value, _ in parameters() if "Path" in value]

@@ -146,7 +146,10 @@ class StandIn:
         @app.post("/v1/concepts/train", status_code=202)
         async def train(request: Request) -> dict[str, Any]:
             form = await request.form()
-            sent = {name: [await each.read() for each in form.getlist(name)] for name in ("pictures", "masks")}
+            sent = {"pictures": [], "masks": []}  # no comprehension: Python 3.10 has no asynchronous ones within others
+            for name, files in sent.items():
+                for file in form.getlist(name):
+                    files.append(await file.read())
             fields = {name: value for name, value in form.items() if isinstance(value, str)}
             self.seen.append(("train", {**fields, **sent}))
             if fields["name"] in self.concepts:
