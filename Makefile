@@ -23,7 +23,7 @@ help: ## this list
 	@echo '  PYTHON=$(PYTHON)  3.10 or newer; $(VENV) is made with it'
 	@echo '  JOBS=$(JOBS)          tests at a time, about 1 GB of memory each'
 	@echo '  PERFUSION_CUDA  0 leaves the CUDA kernels out, which nvcc compiles for some minutes; 1 insists on them'
-	@echo '  CPUS=...        kinds of processors for the numeric tests: Prescott, Haswell, SkylakeX, Zen'
+	@echo '  CPUS=...        kinds of processors for the numeric tests, one process each: Prescott, Haswell, SkylakeX, Zen'
 	@echo '  PIP_ARGS=...    for pip. Without an NVIDIA GPU, --extra-index-url with the address of the CPU'
 	@echo '                  builds of PyTorch (pytorch.org, "Get started") saves gigabytes'
 

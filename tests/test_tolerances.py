@@ -13,6 +13,7 @@ what their files share, have no other tolerance. What is no matter of a processo
 """
 
 import ast
+import os
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,10 @@ def test_a_scale_does_not_vanish_where_terms_cancel():
     for each in (total, run):
         assert abs(each.value) < 1e-5 and 1 < each.scale < 200
     assert removed.value.abs().max() < 1e-12 and removed.scale.max() > 0.1 * case.value_targets[1].abs().max()
+
+
+@pytest.mark.numeric
+def test_torch_runs_as_the_processor_that_is_asked_for():
+    """Else `make numeric` would be the same run several times: torch reads the variable once, when it is loaded."""
+    runs_as = torch.backends.cpu.get_cpu_capability().lower()
+    assert os.environ.get("ATEN_CPU_CAPABILITY", runs_as) == runs_as

@@ -1,5 +1,6 @@
 """Triton's interpreter in half the time, and with every NumPy."""
 
+import contextlib
 import functools
 import inspect
 
@@ -13,10 +14,8 @@ def patch_interpreter() -> None:
     except ImportError:
         return
     for change in (_replace_once_a_launch, _index_with_one_element):
-        try:
+        with contextlib.suppress(AttributeError):
             change(interpreter)
-        except AttributeError:
-            continue
 
 
 def _replace_once_a_launch(interpreter) -> None:

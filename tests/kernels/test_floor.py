@@ -207,7 +207,7 @@ def test_gradients_are_as_good_as_the_formula_s(operator, backend, device, dtype
     for results: kernels round weights and their derivatives to the dtype of the query before they multiply them, as
     tensor cores demand and as that formula does, and no gradient made from such products can be as good as the reference's.
     """
-    case = cases.make(J=J, H=2, dtype=dtype, device=device, backend=backend, views=views)
+    case = cases.make(J=J, dtype=dtype, device=device, backend=backend, views=views)
     same = "plain" if operator in ("edited_attention", "fused_edited_attention") else "reference"
     found = (gradients(operator, case, backend), gradients(operator, case, same))
     exact = exactly(gradients, operator, case.double(), "reference")
